@@ -1,0 +1,1 @@
+"""fastdiff: score-based diffusion models, every sampler one table of affine rows."""

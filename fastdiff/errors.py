@@ -1,0 +1,75 @@
+"""One family of errors. Each is also the builtin a caller would expect, so plain `except ValueError` works.
+
+A message is one sentence: the argument, the value received, the rule, and the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FastdiffError(Exception):
+    """Any error that fastdiff raises on purpose."""
+
+
+class ConfigError(FastdiffError, ValueError):
+    """An option that cannot be meant."""
+
+
+class ShapeError(FastdiffError, ValueError):
+    """A tensor of the wrong shape or layout."""
+
+
+class DTypeError(FastdiffError, TypeError):
+    """A tensor of the wrong dtype, or something that is no tensor."""
+
+
+class DeviceError(FastdiffError, ValueError):
+    """Tensors that live on different devices, or on one that holds no data."""
+
+
+class DataError(FastdiffError, ValueError):
+    """Data that is empty, not finite, or out of its range."""
+
+
+class ModelOutputError(FastdiffError, ValueError):
+    """The network returned a tensor of the wrong shape or device."""
+
+
+class ModelOutputTypeError(ModelOutputError, TypeError):
+    """The network returned something that is not one tensor."""
+
+
+class NonFiniteError(FastdiffError, FloatingPointError):
+    """A run left the finite numbers: `row`, `t` and the global indices of the `samples` concerned."""
+
+    def __init__(self, message: str, row: int, t: float, samples: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.row, self.t, self.samples = row, t, samples
+
+
+class CheckpointError(FastdiffError, RuntimeError):
+    """A checkpoint that cannot be read or written as asked."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """The file is not what `fastdiff.save` wrote."""
+
+
+class CheckpointVersionError(CheckpointError):
+    """The file was written by a newer format."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """The tensors in the file are not those of the network."""
+
+
+def choose(argument: str, given: object, valid: Iterable[str]) -> str:
+    """`given` if it is one of `valid`, else a ConfigError that lists them and names the nearest."""
+    names = list(valid)
+    if isinstance(given, str) and given in names:
+        return given
+    near = difflib.get_close_matches(str(given), names, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ConfigError(f"{argument} must be one of {', '.join(map(repr, names))}, got {given!r}{hint}")
