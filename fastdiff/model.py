@@ -1,0 +1,128 @@
+"""ScoreModel: a network together with all that its numbers mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import predictions, processes
+from .errors import ConfigError, DeviceError, ModelOutputError, ModelOutputTypeError, choose
+from .ops import check_shape
+from .plan import default_time_input
+
+Condition = Tensor | dict[str, Tensor] | None
+
+
+class ScoreModel(nn.Module):
+    """A network, the process it was trained on, and what its input and output mean.
+
+    net          callable (x [B, *data_shape], time [B], cond) -> [B, *data_shape]
+    sde          a process or its name
+    prediction   "score", "eps", "x0", "v", "scaled_score", "prev_mean", "increment" or "edm" (see fastdiff.predictions)
+    time_input   what `time` is: "t", "index", "sigma", "log_sigma", "t*999" or "log_sigma/4" (EDM's, its default)
+    data_range   the range of its training data, and so of its samples (which are not clamped to it)
+    variance     "learned_range": the network returns twice the channels, the second half for the variance
+    """
+
+    def __init__(
+        self,
+        net: Any,
+        sde: processes.Process | str,
+        prediction: str = "eps",
+        time_input: str | None = None,
+        data_shape: Sequence[int] = (),
+        data_range: tuple[float, float] = (-1.0, 1.0),
+        variance: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(net):
+            raise ConfigError(f"net must be callable as net(x, t), got {type(net).__name__}")
+        self.net = net
+        self.process = processes.get(sde)
+        self.prediction = prediction
+        self.time_input = default_time_input(prediction) if time_input is None else time_input
+        predictions.check(self.prediction, self.time_input, self.process)
+        self.data_shape = check_shape(tuple(data_shape))
+        low, high = (float(v) for v in data_range)
+        if not low < high:
+            raise ConfigError(f"data_range must be (lo, hi) with lo < hi, got {data_range}")
+        self.data_range = (low, high)
+        self.variance = None if variance is None else choose("variance", variance, ("learned_range",))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
+        """The network's own output at process times t [B], its input scaled and its time converted."""
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        scale = predictions.input_scale(self.prediction, self.process, alpha, sigma)
+        time = predictions.network_time(self.time_input, self.process, t, sigma)
+        time = time.round().long() if self.time_input == "index" else time
+        output = single_tensor(call(self.net, like(scale, x) * x if self.prediction == "edm" else x, time, cond))
+        return check_output(output, x, self.variance)[0]
+
+    def predict(self, kind: str, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
+        """The network's opinion as "score", "x0", "eps" or any other prediction at process times t [B]."""
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        source, target = (
+            predictions.coordinates(name, self.process, t, alpha, sigma) for name in (self.prediction, kind)
+        )
+        p, q = predictions.convert(source, target, alpha, sigma)
+        return like(p, x) * x + like(q, x) * self(x, t, cond)
+
+    def score(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
+        """∇ log p_t(x), [B, *]."""
+        return self.predict("score", x, t, cond)
+
+
+def like(values: Tensor, x: Tensor) -> Tensor:
+    """[B] -> [B, 1, …], to multiply x [B, *]."""
+    return values.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+
+def call(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Any:
+    """net(x, time), with a condition as third argument (a tensor) or as keywords (a dict of tensors)."""
+    if cond is None:
+        return net(x, time)
+    return net(x, time, **cond) if isinstance(cond, dict) else net(x, time, cond)
+
+
+def single_tensor(output: Any) -> Tensor:
+    """The one tensor of a network's answer: itself, its `.sample`, or the first entry of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    inner = getattr(output, "sample", None)
+    if inner is None and isinstance(output, tuple) and output:
+        inner = output[0]
+    if not isinstance(inner, Tensor):
+        raise ModelOutputTypeError(
+            f"the model must return one tensor (or a tuple whose first entry is, or an object with .sample), "
+            f"got {type(output).__name__}"
+        )
+    return inner
+
+
+def check_output(output: Tensor, x: Tensor, variance: str | None) -> tuple[Tensor, Tensor | None]:
+    """The prediction [B, *], and the variance's half of the channels if there is one; nothing is broadcast."""
+    if output.device != x.device:
+        raise ModelOutputError(f"the model returned a tensor on {output.device}, its input is on {x.device}")
+    if not output.is_floating_point():
+        raise ModelOutputTypeError(f"the model must return floating numbers, got {output.dtype}")
+    if output.shape == x.shape and variance is None:
+        return output, None
+    channels = x.shape[1]
+    if output.shape == (len(x), 2 * channels, *x.shape[2:]):
+        if variance is None:
+            raise ModelOutputError(
+                f"the model returned {2 * channels} channels for {channels}: if half of them are a learned variance, "
+                "say ScoreModel(variance='learned_range') or samplers.Ancestral(variance='learned_range')"
+            )
+        return output[:, :channels], output[:, channels:]
+    wanted = x.shape if variance is None else (len(x), 2 * channels, *x.shape[2:])
+    raise ModelOutputError(f"the model returned {tuple(output.shape)}, expected {tuple(wanted)}")
+
+
+def check_same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Refuse a tensor that lives elsewhere."""
+    if tensor.device != device:
+        raise DeviceError(f"{name} is on {tensor.device}, the run on {device}: move it with .to({str(device)!r})")

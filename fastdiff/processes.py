@@ -1,0 +1,414 @@
+"""Forward processes dx = f(t) x dt + g(t) dw, each known by its perturbation kernel x_t = α(t) x_0 + σ(t) ε.
+
+A process takes its functions from its argument's own library, so that one formula serves floats, numpy arrays and
+device tensors. `time` is the inverse of the noise ratio σ/α, which is what different clocks on one path share.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import schedules
+from .errors import ConfigError, choose
+
+# float32 must hold the square of every level
+_LARGEST = math.sqrt(float(np.finfo(np.float32).max))
+
+
+class Process:
+    """dx = f(t) x dt + g(t) dw on 0 ≤ t ≤ T: α(t), σ(t), f(t) = `drift`, g(t) = `diffusion`, prior N(0, prior_std²)."""
+
+    name: ClassVar[str]
+    T: float
+    t_min: ClassVar[float]
+    discrete: ClassVar[bool] = False
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the start x_T ~ N(0, prior_std²)."""
+        return 1.0
+
+    def alpha(self, t: Any) -> Any:
+        raise AttributeError(f"{type(self).__name__} does not define alpha(t)")
+
+    def sigma(self, t: Any) -> Any:
+        raise AttributeError(f"{type(self).__name__} does not define sigma(t)")
+
+    def drift(self, t: Any) -> Any:
+        """f(t) = d log α/dt."""
+        raise AttributeError(f"{type(self).__name__} does not define drift(t)")
+
+    def diffusion(self, t: Any) -> Any:
+        """g(t), g² = dσ²/dt − 2 f σ²."""
+        raise AttributeError(f"{type(self).__name__} does not define diffusion(t)")
+
+    def time(self, ratio: Any) -> Any:
+        """The t at which σ(t)/α(t) equals `ratio`."""
+        raise AttributeError(f"{type(self).__name__} does not define time(ratio)")
+
+    def config(self) -> dict[str, Any]:
+        """What `from_config` needs to build this process again."""
+        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class VE(Process):
+    """Variance exploding (Song et al. 2021, eq. 30): α = 1, σ(t) = σ_min (σ_max/σ_min)^t, data usually in [0, 1]."""
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    name: ClassVar[str] = "ve"
+    T: ClassVar[float] = 1.0
+    t_min: ClassVar[float] = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_sigmas(self.sigma_min, self.sigma_max)
+
+    @property
+    def prior_std(self) -> float:
+        return self.sigma_max
+
+    def alpha(self, t: Any) -> Any:
+        return 0.0 * t + 1.0
+
+    def sigma(self, t: Any) -> Any:
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
+
+    def drift(self, t: Any) -> Any:
+        return 0.0 * t
+
+    def diffusion(self, t: Any) -> Any:
+        return self.sigma(t) * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
+
+    def time(self, ratio: Any) -> Any:
+        return lib(ratio).log(ratio / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+
+
+@dataclass(frozen=True)
+class VP(Process):
+    """Variance preserving (Song et al. 2021, eq. 32–33): β(t) = β_min + t (β_max − β_min), α² + σ² = 1.
+
+    With B(t) = ∫β = ½t²(β_max − β_min) + tβ_min:  α = e^{−B/2},  σ² = 1 − e^{−B},  f = −β/2,  g² = β.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    name: ClassVar[str] = "vp"
+    T: ClassVar[float] = 1.0
+    t_min: ClassVar[float] = 1e-3
+
+    def __post_init__(self) -> None:
+        for argument in ("beta_min", "beta_max"):
+            _check_number(argument, getattr(self, argument))
+        if not 0 <= self.beta_min <= self.beta_max or self.beta_max <= 0:
+            raise ConfigError(
+                f"beta_min and beta_max must satisfy 0 <= beta_min <= beta_max, beta_max > 0, "
+                f"got {self.beta_min} and {self.beta_max}"
+            )
+
+    def beta(self, t: Any) -> Any:
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def integral(self, t: Any) -> Any:
+        """B(t) = ∫₀ᵗ β."""
+        return t * (self.beta_min + 0.5 * t * (self.beta_max - self.beta_min))
+
+    def alpha(self, t: Any) -> Any:
+        return lib(t).exp(-0.5 * self.integral(t))
+
+    def sigma(self, t: Any) -> Any:
+        return lib(t).sqrt(0.0 - lib(t).expm1(-self.integral(t)))
+
+    def drift(self, t: Any) -> Any:
+        return -0.5 * self.beta(t)
+
+    def diffusion(self, t: Any) -> Any:
+        return lib(t).sqrt(self.beta(t))
+
+    def time(self, ratio: Any) -> Any:
+        return self._time_of_integral(lib(ratio).log1p(ratio * ratio))
+
+    def _time_of_integral(self, integral: Any) -> Any:
+        # the root of ½t²Δ + tβ_min = B, in the form that keeps its digits at small B
+        slope = self.beta_max - self.beta_min
+        root = self.beta_min + lib(integral).sqrt(self.beta_min**2 + 2 * slope * integral)
+        return 2 * integral / (root + (root == 0))
+
+
+@dataclass(frozen=True)
+class SubVP(VP):
+    """Sub-variance preserving (Song et al. 2021, eq. 34): VP's α, σ = 1 − e^{−B} (no root), g² = β (1 − e^{−2B})."""
+
+    name: ClassVar[str] = "subvp"
+
+    def sigma(self, t: Any) -> Any:
+        return 0.0 - lib(t).expm1(-self.integral(t))
+
+    def diffusion(self, t: Any) -> Any:
+        return lib(t).sqrt(-self.beta(t) * lib(t).expm1(-2 * self.integral(t)))
+
+    def time(self, ratio: Any) -> Any:
+        # (1 − α²)/α = r has the root α = √(1 + r²/4) − r/2, so B/2 = −log α = asinh(r/2)
+        return self._time_of_integral(2 * lib(ratio).arcsinh(ratio / 2))
+
+
+@dataclass(frozen=True)
+class OU(Process):
+    """Ornstein–Uhlenbeck dx = −rate·x dt + noise·dw: α = e^{−rate·t}, σ² = noise² (1 − e^{−2 rate t})/(2 rate).
+
+    The defaults have the stationary law N(0, 1). `rate` may be 0 (Brownian motion) or negative.
+    """
+
+    rate: float = 1.0
+    noise: float = math.sqrt(2)
+    T: float = 5.0
+    name: ClassVar[str] = "ou"
+    t_min: ClassVar[float] = 1e-3
+
+    def __post_init__(self) -> None:
+        for argument in ("rate", "noise", "T"):
+            _check_number(argument, getattr(self, argument))
+        if self.noise <= 0 or self.T <= 0:
+            raise ConfigError(f"noise and T must be > 0, got {self.noise} and {self.T}")
+
+    @property
+    def prior_std(self) -> float:
+        return float(self.sigma(self.T))
+
+    def alpha(self, t: Any) -> Any:
+        return lib(t).exp(-self.rate * t)
+
+    def sigma(self, t: Any) -> Any:
+        if self.rate == 0:
+            return self.noise * lib(t).sqrt(t)
+        return self.noise * lib(t).sqrt(-lib(t).expm1(-2 * self.rate * t) / (2 * self.rate))
+
+    def drift(self, t: Any) -> Any:
+        return 0.0 * t - self.rate
+
+    def diffusion(self, t: Any) -> Any:
+        return 0.0 * t + self.noise
+
+    def time(self, ratio: Any) -> Any:
+        square = (ratio / self.noise) ** 2
+        return square if self.rate == 0 else lib(ratio).log1p(2 * self.rate * square) / (2 * self.rate)
+
+
+@dataclass(frozen=True)
+class EDM(Process):
+    """Karras et al. 2022: α = 1 and the time is the noise level itself, σ(t) = t; `sigma_data` scales the network."""
+
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    name: ClassVar[str] = "edm"
+
+    def __post_init__(self) -> None:
+        _check_sigmas(self.sigma_min, self.sigma_max)
+        _check_number("sigma_data", self.sigma_data)
+        if self.sigma_data <= 0:
+            raise ConfigError(f"sigma_data must be > 0, got {self.sigma_data}")
+
+    @property
+    def T(self) -> float:  # type: ignore[override]
+        return self.sigma_max
+
+    @property
+    def t_min(self) -> float:  # type: ignore[override]
+        return self.sigma_min
+
+    @property
+    def prior_std(self) -> float:
+        return self.sigma_max
+
+    def alpha(self, t: Any) -> Any:
+        return 0.0 * t + 1.0
+
+    def sigma(self, t: Any) -> Any:
+        return 1.0 * t
+
+    def drift(self, t: Any) -> Any:
+        return 0.0 * t
+
+    def diffusion(self, t: Any) -> Any:
+        return lib(t).sqrt(2.0 * t)
+
+    def time(self, ratio: Any) -> Any:
+        return 1.0 * ratio
+
+
+@dataclass(frozen=True)
+class DDPM(Process):
+    """The chain x_i = √(1 − β_i) x_{i−1} + √β_i z (Ho et al. 2020), time t = 0 … T as in the paper, t = 0 the data.
+
+    `betas`: the name of a schedule, or a sequence of T numbers in (0, 1). Between whole times log ᾱ is linear, which is
+    the VP process of piecewise constant rate −log(1 − β_i). The network's `index` is t − 1.
+    """
+
+    betas: str | Sequence[float] = "linear"
+    T: int = 1000  # type: ignore[assignment]
+    name: ClassVar[str] = "ddpm"
+    t_min: ClassVar[float] = 0.0
+    discrete: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.betas, str):
+            object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+            if self.T not in (1000, len(self.betas)):
+                raise ConfigError(f"T must be the number of betas, {len(self.betas)}, got {self.T}: leave it out")
+            object.__setattr__(self, "T", len(self.betas))
+        _check_count("T", self.T)
+        values = self.beta_table
+        bad = np.flatnonzero(~((values > 0) & (values < 1)))
+        if len(bad):
+            raise ConfigError(f"betas must lie in (0, 1), got betas[{bad[0]}] = {values[bad[0]]:g}: use a larger T")
+
+    @cached_property
+    def beta_table(self) -> NDArray[np.float64]:
+        """β_1 … β_T."""
+        return schedules.betas(self.betas, self.T) if isinstance(self.betas, str) else np.array(self.betas)
+
+    @cached_property
+    def _log_alpha(self) -> NDArray[np.float64]:
+        """log α at t = 0 … T."""
+        return np.concatenate(([0.0], 0.5 * np.cumsum(np.log1p(-self.beta_table))))
+
+    def alpha(self, t: Any) -> Any:
+        return lib(t).exp(_interpolate(t, self._log_alpha, 0))
+
+    def sigma(self, t: Any) -> Any:
+        return lib(t).sqrt(0.0 - lib(t).expm1(2 * _interpolate(t, self._log_alpha, 0)))
+
+    def drift(self, t: Any) -> Any:
+        return _slope(t, self._log_alpha, 0)
+
+    def diffusion(self, t: Any) -> Any:
+        return lib(t).sqrt(-2 * self.drift(t))
+
+    def time(self, ratio: Any) -> Any:
+        # past the last level the last rate goes on, so that the caller sees by how much a level overshoots
+        target, table = -0.5 * np.log1p(np.square(ratio)), self._log_alpha
+        beyond = np.maximum(table[-1] - target, 0.0) / (table[-2] - table[-1])
+        return np.interp(-target, -table, np.arange(len(table))) + beyond
+
+
+@dataclass(frozen=True)
+class NCSN(Process):
+    """The ladder σ_1 > … > σ_L of Song & Ermon (2019, 2020): α = 1, time t = L (σ_1) down to t = 1 (σ_L).
+
+    Between whole times log σ is linear. The network's `index` is L − t: 0 is the largest level, as in NCSN's own code.
+    """
+
+    sigmas: Sequence[float] = tuple(schedules.geometric(1.0, 0.01, 10))
+    name: ClassVar[str] = "ncsn"
+    t_min: ClassVar[float] = 1.0
+    discrete: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))
+        values = np.array(self.sigmas)
+        if len(values) < 2:
+            raise ConfigError(f"sigmas must hold at least two levels, got {len(values)}")
+        bad = np.flatnonzero(~((values > 0) & (values < _LARGEST)))
+        if len(bad):
+            raise ConfigError(f"sigmas must lie in (0, {_LARGEST:.3g}), got sigmas[{bad[0]}] = {values[bad[0]]:g}")
+        rise = np.flatnonzero(np.diff(values) >= 0)
+        if len(rise):
+            raise ConfigError(f"sigmas must be strictly decreasing, got sigmas[{rise[0] + 1}] >= sigmas[{rise[0]}]")
+
+    @property
+    def T(self) -> int:  # type: ignore[override]
+        return len(self.sigmas)
+
+    @property
+    def prior_std(self) -> float:
+        return self.sigmas[0]
+
+    @cached_property
+    def _log_sigma(self) -> NDArray[np.float64]:
+        """log σ at t = 1 … L."""
+        return np.log(self.sigmas)[::-1].copy()
+
+    def alpha(self, t: Any) -> Any:
+        return 0.0 * t + 1.0
+
+    def sigma(self, t: Any) -> Any:
+        return lib(t).exp(_interpolate(t, self._log_sigma, 1))
+
+    def drift(self, t: Any) -> Any:
+        return 0.0 * t
+
+    def diffusion(self, t: Any) -> Any:
+        return self.sigma(t) * lib(t).sqrt(2 * _slope(t, self._log_sigma, 1))
+
+    def time(self, ratio: Any) -> Any:
+        return np.interp(np.log(ratio), self._log_sigma, np.arange(1, len(self._log_sigma) + 1.0))
+
+
+PROCESSES: dict[str, type[Process]] = {c.name: c for c in (VE, VP, SubVP, DDPM, NCSN, EDM, OU)}
+
+
+def get(sde: object) -> Process:
+    """A process from its name (with its defaults) or itself."""
+    if isinstance(sde, Process):
+        return sde
+    return PROCESSES[choose("sde", sde, PROCESSES)]()
+
+
+def from_config(config: dict[str, Any]) -> Process:
+    """The process that `Process.config` described."""
+    options = dict(config)
+    return PROCESSES[choose("sde", options.pop("name", None), PROCESSES)](**options)
+
+
+def lib(t: Any) -> Any:
+    """numpy, or torch if `t` is a tensor (which this wing never imports: whoever made the tensor has)."""
+    return sys.modules["torch"] if hasattr(t, "detach") else np
+
+
+def _interpolate(t: Any, table: NDArray[np.float64], first: int) -> Any:
+    """Piecewise linear through table[k] at t = first + k, in t's own library."""
+    if lib(t) is np:
+        return np.interp(t, np.arange(first, first + len(table)), table)
+    torch = lib(t)
+    values = torch.as_tensor(table, dtype=t.dtype, device=t.device)
+    k = (t - first).floor().long().clamp(0, len(table) - 2)
+    return values[k] + (t - first - k) * (values[k + 1] - values[k])
+
+
+def _slope(t: Any, table: NDArray[np.float64], first: int) -> Any:
+    """The slope of that line on the interval that ends at or contains t."""
+    if lib(t) is np:
+        return np.diff(table)[np.clip(np.ceil(np.asarray(t) - first).astype(int) - 1, 0, len(table) - 2)]
+    torch = lib(t)
+    k = ((t - first).ceil().long() - 1).clamp(0, len(table) - 2)
+    return torch.as_tensor(np.diff(table), dtype=t.dtype, device=t.device)[k]
+
+
+def _check_number(argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+        raise ConfigError(f"{argument} must be a finite number, got {value!r}")
+
+
+def _check_count(argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ConfigError(f"{argument} must be an integer >= 1, got {value!r}")
+
+
+def _check_sigmas(sigma_min: object, sigma_max: object) -> None:
+    for argument, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
+        _check_number(argument, value)
+    if not 0 < sigma_min < sigma_max < math.inf:  # type: ignore[operator]
+        raise ConfigError(
+            f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got {sigma_min} and {sigma_max}"
+        )
+    if sigma_max > _LARGEST:  # type: ignore[operator]
+        raise ConfigError(f"sigma_max must be at most {_LARGEST:.3g}, so that float32 holds its square, got {sigma_max}")

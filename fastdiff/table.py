@@ -1,0 +1,207 @@
+"""The step table, which every fixed-step sampler becomes: a list of affine rows. numpy only; knows no SDE, no tensor.
+
+    row:  [opens]  base ← x
+          [calls]  h_0 = P(p·x + q·model(in_scale·x, time))            P = identity | clamp to `clip`
+                   x ← a·x + e·base + Σ_j b_j·h_j + c·z                z ~ N(0, 1), the draw that the row names
+          [pushes] the history takes h_0
+
+h_1, h_2 … are the predictions pushed before, newest first. A row that calls no model has no h_0: its b starts at h_1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ConfigError
+
+MAX_HISTORY = 4
+
+
+class Level(NamedTuple):
+    """Where a state stands: its process time and x_t = alpha·x0 + sigma·ε."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A Langevin step measured from the data (Song et al. 2021, Alg. 4–5): x + δ h_0 + √(2δ) z.
+
+    δ = gain·(‖z‖/‖h_0‖)², at most `cap`, 0 where h_0 = 0; norms of each sample, or their batch means.
+    """
+
+    norm: str
+    gain: float
+    cap: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a table. Coefficients are float64; see the module's docstring for what they multiply."""
+
+    level: Level
+    label: str
+    a: float
+    b: tuple[float, ...] = ()
+    e: float = 0.0
+    c: float = 0.0
+    calls: bool = False
+    opens: bool = False
+    pushes: bool = False
+    clips: bool = False
+    time: float = math.nan
+    in_scale: float = 1.0
+    p: float = 0.0
+    q: float = 1.0
+    measure: Measure | None = None
+    log_variance: tuple[float, float] | None = None  # bounds that the network's second half interpolates; replaces c
+
+    @property
+    def draws(self) -> bool:
+        """Whether the row uses noise."""
+        return self.c != 0 or self.measure is not None or self.log_variance is not None
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """A whole run: rows, the level it ends on, the standard deviation it starts from. Validates itself."""
+
+    title: str
+    rows: tuple[Row, ...]
+    end: Level
+    prior_std: float
+    clip: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ConfigError("a table needs at least one row")
+        pushed, opened = 0, False
+        for k, row in enumerate(self.rows):
+            numbers = (row.a, row.e, row.c, *row.b, *((row.time, row.in_scale, row.p, row.q) if row.calls else ()))
+            if not all(map(math.isfinite, numbers)):
+                raise ConfigError(f"row {k} ({row.label}, t = {row.level.t:g}) has a coefficient that is not finite")
+            opened |= row.opens
+            if row.e != 0 and not opened:
+                raise ConfigError(f"row {k} ({row.label}) reads a base state that no row has opened")
+            if len(row.b) > pushed + row.calls:
+                raise ConfigError(f"row {k} ({row.label}) reads {len(row.b)} predictions, {pushed + row.calls} exist")
+            if row.measure is not None and not (row.calls and len(row.b) == 1):
+                raise ConfigError(f"row {k} ({row.label}) measures a step but does not call the model alone")
+            if (row.pushes or row.clips or row.log_variance is not None) and not row.calls:
+                raise ConfigError(f"row {k} ({row.label}) needs a prediction but does not call the model")
+            if row.clips and self.clip is None:
+                raise ConfigError(f"row {k} ({row.label}) clips, and the table has no range")
+            pushed += row.pushes
+        if self.history > MAX_HISTORY:
+            raise ConfigError(f"the table reads {self.history} predictions, at most {MAX_HISTORY} are kept")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def calls(self) -> int:
+        """Network evaluations of one run."""
+        return sum(row.calls for row in self.rows)
+
+    @cached_property
+    def history(self) -> int:
+        """The most predictions that a row reads."""
+        return max(len(row.b) for row in self.rows)
+
+    @cached_property
+    def couples_batch(self) -> bool:
+        """Whether some row's step depends on the whole batch."""
+        return any(row.measure is not None and row.measure.norm == "batch" for row in self.rows)
+
+    @cached_property
+    def learned_variance(self) -> bool:
+        """Whether some row takes its variance from the network."""
+        return any(row.log_variance is not None for row in self.rows)
+
+    @cached_property
+    def columns(self) -> dict[str, NDArray[np.float64]]:
+        """The numbers by column, float64 [rows] (b: [rows, history])."""
+        b = np.zeros((len(self.rows), max(self.history, 1)))
+        for k, row in enumerate(self.rows):
+            b[k, : len(row.b)] = row.b
+        names = ("time", "in_scale", "p", "q", "a", "e", "c")
+        return {**{n: np.array([getattr(row, n) for row in self.rows]) for n in names}, "b": b}
+
+    def explain(self, limit: int | None = 24) -> str:
+        """The table as text; beyond `limit` rows (None: no limit) the middle is left out."""
+        head = ["row", "label", "t", "sigma", "network time", "h0", "x <-"]
+        lines = [[str(k), *_describe(row)] for k, row in enumerate(self.rows)]
+        if limit is not None and len(lines) > limit:
+            top = max(limit - limit // 3, 1)
+            lines[top : len(lines) - limit // 3] = [["…", f"{len(lines) - limit} rows", "", "", "", "", ""]]
+        widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+        text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [head, *lines]]
+        drawn = sum(row.draws for row in self.rows)
+        facts = [f"{len(self.rows)} rows", f"{self.calls} network calls", f"{drawn} draws"]
+        if self.clip is not None:
+            facts.append(f"x0 clipped to [{self.clip[0]:g}, {self.clip[1]:g}]")
+        end = f"starts from N(0, {self.prior_std:g}²), ends at t = {self.end.t:g}, sigma = {self.end.sigma:.4g}"
+        return "\n".join([self.title, ", ".join(facts), end, "", *text])
+
+    def plot(self, path: str | None = None) -> Any:
+        """A figure of the noise level and the coefficients by row (matplotlib); saved to `path` if given."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ConfigError("plot() needs matplotlib, which is missing: pip install 'fastdiff[demo]'") from error
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True)
+        columns, k = self.columns, np.arange(len(self.rows))
+        top.semilogy(k, [row.level.alpha for row in self.rows], label="alpha")
+        top.semilogy(k, [row.level.sigma for row in self.rows], label="sigma")
+        bottom.plot(k, columns["a"] + columns["e"], label="a + e  (state)")
+        bottom.plot(k, columns["b"].sum(1), label="Σ b  (predictions)")
+        bottom.plot(k, columns["c"], label="c  (noise)")
+        bottom.set_yscale("symlog", linthresh=1e-3)
+        bottom.set_xlabel("row")
+        top.set_title(self.title, fontsize=9)
+        for axes in (top, bottom):
+            axes.legend(fontsize=8)
+            axes.grid(alpha=0.3)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
+
+
+def _describe(row: Row) -> list[str]:
+    """One row's cells, after its number."""
+    h0 = ""
+    if row.calls:
+        scale = "x" if row.in_scale == 1 else f"{row.in_scale:.4g}·x"
+        h0 = _sum([(row.p, "x"), (row.q, f"net({scale})")])
+        h0 = f"clip({h0})" if row.clips else h0
+    start = 0 if row.calls else 1
+    terms = [(row.a, "x"), (row.e, "base")] + [(b, f"h{j + start}") for j, b in enumerate(row.b)] + [(row.c, "z")]
+    update = _sum(terms)
+    if row.measure is not None:
+        update = f"{_sum(terms[:2])} + δ·h0 + √(2δ)·z, δ = {row.measure.gain:.4g}·(|z|/|h0|)² per {row.measure.norm}"
+    if row.log_variance is not None:
+        low, high = (math.exp(v / 2) for v in row.log_variance)
+        update += f" + [{low:.4g} … {high:.4g}]·z"
+    marks = ("; base <- x" if row.opens else "") + ("; push" if row.pushes else "")
+    time = f"{row.time:.6g}" if row.calls else ""
+    return [row.label, f"{row.level.t:.6g}", f"{row.level.sigma:.5g}", time, h0, update + marks]
+
+
+def _sum(terms: list[tuple[float, str]]) -> str:
+    """`2·x − 0.5·h0`: the terms that are not zero."""
+    text = ""
+    for value, name in terms:
+        if value != 0:
+            sign = (" − " if value < 0 else " + ") if text else ("−" if value < 0 else "")
+            size = "" if abs(value) == 1 else f"{abs(value):.5g}·"
+            text += f"{sign}{size}{name}"
+    return text or "0"
