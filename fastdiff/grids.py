@@ -200,7 +200,9 @@ def _steps(process: Process, levels: list[Level]) -> tuple[Step, ...]:
     var = (sigma[:-1] - ratio * sigma[1:]) * (sigma[:-1] + ratio * sigma[1:])
     bad = np.flatnonzero(var <= 0)
     if len(bad):
-        raise ConfigError(f"the noise must fall along the grid, and does not at t = {t[bad[0]]:g} (sigma {sigma[bad[0]]:g})")
+        raise ConfigError(
+            f"the noise must fall along the grid, and does not at t = {t[bad[0]]:g} (sigma {sigma[bad[0]]:g})"
+        )
     posterior = var * (sigma[1:] / sigma[:-1]) ** 2
     columns = (np.diff(t), ratio, var, posterior, process.drift(t[:-1]), process.diffusion(t[:-1]))
     numbers = np.stack(np.broadcast_arrays(*columns), 1).tolist()

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from . import predictions, processes
-from .errors import ConfigError, DeviceError, ModelOutputError, ModelOutputTypeError, choose
-from .ops import check_shape
+from . import checks, inputs, predictions, processes
+from .errors import ConfigError, ModelOutputError, ModelOutputTypeError, choose
 from .plan import default_time_input
 
 Condition = Tensor | dict[str, Tensor] | None
@@ -45,11 +43,8 @@ class ScoreModel(nn.Module):
         self.prediction = prediction
         self.time_input = default_time_input(prediction) if time_input is None else time_input
         predictions.check(self.prediction, self.time_input, self.process)
-        self.data_shape = check_shape(tuple(data_shape))
-        low, high = (float(v) for v in data_range)
-        if not low < high:
-            raise ConfigError(f"data_range must be (lo, hi) with lo < hi, got {data_range}")
-        self.data_range = (low, high)
+        self.data_shape = inputs.shape_of(tuple(data_shape))
+        self.data_range = checks.pair("data_range", data_range)
         self.variance = None if variance is None else choose("variance", variance, ("learned_range",))
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
@@ -120,9 +115,3 @@ def check_output(output: Tensor, x: Tensor, variance: str | None) -> tuple[Tenso
         return output[:, :channels], output[:, channels:]
     wanted = x.shape if variance is None else (len(x), 2 * channels, *x.shape[2:])
     raise ModelOutputError(f"the model returned {tuple(output.shape)}, expected {tuple(wanted)}")
-
-
-def check_same_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """Refuse a tensor that lives elsewhere."""
-    if tensor.device != device:
-        raise DeviceError(f"{name} is on {tensor.device}, the run on {device}: move it with .to({str(device)!r})")

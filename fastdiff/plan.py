@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import grids, predictions, processes, samplers
+from . import checks, grids, predictions, processes, samplers
 from .errors import ConfigError
 from .processes import Process
 from .solvers.draft import X0, Draft, Drafts, Meaning
@@ -44,12 +43,12 @@ def plan(
     chosen = samplers.get(sampler, process)
     return _plan(
         process,
-        None if steps is None else check_steps(steps),
+        None if steps is None else checks.integer("steps", steps, 1, MAX_STEPS),
         chosen,
         prediction,
         grid if grid is None or isinstance(grid, (str, grids.Sigmas)) else grids.decreasing("grid", grid),
-        _check_t_min(t_min),
-        check_clip(clip),
+        None if t_min is None else checks.number("t_min", t_min),
+        None if clip is None else checks.pair("clip", clip),
         bool(denoise),
         default_time_input(prediction) if time_input is None else time_input,
         process if clock is None else clock,
@@ -57,7 +56,7 @@ def plan(
 
 
 def default_time_input(prediction: str) -> str:
-    """"t", except that EDM's preconditioned network is told log(sigma)/4."""
+    """ "t", except that EDM's preconditioned network is told log(sigma)/4."""
     return "log_sigma/4" if prediction == "edm" else "t"
 
 
@@ -109,9 +108,7 @@ class _Kept(NamedTuple):
     base: int  # which opening of the base register held that x; 0: none did
 
 
-def _rows(
-    drafts: Drafts, prediction: str, time_input: str, clip: Clip, process: Process, clock: Process
-) -> list[Row]:
+def _rows(drafts: Drafts, prediction: str, time_input: str, clip: Clip, process: Process, clock: Process) -> list[Row]:
     """Turn the solver's meanings into the network's prediction, and fold what can be folded on the host.
 
     A prediction that only its own row reads is used as the network gives it (p = 0, q = 1) with the conversion in a
@@ -170,7 +167,9 @@ def _from_history(b: Any, history: list[_Kept], base: int, k: int) -> tuple[list
         u, v = _convert(kept.stored, kept.meaning, kept.level)
         if u != 0 and value != 0:
             if kept.base == 0 or kept.base != base:
-                raise ConfigError(f"clip is not defined for this sampler: row {k} reuses a prediction from another state")
+                raise ConfigError(
+                    f"clip is not defined for this sampler: row {k} reuses a prediction from another state"
+                )
             shift += value * u
         converted.append(value * v)
     return converted, shift
@@ -199,31 +198,3 @@ def _network_columns(
     scale = predictions.input_scale(prediction, clock, alpha, sigma)
     columns = np.stack(np.broadcast_arrays(told, scale, r, w), 1).tolist()
     return [(time, in_scale, (r, w)) for time, in_scale, r, w in columns]
-
-
-def check_steps(steps: object) -> int:
-    """A whole number of steps from 1 to 10⁷."""
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= MAX_STEPS:
-        raise ConfigError(f"steps must be an integer >= 1 and <= {MAX_STEPS}, got {steps!r}")
-    return int(steps)
-
-
-def check_clip(clip: Any) -> Clip:
-    """None or two finite numbers, the lower first."""
-    if clip is None:
-        return None
-    try:
-        low, high = (float(v) for v in clip)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"clip must be None or (lo, hi), got {clip!r}") from error
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ConfigError(f"clip must be finite with lo < hi, got ({low:g}, {high:g})")
-    return low, high
-
-
-def _check_t_min(t_min: object) -> float | None:
-    if t_min is None:
-        return None
-    if isinstance(t_min, bool) or not isinstance(t_min, (int, float, np.number)) or not math.isfinite(t_min):
-        raise ConfigError(f"t_min must be a finite number, got {t_min!r}")
-    return float(t_min)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from . import schedules
+from . import checks, schedules
 from .errors import ConfigError, choose
 
 # float32 must hold the square of every level
@@ -107,7 +107,7 @@ class VP(Process):
 
     def __post_init__(self) -> None:
         for argument in ("beta_min", "beta_max"):
-            _check_number(argument, getattr(self, argument))
+            checks.number(argument, getattr(self, argument))
         if not 0 <= self.beta_min <= self.beta_max or self.beta_max <= 0:
             raise ConfigError(
                 f"beta_min and beta_max must satisfy 0 <= beta_min <= beta_max, beta_max > 0, "
@@ -174,10 +174,9 @@ class OU(Process):
     t_min: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
-        for argument in ("rate", "noise", "T"):
-            _check_number(argument, getattr(self, argument))
-        if self.noise <= 0 or self.T <= 0:
-            raise ConfigError(f"noise and T must be > 0, got {self.noise} and {self.T}")
+        checks.number("rate", self.rate)
+        checks.number("noise", self.noise, 0, above=True)
+        checks.number("T", self.T, 0, above=True)
 
     @property
     def prior_std(self) -> float:
@@ -213,9 +212,7 @@ class EDM(Process):
 
     def __post_init__(self) -> None:
         _check_sigmas(self.sigma_min, self.sigma_max)
-        _check_number("sigma_data", self.sigma_data)
-        if self.sigma_data <= 0:
-            raise ConfigError(f"sigma_data must be > 0, got {self.sigma_data}")
+        checks.number("sigma_data", self.sigma_data, 0, above=True)
 
     @property
     def T(self) -> float:  # type: ignore[override]
@@ -265,7 +262,7 @@ class DDPM(Process):
             if self.T not in (1000, len(self.betas)):
                 raise ConfigError(f"T must be the number of betas, {len(self.betas)}, got {self.T}: leave it out")
             object.__setattr__(self, "T", len(self.betas))
-        _check_count("T", self.T)
+        checks.integer("T", self.T, 1, 10**7)
         values = self.beta_table
         bad = np.flatnonzero(~((values > 0) & (values < 1)))
         if len(bad):
@@ -393,22 +390,14 @@ def _slope(t: Any, table: NDArray[np.float64], first: int) -> Any:
     return torch.as_tensor(np.diff(table), dtype=t.dtype, device=t.device)[k]
 
 
-def _check_number(argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
-        raise ConfigError(f"{argument} must be a finite number, got {value!r}")
-
-
-def _check_count(argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ConfigError(f"{argument} must be an integer >= 1, got {value!r}")
-
-
-def _check_sigmas(sigma_min: object, sigma_max: object) -> None:
-    for argument, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
-        _check_number(argument, value)
-    if not 0 < sigma_min < sigma_max < math.inf:  # type: ignore[operator]
+def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
+    checks.number("sigma_max", sigma_max)
+    checks.number("sigma_min", sigma_min)
+    if not 0 < sigma_min < sigma_max:
         raise ConfigError(
             f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got {sigma_min} and {sigma_max}"
         )
-    if sigma_max > _LARGEST:  # type: ignore[operator]
-        raise ConfigError(f"sigma_max must be at most {_LARGEST:.3g}, so that float32 holds its square, got {sigma_max}")
+    if sigma_max > _LARGEST:
+        raise ConfigError(
+            f"sigma_max must be at most {_LARGEST:.3g}, so that float32 holds its square, got {sigma_max}"
+        )

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from . import schedules, solvers
+from . import checks, schedules, solvers
 from .errors import ConfigError, choose
 from .grids import Grid, Step
 from .processes import Process
@@ -78,7 +78,7 @@ class DDIM(Sampler):
     name: ClassVar[str] = "ddim"
 
     def __post_init__(self) -> None:
-        _check_interval("eta", self.eta, 0, 1)
+        checks.number("eta", self.eta, 0, 1)
 
     def predict(self, process: Process, grid: Grid) -> Drafts:
         return solvers.ddim(grid.steps, self.eta)
@@ -93,7 +93,7 @@ class EulerMaruyama(Sampler):
     reference_grid: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_interval("lam", self.lam, 0, 1)
+        checks.number("lam", self.lam, 0, 1)
 
     def predict(self, process: Process, grid: Grid) -> Drafts:
         return solvers.euler_maruyama(grid.steps, self.lam)
@@ -108,7 +108,7 @@ class ReverseDiffusion(Sampler):
     reference_grid: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_interval("lam", self.lam, 0, 1)
+        checks.number("lam", self.lam, 0, 1)
 
     def predict(self, process: Process, grid: Grid) -> Drafts:
         return solvers.reverse_diffusion(grid.steps, self.lam)
@@ -136,12 +136,10 @@ class Heun(Sampler):
     name: ClassVar[str] = "heun"
 
     def __post_init__(self) -> None:
-        for argument in ("s_churn", "s_min", "s_max", "s_noise"):
-            value = getattr(self, argument)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0:
-                raise ConfigError(f"{argument} must be a number >= 0, got {value!r}")
-        if math.isinf(self.s_churn) or math.isinf(self.s_noise):
-            raise ConfigError(f"s_churn and s_noise must be finite, got {self.s_churn} and {self.s_noise}")
+        for argument in ("s_churn", "s_min", "s_noise"):
+            checks.number(argument, getattr(self, argument), 0)
+        if self.s_max != math.inf:
+            checks.number("s_max", self.s_max, 0)
 
     def default_grid(self, process: Process, steps: int) -> str:
         return super().default_grid(process, steps) if process.discrete else "karras"
@@ -164,9 +162,9 @@ class AnnealedLangevin(Sampler):
 
     def __post_init__(self) -> None:
         if self.step_size is not None:
-            _check_positive("step_size", self.step_size)
+            checks.number("step_size", self.step_size, 0, above=True)
         if self.steps_per_level is not None:
-            _check_count("steps_per_level", self.steps_per_level, 1)
+            checks.integer("steps_per_level", self.steps_per_level, 1, 10**7)
 
     def default_steps(self, process: Process) -> int:
         if process.name != "ncsn":
@@ -223,7 +221,7 @@ class ULA(Sampler):
 
     def __post_init__(self) -> None:
         if self.step_size is not None:
-            _check_positive("step_size", self.step_size)
+            checks.number("step_size", self.step_size, 0, above=True)
 
     def default_grid(self, process: Process, steps: int) -> str:
         return "uniform"
@@ -271,8 +269,8 @@ class PredictorCorrector(Sampler):
         choose("corrector", self.corrector, ("ald", "langevin", "none"))
         choose("norm", self.norm, ("batch", "sample"))
         choose("order", self.order, ("corrector_first", "predictor_first"))
-        _check_positive("snr", self.snr)
-        _check_count("corrector_steps", self.corrector_steps, 0)
+        checks.number("snr", self.snr, 0, above=True)
+        checks.integer("corrector_steps", self.corrector_steps, 0, 10**7)
         if self.predictor == "none" and (self.corrector == "none" or self.corrector_steps == 0):
             raise ConfigError("predictor and corrector must not both be 'none': nothing would run")
 
@@ -356,20 +354,3 @@ def get(sampler: object, process: Process) -> Sampler:
     if isinstance(sampler, Sampler):
         return sampler
     return SAMPLERS[choose("sampler", sampler, SAMPLERS)]()
-
-
-def _check_interval(argument: str, value: object, low: float, high: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and low <= value <= high):  # type: ignore[operator]
-        raise ConfigError(f"{argument} must be a number in [{low:g}, {high:g}], got {value!r}")
-
-
-def _check_positive(argument: str, value: object) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and 0 < value < math.inf):  # type: ignore[operator]
-        raise ConfigError(f"{argument} must be a finite number > 0, got {value!r}")
-
-
-def _check_count(argument: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{argument} must be an integer >= {low}, got {value!r}")

@@ -11,7 +11,7 @@ h_1, h_2 … are the predictions pushed before, newest first. A row that calls n
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -75,7 +75,7 @@ class StepTable:
     """A whole run: rows, the level it ends on, the standard deviation it starts from. Validates itself."""
 
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...] = field(repr=False)
     end: Level
     prior_std: float
     clip: tuple[float, float] | None = None

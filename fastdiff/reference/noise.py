@@ -51,9 +51,7 @@ _COS = tuple(map(float.fromhex, ("0x1.d99f54p-11", "-0x1.55c4eap-6", "0x1.03c1da
 def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], seed: int) -> list[Tensor]:
     """Philox4x32-10: the four 32-bit words of each counter, as int64 tensors (the counters broadcast)."""
     device = next((c.device for c in counter if isinstance(c, Tensor)), None)
-    c0, c1, c2, c3 = torch.broadcast_tensors(
-        *(torch.as_tensor(c, dtype=torch.int64, device=device) for c in counter)
-    )
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64, device=device) for c in counter))
     k0, k1 = seed & _WORD, seed >> 32
     for _ in range(10):
         # int64 products wrap, which leaves all 64 bits of the unsigned product in place
@@ -112,7 +110,9 @@ def uniform(
     """Uniform numbers in [0, 1), float32 [num_samples, *shape]: the upper 24 bits of word `j & 3` of quad `j >> 2`."""
     numel = math.prod(shape)
     r = torch.stack(
-        words(num_samples, -(-numel // 4), seed=seed, draw=draw, first_sample=first_sample, stream=stream, device=device),
+        words(
+            num_samples, -(-numel // 4), seed=seed, draw=draw, first_sample=first_sample, stream=stream, device=device
+        ),
         -1,
     )
     u = (r >> 8).to(torch.float32) * 2.0**-24

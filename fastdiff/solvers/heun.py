@@ -33,13 +33,11 @@ def euler_ode(grid: Grid) -> Drafts:
     return drafts
 
 
-def heun(
-    process: Process, grid: Grid, s_churn: float, s_min: float, s_max: float, s_noise: float
-) -> Drafts:
+def heun(process: Process, grid: Grid, s_churn: float, s_min: float, s_max: float, s_noise: float) -> Drafts:
     """Heun's second-order method, Karras et al. 2022, Alg. 1, and with churn Alg. 2 (σ̂ = σ/α, x̂ = x/α):
 
-        γ = min(S_churn/N, √2 − 1) if S_min ≤ σ̂ ≤ S_max,   σ̂' = σ̂ (1 + γ),   x̂ ← x̂ + S_noise √(σ̂'² − σ̂²) z
-        d = dx/dt there,   x ← x + Δ d,   d' at the next level,   x ← base + ½Δ (d + d')   (Euler where σ = 0)
+    γ = min(S_churn/N, √2 − 1) if S_min ≤ σ̂ ≤ S_max,   σ̂' = σ̂ (1 + γ),   x̂ ← x̂ + S_noise √(σ̂'² − σ̂²) z
+    d = dx/dt there,   x ← x + Δ d,   d' at the next level,   x ← base + ½Δ (d + d')   (Euler where σ = 0)
     """
     drafts: Drafts = []
     for step in grid.steps:
