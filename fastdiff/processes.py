@@ -66,7 +66,7 @@ class VE(Process):
     sigma_min: float = 0.01
     sigma_max: float = 50.0
     name: ClassVar[str] = "ve"
-    T: ClassVar[float] = 1.0
+    T = 1.0
     t_min: ClassVar[float] = 1e-5
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class VP(Process):
     beta_min: float = 0.1
     beta_max: float = 20.0
     name: ClassVar[str] = "vp"
-    T: ClassVar[float] = 1.0
+    T = 1.0
     t_min: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
@@ -251,7 +251,7 @@ class DDPM(Process):
     """
 
     betas: str | Sequence[float] = "linear"
-    T: int = 1000  # type: ignore[assignment]
+    T: int = 1000
     name: ClassVar[str] = "ddpm"
     t_min: ClassVar[float] = 0.0
     discrete: ClassVar[bool] = True

@@ -1,0 +1,158 @@
+"""Each process is one consistent set of formulas, the same for floats, arrays and tensors."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import fastdiff
+from fastdiff import processes
+from fastdiff.errors import ConfigError
+
+CONTINUOUS = [
+    fastdiff.VE(),
+    fastdiff.VP(),
+    fastdiff.VP(2.0, 2.0),
+    fastdiff.SubVP(),
+    fastdiff.EDM(),
+    fastdiff.OU(),
+    fastdiff.OU(rate=0.0, noise=1.0, T=1.0),
+    fastdiff.OU(rate=-0.5, noise=0.3, T=2.0),
+]
+DISCRETE = [fastdiff.DDPM(), fastdiff.DDPM("cosine", T=200), fastdiff.DDPM([0.1, 0.2, 0.4]), fastdiff.NCSN()]
+
+
+def inside(process):
+    return np.linspace(0.02 * process.T if process.t_min < 1 else 1.01, 0.98 * process.T, 23)
+
+
+@pytest.mark.parametrize("process", CONTINUOUS + DISCRETE, ids=repr)
+def test_drift_and_diffusion_are_the_derivatives_of_the_kernel(process):
+    t = inside(process)
+    if process.discrete:
+        t = np.floor(t) + 0.5  # off the corners
+        t = t[t < process.T]
+    h = 1e-5 * min(process.T, 1.0)
+    d_log_alpha = (np.log(process.alpha(t + h)) - np.log(process.alpha(t - h))) / (2 * h)
+    d_square = (process.sigma(t + h) ** 2 - process.sigma(t - h) ** 2) / (2 * h)
+    np.testing.assert_allclose(process.drift(t), d_log_alpha, rtol=2e-5, atol=1e-9)
+    np.testing.assert_allclose(
+        process.diffusion(t) ** 2, d_square - 2 * process.drift(t) * process.sigma(t) ** 2, rtol=2e-5, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("process", CONTINUOUS + DISCRETE, ids=repr)
+def test_time_inverts_the_noise_ratio(process):
+    t = np.append(inside(process), process.T)
+    np.testing.assert_allclose(process.time(process.sigma(t) / process.alpha(t)), t, rtol=1e-9)
+
+
+@pytest.mark.parametrize("process", CONTINUOUS + DISCRETE, ids=repr)
+def test_arrays_tensors_and_floats_agree(process):
+    t = inside(process)
+    for name in ("alpha", "sigma", "drift", "diffusion"):
+        array = getattr(process, name)(t)
+        tensor = getattr(process, name)(torch.from_numpy(t))
+        assert tensor.dtype == torch.float64
+        np.testing.assert_allclose(tensor.numpy(), array, rtol=1e-13)
+        assert float(getattr(process, name)(float(t[3]))) == pytest.approx(float(array[3]), rel=1e-14)
+
+
+@pytest.mark.parametrize("process", CONTINUOUS + DISCRETE, ids=repr)
+def test_signal_to_noise_falls_and_t_min_is_inside(process):
+    t = np.linspace(max(process.t_min, 1e-6 * process.T), process.T, 500)
+    assert (np.diff(process.sigma(t) / process.alpha(t)) > 0).all()
+    assert 0 <= process.t_min < process.T
+
+
+@pytest.mark.parametrize("process", CONTINUOUS + DISCRETE, ids=repr)
+def test_config_round_trip_and_pickle(process):
+    import json
+
+    config = json.loads(json.dumps(process.config()))
+    assert processes.from_config(config) == process
+    assert pickle.loads(pickle.dumps(process)) == process
+    assert hash(processes.from_config(config)) == hash(process)
+
+
+def test_formulas_of_song_et_al():
+    t = np.linspace(0.01, 1, 9)
+    ve, vp, sub = fastdiff.VE(), fastdiff.VP(), fastdiff.SubVP()
+    np.testing.assert_allclose(ve.sigma(t), 0.01 * 5000**t)
+    log_mean = -0.25 * t**2 * 19.9 - 0.5 * t * 0.1  # eq. 33 as the reference writes it
+    np.testing.assert_allclose(vp.alpha(t), np.exp(log_mean))
+    np.testing.assert_allclose(vp.sigma(t), np.sqrt(1 - np.exp(2 * log_mean)))
+    np.testing.assert_allclose(sub.sigma(t), 1 - np.exp(2 * log_mean))  # no square root
+    assert (ve.prior_std, vp.prior_std, sub.prior_std) == (50.0, 1.0, 1.0)
+    assert (ve.t_min, vp.t_min, sub.t_min) == (1e-5, 1e-3, 1e-3)
+
+
+def test_vp_keeps_its_digits_near_zero():
+    t = 1e-12
+    assert fastdiff.VP().sigma(t) == pytest.approx(math.sqrt(0.1 * t), rel=1e-9)
+    assert fastdiff.SubVP().sigma(t) == pytest.approx(0.1 * t, rel=1e-9)
+
+
+def test_ddpm_is_its_products():
+    betas = np.array([0.1, 0.2, 0.4])
+    process = fastdiff.DDPM(betas)
+    alpha_bar = np.cumprod(1 - betas)
+    t = np.arange(1.0, 4)
+    np.testing.assert_allclose(process.alpha(t) ** 2, alpha_bar)
+    np.testing.assert_allclose(process.sigma(t) ** 2, 1 - alpha_bar)
+    assert (float(process.alpha(0.0)), float(process.sigma(0.0)), process.T) == (1.0, 0.0, 3)
+
+
+def test_ou_is_its_closed_form():
+    process, t = fastdiff.OU(rate=0.7, noise=1.3, T=4.0), 1.7
+    assert process.alpha(t) == pytest.approx(math.exp(-0.7 * t))
+    assert process.sigma(t) ** 2 == pytest.approx(1.3**2 * (1 - math.exp(-2 * 0.7 * t)) / 1.4)
+
+
+def test_ncsn_stands_on_its_ladder():
+    process = fastdiff.NCSN([5.0, 1.0, 0.1])
+    np.testing.assert_allclose(process.sigma(np.array([1.0, 2.0, 3.0])), [0.1, 1.0, 5.0])
+    assert process.prior_std == 5.0
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: fastdiff.VE(1.0, 1.0), "sigma_min"),
+        (lambda: fastdiff.VE(50, 0.01), "sigma_min"),
+        (lambda: fastdiff.VE(0.0, 1.0), "sigma_min"),
+        (lambda: fastdiff.VE(-1.0, 1.0), "sigma_min"),
+        (lambda: fastdiff.VE(math.nan, 1.0), "sigma_min"),
+        (lambda: fastdiff.VE(0.1, math.inf), "sigma_max"),
+        (lambda: fastdiff.VE(0.1, 1e30), "float32"),
+        (lambda: fastdiff.VE(True, 2.0), "sigma_min"),
+        (lambda: fastdiff.VE("0.1", 2.0), "sigma_min"),
+        (lambda: fastdiff.VP(20, 0.1), "beta_min"),
+        (lambda: fastdiff.VP(-1, 2), "beta_min"),
+        (lambda: fastdiff.VP(0, 0), "beta_max"),
+        (lambda: fastdiff.DDPM([0.1, 1.0]), r"betas\[1\] = 1"),
+        (lambda: fastdiff.DDPM([0.1, 0.0]), r"betas\[1\] = 0"),
+        (lambda: fastdiff.DDPM([0.1], T=7), "T must be"),
+        (lambda: fastdiff.DDPM("linear", T=10), "larger T"),
+        (lambda: fastdiff.DDPM("linear", T=0), "T must be"),
+        (lambda: fastdiff.DDPM("linear", T=10.0), "T must be"),
+        (lambda: fastdiff.DDPM("linaer"), "did you mean 'linear'"),
+        (lambda: fastdiff.NCSN([1.0]), "two levels"),
+        (lambda: fastdiff.NCSN([1.0, 2.0]), "decreasing"),
+        (lambda: fastdiff.NCSN([1.0, 1.0]), "decreasing"),
+        (lambda: fastdiff.NCSN([1.0, 0.0]), r"sigmas\[1\]"),
+        (lambda: fastdiff.EDM(sigma_data=0), "sigma_data"),
+        (lambda: fastdiff.OU(noise=0), "noise"),
+        (lambda: fastdiff.OU(T=-1), "T must"),
+        (lambda: fastdiff.VP(beta_mn=1), "beta_mn"),
+        (lambda: processes.get("vpp"), "did you mean 'vp'"),
+        (lambda: processes.get(3), "sde must be one of"),
+    ],
+)
+def test_bad_processes_are_refused(make, match):
+    with pytest.raises((ConfigError, TypeError), match=match):
+        make()
