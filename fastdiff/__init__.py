@@ -1,6 +1,6 @@
 """fastdiff: score-based diffusion models (DDPM, NCSN, SDE), every sampler one table of affine rows."""
 
-from . import errors, grids, samplers, schedules
+from . import errors, grids, mcmc, samplers, schedules
 from .model import ScoreModel
 from .ops import normal
 from .plan import plan
@@ -23,6 +23,7 @@ __all__ = [
     "SubVP",
     "errors",
     "grids",
+    "mcmc",
     "normal",
     "plan",
     "sample",

@@ -1,0 +1,144 @@
+"""Where the steps stand, and the transitions between them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fastdiff
+from fastdiff import grids
+from fastdiff.errors import ConfigError
+from fastdiff.processes import PROCESSES, get
+
+
+def times(spec, process, n, t_min=None):
+    return np.array([level.t for level in grids.build(spec, process, n, t_min).levels])
+
+
+def test_karras_grid_is_the_published_one():
+    published = [
+        80, 57.586, 40.7856, 28.3746, 19.3525, 12.9101, 8.4009, 5.3152, 3.2568, 1.9233, 1.0882, 0.5853, 0.2964, 0.1395,
+        0.0599, 0.0229, 0.0075, 0.002, 0,
+    ]  # fmt: skip
+    grid = grids.build("karras", fastdiff.EDM(), 18, None)
+    assert grid.in_sigma
+    np.testing.assert_allclose([level.sigma for level in grid.levels], published, atol=6e-5)
+
+
+def test_karras_on_vp_stands_on_the_noise_ratio():
+    grid = grids.build("karras", fastdiff.VP(), 5, None)
+    ratios = [level.sigma / level.alpha for level in grid.levels]
+    assert ratios[0] == pytest.approx(152.17, rel=1e-4)  # the VP range of Karras et al.'s code
+    assert ratios[-2] == pytest.approx(0.010486, rel=1e-4)
+    assert (grid.levels[-1].t, ratios[-1]) == (0.0, 0.0)
+
+
+def test_named_grids_run_from_T_to_t_min():
+    vp = fastdiff.VP()
+    np.testing.assert_allclose(times("uniform", vp, 4), np.linspace(1, 1e-3, 5))
+    np.testing.assert_allclose(np.diff(np.sqrt(times("quadratic", vp, 4))), (math.sqrt(1e-3) - 1) / 4)
+    log_ratio = np.log([level.sigma / level.alpha for level in grids.build("logsnr", vp, 4, None).levels])
+    assert np.ptp(np.diff(log_ratio)) < 1e-9
+    np.testing.assert_array_equal(times("trained", fastdiff.DDPM(), 4), [1000, 750, 500, 250, 0])
+    np.testing.assert_array_equal(times("trained", fastdiff.NCSN(), 9), np.arange(10, 0, -1))
+    assert times("uniform", vp, 3, t_min=0.0)[-1] == 0.0
+
+
+def test_explicit_grids():
+    vp = fastdiff.VP()
+    for values in ([1.0, 0.5, 0.0], np.array([1.0, 0.5, 0.0]), torch.tensor([1.0, 0.5, 0.0])):
+        np.testing.assert_array_equal(times(values, vp, None), [1.0, 0.5, 0.0])
+    grid = grids.build(grids.sigmas([3.0, 1.0, 0.0]), vp, None, None)
+    np.testing.assert_allclose([level.sigma / level.alpha for level in grid.levels], [3.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_steps_compose_to_the_kernel(name):
+    """x_t = ratio·x_s + √var·z for every step: chained from the end up they give α and σ of the start."""
+    process = get(name)
+    grid = grids.build("uniform", process, 6, None)
+    alpha, square = grid.levels[-1].alpha, grid.levels[-1].sigma ** 2
+    for step in reversed(grid.steps):
+        alpha, square = step.ratio * alpha, step.ratio**2 * square + step.var
+        assert alpha == pytest.approx(step.level.alpha, rel=1e-12)
+        assert square == pytest.approx(step.level.sigma**2, rel=1e-10)
+        # the posterior of x_s given x_t and x_0, by Gaussian conditioning
+        exact = step.next.sigma**2 - step.ratio**2 * step.next.sigma**4 / step.level.sigma**2
+        assert step.posterior == pytest.approx(exact, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "t_min"), [(1000, 1e-3), (1000, 1e-5), (2000, 1e-5), (37, 1e-3)])
+def test_reference_grid_truncates_its_ladder_as_the_reference_does(n, t_min):
+    t = torch.linspace(1, t_min, n)
+    index = (t * (n - 1) / 1).long()
+    sigmas = torch.exp(torch.linspace(math.log(0.01), math.log(50.0), n, dtype=torch.float64))
+    previous = torch.where(index == 0, torch.zeros(n, dtype=torch.float64), sigmas[index - 1])
+    steps = grids.build("score_sde", fastdiff.VE(), n, t_min).steps
+    ours = np.array([step.var for step in steps])
+    expected = (sigmas[index] ** 2 - previous**2).numpy()
+    assert np.mean(~np.isclose(ours, expected, rtol=1e-9)) <= 2 / n  # float32 linspace may land across a whole number
+    assert all(step.dt == -1 / n for step in steps)
+    betas = np.linspace(0.1 / n, 20 / n, n)
+    if n > 20:
+        steps = grids.build("score_sde", fastdiff.VP(), n, t_min).steps
+        assert np.mean(~np.isclose([step.var for step in steps], betas[index.numpy()], rtol=1e-9)) <= 2 / n
+
+
+def test_chains_on_a_path():
+    vp = fastdiff.VP()
+    chain = grids.chain_on(vp, "ddpm", 50)
+    t = np.arange(1, 51)
+    np.testing.assert_allclose(chain.alpha(t * 1.0), vp.alpha(t / 50), rtol=1e-12)
+    assert grids.on_path(chain, vp)
+    assert grids.on_path(fastdiff.DDPM(), vp)  # Ho et al.'s betas end 0.3 % beyond
+    assert not grids.on_path(fastdiff.DDPM("cosine"), vp)
+    assert not grids.on_path(fastdiff.DDPM(), fastdiff.SubVP())
+    assert not grids.on_path(fastdiff.DDPM(), fastdiff.VE())
+    ladder = grids.chain_on(fastdiff.VE(), "ncsn", 20)
+    assert (ladder.sigmas[0], ladder.sigmas[-1], ladder.T) == (50.0, 0.01, 20)
+    assert grids.on_path(ladder, fastdiff.VE())
+    assert not grids.on_path(fastdiff.NCSN([100.0, 1.0]), fastdiff.VE())
+    with pytest.raises(ConfigError, match="path"):
+        grids.chain_on(fastdiff.SubVP(), "ddpm", 10)
+
+
+@pytest.mark.parametrize(
+    ("spec", "process", "n", "t_min", "match"),
+    [
+        ("unifrom", "vp", 5, None, "did you mean 'uniform'"),
+        ("uniform", "vp", 5, 1.0, "t_min"),
+        ("uniform", "vp", 5, -0.1, "t_min"),
+        ("logsnr", "vp", 5, 0.0, "sigma > 0"),
+        ("karras", "vp", 5, 0.0, "sigma > 0"),
+        ("trained", "vp", 5, None, "discrete"),
+        ("trained", "ddpm", 1001, None, "steps must be <= 1000"),
+        ("uniform", "ncsn", 5, 0.5, "smallest level"),
+        ("score_sde", "ddpm", 5, None, "score_sde"),
+        ("score_sde", "vp", 20, None, "beta_max"),
+        ([1.0], "vp", None, None, "at least two"),
+        ([], "vp", None, None, "at least two"),
+        ([0.5, 1.0], "vp", None, None, "index 1"),
+        ([1.0, 0.5, 0.5], "vp", None, None, "index 2"),
+        ([1.0, math.nan], "vp", None, None, "finite"),
+        ([1.5, 0.5], "vp", None, None, r"\[0, 1\]"),
+        ([1.0, -0.1], "vp", None, None, r"\[0, 1\]"),
+        ([5.0, 0.5], "ncsn", None, None, r"\[1, 10\]"),
+        ([1.0, 0.5], "vp", 3, None, "contradicts"),
+        ([1.0, 0.5], "vp", None, 0.1, "contradicts"),
+        (3.0, "vp", None, None, "at least two"),
+        (["a", "b"], "vp", None, None, "decreasing numbers"),
+    ],
+)
+def test_bad_grids_are_refused(spec, process, n, t_min, match):
+    with pytest.raises(ConfigError, match=match):
+        grids.build(spec, get(process), n, t_min)
+
+
+def test_bad_sigmas_are_refused():
+    with pytest.raises(ConfigError, match=">= 0"):
+        grids.sigmas([1.0, -1.0])
+    with pytest.raises(ConfigError, match="beyond the chain"):
+        grids.build(grids.sigmas([1e6, 1.0, 0.0]), fastdiff.DDPM(), None, None)
