@@ -213,10 +213,10 @@ def _reference_steps(process: Process, n: int, t_min: float) -> tuple[Step, ...]
     """score_sde's discretisation: N times from T to t_min, each stepped with T/N and its truncated ladder index.
 
     sde_lib.py: VP β_i = linspace(β_min/N, β_max/N)[i], VE σ_i = geometric ladder[i], σ_{−1} = 0, sub-VP Euler; the
-    ancestral noise of VP is √β_i, of VE the posterior's. i = trunc(t (N − 1)/T), in float32 as there.
+    ancestral noise of VP is √β_i, of VE the posterior's. i = trunc(t (N − 1)/T).
     """
     t = np.linspace(process.T, t_min, n)
-    index = (t.astype(np.float32) * np.float32(n - 1) / np.float32(process.T)).astype(int)
+    index = (t * (n - 1) / process.T).astype(int)
     levels = _levels_of_times(process, t)
     dt = process.T / n
     drift, diffusion = process.drift(t), process.diffusion(t)

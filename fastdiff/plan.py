@@ -81,7 +81,10 @@ def _plan(
         grid_spec = sampler.default_grid(process, steps)
     if grid_spec == "score_sde" and not sampler.reference_grid:
         raise ConfigError(f"grid='score_sde' has no sampler {sampler.name!r}: use grid='uniform'")
-    grid = grids.build(grid_spec, process, sampler.intervals(process, steps), t_min)
+    # the reference's grid has as many points as steps; any other has one more, but for samplers that stand on levels
+    n = steps if grid_spec == "score_sde" else sampler.intervals(process, steps)
+    end_at = sampler.default_t_min(process) if t_min is None and not explicit else t_min
+    grid = grids.build(grid_spec, process, n, end_at)
     drafts, end = sampler.rows(process, grid, steps, denoise)
     title = f"{process!r:.120} | {sampler!r} | {steps} steps, prediction {prediction}"
     rows = _rows(drafts, prediction, time_input, clip, process, clock)

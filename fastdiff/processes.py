@@ -347,7 +347,11 @@ class NCSN(Process):
         return self.sigma(t) * lib(t).sqrt(2 * _slope(t, self._log_sigma, 1))
 
     def time(self, ratio: Any) -> Any:
-        return np.interp(np.log(ratio), self._log_sigma, np.arange(1, len(self._log_sigma) + 1.0))
+        # past the ladder's ends its last ratio goes on, as in DDPM
+        target, table = np.log(ratio), self._log_sigma
+        beyond = np.maximum(target - table[-1], 0.0) / (table[-1] - table[-2])
+        below = np.maximum(table[0] - target, 0.0) / (table[1] - table[0])
+        return np.interp(target, table, np.arange(1, len(table) + 1.0)) + beyond - below
 
 
 PROCESSES: dict[str, type[Process]] = {c.name: c for c in (VE, VP, SubVP, DDPM, NCSN, EDM, OU)}

@@ -22,11 +22,15 @@ class Sampler:
 
     def default_grid(self, process: Process, steps: int) -> str:
         """The grid where the caller names none: a chain's own times where they suffice."""
-        return "trained" if process.discrete and steps <= process.T - process.t_min else "uniform"
+        return "trained" if process.discrete and steps <= process.T - self.default_t_min(process) else "uniform"
 
     def default_steps(self, process: Process) -> int:
         """`steps` where neither the caller nor a grid says: 1000, or all of a discrete process."""
-        return int(process.T - process.t_min) if process.discrete else 1000
+        return int(process.T - self.default_t_min(process)) if process.discrete else 1000
+
+    def default_t_min(self, process: Process) -> float:
+        """Where the run ends if the caller does not say: the process's own end."""
+        return process.t_min
 
     def intervals(self, process: Process, steps: int) -> int:
         """Intervals of the grid; `steps` of them, unless levels and steps are different things."""
@@ -42,6 +46,11 @@ class Sampler:
     def predict(self, process: Process, grid: Grid) -> Drafts:
         """One list of rows for each step of the grid."""
         raise ConfigError(f"sampler {self.name!r} cannot serve as a predictor: use one of {', '.join(PREDICTORS)}")
+
+
+def _last_noisy(process: Process) -> float:
+    """The lowest time at which a network can be asked: a chain's first step where t_min is the data itself."""
+    return process.t_min if process.t_min > 0 else 1.0
 
 
 def drop_last_noise(drafts: Drafts) -> None:
@@ -166,6 +175,9 @@ class AnnealedLangevin(Sampler):
         if self.steps_per_level is not None:
             checks.integer("steps_per_level", self.steps_per_level, 1, 10**7)
 
+    def default_t_min(self, process: Process) -> float:
+        return _last_noisy(process)
+
     def default_steps(self, process: Process) -> int:
         if process.name != "ncsn":
             return 200 * (self.steps_per_level or 5)
@@ -226,6 +238,9 @@ class ULA(Sampler):
     def default_grid(self, process: Process, steps: int) -> str:
         return "uniform"
 
+    def default_t_min(self, process: Process) -> float:
+        return _last_noisy(process)
+
     def default_steps(self, process: Process) -> int:
         return 1000
 
@@ -285,6 +300,10 @@ class PredictorCorrector(Sampler):
         inner = self.predicting
         return super().default_grid(process, steps) if inner is None else inner.default_grid(process, steps)
 
+    def default_t_min(self, process: Process) -> float:
+        asks_at_the_end = self.predicting is None or (self.order == "predictor_first" and self.corrector != "none")
+        return _last_noisy(process) if asks_at_the_end else process.t_min
+
     def intervals(self, process: Process, steps: int) -> int:
         # the corrector alone stands on every level, the last one included
         return steps if self.predicting is not None else max(steps - 1, 1)
@@ -296,7 +315,7 @@ class PredictorCorrector(Sampler):
         inner = self.predicting
         if inner is None:
             visits: list[tuple[Level, Step]] = [(step.level, step) for step in grid.steps]
-            if steps > 1 and not grid.reference:
+            if len(visits) < steps:
                 visits.append((grid.steps[-1].next, grid.steps[-1]))
             return [self._corrections(level, step) for level, step in visits], visits[-1][0]
         predicted = inner.predict(process, grid)

@@ -1,0 +1,449 @@
+"""Solvers against the algorithms as their papers print them, row by row, and against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracles import Gaussian, Mixture, measured_order
+
+import fastdiff
+from fastdiff import predictions, samplers
+from fastdiff.errors import ConfigError
+from fastdiff.grids import sigmas
+from fastdiff.processes import PROCESSES, get
+from fastdiff.reference import papers
+from fastdiff.samplers import DDIM, ULA, Ancestral, AnnealedLangevin, EulerMaruyama, Heun, PredictorCorrector, ReverseDiffusion
+
+B, D = 5, 3
+
+
+def nonlinear(x, t):
+    """Some smooth network; t is a float for the papers, a [B] tensor for fastdiff."""
+    t = t[:, None] if isinstance(t, torch.Tensor) and t.ndim else t
+    return torch.tanh(0.8 * x) - 0.3 * torch.cos(2 * x + 0.1 * t)
+
+
+def minus(x, t):
+    return -nonlinear(x, t)
+
+
+def states(model, sde, steps=None, **options):
+    """Every state after its row, float64 [rows, B, D], with the start and the noise that `case` shares with the papers."""
+    options = {"num_samples": B, "shape": (D,), "x_init": X, "noise": NOISE, "dtype": torch.float64, **options}
+    plan_keys = ("sampler", "grid", "t_min", "denoise", "prediction", "clip", "time_input")
+    rows = len(fastdiff.plan(sde, steps, **{k: v for k, v in options.items() if k in plan_keys}))
+    options["noise"] = options["noise"][:rows]
+    return fastdiff.sample(model, sde, steps, trajectory=rows + 1, **options)[1][1:]
+
+
+GENERATOR = torch.Generator().manual_seed(7)
+X = torch.randn(B, D, generator=GENERATOR, dtype=torch.float64)
+NOISE = torch.randn(300, B, D, generator=GENERATOR, dtype=torch.float64)
+
+
+def noise(k):
+    return NOISE[k]
+
+
+def same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for k, (a, b) in enumerate(zip(ours, theirs)):
+        scale = 1 + b.abs().max()
+        assert ((a - b).abs().max() / scale) <= 1e-12, f"row {k}: {(a - b).abs().max():.3g} on {scale:.3g}"
+
+
+# --- row by row ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+def test_ddpm_is_algorithm_2(variance):
+    process = fastdiff.DDPM("linear", T=60)
+    ours = states(nonlinear, process, sampler=Ancestral(variance), prediction="eps")
+    same(ours, papers.ddpm_sample(nonlinear, X, process.beta_table, noise, variance))
+
+
+def test_learned_range_is_nichol_and_dhariwals():
+    process = fastdiff.DDPM("cosine", T=40)
+
+    def both(x, t):
+        return nonlinear(x, t), torch.sin(3 * x)
+
+    ours = states(lambda x, t: torch.cat(both(x, t), 1), process, sampler=Ancestral("learned_range"), prediction="eps")
+    same(ours, papers.improved_ddpm_sample(both, X, process.beta_table, noise))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_ddim_is_equation_12(eta):
+    process = fastdiff.DDPM()
+    ours = states(nonlinear, process, 20, sampler=DDIM(eta), prediction="eps")
+    times = np.arange(1000, -1, -50.0)
+    same(ours, papers.ddim_sample(nonlinear, X, process.alpha(times) ** 2, times[:-1], noise, eta))
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+def test_annealed_langevin_is_algorithm_1(denoise):
+    process = fastdiff.NCSN(fastdiff.schedules.geometric(2.0, 0.1, 6))
+    ours = states(
+        minus, process, 18, sampler=AnnealedLangevin(step_size=1e-3), denoise=denoise, time_input="sigma"
+    )  # fmt: skip
+    same(ours, papers.annealed_langevin(minus, X, process.sigmas, 3, 1e-3, noise, denoise))
+
+
+def test_ula_is_one_step_repeated():
+    process = fastdiff.OU()
+    ours = states(minus, process, 7, sampler=ULA(0.05), t_min=0.3)
+    same(ours, papers.ula(lambda x: minus(x, 0.3), X, 0.05, 7, noise))
+
+
+def scaled(name):
+    """A score with the scale and slope of a real one, −n(x/√(1 + σ²))/√(1 + σ²): a step must not amplify rounding."""
+    process = get(name)
+
+    def score(x, t):
+        sigma = process.sigma(t)
+        root = (1 + sigma**2) ** 0.5
+        root = root[:, None] if isinstance(root, torch.Tensor) and root.ndim else float(root)
+        return -nonlinear(x / root, t) / root
+
+    return score
+
+
+KERNELS = {"ve": papers.ve, "vp": papers.vp, "subvp": papers.subvp}
+N = 12
+
+
+def song(name):
+    """(start, times, levels) of N uniform steps, from the papers' own kernels."""
+    kernel = KERNELS[name]
+    times = np.linspace(1, 1e-5 if name == "ve" else 1e-3, N + 1).tolist()
+    levels = [kernel(t) for t in times]
+    start = X * (50.0 if name == "ve" else 1.0)
+    return start, times, levels, papers.transitions([k.alpha for k in levels], [k.sigma for k in levels])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("denoise", [True, False])
+def test_reverse_diffusion_is_equation_46(name, denoise):
+    score = scaled(name)
+    start, times, _, steps = song(name)
+    ours = states(score, name, N, sampler="reverse_diffusion", x_init=start, denoise=denoise)
+    same(ours, papers.reverse_diffusion(score, start, times[:-1], steps, noise, denoise=denoise))
+    ours = states(score, name, N, sampler=ReverseDiffusion(lam=0.0), x_init=start)
+    same(ours, papers.reverse_diffusion(score, start, times[:-1], steps, noise, probability_flow=True))
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+def test_ancestral_is_equations_4_and_47(denoise):
+    score = scaled("ve")
+    start, times, levels, _ = song("ve")
+    ours = states(score, "ve", N, sampler="ancestral", x_init=start, denoise=denoise)
+    same(ours, papers.ancestral_ve(score, start, times[:-1], [k.sigma for k in levels], noise, denoise=denoise))
+    for name in ("vp", "subvp"):
+        score = scaled(name)
+        start, times, _, steps = song(name)
+        for variance in ("beta", "posterior"):
+            ours = states(score, name, N, sampler=Ancestral(variance), x_init=start, denoise=denoise)
+            same(ours, papers.ancestral_vp(score, start, times[:-1], steps, noise, variance, denoise=denoise))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("lam", [1.0, 0.6, 0.0])
+def test_euler_maruyama_and_the_family_down_to_the_ode(name, lam):
+    score = scaled(name)
+    start, times, _, _ = song(name)
+    kernel = KERNELS[name]
+    theirs = papers.euler_maruyama(lambda t: kernel(t).f, lambda t: kernel(t).g, score, start, times, noise, lam)
+    same(states(score, name, N, sampler=EulerMaruyama(lam), x_init=start), theirs)
+    if lam == 0:
+        same(states(score, name, N, sampler="ode", x_init=start), theirs)
+
+
+CORRECTORS = {
+    "ald": lambda x, s, z, step, sigma: papers.ald_step(x, s, z, 0.2, sigma, step.ratio**2),
+    "batch": lambda x, s, z, step, sigma: papers.langevin_step_batch_norm(x, s, z, 0.2, step.ratio**2),
+    "sample": lambda x, s, z, step, sigma: papers.langevin_step_sample_norm(
+        x, s, z, 0.2, step.ratio**2, 4 * step.ratio**2 * (0.2 * sigma) ** 2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("predictor", ["reverse_diffusion", "ancestral", "euler_maruyama", "none"])
+@pytest.mark.parametrize("corrector", CORRECTORS)
+@pytest.mark.parametrize("order", ["corrector_first", "predictor_first"])
+def test_predictor_corrector_is_algorithm_1(name, predictor, corrector, order):
+    if predictor == "none" and order == "predictor_first":
+        return  # without a predictor there is no order
+    score = scaled(name)
+    start, times, levels, steps = song(name)
+    count = N + 1 if predictor == "none" else N
+
+    def predict(x, i):
+        s = score(x, times[i])
+        if predictor == "euler_maruyama":
+            level, dt = levels[i], times[i + 1] - times[i]
+            return x + (level.f * x - level.g**2 * s) * dt, level.g * math.sqrt(-dt)
+        rule = papers.reverse_diffusion_step if predictor == "reverse_diffusion" else papers.ancestral_step
+        return rule(x, s, steps[i])
+
+    def correct(x, i, z):
+        step = steps[min(i, N - 1)] if order == "corrector_first" else steps[i - 1]
+        return CORRECTORS[corrector](x, score(x, times[i]), z, step, levels[i].sigma)
+
+    sampler = PredictorCorrector(
+        predictor, "ald" if corrector == "ald" else "langevin", snr=0.2, corrector_steps=2, order=order,
+        norm="sample" if corrector == "sample" else "batch",
+    )  # fmt: skip
+    ours = states(score, name, count, sampler=sampler, x_init=start)
+    theirs = papers.predictor_corrector(
+        None if predictor == "none" else predict, correct, start, count, noise, corrector_steps=2, order=order
+    )
+    same(ours, theirs)
+
+
+REFERENCE = [
+    ("ve", "reverse_diffusion", "langevin"),
+    ("ve", "reverse_diffusion", "ald"),
+    ("ve", "ancestral", "none"),
+    ("ve", "euler_maruyama", "none"),
+    ("ve", "none", "ald"),
+    ("vp", "euler_maruyama", "none"),
+    ("vp", "ancestral", "none"),
+    ("vp", "reverse_diffusion", "langevin"),
+    ("vp", "none", "langevin"),
+    ("subvp", "euler_maruyama", "none"),
+    ("subvp", "reverse_diffusion", "none"),
+]
+
+
+@pytest.mark.parametrize(("name", "predictor", "corrector"), REFERENCE)
+@pytest.mark.parametrize("denoise", [True, False])
+def test_the_score_sde_grid_is_its_loop(name, predictor, corrector, denoise):
+    count = 25
+    score = scaled(name)
+    start = song(name)[0]
+    eps = 1e-5 if name == "ve" else 1e-3
+    sampler = PredictorCorrector(predictor, corrector)
+    ours = states(score, name, count, sampler=sampler, x_init=start, grid="score_sde", denoise=denoise)
+    same(ours, papers.score_sde_loop(name, score, start, count, noise, predictor, corrector, eps=eps, denoise=denoise))
+
+
+def denoiser(x, sigma):
+    sigma = sigma[:, None] if isinstance(sigma, torch.Tensor) and sigma.ndim else sigma
+    return torch.tanh(x / (1 + sigma)) + 0.1 * torch.sin(x)
+
+
+def test_heun_is_karras_algorithm_1():
+    grid = papers.karras_sigmas(9)
+    ours = states(denoiser, "edm", 9, x_init=80 * X, prediction="x0")
+    same(ours, papers.edm_deterministic(denoiser, 80 * X, grid))
+
+
+def test_heun_with_churn_is_karras_algorithm_2():
+    grid = papers.karras_sigmas(9)
+    ours = states(denoiser, "edm", 9, sampler=Heun(12.0, 0.05, 50.0, 1.003), x_init=80 * X, prediction="x0")
+    theirs = papers.edm_stochastic(denoiser, 80 * X, grid, noise, 12.0, 0.05, 50.0, 1.003)
+    same(ours, theirs)
+    assert len(ours) > 17  # some rows churned
+
+
+def test_edm_preconditioning_is_equation_7():
+    def network(x, c_noise):
+        c_noise = c_noise[:, None] if c_noise.ndim else c_noise
+        return torch.tanh(x) + 0.2 * torch.sin(c_noise * x)
+
+    theirs = papers.edm_deterministic(papers.edm_precondition(network, 0.7), 80 * X, papers.karras_sigmas(9))
+    same(states(network, fastdiff.EDM(sigma_data=0.7), 9, x_init=80 * X, prediction="edm"), theirs)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_heun_in_process_time(name):
+    score = scaled(name)
+    start, times, _, _ = song(name)
+    kernel = KERNELS[name]
+
+    def velocity(x, t):
+        return kernel(t).f * x - 0.5 * kernel(t).g ** 2 * score(x, t)
+
+    ours = states(score, name, N, sampler="heun", grid="uniform", x_init=start)
+    same(ours, papers.heun_general(velocity, start, times))
+
+
+def test_ode_on_noise_ratios_is_ddim():
+    ratios = [20.0, 5.0, 1.0, 0.2, 0.0]
+    ours = states(nonlinear, "vp", sampler="ode", grid=sigmas(ratios), prediction="eps")
+    bars = [1 / (1 + r * r) for r in ratios]
+    times = fastdiff.VP().time(np.array(ratios[:-1]))
+    same(ours, papers.ddim_sample(nonlinear, X, bars, times, noise))
+
+
+# --- closed forms ----------------------------------------------------------------------------------------------------
+
+DATA = Gaussian(torch.tensor([0.5, -1.0], dtype=torch.float64), std=torch.tensor([0.7, 1.2], dtype=torch.float64))
+
+
+def exact(kind, process, data=DATA):
+    """A network that knows the data: the prediction of this kind, from the exact x0 and ε at its time."""
+
+    def model(x, t):
+        t = t.double()
+        if kind == "edm":  # told ln σ/4, given c_in x
+            t = torch.exp(4 * t)
+            x = x * (t**2 + process.sigma_data**2).sqrt()[:, None]
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        r, w = predictions.coordinates(kind, process, t, alpha, sigma)
+        x0 = data.x0(x.double(), alpha, sigma)
+        eps = (x.double() - alpha[:, None] * x0) / sigma[:, None]
+        return (r[:, None] * x0 + w[:, None] * eps).to(x.dtype)
+
+    return model
+
+
+def end_of_ode(name, sampler, steps, **options):
+    process = get(name)
+    start = options.pop("start")
+    x = fastdiff.sample(
+        exact("score", process), process, steps, sampler=sampler, shape=(2,), num_samples=len(start), x_init=start, **options
+    )
+    return process, x
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "options", "order"),
+    [
+        ("vp", "ode", {}, 1),
+        ("vp", "ode", {"grid": "karras"}, 1),
+        ("vp", "ddim", {}, 1),
+        ("vp", EulerMaruyama(lam=0.0), {}, 1),
+        ("vp", ReverseDiffusion(lam=0.0), {}, 1),
+        ("vp", "heun", {"grid": "uniform"}, 2),
+        ("vp", "heun", {"grid": "karras"}, 2),
+        ("subvp", "ode", {}, 1),
+        ("subvp", "heun", {"grid": "uniform", "t_min": 0.05}, 2),
+        ("ve", "ode", {}, 1),
+        ("ve", ReverseDiffusion(lam=0.0), {}, 1),
+        ("ve", "heun", {"grid": "uniform"}, 2),
+        ("ou", "ode", {"t_min": 0.1}, 1),
+        ("ou", "heun", {"grid": "uniform", "t_min": 0.1}, 2),
+        ("edm", "heun", {}, 2),
+        ("ddpm", "ddim", {"t_min": 100}, 1),
+    ],
+)
+def test_measured_order(name, sampler, options, order):
+    start = DATA.sample(16, generator=torch.Generator().manual_seed(0)).double() * get(name).prior_std
+    counts, errors = (40, 80, 160, 320), []
+    for steps in counts:
+        process, x = end_of_ode(name, sampler, steps, start=start, **options)
+        end = fastdiff.plan(process, steps, sampler=sampler, **options).end
+        top = np.array([float(process.T)])
+        alpha, sigma = float(process.alpha(top)[0]), float(process.sigma(top)[0])
+        errors.append(float((x - DATA.ode_map(start, alpha, sigma, end.alpha, end.sigma)).abs().max()))
+    assert measured_order(errors, counts) == pytest.approx(order, abs=0.3), errors
+
+
+@pytest.mark.parametrize("name", ["ve", "vp", "subvp", "ou", "ddpm", "edm"])
+@pytest.mark.parametrize("sampler", ["ddim", DDIM(1.0), "ancestral"])
+def test_point_mass_is_exact(name, sampler):
+    """With the exact x0 of a point mass μ, x_t = αμ + σε keeps α_s μ + σ_s ε': exactly for η = 0, in law for ancestral."""
+    process, mu = get(name), 0.3
+    eps = fastdiff.normal(20_000, (1,), seed=1).double()
+    level = fastdiff.plan(process, 4, sampler=sampler).rows[0].level
+    x = fastdiff.sample(
+        lambda x, t: torch.full_like(x, mu), process, 4, sampler=sampler, prediction="x0", shape=(1,),
+        num_samples=len(eps), x_init=level.alpha * mu + level.sigma * eps, t_min=0.3 * process.T, denoise=False,
+    )  # fmt: skip
+    end = fastdiff.plan(process, 4, sampler=sampler, t_min=0.3 * process.T).end
+    if sampler == "ddim":
+        assert (x - end.alpha * mu - end.sigma * eps).abs().max() < 1e-12 * (1 + process.prior_std)
+    n = len(eps)
+    assert abs(x.mean() - end.alpha * mu) < 5 * end.sigma / math.sqrt(n)
+    assert abs(x.var() / end.sigma**2 - 1) < 5 * math.sqrt(2 / n)
+
+
+SAMPLERS = [
+    *samplers.SAMPLERS,
+    DDIM(0.5),
+    EulerMaruyama(0.5),
+    Heun(s_churn=4.0, s_max=20.0),
+    PredictorCorrector("ancestral", "langevin", norm="sample", order="predictor_first"),
+    PredictorCorrector("heun"),
+    PredictorCorrector("none"),
+]
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_every_process_sampler_and_prediction_runs_or_is_refused(name, sampler):
+    """A network that knows the data gives the same run whatever it predicts, up to rounding."""
+    process = fastdiff.DDPM("linear", T=40) if name == "ddpm" else get(name)
+    steps = 10 if "langevin" in str(sampler) or name == "ncsn" else 9
+    options = {"sampler": sampler, "shape": (2,), "num_samples": 4, "dtype": torch.float64}
+    if name == "ncsn" and "langevin" not in str(sampler):
+        options["grid"] = "uniform"
+    results = {}
+    for kind in predictions.PREDICTIONS:
+        try:
+            # a whole step of the chain for the predictions that speak of the step before
+            results[kind] = fastdiff.sample(exact(kind, process), process, steps, prediction=kind, **options)
+        except ConfigError as error:
+            assert len(str(error)) > 30
+            allowed = ("speaks of the step before", "standard deviation", "s_max", "beyond the chain")
+            assert any(words in str(error) for words in allowed), error
+    if "score" not in results:
+        assert set(results) == set()
+        return
+    assert set(results) >= {"score", "eps", "x0", "v", "scaled_score"}
+    assert ("prev_mean" in results) == process.discrete
+    for kind, x in results.items():
+        assert x.isfinite().all()
+        scale = 1 + results["score"].abs().max()
+        assert (x - results["score"]).abs().max() / scale < 1e-7, kind
+
+
+@pytest.mark.parametrize("name", ["vp", "ve", "ddpm", "edm", "subvp"])
+@pytest.mark.parametrize("sampler", ["ancestral", DDIM(0.5), "euler_maruyama", "reverse_diffusion", "heun", "ode", Heun(s_churn=2.0)])
+def test_clip_is_a_clipped_network(name, sampler):
+    """Clipping x0 in the table equals a network that clips its own x0; a corrector's score stays unclipped."""
+    process = fastdiff.DDPM("linear", T=40) if name == "ddpm" else get(name)
+    if name == "ddpm" and isinstance(sampler, Heun):
+        sampler = Heun(s_churn=2.0, s_max=1.0)
+    clean = exact("x0", process)
+
+    def clipped(x, t):
+        return clean(x, t).clamp(-0.4, 0.4)
+
+    def as_eps(x, t):
+        t = t.double()
+        return (x - process.alpha(t)[:, None] * clean(x, t)) / process.sigma(t)[:, None]
+
+    options = {"sampler": sampler, "shape": (2,), "num_samples": 6, "dtype": torch.float64}
+    expected = fastdiff.sample(clipped, process, 9, prediction="x0", **options)
+    ours = fastdiff.sample(as_eps, process, 9, prediction="eps", clip=(-0.4, 0.4), **options)
+    plain = fastdiff.sample(as_eps, process, 9, prediction="eps", **options)
+    assert (ours - expected).abs().max() < 1e-9
+    assert (plain - expected).abs().max() > 1e-3
+
+
+def test_clip_leaves_correctors_alone():
+    table = fastdiff.plan("ve", 5, clip=(0, 1))
+    assert {(row.label, row.clips) for row in table.rows} == {("corrector", False), ("reverse_diffusion", True)}
+
+
+def test_a_corrector_never_enters_the_history():
+    table = fastdiff.plan("vp", 4, sampler=PredictorCorrector("heun"))
+    assert {row.label for row in table.rows if row.pushes} == {"euler"}
+    assert table.history == 2
+
+
+def test_mixture_is_sampled():
+    """Two modes of different weight: the share of samples at each, and their spread."""
+    data = Mixture([0.3, 0.7], [[-2.0], [2.0]], [[0.3], [0.5]])
+    n = 20_000
+    x = fastdiff.sample(exact("score", get("vp"), data), "vp", 200, shape=(1,), num_samples=n, seed=1)[:, 0]
+    share = (x > 0).double().mean()
+    assert abs(share - 0.7) < 5 * math.sqrt(0.21 / n) + 0.01
+    assert x[x > 0].std() == pytest.approx(0.5, abs=0.03)
+    assert x[x < 0].std() == pytest.approx(0.3, abs=0.03)
