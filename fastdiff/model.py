@@ -20,7 +20,7 @@ class ScoreModel(nn.Module):
     net          callable (x [B, *data_shape], time [B], cond) -> [B, *data_shape]
     sde          a process or its name
     prediction   "score", "eps", "x0", "v", "scaled_score", "prev_mean", "increment" or "edm" (see fastdiff.predictions)
-    time_input   what `time` is: "t", "index", "sigma", "log_sigma", "t*999" or "log_sigma/4" (EDM's, its default)
+    time_input   what `time` is: "t", "index", "sigma", "log_sigma", "t*999" or "c_noise" (EDM's, its default)
     data_range   the range of its training data, and so of its samples (which are not clamped to it)
     variance     "learned_range": the network returns twice the channels, the second half for the variance
     """
@@ -51,7 +51,7 @@ class ScoreModel(nn.Module):
         """The network's own output at process times t [B], its input scaled and its time converted."""
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         scale = predictions.input_scale(self.prediction, self.process, alpha, sigma)
-        time = predictions.network_time(self.time_input, self.process, t, sigma)
+        time = predictions.network_time(self.time_input, self.process, t, alpha, sigma)
         time = time.round().long() if self.time_input == "index" else time
         output = single_tensor(call(self.net, like(scale, x) * x if self.prediction == "edm" else x, time, cond))
         return check_output(output, x, self.variance)[0]

@@ -57,7 +57,7 @@ def plan(
 
 def default_time_input(prediction: str) -> str:
     """ "t", except that EDM's preconditioned network is told log(sigma)/4."""
-    return "log_sigma/4" if prediction == "edm" else "t"
+    return "c_noise" if prediction == "edm" else "t"
 
 
 @lru_cache(maxsize=64)
@@ -196,7 +196,7 @@ def _network_columns(
         at = t[int(np.argmin(sigma))]
         raise ConfigError(f"the network would be asked at t = {at:g}, where sigma = 0: use a larger t_min")
     own = t if clock == process else np.minimum(clock.time(sigma / alpha), clock.T)
-    told = predictions.network_time(time_input, clock, own, sigma)
+    told = predictions.network_time(time_input, clock, own, alpha, sigma)
     r, w = predictions.coordinates(prediction, clock, own, alpha, sigma)
     scale = predictions.input_scale(prediction, clock, alpha, sigma)
     columns = np.stack(np.broadcast_arrays(told, scale, r, w), 1).tolist()

@@ -87,14 +87,8 @@ def convert(source: Pair, target: Pair, alpha: Any, sigma: Any) -> Pair:
 
 
 def sigma_data(process: Process) -> float:
-    """The data's standard deviation that EDM's preconditioning is built on."""
-    value = getattr(process, "sigma_data", None)
-    if value is None:
-        raise ConfigError(
-            f"prediction='edm' needs the data's standard deviation, which {process.name!r} does not carry: "
-            "use sde=fastdiff.EDM(sigma_data=...)"
-        )
-    return float(value)
+    """The data's standard deviation in EDM's preconditioning: `EDM(sigma_data)`'s, on other processes the paper's 0.5."""
+    return float(getattr(process, "sigma_data", 0.5))
 
 
 def input_scale(prediction: str, process: Process, alpha: Any, sigma: Any) -> Any:
@@ -104,7 +98,7 @@ def input_scale(prediction: str, process: Process, alpha: Any, sigma: Any) -> An
     return 1 / lib(alpha).sqrt(sigma**2 + (alpha * sigma_data(process)) ** 2)
 
 
-def _index(process: Process, t: Any, sigma: Any) -> Any:
+def _index(process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
     if not process.discrete:
         raise ConfigError(
             f"time_input='index' needs a discrete process (ddpm, ncsn), and {process.name!r} is continuous: "
@@ -116,24 +110,27 @@ def _index(process: Process, t: Any, sigma: Any) -> Any:
     return process.T - whole if process.name == "ncsn" else whole - 1
 
 
-# name -> (process, t, sigma) -> what the network is told
-TIME_INPUTS: dict[str, Callable[[Process, Any, Any], Any]] = {
-    "t": lambda process, t, sigma: 1.0 * t,
+# name -> (process, t, alpha, sigma) -> what the network is told
+TIME_INPUTS: dict[str, Callable[[Process, Any, Any, Any], Any]] = {
+    "t": lambda process, t, alpha, sigma: 1.0 * t,
     "index": _index,
-    "sigma": lambda process, t, sigma: 1.0 * sigma,
-    "log_sigma": lambda process, t, sigma: lib(sigma).log(sigma),
-    "t*999": lambda process, t, sigma: 999.0 * t,
-    "log_sigma/4": lambda process, t, sigma: lib(sigma).log(sigma) / 4,
+    "sigma": lambda process, t, alpha, sigma: 1.0 * sigma,
+    "log_sigma": lambda process, t, alpha, sigma: lib(sigma).log(sigma),
+    "t*999": lambda process, t, alpha, sigma: 999.0 * t,
+    "c_noise": lambda process, t, alpha, sigma: lib(sigma).log(sigma / alpha) / 4,
 }
 
 
-def network_time(time_input: str, process: Process, t: Any, sigma: Any) -> Any:
-    """What the network is told at process time t with noise level σ; "index" counts from 0 (see the process)."""
-    return TIME_INPUTS[choose("time_input", time_input, TIME_INPUTS)](process, t, sigma)
+def network_time(time_input: str, process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
+    """What the network is told at process time t, level (α, σ).
+
+    "index" counts a chain's steps from 0 (see the process); "c_noise" is EDM's ln(σ/α)/4.
+    """
+    return TIME_INPUTS[choose("time_input", time_input, TIME_INPUTS)](process, t, alpha, sigma)
 
 
 def check(prediction: str, time_input: str, process: Process) -> None:
     """Refuse a prediction or time input that the process cannot carry."""
     t = np.array([float(process.T)])
     coordinates(prediction, process, t, process.alpha(t), process.sigma(t))
-    network_time(time_input, process, t, process.sigma(t))
+    network_time(time_input, process, t, process.alpha(t), process.sigma(t))

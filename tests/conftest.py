@@ -1,9 +1,12 @@
-"""One rule for what a machine can run, and NaN in uninitialised memory."""
+"""One rule for what a machine can run, one thread, and NaN in uninitialised memory."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+# the tests' tensors are small, and OpenMP threads that wait for each other crawl on a busy machine
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

@@ -46,17 +46,9 @@ def test_coordinates_are_the_published_formula(kind):
     np.testing.assert_allclose(r * X0 + w * EPS, expected, rtol=1e-11, atol=1e-12)
 
 
-CHAIN_ONLY = {"prev_mean", "increment"}
-PAIRS = [
-    pair
-    for pair in itertools.permutations(predictions.PREDICTIONS, 2)
-    if not ("edm" in pair and CHAIN_ONLY & set(pair))  # no process carries both
-]
-
-
-@pytest.mark.parametrize(("source", "target"), PAIRS)
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(predictions.PREDICTIONS, 2)))
 def test_every_conversion(source, target):
-    process = case("edm" if "edm" in (source, target) else source)[0]
+    process = fastdiff.DDPM("linear", T=100)
     alpha, sigma = process.alpha(T), process.sigma(T)
     x = alpha * X0 + sigma * EPS
     pairs = [predictions.coordinates(kind, process, T, alpha, sigma) for kind in (source, target)]
@@ -95,13 +87,13 @@ def test_increments_noise_is_the_score_of_the_marginal():
 def test_time_inputs():
     ddpm, ncsn, vp = fastdiff.DDPM(), fastdiff.NCSN(), fastdiff.VP()
     t = np.array([1.0, 3.0])
-    np.testing.assert_array_equal(predictions.network_time("index", ddpm, t, ddpm.sigma(t)), [0, 2])
-    np.testing.assert_array_equal(predictions.network_time("index", ncsn, t, ncsn.sigma(t)), [9, 7])  # 0 is the largest
+    np.testing.assert_array_equal(predictions.network_time("index", ddpm, t, 1.0, ddpm.sigma(t)), [0, 2])
+    np.testing.assert_array_equal(predictions.network_time("index", ncsn, t, 1.0, ncsn.sigma(t)), [9, 7])  # 0 is the largest
     half = np.array([0.5])
     sigma = vp.sigma(half)
-    expected = {"t": half, "t*999": 499.5, "sigma": sigma, "log_sigma": np.log(sigma), "log_sigma/4": np.log(sigma) / 4}
+    expected = {"t": half, "t*999": 499.5, "sigma": sigma, "log_sigma": np.log(sigma), "c_noise": np.log(sigma / vp.alpha(half)) / 4}
     for name, value in expected.items():
-        np.testing.assert_allclose(predictions.network_time(name, vp, half, sigma), value)
+        np.testing.assert_allclose(predictions.network_time(name, vp, half, vp.alpha(half), sigma), value)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +103,6 @@ def test_time_inputs():
         ("eps", "time", fastdiff.VP(), "time_input must be one of"),
         ("prev_mean", "t", fastdiff.VP(), "ddpm or ncsn"),
         ("increment", "t", fastdiff.VE(), "ddpm or ncsn"),
-        ("edm", "t", fastdiff.VP(), "EDM"),
         ("eps", "index", fastdiff.VP(), "continuous"),
     ],
 )

@@ -291,8 +291,9 @@ def exact(kind, process, data=DATA):
     def model(x, t):
         t = t.double()
         if kind == "edm":  # told ln σ/4, given c_in x
-            t = torch.exp(4 * t)
-            x = x * (t**2 + process.sigma_data**2).sqrt()[:, None]
+            ratio = torch.exp(4 * t)
+            t = torch.as_tensor(process.time(ratio.numpy()))
+            x = x * (process.sigma(t) ** 2 + (process.alpha(t) * predictions.sigma_data(process)) ** 2).sqrt()[:, None]
         alpha, sigma = process.alpha(t), process.sigma(t)
         r, w = predictions.coordinates(kind, process, t, alpha, sigma)
         x0 = data.x0(x.double(), alpha, sigma)
@@ -390,12 +391,12 @@ def test_every_process_sampler_and_prediction_runs_or_is_refused(name, sampler):
             results[kind] = fastdiff.sample(exact(kind, process), process, steps, prediction=kind, **options)
         except ConfigError as error:
             assert len(str(error)) > 30
-            allowed = ("speaks of the step before", "standard deviation", "s_max", "beyond the chain")
+            allowed = ("speaks of the step before", "beyond the chain")
             assert any(words in str(error) for words in allowed), error
     if "score" not in results:
         assert set(results) == set()
         return
-    assert set(results) >= {"score", "eps", "x0", "v", "scaled_score"}
+    assert set(results) >= {"score", "eps", "x0", "v", "scaled_score", "edm"}
     assert ("prev_mean" in results) == process.discrete
     for kind, x in results.items():
         assert x.isfinite().all()
@@ -441,9 +442,9 @@ def test_a_corrector_never_enters_the_history():
 def test_mixture_is_sampled():
     """Two modes of different weight: the share of samples at each, and their spread."""
     data = Mixture([0.3, 0.7], [[-2.0], [2.0]], [[0.3], [0.5]])
-    n = 20_000
-    x = fastdiff.sample(exact("score", get("vp"), data), "vp", 200, shape=(1,), num_samples=n, seed=1)[:, 0]
+    n = 5_000
+    x = fastdiff.sample(exact("score", get("vp"), data), "vp", 100, shape=(1,), num_samples=n, seed=1)[:, 0]
     share = (x > 0).double().mean()
-    assert abs(share - 0.7) < 5 * math.sqrt(0.21 / n) + 0.01
-    assert x[x > 0].std() == pytest.approx(0.5, abs=0.03)
-    assert x[x < 0].std() == pytest.approx(0.3, abs=0.03)
+    assert abs(share - 0.7) < 5 * math.sqrt(0.21 / n) + 0.01  # the discretisation's own share
+    assert x[x > 0].std() == pytest.approx(0.5, abs=0.04)
+    assert x[x < 0].std() == pytest.approx(0.3, abs=0.04)

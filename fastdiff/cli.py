@@ -1,0 +1,159 @@
+"""The command line: `fastdiff demo | train | sample | plan`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Threads that wait should sleep: spinning ones stall each other as soon as anything else runs on the machine.
+# Read once, when torch is loaded; a user's own setting wins.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; a wrong argument ends in one sentence and exit status 2."""
+    arguments = _parser().parse_args(argv)
+    from .errors import FastdiffError
+
+    try:
+        arguments.run(arguments)
+    except (FastdiffError, FileNotFoundError, ImportError) as error:
+        print(f"fastdiff {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _demo(a: argparse.Namespace) -> None:
+    from . import demo
+
+    demo.main(Path(a.out), a.train_steps, a.samples, a.workers)
+
+
+def _sample(a: argparse.Namespace) -> None:
+    import numpy as np
+
+    from .sampling import sample
+    from .training import load
+
+    model = load(a.model)
+    out = Path(a.out)
+    _writable(out, (".npy", ".png"))
+    x, info = sample(
+        model, a.sde, a.steps, sampler=a.sampler, num_samples=a.num_samples, seed=a.seed, first_sample=a.first_sample,
+        batch_size=a.batch_size, grid=a.grid, return_info=True,
+    )  # fmt: skip
+    if out.suffix == ".npy":
+        np.save(out, x.numpy())
+    else:
+        from . import pictures
+
+        pictures.image(out, x.numpy(), model.data_range)
+    print(
+        f"{tuple(x.shape)} samples in {out}: {info.network_calls} network calls, {info.seconds:.1f} s, seed {info.seed}"
+    )
+
+
+def _train(a: argparse.Namespace) -> None:
+    from . import processes
+    from .model import ScoreModel
+    from .models import build
+    from .training import load_data, train
+
+    data = load_data(a.data)
+    network = a.network or ("mlp" if len(data.shape) == 1 else "unet")
+    options: dict[str, Any] = {"name": network, "shape": list(data.shape)}
+    if a.classes:
+        options["num_classes"] = data.num_classes
+    data_range = (0.0, 1.0) if a.sde == "ve" else (-1.0, 1.0)
+    model = ScoreModel(build(options), processes.get(a.sde), a.prediction, data_shape=data.shape, data_range=data_range)
+    done = train(
+        model, data, steps=a.steps, loss=a.loss, batch_size=a.batch_size, lr=a.lr, ema=a.ema, seed=a.seed,
+        dequantize=a.dequantize, checkpoint=a.out, resume=not a.fresh,
+    )  # fmt: skip
+    print(f"{data!r}: step {done.steps} after {done.seconds:.0f} s; fastdiff.load({a.out!r}) gives the model")
+
+
+def _plan(a: argparse.Namespace) -> None:
+    from .plan import plan
+
+    table = plan(a.sde, a.steps, sampler=a.sampler, prediction=a.prediction, grid=a.grid)
+    print(table.explain(None if a.all else 24))
+    if a.plot:
+        table.plot(a.plot)
+
+
+def _writable(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Refuse before any work what could not be written after it."""
+    from .errors import ConfigError
+
+    if path.suffix not in suffixes:
+        raise ConfigError(f"--out must end in {' or '.join(suffixes)}, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--out must lie in an existing folder, got {path}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastdiff", description="Train and sample score-based diffusion models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(
+        "demo", _demo, "Train VE, VP and sub-VP models on handwritten digits, sample them seven ways, report."
+    )
+    sub.add_argument("--out", default="out", help="folder for pictures, models and report.md (default: out)")
+    sub.add_argument("--train-steps", type=int, default=2000, help="training steps of each model (default: 2000)")
+    sub.add_argument("--samples", type=int, default=400, help="samples from each sampler (default: 400)")
+    sub.add_argument("--workers", type=int, help="processes (default: one for each core)")
+
+    sub = command("sample", _sample, "Draw samples from a checkpoint or a shipped model such as digits-ve.")
+    sub.add_argument("model", help="a name, a file or a training directory")
+    sub.add_argument("--sde", help="default: the model's own")
+    sub.add_argument("--steps", type=int)
+    sub.add_argument("--sampler")
+    sub.add_argument("--grid")
+    sub.add_argument("-n", "--num-samples", type=int, default=16)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--first-sample", type=int, default=0, help="global index of the first sample")
+    sub.add_argument("--batch-size", type=int)
+    sub.add_argument("--out", default="samples.npy", help="a .npy array or a .png picture (default: samples.npy)")
+
+    sub = command("train", _train, "Train a model on arrays, IDX files, a folder of images, or 'digits'.")
+    sub.add_argument("data", help=".npy, .npz, IDX (.gz), a folder of images, or digits")
+    sub.add_argument("--out", required=True, help="checkpoint directory; an unfinished run there is resumed")
+    sub.add_argument("--sde", default="vp")
+    sub.add_argument("--steps", type=int, required=True)
+    sub.add_argument("--network", choices=["unet", "mlp"], help="default: unet for images and signals, mlp for vectors")
+    sub.add_argument("--prediction", default="edm")
+    sub.add_argument("--loss", default="simple")
+    sub.add_argument("--batch-size", type=int, default=128)
+    sub.add_argument("--lr", type=float, default=1e-3)
+    sub.add_argument("--ema", type=float, default=0.999)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--classes", action="store_true", help="condition on the data's labels")
+    sub.add_argument("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
+    sub.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
+
+    sub = command("plan", _plan, "Print the table of a run: what each row does, with its coefficients.")
+    sub.add_argument("sde")
+    sub.add_argument("steps", type=int, nargs="?")
+    sub.add_argument("--sampler")
+    sub.add_argument("--prediction", default="score")
+    sub.add_argument("--grid")
+    sub.add_argument("--all", action="store_true", help="every row, not the first and last")
+    sub.add_argument("--plot", help="also draw the coefficients into this file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""A perceptron for samples of any shape: vectors, tables, toys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .layers import Conditioning, check_call, common_config, integer, integers, zeroed
+
+
+class MLP(nn.Module):
+    """A perceptron on the flattened sample: `x` [B, *shape], `t` [B] to [B, *shape].
+
+    `h ← dropout(silu(linear(h) + time_i(t)))` at each of `layers` hidden layers, where `time_i` is layer i's part of a
+    two-layer perceptron on the time's features (and, with `num_classes`, a vector for the label).
+
+    shape           one sample's shape, any rank from one up
+    num_classes     labels `y` [B] in 0..num_classes, where num_classes means "no label", as `y=None` does for all
+    time_embedding  "fourier" or "sinusoidal" (see TimeEmbedding), with `time_scale` 16 or 1000 unless given
+    out_channels    replaces the leading axis of the result by a multiple of it (a learned variance: 2 * shape[0])
+
+    The last layer starts at zero, and with it the network's output. `config` holds the arguments, as JSON can.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        hidden: int = 128,
+        layers: int = 3,
+        num_classes: int | None = None,
+        time_embedding: str = "fourier",
+        time_scale: float | None = None,
+        dropout: float = 0.0,
+        out_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = integers("shape", shape, 1)
+        if not self.shape:
+            raise ConfigError("shape must have at least one axis, got (): write (1,) for scalar samples")
+        self.config = {
+            "shape": list(self.shape),
+            "hidden": integer("hidden", hidden, 1),
+            "layers": integer("layers", layers, 1),
+            **common_config(num_classes, time_embedding, time_scale, dropout, out_channels),
+        }
+        leading = self.config["out_channels"] or self.shape[0]
+        if leading % self.shape[0]:
+            raise ConfigError(
+                f"out_channels must be None or a multiple of the sample's leading axis, {self.shape[0]}, got {out_channels}"
+            )
+        self.out_shape = (leading, *self.shape[1:])
+        self.num_classes = self.config["num_classes"]
+        width, depth, scale = self.config["hidden"], self.config["layers"], self.config["time_scale"]
+        # The second layer of the time's perceptron is as wide as all hidden layers together: one product serves all.
+        self.conditioning = Conditioning(depth * width, width, self.num_classes, time_embedding, scale)
+        sizes = [math.prod(self.shape), *[width] * depth]
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.dropout = nn.Dropout(self.config["dropout"]) if dropout else nn.Identity()
+        self.out = zeroed(nn.Linear(width, math.prod(self.out_shape)))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        check_call(self, x, t, y)
+        h = x.flatten(1)
+        for linear, time in zip(self.hidden, self.conditioning(t, y).chunk(len(self.hidden), dim=1)):
+            h = self.dropout(F.silu(linear(h) + time))
+        return self.out(h).view(len(x), *self.out_shape)

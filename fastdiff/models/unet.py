@@ -1,0 +1,137 @@
+"""The U-Net of Ho et al. 2020, for samples of one, two or three spatial axes of any lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ShapeError
+from .layers import (
+    CONVS,
+    Conditioning,
+    ResidualBlock,
+    check_call,
+    common_config,
+    group_norm,
+    integer,
+    integers,
+    zeroed,
+)
+
+
+class UNet(nn.Module):
+    """A convolutional network of the sample's own shape: `x` [B, C, *spatial], `t` [B] to [B, out_channels, *spatial].
+
+    Ho et al. 2020, appendix B, with BigGAN's residual blocks (Song et al. 2021; Dhariwal & Nichol 2021, §3): level `l`
+    has `channels * multipliers[l]` channels, `blocks` residual blocks on the way down and as many on the way up, each
+    joined to its mirror by concatenation. A strided convolution leads down and nearest interpolation up, to the exact
+    lengths met on the way down, so that any lengths will do: rectangular, odd, one. The coarsest level loses no
+    resolution, so its `2 * blocks` blocks follow one another without joins. On 8x8 digits that is a third fewer
+    parameters than joins and a middle block, and a seventh less time per step, at an equal loss.
+
+    shape           one sample's shape, (C, *spatial), with one to three spatial axes
+    attention       the levels (0 is the finest) whose blocks end in self-attention
+    num_classes     labels `y` [B] in 0..num_classes, where num_classes means "no label", as `y=None` does for all
+    time_embedding  "sinusoidal" or "fourier" (see TimeEmbedding), with `time_scale` 1000 or 16 unless given
+    out_channels    channels of the result, where they are not the sample's (a learned variance: 2 C)
+
+    The last convolution starts at zero, and with it the network's output. `config` holds the arguments, as JSON can.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        channels: int = 64,
+        multipliers: Sequence[int] = (1, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (),
+        num_classes: int | None = None,
+        time_embedding: str = "sinusoidal",
+        time_scale: float | None = None,
+        dropout: float = 0.0,
+        out_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config = {
+            "shape": list(_image_shape(shape)),
+            "channels": integer("channels", channels, 2),
+            "multipliers": list(integers("multipliers", multipliers, 1)),
+            "blocks": integer("blocks", blocks, 1),
+            "attention": list(integers("attention", attention, 0)),
+            **common_config(num_classes, time_embedding, time_scale, dropout, out_channels),
+        }
+        _check_levels(config["multipliers"], config["attention"])
+        self.shape, self.num_classes = tuple(config["shape"]), config["num_classes"]
+        hidden = 2 * config["channels"]  # twice as many lowered the loss on 8x8 digits by nothing we could measure
+        self.conditioning = Conditioning(hidden, hidden, self.num_classes, time_embedding, config["time_scale"])
+        self._build([config["channels"] * m for m in config["multipliers"]])
+        self.widths = [block.last.out_channels for block in self.modules() if isinstance(block, ResidualBlock)]
+        self.modulation = nn.Linear(hidden, 2 * sum(self.widths))
+
+    def _build(self, widths: list[int]) -> None:
+        """The layers at levels of `widths` channels, finest first. Each list opens with what leads to its level."""
+        config, rank, last = self.config, len(self.shape) - 1, len(widths) - 1
+        conv = CONVS[rank]
+
+        def blocks(level: int, count: int, inputs: int) -> list[ResidualBlock]:
+            arguments = rank, inputs, widths[level], config["dropout"], level in config["attention"]
+            return [ResidualBlock(*arguments) for _ in range(count)]
+
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            enter = conv(widths[level - 1], width, 3, 2, 1) if level else conv(self.shape[0], width, 3, 1, 1)
+            count = config["blocks"] if level < last else 2 * config["blocks"]
+            self.down.append(nn.ModuleList([enter, *blocks(level, count, width)]))
+        self.up = nn.ModuleList()
+        for level in reversed(range(last)):
+            below, width = widths[level + 1], widths[level]
+            enter = nn.Identity() if below == width else conv(below, width, 1)
+            self.up.append(nn.ModuleList([enter, *blocks(level, config["blocks"], 2 * width)]))
+        self.norm = group_norm(widths[0])
+        self.out = zeroed(conv(widths[0], config["out_channels"] or self.shape[0], 3, 1, 1))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        check_call(self, x, t, y)
+        # One product gives every block its scale and shift: one small operation instead of a dozen smaller ones.
+        scales, shifts = self.modulation(F.silu(self.conditioning(t, y))).chunk(2, dim=1)
+        modulations = zip((1 + scales).split(self.widths, dim=1), shifts.split(self.widths, dim=1))
+        h, levels = x, []
+        for enter, *blocks in self.down:
+            h, skips = enter(h), []
+            for block in blocks:
+                h = block(h, *next(modulations))
+                skips.append(h)
+            levels.append(skips)
+        for (enter, *blocks), skips in zip(self.up, reversed(levels[:-1])):
+            h = enter(h)  # before the interpolation, with which it commutes: a quarter of the work
+            if h.shape[2:] != skips[0].shape[2:]:
+                h = F.interpolate(h, size=skips[0].shape[2:], mode="nearest")
+            for block in blocks:
+                h = block(torch.cat((h, skips.pop()), dim=1), *next(modulations))
+        return self.out(F.silu(self.norm(h)))
+
+
+def _image_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = integers("shape", shape, 1)
+    if not 2 <= len(sizes) <= 4:
+        raise ShapeError(
+            f"shape must be (C, *spatial) with one to three spatial axes, got {sizes}: write (1, length) for a signal "
+            f"of one channel, or use the MLP for vectors"
+        )
+    return sizes
+
+
+def _check_levels(multipliers: list[int], attention: list[int]) -> None:
+    if not multipliers:
+        raise ConfigError(
+            "multipliers must name at least one level, got (): write (1,) for a network of one resolution"
+        )
+    if attention and max(attention) >= len(multipliers):
+        raise ConfigError(
+            f"attention must hold level indices in 0..{len(multipliers) - 1}, got {tuple(attention)}: "
+            f"multipliers has {len(multipliers)} levels and 0 is the finest"
+        )
