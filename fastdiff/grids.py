@@ -240,14 +240,18 @@ def _reference_steps(process: Process, n: int, t_min: float) -> tuple[Step, ...]
     return tuple(Step(levels[k], following[k], *row) for k, row in enumerate(numbers))
 
 
+# the discrete processes whose levels lie on the path of a continuous one
+CHAINS: dict[str, type[Process]] = {"ddpm": VP, "ncsn": VE}
+
+
 def chain_on(process: Process, name: str, levels: int) -> Process:
-    """The discrete process `name` whose levels lie on the path of the continuous `process`: DDPM on VP, NCSN on VE."""
-    if name == "ddpm" and type(process) is VP:
+    """The chain `name` of `levels` levels on the path of `process`: DDPM on VP, NCSN on VE (see CHAINS)."""
+    if name == "ddpm" and isinstance(process, VP):
         t = np.arange(levels + 1) / levels
         return DDPM(tuple((-np.expm1(-np.diff(process.integral(t)))).tolist()))
-    if name == "ncsn" and type(process) is VE:
+    if name == "ncsn" and isinstance(process, VE):
         return NCSN(tuple(schedules.geometric(process.sigma_max, process.sigma_min, levels).tolist()))
-    raise ConfigError(f"sde={name!r} is not on the path of this model's {process.name!r}: use sde={process.name!r}")
+    raise ConfigError(f"sde={name!r} is no chain on the path of {process.name!r}: use one of {CHAINS}")
 
 
 def on_path(chain: Process, process: Process) -> bool:

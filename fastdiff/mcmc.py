@@ -96,7 +96,9 @@ def _run(
     """`steps` transitions of all chains; a proposal of infinite energy is rejected, one that is not a number raises."""
     function = getattr(model, "energy", None) or getattr(getattr(model, "net", None), "energy", None)
     if function is None:
-        raise ConfigError(f"model must offer energy(x, t) -> [B], which {type(model).__name__} does not: use sampler='ula'")
+        raise ConfigError(
+            f"model must offer energy(x, t) -> [B], which {type(model).__name__} does not: use sampler='ula'"
+        )
     steps = checks.integer("steps", steps, 1, 2**32 - 1)
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
     inputs.check_floating("x", x)
@@ -108,7 +110,9 @@ def _run(
     def energy(at: Tensor) -> Tensor:
         value: Tensor = function(at, times.clone())
         if value.shape != (len(at),):
-            raise ModelOutputError(f"model.energy returned {tuple(value.shape)}, expected ({len(at)},): one number a sample")
+            raise ModelOutputError(
+                f"model.energy returned {tuple(value.shape)}, expected ({len(at)},): one number a sample"
+            )
         return value
 
     here = _evaluate(energy, x.detach().to(state))
@@ -126,7 +130,9 @@ def _run(
     if bool(broken.any()):
         samples = tuple((torch.nonzero(broken).flatten() + first_sample).tolist())
         shown = ", ".join(map(str, samples[:5]))
-        raise NonFiniteError(f"model.energy is NaN in {len(samples)} samples ({shown}): look there", 0, float(times[0]), samples)
+        raise NonFiniteError(
+            f"model.energy is NaN in {len(samples)} samples ({shown}): look there", 0, float(times[0]), samples
+        )
     return Chains(here.x.to(x.dtype), accepted / steps)
 
 

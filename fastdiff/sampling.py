@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checks, grids, inputs, ops, processes, runner, samplers
-from .errors import ConfigError, DTypeError, choose
+from .errors import ConfigError, DataError, DTypeError, choose
 from .model import ScoreModel, call, check_output, single_tensor
 from .plan import MAX_STEPS, default_time_input, plan
 from .reference import noise as fdn1
@@ -118,7 +118,7 @@ def sample(
         x_init=x_init, dtype=state_dtype, device=place, check=check,
     )  # fmt: skip
     x, states, calls = run.execute(batch, trajectory, callback, progress)
-    x = _like_start(x.to(dtype), x_init)
+    x = _like_start(_narrowed(x, dtype, check), x_init)
     if states is None and not return_info:
         return x
     seconds = time.perf_counter() - began
@@ -178,6 +178,8 @@ def _process_and_sampler(
     process = own if sde is None or sde == own.name else sde
     if isinstance(process, str):
         choose("sde", process, processes.PROCESSES)
+        if type(own) is not grids.CHAINS.get(process):
+            raise _another_process(process, own)
         trial = samplers.get(sampler, processes.get(process))
         count = trial.default_steps(own) if steps is None else checks.integer("steps", steps, 1, MAX_STEPS)
         # a ladder has the sampler's own levels; a chain is fine enough for every step to be one of its own
@@ -187,10 +189,14 @@ def _process_and_sampler(
     elif not isinstance(process, processes.Process):
         raise ConfigError(f"sde must be a name or a process such as fastdiff.VP(), got {type(process).__name__}")
     if process != own and not grids.on_path(process, own):
-        raise ConfigError(
-            f"sde={process!r:.60} is not the process of this model, {own!r:.60}: leave sde out, or use sde={own.name!r}"
-        )
+        raise _another_process(process, own)
     return process, samplers.get(sampler, process)
+
+
+def _another_process(sde: Any, own: processes.Process) -> ConfigError:
+    return ConfigError(
+        f"sde={sde!r:.60} is not the process of this model, {own!r:.60}: leave sde out, or use sde={own.name!r}"
+    )
 
 
 class _Run:
@@ -329,6 +335,14 @@ def _kept_rows(count: int, rows: int) -> dict[int, list[int]]:
         k = rows - 1 if count == 1 else round(slot * rows / (count - 1)) - 1
         kept.setdefault(k, []).append(slot)
     return kept
+
+
+def _narrowed(x: Tensor, dtype: torch.dtype, check: str) -> Tensor:
+    """x in the result's dtype, which must be able to hold it."""
+    narrow = x.to(dtype)
+    if dtype != x.dtype and check != "off" and not bool(narrow.isfinite().all()):
+        raise DataError(f"dtype={dtype} cannot hold samples as large as {x.abs().max():.3g}: ask for torch.float32")
+    return narrow
 
 
 def _like_start(x: Tensor, x_init: Tensor | None) -> Tensor:

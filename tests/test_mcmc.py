@@ -89,7 +89,9 @@ def test_batch_split_times_and_grad_modes():
     whole = mcmc.mala(Banana(), x, t, steps=4, step_size=0.2)
     for i in range(6):
         with torch.inference_mode():
-            one = mcmc.mala(Banana(), x[i : i + 1].clone(), t[i : i + 1].clone(), steps=4, step_size=0.2, first_sample=i)
+            one = mcmc.mala(
+                Banana(), x[i : i + 1].clone(), t[i : i + 1].clone(), steps=4, step_size=0.2, first_sample=i
+            )
         assert torch.equal(one.x, whole.x[i : i + 1])
     assert whole.x.dtype == torch.float32
 

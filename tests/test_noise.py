@@ -46,7 +46,9 @@ def test_normal_known_answers(key):
 
 def _double_normals(n, seed):
     """Box-Muller in float64 from the same words: what the float32 polynomials approximate."""
-    r0, r1, r2, r3 = (w[0].double() for w in noise.words(1, n // 4, seed=seed, draw=0, first_sample=0, stream=0, device=None))
+    r0, r1, r2, r3 = (
+        w[0].double() for w in noise.words(1, n // 4, seed=seed, draw=0, first_sample=0, stream=0, device=None)
+    )
     pairs = []
     for even, odd in ((r0, r1), (r2, r3)):
         radius = torch.sqrt(-2 * torch.log(((even // 2) + 0.5) * 2.0**-31))
@@ -148,7 +150,9 @@ def test_global_generators_are_left_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("bad", [{"seed": -1}, {"seed": 2**64}, {"seed": 1.0}, {"seed": True}, {"draw": 2**32}, {"shape": ()}])
+@pytest.mark.parametrize(
+    "bad", [{"seed": -1}, {"seed": 2**64}, {"seed": 1.0}, {"seed": True}, {"draw": 2**32}, {"shape": ()}]
+)
 def test_bad_arguments_are_refused(bad):
     with pytest.raises(fastdiff.errors.ConfigError, match=next(iter(bad))):
         fastdiff.normal(**{"num_samples": 1, "shape": (2,), "seed": 0, **bad})

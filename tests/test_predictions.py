@@ -88,10 +88,18 @@ def test_time_inputs():
     ddpm, ncsn, vp = fastdiff.DDPM(), fastdiff.NCSN(), fastdiff.VP()
     t = np.array([1.0, 3.0])
     np.testing.assert_array_equal(predictions.network_time("index", ddpm, t, 1.0, ddpm.sigma(t)), [0, 2])
-    np.testing.assert_array_equal(predictions.network_time("index", ncsn, t, 1.0, ncsn.sigma(t)), [9, 7])  # 0 is the largest
+    np.testing.assert_array_equal(
+        predictions.network_time("index", ncsn, t, 1.0, ncsn.sigma(t)), [9, 7]
+    )  # 0 is the largest
     half = np.array([0.5])
     sigma = vp.sigma(half)
-    expected = {"t": half, "t*999": 499.5, "sigma": sigma, "log_sigma": np.log(sigma), "c_noise": np.log(sigma / vp.alpha(half)) / 4}
+    expected = {
+        "t": half,
+        "t*999": 499.5,
+        "sigma": sigma,
+        "log_sigma": np.log(sigma),
+        "c_noise": np.log(sigma / vp.alpha(half)) / 4,
+    }
     for name, value in expected.items():
         np.testing.assert_allclose(predictions.network_time(name, vp, half, vp.alpha(half), sigma), value)
 

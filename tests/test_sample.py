@@ -163,8 +163,12 @@ def test_dtypes():
         assert half.dtype == dtype
         assert torch.equal(half, draw(x_init=start.to(dtype).float()).to(dtype))  # the state is float32
     # a half-precision start must not overflow a VE run
-    big = fastdiff.sample(lambda x, t: -x / 2500, fastdiff.VE(0.01, 1348.0), 20, shape=(4,), num_samples=2, dtype=torch.float16)
-    assert big.isfinite().all()
+    ve = fastdiff.VE(0.01, 1348.0)
+    options = {"steps": 20, "shape": (4,), "num_samples": 2, "dtype": torch.float16}
+    big = fastdiff.sample(lambda x, t: -x / (1 + ve.sigma(t) ** 2)[:, None], ve, **options)
+    assert big.abs().max() < 10
+    with pytest.raises(fastdiff.errors.DataError, match="float16"):
+        fastdiff.sample(lambda x, t: torch.full_like(x, 10.0), ve, **options)
 
 
 def test_empty_runs_call_nothing():
@@ -253,7 +257,9 @@ def test_modes_and_buffers_are_restored():
     flags = [m.training for m in net.modules()]
     buffers = [b.clone() for b in net.buffers()]
     x = draw(model=net, prediction="eps")
-    assert torch.equal(x, draw(model=net, prediction="eps", batch_size=1))  # evaluation mode: no dropout, no batch statistics
+    # evaluation mode: no dropout, no batch statistics; only the matrix product may round by batch size
+    assert torch.equal(x, draw(model=net, prediction="eps"))
+    assert (x / draw(model=net, prediction="eps", batch_size=1) - 1).abs().max() < 1e-4
     assert [m.training for m in net.modules()] == flags
     assert all(torch.equal(a, b) for a, b in zip(buffers, net.buffers()))
 
@@ -294,7 +300,9 @@ def test_models_of_every_kind():
 
     assert torch.equal(plain, draw(model=reusing))
     assert torch.equal(draw(model=lambda x, t: x), draw(model=lambda x, t: x.clone()))
-    assert torch.equal(draw(model=lambda x, t: x.mean(1, True).expand_as(x)), draw(model=lambda x, t: x.mean(1, True).repeat(1, 5)))
+    assert torch.equal(
+        draw(model=lambda x, t: x.mean(1, True).expand_as(x)), draw(model=lambda x, t: x.mean(1, True).repeat(1, 5))
+    )
     assert (draw(model=lambda x, t: score(x, t).double()) - plain).abs().max() == 0
     assert (draw(model=lambda x, t: score(x, t).bfloat16()) - plain).abs().max() < 0.1
 

@@ -39,7 +39,10 @@ def test_sigmoid_follows_its_alpha_bar():
 
 
 def test_quadratic_and_scaled_linear_are_linear_in_the_root():
-    for betas, ends in ((schedules.quadratic(50, 1e-4, 0.02), (1e-4, 0.02)), (schedules.scaled_linear(1000), (0.00085, 0.012))):
+    for betas, ends in (
+        (schedules.quadratic(50, 1e-4, 0.02), (1e-4, 0.02)),
+        (schedules.scaled_linear(1000), (0.00085, 0.012)),
+    ):
         assert (betas[0], betas[-1]) == (pytest.approx(ends[0]), pytest.approx(ends[1]))
         assert np.ptp(np.diff(np.sqrt(betas))) < 1e-15
 

@@ -15,7 +15,16 @@ from fastdiff.errors import ConfigError
 from fastdiff.grids import sigmas
 from fastdiff.processes import PROCESSES, get
 from fastdiff.reference import papers
-from fastdiff.samplers import DDIM, ULA, Ancestral, AnnealedLangevin, EulerMaruyama, Heun, PredictorCorrector, ReverseDiffusion
+from fastdiff.samplers import (
+    DDIM,
+    ULA,
+    Ancestral,
+    AnnealedLangevin,
+    EulerMaruyama,
+    Heun,
+    PredictorCorrector,
+    ReverseDiffusion,
+)
 
 B, D = 5, 3
 
@@ -307,7 +316,14 @@ def end_of_ode(name, sampler, steps, **options):
     process = get(name)
     start = options.pop("start")
     x = fastdiff.sample(
-        exact("score", process), process, steps, sampler=sampler, shape=(2,), num_samples=len(start), x_init=start, **options
+        exact("score", process),
+        process,
+        steps,
+        sampler=sampler,
+        shape=(2,),
+        num_samples=len(start),
+        x_init=start,
+        **options,
     )
     return process, x
 
@@ -405,7 +421,9 @@ def test_every_process_sampler_and_prediction_runs_or_is_refused(name, sampler):
 
 
 @pytest.mark.parametrize("name", ["vp", "ve", "ddpm", "edm", "subvp"])
-@pytest.mark.parametrize("sampler", ["ancestral", DDIM(0.5), "euler_maruyama", "reverse_diffusion", "heun", "ode", Heun(s_churn=2.0)])
+@pytest.mark.parametrize(
+    "sampler", ["ancestral", DDIM(0.5), "euler_maruyama", "reverse_diffusion", "heun", "ode", Heun(s_churn=2.0)]
+)
 def test_clip_is_a_clipped_network(name, sampler):
     """Clipping x0 in the table equals a network that clips its own x0; a corrector's score stays unclipped."""
     process = fastdiff.DDPM("linear", T=40) if name == "ddpm" else get(name)

@@ -75,4 +75,3 @@ def test_planning_is_cached_and_hashable():
     assert fastdiff.plan("vp", 77) is fastdiff.plan("vp", 77)
     assert fastdiff.plan("vp", 77) is fastdiff.plan(fastdiff.VP(), 77)
     assert fastdiff.plan("vp", 77) is not fastdiff.plan("vp", 77, denoise=False)
-

@@ -1,0 +1,303 @@
+"""Every wrong argument is refused before the network is called, by one sentence that names it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.errors import (
+    ConfigError,
+    DataError,
+    DeviceError,
+    DTypeError,
+    FastdiffError,
+    ModelOutputError,
+    ModelOutputTypeError,
+    ShapeError,
+)
+from fastdiff.samplers import (
+    DDIM,
+    ULA,
+    Ancestral,
+    AnnealedLangevin,
+    EulerMaruyama,
+    Heun,
+    PredictorCorrector,
+    ReverseDiffusion,
+)
+
+GOOD = {"sde": "vp", "steps": 3, "shape": (3,), "num_samples": 4}
+NAN, INF = math.nan, math.inf
+
+
+def never(x, t):
+    raise AssertionError("the network was called")
+
+
+# what is given (over GOOD), the error, words of its message
+CONFIGURATION = [
+    *(({"steps": v}, ConfigError, "steps must be an integer >= 1") for v in (0, -1, 2.5, 3.0, "100", True, NAN, 10**9)),
+    ({"seed": -1}, ConfigError, "seed"),
+    ({"seed": 2**64}, ConfigError, "seed"),
+    ({"seed": 1.5}, ConfigError, "seed"),
+    ({"seed": "7"}, ConfigError, "seed"),
+    ({"seed": True}, ConfigError, "seed"),
+    ({"first_sample": -1}, ConfigError, "first_sample"),
+    ({"first_sample": 2**32}, ConfigError, "first_sample"),
+    ({"first_sample": 2**32 - 2}, ConfigError, "num_samples"),
+    ({"num_samples": -1}, ConfigError, "num_samples"),
+    ({"num_samples": 2.0}, ConfigError, "num_samples"),
+    ({"batch_size": 0}, ConfigError, "batch_size"),
+    ({"batch_size": 1.5}, ConfigError, "batch_size"),
+    ({"trajectory": -1}, ConfigError, "trajectory"),
+    ({"shape": None}, ConfigError, "shape must be given"),
+    ({"shape": ()}, ConfigError, "shape"),
+    ({"shape": 3}, ConfigError, "shape"),
+    ({"shape": (3, -1)}, ConfigError, "shape"),
+    ({"shape": (3, 2.0)}, ConfigError, "shape"),
+    ({"sde": None}, ConfigError, "sde must be given"),
+    ({"sde": "vpp"}, ConfigError, "did you mean 'vp'"),
+    ({"sde": 3}, ConfigError, "sde must be"),
+    ({"sampler": "euler"}, ConfigError, "sampler must be one of"),
+    ({"sampler": "heum"}, ConfigError, "did you mean 'heun'"),
+    ({"sampler": 7}, ConfigError, "sampler must be one of"),
+    ({"prediction": "epsilon"}, ConfigError, "prediction must be one of"),
+    ({"prediction": "prev_mean"}, ConfigError, "step before"),
+    ({"time_input": "time"}, ConfigError, "time_input must be one of"),
+    ({"time_input": "index"}, ConfigError, "continuous"),
+    ({"grid": "unifrom"}, ConfigError, "did you mean 'uniform'"),
+    ({"grid": "trained"}, ConfigError, "discrete"),
+    ({"grid": [1.0, 0.5]}, ConfigError, "contradicts"),
+    ({"grid": [0.5, 1.0], "steps": None}, ConfigError, "decreasing"),
+    ({"grid": [1.0, NAN], "steps": None}, ConfigError, "finite"),
+    ({"grid": [1.0, 0.5], "steps": None, "t_min": 0.1}, ConfigError, "t_min"),
+    ({"grid": [2.0, 0.5], "steps": None}, ConfigError, "lie in"),
+    ({"t_min": 1.0}, ConfigError, "t_min"),
+    ({"t_min": -0.1}, ConfigError, "t_min"),
+    ({"t_min": NAN}, ConfigError, "t_min"),
+    ({"t_min": "0"}, ConfigError, "t_min"),
+    ({"t_min": 0.0, "sampler": "heun", "grid": "karras"}, ConfigError, "t_min"),
+    ({"t_min": 0.0, "sampler": "annealed_langevin", "steps": 10}, ConfigError, "sigma = 0"),
+    ({"t_min": 0.0, "sampler": "ula"}, ConfigError, "sigma = 0"),
+    ({"t_min": 0.0, "sampler": PredictorCorrector(order="predictor_first")}, ConfigError, "sigma = 0"),
+    ({"sampler": "heun", "grid": "score_sde"}, ConfigError, "score_sde"),
+    ({"sampler": "ancestral", "grid": "score_sde", "steps": 20}, ConfigError, "beta_max"),
+    ({"sampler": "annealed_langevin", "steps": 7}, ConfigError, "use 5"),
+    ({"sampler": "annealed_langevin", "steps": 8}, ConfigError, "use 10"),
+    ({"sde": "ncsn", "steps": 14}, ConfigError, "use 10"),
+    ({"sde": "ncsn", "steps": 3}, ConfigError, "use 10"),
+    ({"sde": "ddpm", "steps": 1001, "grid": "trained"}, ConfigError, "<= 1000"),
+    ({"sde": "ddpm", "time_input": "index", "grid": "uniform", "steps": 7}, ConfigError, "grid='trained'"),
+    ({"clip": (1, -1)}, ConfigError, "clip"),
+    ({"clip": (0, 0)}, ConfigError, "clip"),
+    ({"clip": (0, NAN)}, ConfigError, "clip"),
+    ({"clip": 1.0}, ConfigError, "clip"),
+    ({"clip": (0, 1, 2)}, ConfigError, "clip"),
+    ({"check": "always"}, ConfigError, "check must be one of"),
+    ({"backend": "cuda"}, ConfigError, "backend must be one of"),
+    ({"backend": "cpu"}, ConfigError, "not built in this version"),
+    ({"backend": "triton"}, ConfigError, "not built in this version"),
+    ({"engine": "graph"}, ConfigError, "not built in this version"),
+    ({"engine": "graphs"}, ConfigError, "did you mean 'graph'"),
+    ({"guidance": 2.0}, ConfigError, "guidance"),
+    ({"dtype": torch.int64}, DTypeError, "dtype"),
+    ({"dtype": "float32"}, DTypeError, "dtype"),
+    ({"device": "meta"}, DeviceError, "holds no data"),
+    ({"device": "nowhere"}, DeviceError, "nowhere"),
+    ({"device": 3.5}, DeviceError, "device"),
+    ({"model": 3}, ConfigError, "model must be"),
+    ({"sampler": PredictorCorrector(corrector="langevin"), "batch_size": 2}, ConfigError, "norm='sample'"),
+]
+
+SAMPLER_OPTIONS = [
+    (lambda: Ancestral("fixed_small"), "variance"),
+    (lambda: DDIM(-0.1), "eta"),
+    (lambda: DDIM(1.1), "eta"),
+    (lambda: DDIM(NAN), "eta"),
+    (lambda: EulerMaruyama(2.0), "lam"),
+    (lambda: ReverseDiffusion(-1), "lam"),
+    (lambda: Heun(s_churn=-1), "s_churn"),
+    (lambda: Heun(s_churn=INF), "s_churn"),
+    (lambda: Heun(s_noise=NAN), "s_noise"),
+    (lambda: Heun(s_max=-1), "s_max"),
+    (lambda: AnnealedLangevin(step_size=0), "step_size"),
+    (lambda: AnnealedLangevin(steps_per_level=0), "steps_per_level"),
+    (lambda: ULA(step_size=-1.0), "step_size"),
+    (lambda: PredictorCorrector(predictor="rk45"), "predictor"),
+    (lambda: PredictorCorrector(corrector="lengevin"), "did you mean 'langevin'"),
+    (lambda: PredictorCorrector(snr=0), "snr"),
+    (lambda: PredictorCorrector(snr=NAN), "snr"),
+    (lambda: PredictorCorrector(corrector_steps=-1), "corrector_steps"),
+    (lambda: PredictorCorrector(corrector_steps=1.0), "corrector_steps"),
+    (lambda: PredictorCorrector(norm="mean"), "norm"),
+    (lambda: PredictorCorrector(order="both"), "order"),
+    (lambda: PredictorCorrector("none", "none"), "nothing would run"),
+    (lambda: fastdiff.plan("vp", 3, sampler=PredictorCorrector(PredictorCorrector())), "predictor"),
+    (lambda: fastdiff.plan("vp", 3, sampler=PredictorCorrector(ULA())), "predictor"),
+]
+
+TENSORS = [
+    *(({"x_init": torch.zeros(4, 3, dtype=d)}, DTypeError, "x_init must be floating")
+      for d in (torch.int8, torch.int64, torch.uint8, torch.bool, torch.complex64)),
+    ({"x_init": torch.zeros(4, 3).to(torch.float8_e4m3fn)}, DTypeError, "x_init must be floating"),
+    ({"x_init": torch.zeros(4, 3).to_sparse()}, ShapeError, "dense"),
+    ({"x_init": np.zeros((4, 3))}, DTypeError, "x_init must be a tensor"),
+    ({"x_init": [0.0]}, DTypeError, "x_init must be a tensor"),
+    ({"x_init": torch.zeros(4, 2)}, ShapeError, r"\(4, 3\)"),
+    ({"x_init": torch.zeros(3)}, ShapeError, r"\(4, 3\)"),
+    ({"x_init": torch.tensor(0.0)}, ShapeError, r"\(4, 3\)"),
+    ({"x_init": torch.zeros(4, 3, device="meta")}, DeviceError, "meta"),
+    ({"x_init": torch.full((4, 3), NAN)}, DataError, r"x_init must be finite, got nan at index \(0, 0\)"),
+    ({"x_init": torch.tensor([[0.0, 0, 0]] * 3 + [[0.0, INF, 0]])}, DataError, r"index \(3, 1\)"),
+    ({"noise": torch.zeros(3, 4, 2)}, ShapeError, r"\(3, 4, 3\)"),
+    ({"noise": torch.zeros(2, 4, 3)}, ShapeError, r"\(3, 4, 3\)"),
+    ({"noise": torch.full((3, 4, 3), NAN)}, DataError, "noise must be finite"),
+    ({"noise": 3.0}, DTypeError, "noise must be"),
+    ({"cond": torch.zeros(3, 2)}, ShapeError, "num_samples=4"),
+    ({"cond": torch.tensor(1.0)}, ShapeError, "num_samples=4"),
+    ({"cond": {"y": torch.zeros(3)}}, ShapeError, r"cond\['y'\]"),
+    ({"cond": {"y": 3}}, DTypeError, r"cond\['y'\]"),
+    ({"cond": [1, 2]}, DTypeError, "cond must be"),
+    ({"cond": torch.full((4,), NAN)}, DataError, "cond must be finite"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "words"), CONFIGURATION + TENSORS)
+def test_refused_before_any_work(change, error, words):
+    options = {"model": never, **GOOD, **change}
+    with pytest.raises(error, match=words) as caught:
+        fastdiff.sample(**options)
+    assert isinstance(caught.value, FastdiffError)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) <= 260
+
+
+@pytest.mark.parametrize(("make", "words"), SAMPLER_OPTIONS)
+def test_sampler_options_are_refused(make, words):
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
+def test_finiteness_checks_are_skipped_when_off():
+    x = fastdiff.sample(lambda x, t: -x, x_init=torch.full((4, 3), NAN), check="off", **GOOD)
+    assert x.isnan().all()
+    # the sum of large finite numbers overflows, and that alone is no reason to refuse
+    big = torch.full((4, 3), 3e38)
+    fastdiff.sample(lambda x, t: 0 * x, x_init=big, check="final", **{**GOOD, "sampler": ULA(1e-9), "t_min": 0.5})
+
+
+@pytest.mark.parametrize("bad", [{"stpes": 3}, {"step": 3}, {"snr": 0.1}])
+def test_unknown_keywords_are_named(bad):
+    with pytest.raises(TypeError, match=next(iter(bad))):
+        fastdiff.sample(never, **GOOD, **bad)
+    with pytest.raises(TypeError, match=next(iter(bad))):
+        fastdiff.plan("vp", 3, **bad)
+
+
+OUTPUTS = [
+    (lambda x: x[:, :1], ModelOutputError, r"\(4, 1\), expected \(4, 3\)"),
+    (lambda x: x.transpose(0, 1), ModelOutputError, r"\(3, 4\)"),
+    (lambda x: x[0], ModelOutputError, r"\(3,\)"),
+    (lambda x: x.sum(), ModelOutputError, "expected"),
+    (lambda x: torch.cat([x, x], 1), ModelOutputError, "learned_range"),
+    (lambda x: None, ModelOutputTypeError, "NoneType"),
+    (lambda x: 0.0, ModelOutputTypeError, "float"),
+    (lambda x: x.numpy(), ModelOutputTypeError, "ndarray"),
+    (lambda x: [x], ModelOutputTypeError, "list"),
+    (lambda x: {"sample": x}, ModelOutputTypeError, "dict"),
+    (lambda x: (), ModelOutputTypeError, "tuple"),
+    (lambda x: (None, x), ModelOutputTypeError, "tuple"),
+    (lambda x: x.long(), ModelOutputTypeError, "int64"),
+    (lambda x: x.to("meta"), ModelOutputError, "meta"),
+]
+
+
+@pytest.mark.parametrize(("output", "error", "words"), OUTPUTS)
+def test_model_outputs_are_never_broadcast(output, error, words):
+    calls = []
+
+    def model(x, t):
+        calls.append(1)
+        return output(x)
+
+    with pytest.raises(error, match=words):
+        fastdiff.sample(model, **GOOD)
+    assert len(calls) == 1
+
+
+def test_learned_variance_needs_twice_the_channels():
+    with pytest.raises(ModelOutputError, match=r"expected \(4, 6\)"):
+        fastdiff.sample(lambda x, t: x, sampler=Ancestral("learned_range"), **GOOD)
+
+
+def test_a_noise_callable_is_checked_too():
+    with pytest.raises(ShapeError, match=r"noise\(0\)"):
+        fastdiff.sample(lambda x, t: -x, noise=lambda row: torch.zeros(3, 3), **GOOD)
+    with pytest.raises(DTypeError, match=r"noise\(0\)"):
+        fastdiff.sample(lambda x, t: -x, noise=lambda row: None, **GOOD)
+
+
+def model(**change):
+    options = {"net": lambda x, t: -x, "sde": "vp", "data_shape": (3,), "prediction": "score", **change}
+    return fastdiff.ScoreModel(**options)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"net": 3}, "net must be callable"),
+        ({"sde": "vpp"}, "did you mean 'vp'"),
+        ({"prediction": "noise"}, "prediction must be one of"),
+        ({"prediction": "increment"}, "ddpm or ncsn"),
+        ({"time_input": "index"}, "continuous"),
+        ({"data_shape": ()}, "shape"),
+        ({"data_range": (1, -1)}, "data_range"),
+        ({"data_range": 1}, "data_range"),
+        ({"variance": "learned"}, "learned_range"),
+    ],
+)
+def test_score_models_refuse_what_cannot_be_meant(change, words):
+    with pytest.raises(ConfigError, match=words):
+        model(**change)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sde": "ve"}, "use sde='vp'"),
+        ({"sde": "subvp"}, "use sde='vp'"),
+        ({"sde": "ncsn"}, "use sde='vp'"),
+        ({"sde": fastdiff.VP(0.1, 10.0)}, "use sde='vp'"),
+        ({"sde": fastdiff.DDPM("cosine")}, "use sde='vp'"),
+        ({"prediction": "eps"}, "contradicts the model's own 'score'"),
+        ({"time_input": "sigma"}, "contradicts"),
+        ({"shape": (4,)}, "contradicts"),
+    ],
+)
+def test_contradictions_with_the_model_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        fastdiff.sample(model(), steps=3, num_samples=1, **options)
+
+
+def test_networks_and_starts_on_different_devices():
+    with pytest.raises(DeviceError, match="meta"):
+        fastdiff.sample(torch.nn.Linear(3, 3, device="meta"), **GOOD)
+
+
+def test_pinned_signature():
+    """Others rely on these names, in this order."""
+    import inspect
+
+    names = list(inspect.signature(fastdiff.sample).parameters)
+    assert (
+        names
+        == (
+            "model sde steps sampler num_samples shape prediction time_input cond seed first_sample batch_size x_init noise grid "
+            "t_min clip denoise guidance dtype device backend engine check progress callback trajectory return_info"
+        ).split()
+    )
