@@ -1,12 +1,13 @@
 """fastdiff: score-based diffusion models (DDPM, NCSN, SDE), every sampler one table of affine rows."""
 
-from . import errors, grids, mcmc, samplers, schedules
+from . import errors, grids, losses, mcmc, models, predictions, processes, samplers, schedules, training
 from .model import ScoreModel
 from .ops import normal
 from .plan import plan
 from .processes import DDPM, EDM, NCSN, OU, VE, VP, SubVP
 from .sampling import SampleInfo, sample
 from .table import StepTable
+from .training import load, save, train
 
 __version__ = "0.1.0"
 
@@ -23,10 +24,18 @@ __all__ = [
     "SubVP",
     "errors",
     "grids",
+    "load",
+    "losses",
     "mcmc",
+    "models",
     "normal",
     "plan",
+    "predictions",
+    "processes",
     "sample",
     "samplers",
+    "save",
     "schedules",
+    "train",
+    "training",
 ]

@@ -32,6 +32,7 @@ from .training import Data, load, load_data, save, train
 
 SHAPE = (1, 8, 8)
 PICTURED = 100
+BATCH = 200
 MODELS = ("ve", "vp", "subvp")
 
 
@@ -76,16 +77,15 @@ def main(out: Path, train_steps: int = 2000, samples: int = 400, workers: int | 
     with _pool(len(MODELS), "training", train_steps * len(MODELS)) as (pool, progress):
         futures = {name: pool.submit(_train, name, train_steps, out, progress) for name in MODELS}
         losses = {name: future.result() for name, future in futures.items()}
-    with _pool(workers, "sampling", sum(_calls(job) for job in JOBS)) as (pool, progress):
-        runs = [pool.submit(_sample, job, samples, out, progress) for job in sorted(JOBS, key=_calls, reverse=True)]
-        found = dict(zip(sorted(JOBS, key=_calls, reverse=True), (run.result() for run in runs)))
-    results = {job: found[job] for job in JOBS}
+    with _pool(workers, "sampling", sum(_calls(job) for job in JOBS) * -(-samples // BATCH)) as (pool, progress):
+        runs = [pool.submit(_sample, job, samples, out, progress) for job in JOBS]
+        results = [run.result() for run in runs]
     print("drawing")
-    for job, result in results.items():
+    for job, result in zip(JOBS, results):
         pictures.grids(out / f"{slug(job)}.png", unseen[:PICTURED], result.samples[:PICTURED], job.title)
     pictures.losses(out / "loss.png", losses)
     pictures.strip(out / "trajectory.png", _trajectory(out), "VE predictor-corrector, from noise to digits")
-    pictures.neighbours(out / "nearest.png", results[JOBS[0]].samples[:10], real)
+    pictures.neighbours(out / "nearest.png", results[0].samples[:10], real)
     seconds = time.perf_counter() - began
     text = report(results, real, unseen, train_steps, seconds)
     (out / "report.md").write_text(text)
@@ -134,7 +134,7 @@ def slug(job: Job) -> str:
 
 
 def report(
-    results: dict[Job, Result],
+    results: list[Result],
     real: NDArray[np.float64],
     unseen: NDArray[np.float64],
     train_steps: int,
@@ -142,7 +142,7 @@ def report(
 ) -> str:
     """The numbers as Markdown."""
     between = frechet(real, unseen)
-    count = len(next(iter(results.values())).samples)
+    count = len(results[0].samples)
     rng = np.random.default_rng(0)
     equal = float(np.mean([frechet(real[rng.choice(len(real), count, replace=False)], unseen) for _ in range(20)]))
     usual = float(np.median(nearest(unseen, real)))
@@ -160,7 +160,7 @@ def report(
         "ratio to as many real digits | distance to the nearest training digit |",
         "|---|---|---|---|---|---|---|",
     ]
-    for job, result in results.items():
+    for job, result in zip(JOBS, results):
         distance = frechet(result.samples, unseen)
         lines.append(
             f"| {job.title} | {result.calls} | {result.seconds:.1f} | {distance:.4f} | {distance / between:.2f} | "
@@ -171,7 +171,7 @@ def report(
         f"The last column is a median; for held-out digits it is {usual:.2f}. A model that copied its training digits "
         "would be near 0 there. `nearest.png` shows ten samples above their nearest training digits.",
         "",
-        *(f"![{job.title}]({slug(job)}.png)" for job in results),
+        *(f"![{job.title}]({slug(job)}.png)" for job in JOBS),
         "![from noise to digits](trajectory.png)",
         "![loss](loss.png)",
         "![nearest training digits](nearest.png)",
@@ -207,7 +207,14 @@ def _sample(job: Job, count: int, out: Path, progress: Any) -> Result:
             progress.put(20)
 
     x, info = sample(
-        model, num_samples=count, seed=1, batch_size=200, progress=False, callback=told, return_info=True, **job.options
+        model,
+        num_samples=count,
+        seed=1,
+        batch_size=BATCH,
+        progress=False,
+        callback=told,
+        return_info=True,
+        **job.options,
     )
     return Result(pixels(x, model.data_range), info.table.calls, time.perf_counter() - began)
 

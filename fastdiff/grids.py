@@ -246,12 +246,13 @@ CHAINS: dict[str, type[Process]] = {"ddpm": VP, "ncsn": VE}
 
 def chain_on(process: Process, name: str, levels: int) -> Process:
     """The chain `name` of `levels` levels on the path of `process`: DDPM on VP, NCSN on VE (see CHAINS)."""
-    if name == "ddpm" and isinstance(process, VP):
+    if type(process) is not CHAINS.get(name):
+        raise ConfigError(f"sde={name!r} is no chain on the path of {process.name!r}: use sde={process.name!r}")
+    if isinstance(process, VP):
         t = np.arange(levels + 1) / levels
         return DDPM(tuple((-np.expm1(-np.diff(process.integral(t)))).tolist()))
-    if name == "ncsn" and isinstance(process, VE):
-        return NCSN(tuple(schedules.geometric(process.sigma_max, process.sigma_min, levels).tolist()))
-    raise ConfigError(f"sde={name!r} is no chain on the path of {process.name!r}: use one of {CHAINS}")
+    ladder = schedules.geometric(process.prior_std, float(process.sigma(0.0)), levels)
+    return NCSN(tuple(ladder.tolist()))
 
 
 def on_path(chain: Process, process: Process) -> bool:

@@ -3,6 +3,7 @@ known exactly, and fastdiff's own noise must give them."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_reverse_diffusion_of_the_reference_example():
     times = np.linspace(1, 1e-5, 201)
     sigma = 0.01 * 5000**times
     variance = 50.0**2
-    for high, low in zip(sigma, sigma[1:]):
+    for high, low in itertools.pairwise(sigma):
         step = high**2 - low**2
         variance = (1 - step / (1 + high**2)) ** 2 * variance + step
     variance -= step  # the last row adds no noise

@@ -102,7 +102,7 @@ def test_chains_on_a_path():
     assert grids.on_path(ladder, fastdiff.VE())
     assert not grids.on_path(fastdiff.NCSN([100.0, 1.0]), fastdiff.VE())
     with pytest.raises(ConfigError, match="path"):
-        grids.chain_on(fastdiff.OU(), "ddpm", 10)
+        grids.chain_on(fastdiff.SubVP(), "ddpm", 10)
 
 
 @pytest.mark.parametrize(

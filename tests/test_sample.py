@@ -74,11 +74,11 @@ def test_seeds():
 def test_global_state_is_left_alone():
     import random
 
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy(), torch.is_grad_enabled()  # noqa: NPY002
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy(), torch.is_grad_enabled()
     draw(sampler="pc")
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
-    assert (states[2] == np.random.get_state()[1]).all()  # noqa: NPY002
+    assert (states[2] == np.random.get_state()[1]).all()
     assert states[3] == torch.is_grad_enabled()
     torch.set_default_dtype(torch.float64)
     try:
@@ -177,7 +177,7 @@ def test_empty_runs_call_nothing():
 
     assert draw(model=never, num_samples=0).shape == (0, 5)
     assert draw(model=never, shape=(0, 3)).shape == (8, 0, 3)
-    x, states, info = draw(model=never, num_samples=0, trajectory=2, return_info=True, batch_size=4)
+    _, states, info = draw(model=never, num_samples=0, trajectory=2, return_info=True, batch_size=4)
     assert states.shape == (2, 0, 5)
     assert info.network_calls == 0
 

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,7 +22,8 @@ FILE = "checkpoint.safetensors"
 
 def save(model: ScoreModel, path: str | os.PathLike[str]) -> Path:
     """Write a ScoreModel whose network is one of fastdiff.models; the file appears whole or not at all."""
-    return write(path, _prefixed("net.", model.net.state_dict()), {"model": describe(model)})
+    header = {"model": describe(model)}
+    return write(path, {"net." + name: value for name, value in model.net.state_dict().items()}, header)
 
 
 def load(path_or_name: str | os.PathLike[str], *, net: nn.Module | None = None) -> ScoreModel:
@@ -110,10 +110,6 @@ def fill(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
             shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
             raise CheckpointMismatchError(f"{path} {what} {len(names)} tensors of this network: {shown}")
     network.load_state_dict(tensors)
-
-
-def _prefixed(prefix: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
-    return {prefix + name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
 def _find(path_or_name: str | os.PathLike[str]) -> Path:

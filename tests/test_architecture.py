@@ -1,0 +1,137 @@
+"""The import rules of the design, read off the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fastdiff"
+HOST = {"checks", "errors", "table", "processes", "schedules", "grids", "predictions", "samplers", "solvers", "plan"}
+TENSOR = {"ops", "runner", "graphs", "reference.row", "reference.noise", "kernels"}
+
+
+def modules():
+    """Module name within fastdiff -> its file; kernels/ is fastdiff.kernels."""
+    found = {}
+    for folder, prefix in ((PACKAGE, ""), (ROOT / "kernels", "kernels.")):
+        for path in sorted(folder.rglob("*.py")):
+            name = prefix + ".".join(path.relative_to(folder).with_suffix("").parts)
+            found[name.removesuffix(".__init__").removesuffix("__init__").rstrip(".")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name):
+    """(absolute names outside fastdiff, modules of fastdiff) that a module imports anywhere in its file."""
+    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    outside, inside = set(), set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                (inside if alias.name.startswith("fastdiff") else outside).add(alias.name.removeprefix("fastdiff."))
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0 and not (node.module or "").startswith("fastdiff"):
+                outside.add(node.module)
+                continue
+            base = package.split(".") if package else []
+            base = base[: len(base) - (node.level - 1)] if node.level else []
+            base += (node.module or "").removeprefix("fastdiff").strip(".").split(".") if node.module else []
+            for alias in node.names:
+                deep = ".".join([*base, alias.name])
+                inside.add(deep if deep in MODULES else ".".join(base))
+    return outside, inside - {name}
+
+
+def is_host(name):
+    return name.split(".")[0] in HOST
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if is_host(n)])
+def test_the_host_wing_never_imports_torch(name):
+    outside, inside = imports(name)
+    assert not any(o.split(".")[0] == "torch" for o in outside)
+    assert all(is_host(i) for i in inside if i), inside
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n in TENSOR])
+def test_the_tensor_wing_knows_of_the_host_only_the_table(name):
+    _, inside = imports(name)
+    assert {i for i in inside if is_host(i)} <= {"table", "errors", "checks"}
+
+
+def test_kernels_and_papers_stand_alone():
+    for name in MODULES:
+        if name.startswith("kernels") or name == "reference.papers":
+            assert not {i for i in imports(name)[1] if not i.startswith("kernels")}, name
+
+
+def test_only_ops_imports_the_kernels():
+    for name in MODULES:
+        if name != "ops" and not name.startswith("kernels"):
+            assert not any(i.startswith("kernels") for i in imports(name)[1]), name
+
+
+def test_nothing_of_the_library_imports_the_papers():
+    assert not [name for name in MODULES if "reference.papers" in imports(name)[1]]
+
+
+def test_no_import_circles():
+    graph = {name: {i for i in imports(name)[1] if i in MODULES and i} for name in MODULES if name}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            path.append(name)
+            for inner in sorted(graph.get(name, ())):
+                # a package's __init__ re-exports its own modules; they may not import it back, which this would show
+                visit(inner)
+            path.pop()
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name)
+
+
+def test_every_module_is_packaged():
+    setup = (ROOT / "setup.py").read_text()
+    for name, path in MODULES.items():
+        if path.name == "__init__.py" and name:
+            assert f'"fastdiff.{name}"' in setup
+
+
+@pytest.mark.parametrize("folder", [ROOT, Path("/")])
+def test_kernels_are_found_from_the_checkout_and_from_elsewhere(folder):
+    code = "import fastdiff, fastdiff.kernels; print(fastdiff.kernels.__file__)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert Path(shown.stdout.strip()).parent.name == "kernels"
+
+
+def test_importing_touches_no_pictures_no_data_and_no_gpu():
+    code = (
+        "import sys, fastdiff, torch; heavy = ('matplotlib', 'sklearn', 'PIL', 'scipy'); "
+        "print([name for name in heavy if name in sys.modules], torch.cuda.is_initialized())"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[] False"
+
+
+def test_habits():
+    """No assert for user errors, no broad except, no unsafe load, no leftover."""
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            assert not isinstance(node, ast.Assert), f"{name}: assert vanishes under -O"
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None, f"{name}: bare except"
+                assert not (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")), name
+        text = path.read_text()
+        for word in ("weights_only", "pickle.load", "TODO", "FIXME", "XXX"):
+            assert word not in text, f"{name}: {word}"

@@ -1,0 +1,382 @@
+"""Objectives against closed forms, a trainer that is repeatable and resumable, files that are whole or refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from oracles import Gaussian
+from safetensors.torch import save_file
+from torch import nn
+
+import fastdiff
+from fastdiff import losses
+from fastdiff.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointVersionError,
+    ConfigError,
+    CorruptCheckpointError,
+    DataError,
+    ShapeError,
+)
+from fastdiff.models import MLP, UNet
+from fastdiff.reference import papers
+from fastdiff.training import Data, checkpoint, load_data
+
+PREDICTIONS = ["score", "eps", "x0", "v", "scaled_score", "edm", "prev_mean", "increment"]
+
+
+def tiny(sde="vp", prediction="eps", shape=(2,), **options):
+    torch.manual_seed(0)
+    return fastdiff.ScoreModel(MLP(shape, hidden=16, layers=1), sde, prediction, data_shape=shape, **options)
+
+
+def digits(n=64):
+    rng = np.random.default_rng(0)
+    return Data(torch.from_numpy(rng.normal(size=(n, 2)).astype(np.float32)), range=(-5.0, 5.0))
+
+
+# --- objectives ------------------------------------------------------------------------------------------------------
+
+
+def test_dsm_of_an_eps_network_is_ho_et_als_algorithm_1():
+    process = fastdiff.DDPM("linear", T=50)
+    g = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(6, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    t = torch.tensor([1, 2, 10, 25, 49, 50])
+
+    def net(x, index):
+        return torch.tanh(x) * (1 + index.double()[:, None])
+
+    model = fastdiff.ScoreModel(net, process, "eps", "index", data_shape=(3,))
+    ours = losses.per_sample(model, x0, t.double(), eps, "dsm")
+    bars = np.cumprod(1 - process.beta_table)
+    theirs = papers.ddpm_training_loss(lambda x, t: net(x, t - 1), x0, t, eps, bars)
+    assert (ours - theirs).abs().max() < 1e-12
+    assert (losses.per_sample(model, x0, t.double(), eps, "simple") - theirs).abs().max() < 1e-12
+
+
+def test_weightings_are_their_equations():
+    """‖σ s + ε‖² for λ = σ², g² ‖s + ε/σ‖² for λ = g² (Song et al. 2021, eq. 7)."""
+    ve = fastdiff.VE()
+    g = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(5, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    model = fastdiff.ScoreModel(lambda x, t: torch.sin(x), ve, "score", data_shape=(4,))
+    s = torch.sin(losses.perturb(ve, x0, t, eps))
+    sigma, diffusion = ve.sigma(t)[:, None], ve.diffusion(t)[:, None]
+    dsm = ((sigma * s + eps) ** 2).mean(1)
+    likelihood = (diffusion**2 * (s + eps / sigma) ** 2).mean(1)
+    assert (losses.per_sample(model, x0, t, eps, "dsm") - dsm).abs().max() < 1e-12
+    assert ((losses.per_sample(model, x0, t, eps, "likelihood") - likelihood) / likelihood).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sde", ["vp", "ve", "ddpm", "ncsn"])
+def test_every_prediction_is_trained_towards_the_truth(prediction, sde):
+    """The network that knows the data has the least loss any network can have: the conditional variance of ε, for
+    "dsm" and any prediction; and a network that is off in x0 by δ pays (α δ/σ)² more, exactly."""
+    process = fastdiff.processes.get(sde)
+    if prediction in ("prev_mean", "increment") and not process.discrete:
+        return
+    data = Gaussian([0.5, -0.2], std=[0.6, 0.9])
+    n = 4000
+    x0 = data.sample(n, generator=torch.Generator().manual_seed(1)).double()
+    eps = fastdiff.normal(n, (2,), seed=1).double()
+    t = torch.full((n,), 7.0 if process.discrete else 0.4, dtype=torch.float64)
+    alpha, sigma = process.alpha(t[:1]), process.sigma(t[:1])
+    r, w = fastdiff.predictions.coordinates(prediction, process, t[:1], alpha, sigma)
+    scale = fastdiff.predictions.input_scale(prediction, process, alpha, sigma)
+
+    def net(x, time, shift=0.0):
+        x = x / scale
+        clean = data.x0(x, float(alpha), float(sigma)) + shift
+        return r * clean + w * (x - alpha * clean) / sigma
+
+    model = fastdiff.ScoreModel(net, process, prediction, data_shape=(2,))
+    value = losses.per_sample(model, x0, t, eps, "dsm")
+    variance = float(alpha) ** 2 * torch.tensor([0.6, 0.9], dtype=torch.float64) ** 2
+    least = (variance / (variance + sigma**2)).mean()  # Var(ε | x_t) = α²s²/(α²s² + σ²)
+    assert abs(value.mean() - least) < 5 * value.std() / math.sqrt(n)
+    shifted = fastdiff.ScoreModel(lambda x, t: net(x, t, 0.3), process, prediction, data_shape=(2,))
+    extra = losses.per_sample(shifted, x0, t, eps, "dsm").mean() - value.mean()
+    expected = float((0.3 * alpha / sigma) ** 2)
+    cross = 2 * 0.3 * float(alpha / sigma) * math.sqrt(float(least) / (2 * n))
+    assert abs(extra - expected) < 5 * cross
+
+
+def test_training_times():
+    u = torch.linspace(0, 1 - 2**-24, 1001)
+    vp = losses.training_times(fastdiff.VP(), u)
+    assert vp[0] == pytest.approx(1e-5)
+    assert vp[-1] == pytest.approx(1.0)
+    chain = losses.training_times(fastdiff.DDPM("linear", T=50), u)
+    assert set(chain.tolist()) == set(range(1, 51))
+    log_sigma = losses.training_times(fastdiff.EDM(), u[1:-1]).log()
+    assert log_sigma.mean() == pytest.approx(-1.2, abs=0.01)
+    assert log_sigma.std() == pytest.approx(1.2, abs=0.02)
+
+
+# --- the trainer -----------------------------------------------------------------------------------------------------
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.net.parameters()])
+
+
+def test_a_run_is_repeatable_and_leaves_the_global_generator_alone():
+    results = []
+    for seed in (0, 0, 1):
+        model = tiny()
+        before = torch.get_rng_state()
+        done = fastdiff.train(model, digits(), steps=20, batch_size=8, seed=seed)
+        assert torch.equal(before, torch.get_rng_state())
+        results.append((weights(model), done.loss))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(results[0][0], results[2][0])
+
+
+def test_dropout_is_repeatable_too():
+    results = []
+    for noise in (1, 2):
+        torch.manual_seed(0)
+        model = fastdiff.ScoreModel(MLP((2,), hidden=16, layers=2, dropout=0.5), "vp", data_shape=(2,))
+        torch.manual_seed(noise)  # must not matter
+        before = torch.get_rng_state()
+        fastdiff.train(model, digits(), steps=10, batch_size=8)
+        assert torch.equal(before, torch.get_rng_state())
+        results.append(weights(model))
+    assert torch.equal(results[0], results[1])
+
+
+def test_each_epoch_sees_every_sample_once():
+    from fastdiff.training.trainer import _Batches
+
+    batches = _Batches(digits(10), tiny(), seed=3, batch_size=4, dequantize=False)
+    order = torch.cat([batches._indices(step) for step in range(5)])
+    assert sorted(order[:10].tolist()) == sorted(order[10:].tolist()) == list(range(10))
+    assert order[:10].tolist() != order[10:].tolist()
+    assert torch.equal(batches._indices(1), order[4:8])  # any step may be asked for again
+
+
+@pytest.mark.parametrize("stop", [1, 7, 13])
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, stop):
+    options = {"batch_size": 8, "warmup": 5, "checkpoint_every": 4}
+    whole = tiny()
+    fastdiff.train(whole, digits(), steps=16, checkpoint=tmp_path / "whole", **options)
+
+    class Stop(Exception):
+        pass
+
+    model = tiny()
+    fastdiff.train(model, digits(), steps=stop, checkpoint=tmp_path / "parts", **options)
+    other = tiny()
+    done = fastdiff.train(other, digits(), steps=16, checkpoint=tmp_path / "parts", **options)
+    assert len(done.loss) == 16 - stop
+    assert torch.equal(weights(whole), weights(other))
+    assert torch.equal(weights(fastdiff.load(tmp_path / "parts")), weights(whole))
+    again = fastdiff.train(tiny(), digits(), steps=16, checkpoint=tmp_path / "parts", **options)
+    assert len(again.loss) == 0
+
+
+def test_another_run_in_the_same_directory_is_refused(tmp_path):
+    fastdiff.train(tiny(), digits(), steps=2, batch_size=8, checkpoint=tmp_path)
+    with pytest.raises(CheckpointMismatchError, match="batch_size=8, now 4"):
+        fastdiff.train(tiny(), digits(), steps=4, batch_size=4, checkpoint=tmp_path)
+    fastdiff.train(tiny(), digits(), steps=4, batch_size=4, checkpoint=tmp_path, resume=False)
+
+
+def test_ema_warm_up_and_clipping_are_their_formulas():
+    """One parameter, a quadratic loss: Adam's first steps, and the average, by hand."""
+
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x, t):
+            return self.w * x
+
+    model = fastdiff.ScoreModel(One(), "vp", data_shape=(2,))
+    seen = []
+    handle = model.net.register_forward_hook(lambda *_: seen.append(float(model.net.w.detach())))
+    fastdiff.train(model, digits(), steps=3, batch_size=8, lr=0.01, warmup=2, ema=0.9)
+    handle.remove()
+    # Adam's first update is lr·sign(gradient), here half the rate by warm-up
+    assert abs(seen[1] - 1.0) == pytest.approx(0.005, rel=1e-3)
+    assert len(seen) == 3
+    average = 1.0
+    finals = [seen[1], seen[2], None]
+    m = [0.1, 2 / 11, 3 / 12]
+    average = m[0] * 1.0 + (1 - m[0]) * finals[0]
+    average = m[1] * average + (1 - m[1]) * finals[1]
+    last = (float(model.net.w.detach()) - m[2] * average) / (1 - m[2])  # what the third update must have been
+    assert 0 < abs(last - seen[2]) < 0.0101
+
+
+def test_a_model_learns_a_mixture():
+    """Two well separated points in the plane: after training both are sampled, about half each, and little else."""
+    torch.manual_seed(0)
+    points = torch.tensor([[-1.0, 0.0], [1.0, 0.5]]).repeat(50, 1)
+    model = fastdiff.ScoreModel(MLP((2,), hidden=64, layers=2), "vp", data_shape=(2,))
+    done = fastdiff.train(model, Data(points, range=(-1.0, 1.0)), steps=800, lr=3e-3, warmup=20, decay=True, ema=0.99)
+    assert done.loss[-100:].mean() < 0.5 * done.loss[:20].mean()
+    x = fastdiff.sample(model, steps=100, num_samples=400)
+    assert ((x[:, None] - points[:2]).norm(dim=2).min(1).values < 0.15).double().mean() > 0.9
+    assert 0.35 < (x[:, 0] > 0).double().mean() < 0.65
+
+
+def test_labels_are_used_where_the_network_has_classes():
+    data = Data(torch.tensor([[-1.0], [1.0]]).repeat(20, 1), labels=torch.tensor([0, 1]).repeat(20), range=(-1.0, 1.0))
+    torch.manual_seed(0)
+    model = fastdiff.ScoreModel(MLP((1,), hidden=32, layers=2, num_classes=2), "vp", "edm", data_shape=(1,))
+    fastdiff.train(model, data, steps=400, loss="simple", lr=3e-3, warmup=20)
+    y = torch.tensor([0, 1] * 20)
+    x = fastdiff.sample(model, steps=50, num_samples=40, cond={"y": y})
+    assert ((x[:, 0] > 0) == (y == 1)).all()
+
+
+def test_dequantised_images_train(tmp_path):
+    images = Data(torch.randint(0, 256, (32, 1, 5, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(0)
+    model = fastdiff.ScoreModel(UNet((1, 5, 6), channels=8, blocks=1), "vp", data_shape=(1, 5, 6))
+    done = fastdiff.train(model, images, steps=3, batch_size=4, dequantize=True)
+    assert done.loss.isfinite().all()
+    assert fastdiff.sample(model, steps=3, num_samples=2).shape == (2, 1, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"steps": 0}, ConfigError, "steps"),
+        ({"batch_size": 0}, ConfigError, "batch_size"),
+        ({"batch_size": 2.0}, ConfigError, "batch_size"),
+        ({"lr": 0}, ConfigError, "lr"),
+        ({"lr": math.nan}, ConfigError, "lr"),
+        ({"warmup": -1}, ConfigError, "warmup"),
+        ({"grad_clip": 0}, ConfigError, "grad_clip"),
+        ({"ema": -0.1}, ConfigError, "ema"),
+        ({"ema": 1.0}, ConfigError, "ema"),
+        ({"ema": math.nan}, ConfigError, "ema"),
+        ({"loss": "mse"}, ConfigError, "loss must be one of"),
+        ({"seed": -1}, ConfigError, "seed"),
+        ({"checkpoint_every": 0}, ConfigError, "checkpoint_every"),
+        ({"data": torch.arange(9.0).view(3, 3)}, ShapeError, "data_shape"),
+        ({"dequantize": True}, ConfigError, "bins"),
+    ],
+)
+def test_bad_training_arguments_are_refused(change, error, words):
+    options = {"data": digits(), "steps": 1, **change}
+    with pytest.raises((error, DataError), match=words):
+        fastdiff.train(tiny(), options.pop("data"), **options)
+
+
+def test_nothing_to_train_is_refused():
+    model = tiny()
+    for p in model.net.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ConfigError, match="nothing to train"):
+        fastdiff.train(model, digits(), steps=1)
+
+
+def test_a_loss_that_is_not_finite_saves_nothing(tmp_path):
+    class Broken(MLP):
+        def forward(self, x, t, y=None):
+            return super().forward(x, t) * math.nan
+
+    torch.manual_seed(0)
+    model = fastdiff.ScoreModel(Broken((2,), hidden=8, layers=1), "vp", data_shape=(2,))
+    with pytest.raises(DataError, match="not finite at step 0"):
+        fastdiff.train(model, digits(), steps=1, checkpoint=tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+SAVED = [fastdiff.VE(0.02, 7.0), fastdiff.DDPM("cosine", T=20), fastdiff.NCSN([3.0, 1.0]), fastdiff.EDM(0.3)]
+
+
+@pytest.mark.parametrize("sde", SAVED, ids=repr)
+def test_save_and_load_give_the_same_model(tmp_path, sde):
+    model = tiny(sde, "edm" if sde.name == "edm" else "eps", data_range=(0.0, 2.0))
+    path = fastdiff.save(model, tmp_path / "model")
+    assert path.name == "model.safetensors"
+    other = fastdiff.load(path)
+    assert (other.process, other.prediction, other.time_input, other.data_shape, other.data_range) == (
+        model.process, model.prediction, model.time_input, model.data_shape, model.data_range
+    )  # fmt: skip
+    assert not other.training
+    options = {"steps": 6 if sde.name == "ncsn" else 3, "num_samples": 3}
+    assert torch.equal(fastdiff.sample(model, **options), fastdiff.sample(other, **options))
+    assert sorted(os.listdir(tmp_path)) == ["model.safetensors"]
+
+
+def test_networks_of_other_kinds_are_given_by_the_caller(tmp_path):
+    net = nn.Linear(2, 2)
+    model = fastdiff.ScoreModel(lambda x, t: net(x), "vp", data_shape=(2,))
+    with pytest.raises(ConfigError, match="net must be one of"):
+        fastdiff.save(model, tmp_path / "model")
+    path = fastdiff.save(tiny(), tmp_path / "tiny")
+    filled = fastdiff.load(path, net=MLP((2,), hidden=16, layers=1))
+    assert torch.equal(weights(filled), weights(tiny()))
+    with pytest.raises(CheckpointMismatchError, match=r"lacks|unknown|other shapes"):
+        fastdiff.load(path, net=MLP((2,), hidden=32, layers=1))
+
+
+def test_shipped_names():
+    for name, sde in (("digits-ve", "ve"), ("digits-vp", "vp"), ("digits-subvp", "subvp")):
+        model = fastdiff.load(name)
+        assert (model.process.name, model.data_shape) == (sde, (1, 8, 8))
+        assert fastdiff.sample(model, sde=sde, steps=2, num_samples=1).shape == (1, 1, 8, 8)
+    size = sum(f.stat().st_size for f in checkpoint.SHIPPED.glob("*.safetensors"))
+    assert size < 4_000_000
+    with pytest.raises(FileNotFoundError, match="digits-subvp, digits-ve, digits-vp"):
+        fastdiff.load("digits-vpp")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 8, 9, 200, -1])
+def test_truncated_files_are_refused(tmp_path, cut):
+    path = fastdiff.save(tiny(), tmp_path / "model")
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(CorruptCheckpointError, match="not a whole file"):
+        fastdiff.load(path)
+
+
+def test_foreign_and_newer_files_are_refused(tmp_path):
+    for name, content in (("page", b"<html>no</html>"), ("lfs", b"version https://git-lfs.github.com/spec/v1\n")):
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+        with pytest.raises(CorruptCheckpointError):
+            fastdiff.load(tmp_path / name)
+    save_file({"w": torch.zeros(1)}, tmp_path / "plain.safetensors")
+    with pytest.raises(CorruptCheckpointError, match="fastdiff"):
+        fastdiff.load(tmp_path / "plain")
+    save_file({"w": torch.zeros(1)}, tmp_path / "new.safetensors", {"fastdiff": json.dumps({"format": 99})})
+    with pytest.raises(CheckpointVersionError, match="format 99"):
+        fastdiff.load(tmp_path / "new")
+    with pytest.raises(FileNotFoundError):
+        fastdiff.load(tmp_path / "nothing")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = fastdiff.save(tiny(), tmp_path / "model")
+    before = path.read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(CheckpointError, match="untouched"):
+        fastdiff.save(tiny(), path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_digits_are_the_real_ones():
+    assert load_data("digits").shape == (1, 8, 8)
