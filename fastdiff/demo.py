@@ -97,7 +97,7 @@ def model_for(name: str) -> ScoreModel:
     """A small U-Net for the digits with EDM's preconditioning; the field's ranges: [0, 1] for VE, else [−1, 1]."""
     process: Process = {"ve": VE(), "vp": VP(), "subvp": SubVP()}[name]
     torch.manual_seed(0)
-    net = UNet(SHAPE, channels=28, multipliers=(1, 2), blocks=1)
+    net = UNet(SHAPE, channels=32, multipliers=(1, 2), blocks=1)
     return ScoreModel(net, process, "edm", data_shape=SHAPE, data_range=(0.0, 1.0) if name == "ve" else (-1.0, 1.0))
 
 

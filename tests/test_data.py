@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fastdiff.errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError
-from fastdiff.training.data import Data, load_data
+from fastdiff.training import Data, load_data
 
 RANGES = ((-1, 1), (0, 1), (0.1, 0.7), (-3, 0.3))
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1

@@ -225,8 +225,8 @@ def test_a_model_learns_a_mixture():
     torch.manual_seed(0)
     points = torch.tensor([[-1.0, 0.0], [1.0, 0.5]]).repeat(50, 1)
     model = fastdiff.ScoreModel(MLP((2,), hidden=64, layers=2), "vp", data_shape=(2,))
-    done = fastdiff.train(model, Data(points, range=(-1.0, 1.0)), steps=800, lr=3e-3, warmup=20, decay=True, ema=0.99)
-    assert done.loss[-100:].mean() < 0.5 * done.loss[:20].mean()
+    done = fastdiff.train(model, Data(points, range=(-1.0, 1.0)), steps=1500, lr=5e-3, warmup=20, decay=True, ema=0.99)
+    assert done.loss[-100:].mean() < 0.2 * done.loss[:20].mean()
     x = fastdiff.sample(model, steps=100, num_samples=400)
     assert ((x[:, None] - points[:2]).norm(dim=2).min(1).values < 0.15).double().mean() > 0.9
     assert 0.35 < (x[:, 0] > 0).double().mean() < 0.65

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from .. import models, processes
@@ -69,8 +69,10 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     metadata = {"fastdiff": json.dumps({"format": FORMAT, **header})}
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-        with open(temporary, "rb+") as handle:
+        # written here and not by safetensors' own save_file, which leaves files that only their owner may read
+        with open(temporary, "wb") as handle:
+            handle.write(serialize({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
+            handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, target)
         folder = os.open(target.parent, os.O_RDONLY)

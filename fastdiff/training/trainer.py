@@ -22,7 +22,8 @@ from ..model import ScoreModel
 from ..reference import noise
 from ..schedules import ema_decay
 from . import checkpoint as files
-from .data import Data, load_data
+from .data import Data
+from .readers import load_data
 
 
 @dataclass(frozen=True)
