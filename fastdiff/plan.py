@@ -88,6 +88,8 @@ def _plan(
     drafts, end = sampler.rows(process, grid, steps, denoise)
     title = f"{process!r:.120} | {sampler!r} | {steps} steps, prediction {prediction}"
     rows = _rows(drafts, prediction, time_input, clip, process, clock)
+    if clip is not None and not any(row.clips for row in rows):
+        raise ConfigError(f"clip acts on predictions of x0, and sampler {sampler.name!r} makes none: leave clip out")
     return StepTable(title, tuple(rows), end, process.prior_std, clip)
 
 

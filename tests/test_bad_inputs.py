@@ -96,6 +96,8 @@ CONFIGURATION = [
     ({"clip": (0, 0)}, ConfigError, "clip"),
     ({"clip": (0, NAN)}, ConfigError, "clip"),
     ({"clip": 1.0}, ConfigError, "clip"),
+    ({"clip": (-1, 1), "sampler": "ula"}, ConfigError, "clip acts on predictions"),
+    ({"clip": (-1, 1), "sampler": PredictorCorrector("none")}, ConfigError, "clip acts on predictions"),
     ({"clip": (0, 1, 2)}, ConfigError, "clip"),
     ({"check": "always"}, ConfigError, "check must be one of"),
     ({"backend": "cuda"}, ConfigError, "backend must be one of"),
