@@ -163,10 +163,13 @@ def zeroed(layer: nn.Module) -> nn.Module:
 
 def check_call(net: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> None:
     """Refuse what `net(x, t, y)` cannot mean. Reads the data of no tensor, so it costs no synchronisation."""
+    for name, value in (("x", x), ("t", t), ("y", y)):
+        if not isinstance(value, Tensor) and not (name == "y" and value is None):
+            raise DTypeError(f"{name} must be a tensor, got {type(value).__name__}: use torch.as_tensor({name})")
     if tuple(x.shape[1:]) != net.shape or x.ndim == 0:
         raise ShapeError(
-            f"x must have shape [B, {', '.join(map(str, net.shape))}], got {list(x.shape)}: the network was built with "
-            f"shape={net.shape}, and its weights fit one built with another"
+            f"x must have shape [B, {', '.join(map(str, net.shape))}], got {list(x.shape)}: "
+            f"build a network with shape={tuple(x.shape[1:])} for such samples"
         )
     if x.dtype != net.out.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         dtype = net.out.weight.dtype

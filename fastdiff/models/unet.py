@@ -29,8 +29,9 @@ class UNet(nn.Module):
     has `channels * multipliers[l]` channels, `blocks` residual blocks on the way down and as many on the way up, each
     joined to its mirror by concatenation. A strided convolution leads down and nearest interpolation up, to the exact
     lengths met on the way down, so that any lengths will do: rectangular, odd, one. The coarsest level loses no
-    resolution, so its `2 * blocks` blocks follow one another without joins. On 8x8 digits that is a third fewer
-    parameters than joins and a middle block, and a seventh less time per step, at an equal loss.
+    resolution, so its `2 * blocks` blocks follow one another without joins: on 8x8 digits (channels=32, blocks=1) a third
+    fewer parameters and a quarter less time than joins and a middle block, for a loss within 1 %. On a CPU, widths that
+    are multiples of 16 are the fastest for their size.
 
     shape           one sample's shape, (C, *spatial), with one to three spatial axes
     attention       the levels (0 is the finest) whose blocks end in self-attention
