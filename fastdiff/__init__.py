@@ -7,7 +7,7 @@ from .plan import plan
 from .processes import DDPM, EDM, NCSN, OU, VE, VP, SubVP
 from .sampling import SampleInfo, sample
 from .table import StepTable
-from .training import load, save, train
+from .training import Data, Training, load, load_data, save, train
 
 __version__ = "0.1.0"
 
@@ -18,13 +18,16 @@ __all__ = [
     "OU",
     "VE",
     "VP",
+    "Data",
     "SampleInfo",
     "ScoreModel",
     "StepTable",
     "SubVP",
+    "Training",
     "errors",
     "grids",
     "load",
+    "load_data",
     "losses",
     "mcmc",
     "models",

@@ -38,13 +38,38 @@ def number(
 
 def pair(argument: str, value: Any) -> tuple[float, float]:
     """Two finite numbers, the lower first."""
+    numbers = sequence(argument, value)
+    if len(numbers) != 2 or not numbers[0] < numbers[1]:
+        raise ConfigError(f"{argument} must be two numbers (lo, hi) with lo < hi, got {value!r:.80}")
+    return numbers[0], numbers[1]
+
+
+def sequence(argument: str, value: Any) -> tuple[float, ...]:
+    """Finite numbers from a list, a tuple, an array or a tensor of one axis."""
     try:
-        low, high = (float(v) for v in value)
+        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{argument} must be two numbers (lo, hi), got {value!r:.80}") from error
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ConfigError(f"{argument} must be finite with lo < hi, got ({low:g}, {high:g})")
-    return low, high
+        raise ConfigError(f"{argument} must be a list of numbers, got {value!r:.80}") from error
+    if array.ndim != 1 or (array.dtype.kind not in "iuf" and array.size):
+        raise ConfigError(f"{argument} must be a list of numbers, got {value!r:.80}")
+    bad = np.flatnonzero(~np.isfinite(array.astype(np.float64)))
+    if len(bad):
+        raise ConfigError(f"{argument} must be finite, got {array[bad[0]]} at index {bad[0]}")
+    return tuple(array.astype(np.float64).tolist())
+
+
+def flag(argument: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ConfigError(f"{argument} must be True or False, got {value!r:.80}")
+    return bool(value)
+
+
+def function(argument: str, value: Any) -> Any:
+    """None or something that can be called."""
+    if value is not None and not callable(value):
+        raise ConfigError(f"{argument} must be callable or None, got {value!r:.80}")
+    return value
 
 
 def _power(n: int) -> str:

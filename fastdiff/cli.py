@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         arguments.run(arguments)
-    except (FastdiffError, FileNotFoundError, ImportError) as error:
+    except (FastdiffError, OSError, ImportError) as error:
         print(f"fastdiff {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -44,7 +45,11 @@ def _sample(a: argparse.Namespace) -> None:
 
     model = load(a.model)
     out = Path(a.out)
-    _writable(out, (".npy", ".png"))
+    _writable("--out", out, (".npy", ".png"))
+    if out.suffix == ".png":
+        from . import pictures
+
+        pictures.check_drawable(a.num_samples, model.data_shape)
     x, info = sample(
         model, a.sde, a.steps, sampler=a.sampler, num_samples=a.num_samples, seed=a.seed, first_sample=a.first_sample,
         batch_size=a.batch_size, grid=a.grid, return_info=True,
@@ -52,8 +57,6 @@ def _sample(a: argparse.Namespace) -> None:
     if out.suffix == ".npy":
         np.save(out, x.numpy())
     else:
-        from . import pictures
-
         pictures.image(out, x.numpy(), model.data_range)
     print(
         f"{tuple(x.shape)} samples in {out}: {info.network_calls} network calls, {info.seconds:.1f} s, seed {info.seed}"
@@ -62,6 +65,7 @@ def _sample(a: argparse.Namespace) -> None:
 
 def _train(a: argparse.Namespace) -> None:
     from . import processes
+    from .errors import ConfigError
     from .model import ScoreModel
     from .models import build
     from .training import load_data, train
@@ -70,8 +74,11 @@ def _train(a: argparse.Namespace) -> None:
     network = a.network or ("mlp" if len(data.shape) == 1 else "unet")
     options: dict[str, Any] = {"name": network, "shape": list(data.shape)}
     if a.classes:
+        if data.labels is None:
+            raise ConfigError(f"--classes needs labels, and {a.data} has none: leave it out")
         options["num_classes"] = data.num_classes
-    data_range = (0.0, 1.0) if a.sde == "ve" else (-1.0, 1.0)
+    # images in the field's ranges; vectors in their own, so that samples come back in the data's units
+    data_range = data.range if len(data.shape) == 1 else (0.0, 1.0) if a.sde == "ve" else (-1.0, 1.0)
     model = ScoreModel(build(options), processes.get(a.sde), a.prediction, data_shape=data.shape, data_range=data_range)
     done = train(
         model, data, steps=a.steps, loss=a.loss, batch_size=a.batch_size, lr=a.lr, ema=a.ema, seed=a.seed,
@@ -83,24 +90,27 @@ def _train(a: argparse.Namespace) -> None:
 def _plan(a: argparse.Namespace) -> None:
     from .plan import plan
 
+    if a.plot:
+        _writable("--plot", Path(a.plot), (".png", ".pdf", ".svg"))
     table = plan(a.sde, a.steps, sampler=a.sampler, prediction=a.prediction, grid=a.grid)
     print(table.explain(None if a.all else 24))
     if a.plot:
         table.plot(a.plot)
 
 
-def _writable(path: Path, suffixes: tuple[str, ...]) -> None:
+def _writable(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
     """Refuse before any work what could not be written after it."""
     from .errors import ConfigError
 
     if path.suffix not in suffixes:
-        raise ConfigError(f"--out must end in {' or '.join(suffixes)}, got {path}")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--out must lie in an existing folder, got {path}")
+        raise ConfigError(f"{option} must end in {' or '.join(suffixes)}, got {path}")
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise ConfigError(f"{option} must be a file in an existing folder, got {path}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastdiff", description="Train and sample score-based diffusion models.")
+    parser.add_argument("--version", action="version", version=f"fastdiff {metadata.version('fastdiff')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:

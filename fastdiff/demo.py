@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from . import pictures, samplers
+from . import checks, pictures, samplers
 from .model import ScoreModel
 from .models import UNet
 from .processes import VE, VP, Process, SubVP
@@ -68,9 +68,13 @@ class Result:
 def main(out: Path, train_steps: int = 2000, samples: int = 400, workers: int | None = None) -> None:
     """Train, sample, measure and draw into `out`; ends with `out/report.md`."""
     began = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
-    workers = workers or len(os.sched_getaffinity(0))
     training, held_out = halves()
+    checks.integer("train_steps", train_steps, 1, 10**6)
+    checks.integer(
+        "samples", samples, 70, len(training)
+    )  # a covariance of 64 pixels, and as many real digits beside it
+    workers = checks.integer("workers", workers or _cores(), 1, 1024)
+    out.mkdir(parents=True, exist_ok=True)
     real, unseen = (pixels(data.batch(range(len(data)), (0.0, 1.0)), (0.0, 1.0)) for data in (training, held_out))
     print(f"fastdiff demo: {len(training)} digits to train on, {len(held_out)} held out, {workers} processes")
     # every model needs the same time: as many processes as models keep all cores busy to the end
@@ -184,8 +188,12 @@ def _train(name: str, steps: int, out: Path, progress: Any) -> NDArray[np.float6
     """Train one model, save it to `out`, and return its losses (in a worker process)."""
     model = model_for(name)
 
+    seen = 0
+
     def told(step: int, loss: float) -> None:
-        progress.put(100)
+        nonlocal seen
+        progress.put(step - seen)
+        seen = step
 
     done = train(
         model, halves()[0], steps=steps, loss="simple", lr=2e-3, warmup=100, decay=True, progress=False, callback=told
@@ -219,9 +227,14 @@ def _sample(job: Job, count: int, out: Path, progress: Any) -> Result:
     return Result(pixels(x, model.data_range), info.table.calls, time.perf_counter() - began)
 
 
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _calls(job: Job) -> int:
-    """How long a job takes, in network calls."""
-    return 2000 if job.model == "ve" and job.options["sde"] == "ve" else int(job.options["steps"])
+    """About how many rows a job has, for the progress bar."""
+    return int(job.options["steps"]) * (2 if job.options.get("sde") == "ve" or job.title.startswith("Heun") else 1)
 
 
 def _trajectory(out: Path) -> NDArray[np.float64]:

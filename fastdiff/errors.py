@@ -48,6 +48,9 @@ class NonFiniteError(FastdiffError, FloatingPointError):
         super().__init__(message)
         self.row, self.t, self.samples = row, t, samples
 
+    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[str, int, float, tuple[int, ...]]]:
+        return type(self), (str(self), self.row, self.t, self.samples)  # so that a worker process can raise it
+
 
 class CheckpointError(FastdiffError, RuntimeError):
     """A checkpoint that cannot be read or written as asked."""
@@ -70,6 +73,8 @@ def choose(argument: str, given: object, valid: Iterable[str]) -> str:
     names = list(valid)
     if isinstance(given, str) and given in names:
         return given
+    if isinstance(given, type):
+        raise ConfigError(f"{argument} must be an object or a name, got the class itself: write {given.__name__}()")
     near = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ConfigError(f"{argument} must be one of {', '.join(map(repr, names))}, got {given!r}{hint}")

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import schedules
+from . import checks, schedules
 from .errors import ConfigError, choose
 from .processes import DDPM, NCSN, VE, VP, Process, SubVP
 from .table import Level
@@ -68,15 +69,9 @@ class Grid:
 
 def decreasing(argument: str, values: Any) -> tuple[float, ...]:
     """`values` (list, array, tensor) as a tuple of at least two strictly decreasing finite numbers."""
-    try:
-        numbers = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{argument} must be a name or a list of decreasing numbers, got {values!r:.80}") from error
-    if numbers.ndim != 1 or len(numbers) < 2:
-        raise ConfigError(f"{argument} must hold at least two decreasing numbers, got shape {numbers.shape}")
-    bad = np.flatnonzero(~np.isfinite(numbers))
-    if len(bad):
-        raise ConfigError(f"{argument} must be finite, got {numbers[bad[0]]} at index {bad[0]}")
+    numbers = np.array(checks.sequence(argument, values))
+    if len(numbers) < 2:
+        raise ConfigError(f"{argument} must hold at least two decreasing numbers, got {len(numbers)}")
     rise = np.flatnonzero(np.diff(numbers) >= 0)
     if len(rise):
         k = int(rise[0]) + 1
@@ -104,13 +99,17 @@ def _logsnr(process: Process, n: int, t_min: float) -> Array:
 def _trained(process: Process, n: int, t_min: float) -> Array:
     if not process.discrete:
         raise ConfigError(f"grid='trained' needs a discrete process (ddpm, ncsn), {process.name!r} is continuous")
-    available = int(process.T - math.ceil(t_min))
+    if t_min != int(t_min):
+        raise ConfigError(
+            f"t_min must be a whole step of the chain with grid='trained', got {t_min:g}: use grid='uniform'"
+        )
+    available = int(process.T - t_min)
     if n > available:
         raise ConfigError(
             f"steps must be <= {available}, the trained steps of this {process.name!r}, got {n}: use grid='uniform' "
             "to stand between them"
         )
-    return np.floor(np.linspace(process.T, math.ceil(t_min), n + 1) + 0.5)
+    return np.floor(np.linspace(process.T, t_min, n + 1) + 0.5)
 
 
 # name -> (process, number of steps, t_min) -> times, from T down to t_min
@@ -147,8 +146,6 @@ def build(spec: object, process: Process, n: int | None, t_min: float | None) ->
         return Grid(_steps(process, _levels_of_times(process, TIMES[spec](process, n, end))))
     in_sigma = isinstance(spec, Sigmas)
     values = np.array(decreasing("grid", spec))
-    if n is not None and n != len(values) - 1:
-        raise ConfigError(f"steps={n} contradicts a grid of {len(values)} points ({len(values) - 1} steps): drop one")
     if t_min is not None:
         raise ConfigError(f"t_min={t_min:g} contradicts an explicit grid, which ends at {values[-1]:g}: drop t_min")
     if in_sigma:
@@ -186,15 +183,25 @@ def _levels_of_times(process: Process, t: Array) -> list[Level]:
 def _levels_of_ratios(process: Process, ratio: Array) -> list[Level]:
     # σ̂ = 0 is the data itself, which a process with σ(0) > 0 never reaches: there t = 0 stands for it
     t = np.where(ratio > 0, process.time(np.where(ratio > 0, ratio, 1.0)), 0.0)
-    beyond = np.flatnonzero((t > process.T * 1.000001) if process.discrete else np.zeros(len(t), bool))
-    if len(beyond):
-        raise ConfigError(f"sigma = {ratio[beyond[0]]:g} lies beyond the chain's last level: choose a smaller one")
+    first = 1.0 if process.name == "ncsn" else 0.0
+    inside = (t >= first - 1e-9) & (t <= process.T * 1.000001)
+    outside = np.flatnonzero((ratio > 0) & ~inside)
+    if len(outside):
+        low, high = (float(process.sigma(v) / process.alpha(v)) for v in (first, float(process.T)))
+        raise ConfigError(
+            f"sigma/alpha = {ratio[outside[0]]:g} is not among the process's levels, {low:g} to {high:g}: stay inside"
+        )
+    t = np.clip(t, first if ratio.min() > 0 else 0.0, process.T)
     alpha = np.where(ratio > 0, process.alpha(t), 1.0)
     return [Level(*row) for row in np.stack([t, alpha, ratio * alpha], 1).tolist()]
 
 
 def _steps(process: Process, levels: list[Level]) -> tuple[Step, ...]:
     t, alpha, sigma = (np.array(column) for column in zip(*levels))
+    if not (alpha.min() > 1e-150 and np.isfinite(sigma).all()):
+        raise ConfigError(
+            f"alpha({t[int(alpha.argmin())]:g}) is 0 to float64 in this process: its rate is too large, lower it"
+        )
     ratio = alpha[:-1] / alpha[1:]
     # the difference of two squares, by its factors: neighbouring levels are close
     var = (sigma[:-1] - ratio * sigma[1:]) * (sigma[:-1] + ratio * sigma[1:])
@@ -215,6 +222,8 @@ def _reference_steps(process: Process, n: int, t_min: float) -> tuple[Step, ...]
     sde_lib.py: VP β_i = linspace(β_min/N, β_max/N)[i], VE σ_i = geometric ladder[i], σ_{−1} = 0, sub-VP Euler; the
     ancestral noise of VP is √β_i, of VE the posterior's. i = trunc(t (N − 1)/T).
     """
+    if n < 2:
+        raise ConfigError(f"steps must be >= 2 with grid='score_sde', got {n}")
     t = np.linspace(process.T, t_min, n)
     index = (t * (n - 1) / process.T).astype(int)
     levels = _levels_of_times(process, t)
@@ -226,9 +235,9 @@ def _reference_steps(process: Process, n: int, t_min: float) -> tuple[Step, ...]
         ratio, var = np.ones(n), (high - low) * (high + low)
         posterior = var * (low / high) ** 2
     elif type(process) is VP:
-        if n <= process.beta_max:
-            raise ConfigError(f"grid='score_sde' with VP needs steps > beta_max = {process.beta_max:g}, got {n}")
         var = np.linspace(process.beta_min / n, process.beta_max / n, n)[index]
+        # with steps <= beta_max a β reaches 1: NaN, which the planner refuses where a row uses it (Euler's do not)
+        var = np.where(var < 1, var, np.nan) if n > process.beta_max else np.full(n, np.nan)
         ratio, posterior = np.sqrt(1 - var), var
     elif type(process) is SubVP:
         ratio, var = 1 + drift * dt, diffusion**2 * dt
@@ -244,6 +253,7 @@ def _reference_steps(process: Process, n: int, t_min: float) -> tuple[Step, ...]
 CHAINS: dict[str, type[Process]] = {"ddpm": VP, "ncsn": VE}
 
 
+@lru_cache(maxsize=16)
 def chain_on(process: Process, name: str, levels: int) -> Process:
     """The chain `name` of `levels` levels on the path of `process`: DDPM on VP, NCSN on VE (see CHAINS)."""
     if type(process) is not CHAINS.get(name):
@@ -255,6 +265,7 @@ def chain_on(process: Process, name: str, levels: int) -> Process:
     return NCSN(tuple(ladder.tolist()))
 
 
+@lru_cache(maxsize=64)
 def on_path(chain: Process, process: Process) -> bool:
     """Whether every level of `chain` is a level of `process`, up to 1 % of T beyond its end.
 

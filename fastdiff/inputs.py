@@ -65,6 +65,8 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
 
 def check_finite(name: str, x: Tensor) -> None:
     """One sum; the culprit is located only when that fails (a sum of large finite numbers may overflow)."""
+    if x.is_complex():
+        x = torch.view_as_real(x.resolve_conj())
     if x.is_floating_point() and not math.isfinite(x.detach().sum(dtype=torch.float64)):
         bad = torch.nonzero(~x.isfinite())
         if len(bad):
@@ -79,6 +81,10 @@ def check_condition(cond: Any, num_samples: int, device: torch.device, finite: b
         name = f"cond[{key!r}]" if key else "cond"
         if not isinstance(value, Tensor):
             raise DTypeError(f"{name} must be a tensor (or cond a dict of tensors), got {type(value).__name__}")
+        if not isinstance(key, str):
+            raise DTypeError(f"cond must be a dict whose keys are names of the model's arguments, got the key {key!r}")
+        if value.layout != torch.strided:
+            raise ShapeError(f"{name} must be a dense strided tensor, got layout {value.layout}: use .to_dense()")
         if value.ndim == 0 or len(value) != num_samples:
             raise ShapeError(
                 f"{name} must have num_samples={num_samples} entries first, got shape {tuple(value.shape)}"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import checks, inputs
-from .errors import ConfigError, ModelOutputError, NonFiniteError
+from .errors import ConfigError, ModelOutputError, NonFiniteError, ShapeError
+from .model import evaluating
 from .reference import noise, row
 
 Energy = Callable[[Tensor], Tensor]
@@ -102,10 +103,15 @@ def _run(
     steps = checks.integer("steps", steps, 1, 2**32 - 1)
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
     inputs.check_floating("x", x)
+    if x.ndim < 2:
+        raise ShapeError(f"x must be [B, *shape] with at least one axis after B, got shape {tuple(x.shape)}")
     inputs.check_tensor("x", x, tuple(x.shape), x.device, finite=True)
     first_sample = checks.integer("first_sample", first_sample, 0, 2**32 - len(x))
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
-    times = torch.as_tensor(t, dtype=state, device=x.device).expand(len(x))
+    times = torch.as_tensor(t, dtype=state, device=x.device)
+    if times.shape not in ((), (1,), (len(x),)) or not bool(times.isfinite().all()):
+        raise ShapeError(f"t must be one finite time or one for each of {len(x)} samples, got {t!r:.80}")
+    times = times.expand(len(x))
 
     def energy(at: Tensor) -> Tensor:
         value: Tensor = function(at, times.clone())
@@ -115,6 +121,20 @@ def _run(
             )
         return value
 
+    with evaluating(model):
+        return _chains(energy, x, state, times, steps, seed, first_sample, propose)
+
+
+def _chains(
+    energy: Energy,
+    x: Tensor,
+    state: torch.dtype,
+    times: Tensor,
+    steps: int,
+    seed: int,
+    first_sample: int,
+    propose: Callable[[Energy, _Point, Tensor], tuple[_Point, Tensor]],
+) -> Chains:
     here = _evaluate(energy, x.detach().to(state))
     accepted = torch.zeros(len(x), dtype=state, device=x.device)
     broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -123,9 +143,10 @@ def _run(
         z = noise.normal(len(x), x.shape[1:], draw=k, stream=noise.SAMPLER, **options).to(state)
         u = noise.uniform(len(x), (1,), draw=k, stream=noise.ACCEPTANCE, **options)[:, 0].double()
         there, log_ratio = propose(energy, here, z)
-        broken |= there.energy.isnan() | here.energy.isnan()
+        # NaN where x itself has left the finite numbers is a divergent trajectory, and rejected
+        broken |= here.energy.isnan() | (there.energy.isnan() & there.x.isfinite().flatten(1).all(1))
         yes = u.log() < log_ratio  # NaN compares false
-        here = _Point(*(torch.where(_like(yes, new), new, old) for new, old in zip(there, here)))
+        here = _Point(*(torch.where(yes.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in zip(there, here)))
         accepted += yes
     if bool(broken.any()):
         samples = tuple((torch.nonzero(broken).flatten() + first_sample).tolist())
@@ -143,7 +164,3 @@ def _evaluate(energy: Energy, x: Tensor) -> _Point:
         value = energy(at)
         (gradient,) = torch.autograd.grad(value.sum(), at)
     return _Point(at.detach(), value.detach().double(), gradient.detach())
-
-
-def _like(mask: Tensor, x: Tensor) -> Tensor:
-    return mask.view(-1, *[1] * (x.ndim - 1))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import checks, inputs, predictions, processes
-from .errors import ConfigError, ModelOutputError, ModelOutputTypeError, choose
+from .errors import ConfigError, ModelOutputError, ModelOutputTypeError, ShapeError, choose
 from .plan import default_time_input
 
 Condition = Tensor | dict[str, Tensor] | None
@@ -48,7 +52,8 @@ class ScoreModel(nn.Module):
         self.variance = None if variance is None else choose("variance", variance, ("learned_range",))
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
-        """The network's own output at process times t [B], its input scaled and its time converted."""
+        """The network's own output at process times t [B] (or one for all), its input scaled and its time converted."""
+        t = self.times(t, x)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         scale = predictions.input_scale(self.prediction, self.process, alpha, sigma)
         time = predictions.network_time(self.time_input, self.process, t, alpha, sigma)
@@ -57,13 +62,27 @@ class ScoreModel(nn.Module):
         return check_output(output, x, self.variance)[0]
 
     def predict(self, kind: str, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
-        """The network's opinion as "score", "x0", "eps" or any other prediction at process times t [B]."""
+        """The network's opinion as "score", "x0", "eps" or any other prediction at process times t [B] (or one)."""
+        t = self.times(t, x)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         source, target = (
             predictions.coordinates(name, self.process, t, alpha, sigma) for name in (self.prediction, kind)
         )
         p, q = predictions.convert(source, target, alpha, sigma)
         return like(p, x) * x + like(q, x) * self(x, t, cond)
+
+    def times(self, t: Any, x: Tensor) -> Tensor:
+        """t as one process time for each sample of x, inside [0, T], where the network can be asked (σ > 0)."""
+        given = torch.as_tensor(t, device=x.device)
+        given = given if given.is_floating_point() else given.to(x.dtype)
+        if given.shape not in ((), (1,), x.shape[:1]):
+            raise ShapeError(f"t must be one time or one for each of {len(x)} samples, got shape {tuple(given.shape)}")
+        if given.device.type == "cpu":  # elsewhere a look at the values would stall the device
+            bad = ~((given >= 0) & (given <= self.process.T * 1.000001) & (self.process.sigma(given) > 0))
+            if bool(bad.any()):
+                value = float(given[bad].flatten()[0])
+                raise ConfigError(f"t must lie in (0, {self.process.T:g}], where sigma > 0, got {value:g}")
+        return given.expand(len(x))
 
     def score(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """∇ log p_t(x), [B, *]."""
@@ -99,6 +118,8 @@ def single_tensor(output: Any) -> Tensor:
 
 def check_output(output: Tensor, x: Tensor, variance: str | None) -> tuple[Tensor, Tensor | None]:
     """The prediction [B, *], and the variance's half of the channels if there is one; nothing is broadcast."""
+    if output.layout != torch.strided:
+        raise ModelOutputError(f"the model must return a dense strided tensor, got layout {output.layout}")
     if output.device != x.device:
         raise ModelOutputError(f"the model returned a tensor on {output.device}, its input is on {x.device}")
     if not output.is_floating_point():
@@ -115,3 +136,32 @@ def check_output(output: Tensor, x: Tensor, variance: str | None) -> tuple[Tenso
         return output[:, :channels], output[:, channels:]
     wanted = x.shape if variance is None else (len(x), 2 * channels, *x.shape[2:])
     raise ModelOutputError(f"the model returned {tuple(output.shape)}, expected {tuple(wanted)}")
+
+
+_lock = threading.Lock()
+_borrowed: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def evaluating(net: Any) -> Iterator[None]:
+    """Evaluation mode for a network, and each submodule's own flag back afterwards; the first thread in sets it, the
+    last one out restores it."""
+    if not isinstance(net, nn.Module):
+        yield
+        return
+    with _lock:
+        entry = _borrowed.setdefault(net, [0, []])
+        if entry[0] == 0:
+            entry[1] = [module for module in net.modules() if module.training]
+            for module in entry[1]:
+                module.training = False
+        entry[0] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            entry[0] -= 1
+            if entry[0] == 0:
+                for module in entry[1]:
+                    module.training = True
+                del _borrowed[net]

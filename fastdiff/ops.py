@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,10 @@ from .reference import noise, row
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 ENGINES = ("auto", "eager", "graph")
+
+# A forked child has no threads of OpenMP's, and torch would wait for them for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 draw_normal = noise.normal
 step, convert, measure_langevin, learned_scale = row.step, row.convert, row.measure_langevin, row.learned_scale

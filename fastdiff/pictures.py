@@ -6,10 +6,14 @@ import math
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from .errors import ShapeError
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("pictures need matplotlib, which is missing: pip install 'fastdiff[demo]'") from error
 
 Images = NDArray[np.float64]
 
@@ -73,10 +77,15 @@ def neighbours(path: Path, samples: Images, training: Images) -> None:
     figure.savefig(path, dpi=100)
 
 
+def check_drawable(count: int, shape: tuple[int, ...]) -> None:
+    """Refuse samples that are no pictures."""
+    if len(shape) != 3 or shape[0] not in (1, 3) or 0 in (count, *shape):
+        raise ShapeError(f"a picture needs samples (1 or 3, H, W), got {count} of {shape}: write a .npy file instead")
+
+
 def image(path: Path, x: NDArray[np.floating], data_range: tuple[float, float]) -> None:
     """Samples [N, 1 or 3, H, W] in their data range as one mosaic."""
-    if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ShapeError(f"a picture needs samples (1 or 3, H, W), got {x.shape[1:]}: write a .npy file instead")
+    check_drawable(len(x), x.shape[1:])
     low, high = data_range
     unit = np.clip((x - low) / (high - low), 0, 1).transpose(0, 2, 3, 1)
     canvas = mosaic(unit, math.ceil(math.sqrt(len(unit))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ from .processes import Process
 from .solvers.draft import X0, Draft, Drafts, Meaning
 from .table import Level, Row, StepTable
 
-MAX_STEPS = 10**7
+LONGEST_CACHED = 10_000
+MAX_STEPS = 10**6  # a row takes about 2 KB and 45 µs on the host
 
 Clip = tuple[float, float] | None
 
@@ -41,15 +43,18 @@ def plan(
     """
     process = processes.get(sde)
     chosen = samplers.get(sampler, process)
-    return _plan(
+    steps = None if steps is None else checks.integer("steps", steps, 1, MAX_STEPS)
+    # typed: a grid of times and the same numbers as sigmas are equal tuples. A long table is not worth its memory
+    make = _plan if steps is not None and steps > LONGEST_CACHED else _cached
+    return make(
         process,
-        None if steps is None else checks.integer("steps", steps, 1, MAX_STEPS),
+        steps,
         chosen,
         prediction,
         grid if grid is None or isinstance(grid, (str, grids.Sigmas)) else grids.decreasing("grid", grid),
         None if t_min is None else checks.number("t_min", t_min),
         None if clip is None else checks.pair("clip", clip),
-        bool(denoise),
+        checks.flag("denoise", denoise),
         default_time_input(prediction) if time_input is None else time_input,
         process if clock is None else clock,
     )
@@ -60,7 +65,6 @@ def default_time_input(prediction: str) -> str:
     return "c_noise" if prediction == "edm" else "t"
 
 
-@lru_cache(maxsize=64)
 def _plan(
     process: Process,
     steps: int | None,
@@ -74,34 +78,49 @@ def _plan(
     clock: Process,
 ) -> StepTable:
     predictions.check(prediction, time_input, clock)
-    explicit = not (grid_spec is None or isinstance(grid_spec, str))
-    if steps is None:
-        steps = _steps_of(grid_spec, sampler, process) if explicit else sampler.default_steps(process)
-    if grid_spec is None:
-        grid_spec = sampler.default_grid(process, steps)
-    if grid_spec == "score_sde" and not sampler.reference_grid:
-        raise ConfigError(f"grid='score_sde' has no sampler {sampler.name!r}: use grid='uniform'")
-    # the reference's grid has as many points as steps; any other has one more, but for samplers that stand on levels
-    n = steps if grid_spec == "score_sde" else sampler.intervals(process, steps)
-    end_at = sampler.default_t_min(process) if t_min is None and not explicit else t_min
-    grid = grids.build(grid_spec, process, n, end_at)
-    drafts, end = sampler.rows(process, grid, steps, denoise)
+    with np.errstate(all="ignore"):  # what overflows is refused by name
+        grid, steps = _grid(process, steps, sampler, grid_spec, t_min)
+        drafts, end = sampler.rows(process, grid, steps, denoise)
+    if grid.reference and any(
+        math.isnan(number) for step in drafts for row in step for number in (row.a, row.c, *row.b)
+    ):
+        raise ConfigError(f"grid='score_sde' with VP needs steps > beta_max = {process.beta_max:g}, got {steps}")  # type: ignore[attr-defined]
     title = f"{process!r:.120} | {sampler!r} | {steps} steps, prediction {prediction}"
     rows = _rows(drafts, prediction, time_input, clip, process, clock)
     if clip is not None and not any(row.clips for row in rows):
         raise ConfigError(f"clip acts on predictions of x0, and sampler {sampler.name!r} makes none: leave clip out")
-    return StepTable(title, tuple(rows), end, process.prior_std, clip)
+    return StepTable(title, tuple(rows), end, _start_std(process, grid.steps[0].level), clip)
 
 
-def _steps_of(grid_spec: Any, sampler: samplers.Sampler, process: Process) -> int:
-    """The steps an explicit grid means for a sampler: the count whose intervals are the grid's."""
-    if isinstance(sampler, samplers.ULA):
-        return sampler.default_steps(process)
-    points = len(grid_spec)
-    if isinstance(sampler, samplers.AnnealedLangevin):
-        return points * (sampler.steps_per_level or 5)
-    alone = isinstance(sampler, samplers.PredictorCorrector) and sampler.predicting is None
-    return points if alone else points - 1
+_cached = lru_cache(maxsize=64, typed=True)(_plan)
+
+
+def _grid(
+    process: Process, steps: int | None, sampler: samplers.Sampler, spec: Any, t_min: float | None
+) -> tuple[grids.Grid, int]:
+    """The grid and the number of steps, by the caller's word or by the sampler's defaults."""
+    if spec is not None and not isinstance(spec, str):
+        meant = sampler.steps_on(process, len(spec))
+        if meant is not None and steps not in (None, meant):
+            raise ConfigError(f"steps={steps} contradicts a grid of {len(spec)} points ({meant} steps): drop one")
+        free = len(spec) * sampler._each(process, len(spec)) if isinstance(sampler, samplers.AnnealedLangevin) else 1000
+        return grids.build(spec, process, None, t_min), steps or meant or free
+    end = sampler.default_t_min(process) if t_min is None else t_min
+    if steps is None:
+        steps = sampler.default_steps(process, end)
+    spec = sampler.default_grid(process, steps, end) if spec is None else spec
+    if spec == "score_sde" and not sampler.reference_grid:
+        raise ConfigError(f"grid='score_sde' has no sampler {sampler.name!r}: use grid='uniform'")
+    # the reference's grid has as many points as steps; any other has one more, but for samplers that stand on levels
+    return grids.build(spec, process, steps if spec == "score_sde" else sampler.intervals(process, steps), end), steps
+
+
+def _start_std(process: Process, first: Level) -> float:
+    """The standard deviation of the start: the prior's at T; below T the level's own σ, Karras et al.'s Alg. 1, as long
+    as the data's share of x is small or α = 1; else NaN, and the run needs x_init."""
+    if abs(first.t - process.T) <= 1e-6 * process.T:
+        return process.prior_std
+    return first.sigma if first.alpha == 1 or first.sigma >= 10 * first.alpha else math.nan
 
 
 class _Kept(NamedTuple):

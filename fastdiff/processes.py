@@ -70,7 +70,8 @@ class VE(Process):
     t_min: ClassVar[float] = 1e-5
 
     def __post_init__(self) -> None:
-        _check_sigmas(self.sigma_min, self.sigma_max)
+        sigma_min, sigma_max = _checked_sigmas(self.sigma_min, self.sigma_max)
+        _keep(self, sigma_min=sigma_min, sigma_max=sigma_max)
 
     @property
     def prior_std(self) -> float:
@@ -106,8 +107,9 @@ class VP(Process):
     t_min: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
-        for argument in ("beta_min", "beta_max"):
-            checks.number(argument, getattr(self, argument))
+        _keep(
+            self, beta_min=checks.number("beta_min", self.beta_min), beta_max=checks.number("beta_max", self.beta_max)
+        )
         if not 0 <= self.beta_min <= self.beta_max or self.beta_max <= 0:
             raise ConfigError(
                 f"beta_min and beta_max must satisfy 0 <= beta_min <= beta_max, beta_max > 0, "
@@ -174,9 +176,12 @@ class OU(Process):
     t_min: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
-        checks.number("rate", self.rate)
-        checks.number("noise", self.noise, 0, above=True)
-        checks.number("T", self.T, 0, above=True)
+        _keep(
+            self,
+            rate=checks.number("rate", self.rate),
+            noise=checks.number("noise", self.noise, 0, above=True),
+            T=checks.number("T", self.T, 0, above=True),
+        )
 
     @property
     def prior_std(self) -> float:
@@ -211,8 +216,9 @@ class EDM(Process):
     name: ClassVar[str] = "edm"
 
     def __post_init__(self) -> None:
-        _check_sigmas(self.sigma_min, self.sigma_max)
-        checks.number("sigma_data", self.sigma_data, 0, above=True)
+        sigma_min, sigma_max = _checked_sigmas(self.sigma_min, self.sigma_max)
+        _keep(self, sigma_min=sigma_min, sigma_max=sigma_max)
+        _keep(self, sigma_data=checks.number("sigma_data", self.sigma_data, 0, above=True))
 
     @property
     def T(self) -> float:  # type: ignore[override]
@@ -258,15 +264,16 @@ class DDPM(Process):
 
     def __post_init__(self) -> None:
         if not isinstance(self.betas, str):
-            object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+            _keep(self, betas=checks.sequence("betas", self.betas))
             if self.T not in (1000, len(self.betas)):
                 raise ConfigError(f"T must be the number of betas, {len(self.betas)}, got {self.T}: leave it out")
-            object.__setattr__(self, "T", len(self.betas))
-        checks.integer("T", self.T, 1, 10**7)
+            _keep(self, T=len(self.betas))
+        _keep(self, T=checks.integer("T", self.T, 1, 10**7))
         values = self.beta_table
         bad = np.flatnonzero(~((values > 0) & (values < 1)))
         if len(bad):
-            raise ConfigError(f"betas must lie in (0, 1), got betas[{bad[0]}] = {values[bad[0]]:g}: use a larger T")
+            way_out = ": use a larger T" if isinstance(self.betas, str) else ""
+            raise ConfigError(f"betas must lie in (0, 1), got betas[{bad[0]}] = {values[bad[0]]:g}{way_out}")
 
     @cached_property
     def beta_table(self) -> NDArray[np.float64]:
@@ -291,6 +298,8 @@ class DDPM(Process):
         return lib(t).sqrt(-2 * self.drift(t))
 
     def time(self, ratio: Any) -> Any:
+        if lib(ratio) is not np:
+            return lib(ratio).as_tensor(self.time(ratio.double().cpu().numpy()), dtype=ratio.dtype, device=ratio.device)
         # past the last level the last rate goes on, so that the caller sees by how much a level overshoots
         target, table = -0.5 * np.log1p(np.square(ratio)), self._log_alpha
         beyond = np.maximum(table[-1] - target, 0.0) / (table[-2] - table[-1])
@@ -310,7 +319,7 @@ class NCSN(Process):
     discrete: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))
+        _keep(self, sigmas=checks.sequence("sigmas", self.sigmas))
         values = np.array(self.sigmas)
         if len(values) < 2:
             raise ConfigError(f"sigmas must hold at least two levels, got {len(values)}")
@@ -347,6 +356,8 @@ class NCSN(Process):
         return self.sigma(t) * lib(t).sqrt(2 * _slope(t, self._log_sigma, 1))
 
     def time(self, ratio: Any) -> Any:
+        if lib(ratio) is not np:
+            return lib(ratio).as_tensor(self.time(ratio.double().cpu().numpy()), dtype=ratio.dtype, device=ratio.device)
         # past the ladder's ends its last ratio goes on, as in DDPM
         target, table = np.log(ratio), self._log_sigma
         beyond = np.maximum(target - table[-1], 0.0) / (table[-1] - table[-2])
@@ -380,6 +391,7 @@ def _interpolate(t: Any, table: NDArray[np.float64], first: int) -> Any:
     if lib(t) is np:
         return np.interp(t, np.arange(first, first + len(table)), table)
     torch = lib(t)
+    t = t if t.is_floating_point() else t.double()
     values = torch.as_tensor(table, dtype=t.dtype, device=t.device)
     k = (t - first).floor().long().clamp(0, len(table) - 2)
     return values[k] + (t - first - k) * (values[k + 1] - values[k])
@@ -390,18 +402,22 @@ def _slope(t: Any, table: NDArray[np.float64], first: int) -> Any:
     if lib(t) is np:
         return np.diff(table)[np.clip(np.ceil(np.asarray(t) - first).astype(int) - 1, 0, len(table) - 2)]
     torch = lib(t)
+    t = t if t.is_floating_point() else t.double()
     k = ((t - first).ceil().long() - 1).clamp(0, len(table) - 2)
     return torch.as_tensor(np.diff(table), dtype=t.dtype, device=t.device)[k]
 
 
-def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
-    checks.number("sigma_max", sigma_max)
-    checks.number("sigma_min", sigma_min)
-    if not 0 < sigma_min < sigma_max:
-        raise ConfigError(
-            f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got {sigma_min} and {sigma_max}"
-        )
-    if sigma_max > _LARGEST:
-        raise ConfigError(
-            f"sigma_max must be at most {_LARGEST:.3g}, so that float32 holds its square, got {sigma_max}"
-        )
+def _checked_sigmas(sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    high = checks.number("sigma_max", sigma_max)
+    low = checks.number("sigma_min", sigma_min)
+    if not 0 < low < high:
+        raise ConfigError(f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got {low} and {high}")
+    if high > _LARGEST:
+        raise ConfigError(f"sigma_max must be at most {_LARGEST:.3g}, so that float32 holds its square, got {high}")
+    return low, high
+
+
+def _keep(process: Process, **values: Any) -> None:
+    """Set checked values on a frozen dataclass: plain numbers, whatever kind of number was given."""
+    for name, value in values.items():
+        object.__setattr__(process, name, value)

@@ -20,13 +20,17 @@ class Sampler:
     name: ClassVar[str]
     reference_grid: ClassVar[bool] = False  # whether score_sde's own discretisation has this sampler
 
-    def default_grid(self, process: Process, steps: int) -> str:
+    def default_grid(self, process: Process, steps: int, t_min: float) -> str:
         """The grid where the caller names none: a chain's own times where they suffice."""
-        return "trained" if process.discrete and steps <= process.T - self.default_t_min(process) else "uniform"
+        return "trained" if process.discrete and t_min == int(t_min) and steps <= process.T - t_min else "uniform"
 
-    def default_steps(self, process: Process) -> int:
+    def default_steps(self, process: Process, t_min: float) -> int:
         """`steps` where neither the caller nor a grid says: 1000, or all of a discrete process."""
-        return int(process.T - self.default_t_min(process)) if process.discrete else 1000
+        return int(process.T - t_min) if process.discrete else 1000
+
+    def steps_on(self, process: Process, points: int) -> int | None:
+        """How many steps an explicit grid of `points` means; None: any number."""
+        return points - 1
 
     def default_t_min(self, process: Process) -> float:
         """Where the run ends if the caller does not say: the process's own end."""
@@ -105,6 +109,10 @@ class EulerMaruyama(Sampler):
         checks.number("lam", self.lam, 0, 1)
 
     def predict(self, process: Process, grid: Grid) -> Drafts:
+        if grid.in_sigma:
+            raise ConfigError(
+                "euler_maruyama steps in process time, not in sigma: use a grid of times, or ancestral or ode"
+            )
         return solvers.euler_maruyama(grid.steps, self.lam)
 
 
@@ -150,8 +158,8 @@ class Heun(Sampler):
         if self.s_max != math.inf:
             checks.number("s_max", self.s_max, 0)
 
-    def default_grid(self, process: Process, steps: int) -> str:
-        return super().default_grid(process, steps) if process.discrete else "karras"
+    def default_grid(self, process: Process, steps: int, t_min: float) -> str:
+        return super().default_grid(process, steps, t_min) if process.discrete else "karras"
 
     def predict(self, process: Process, grid: Grid) -> Drafts:
         return solvers.heun(process, grid, self.s_churn, self.s_min, self.s_max, self.s_noise)
@@ -178,10 +186,16 @@ class AnnealedLangevin(Sampler):
     def default_t_min(self, process: Process) -> float:
         return _last_noisy(process)
 
-    def default_steps(self, process: Process) -> int:
-        if process.name != "ncsn":
-            return 200 * (self.steps_per_level or 5)
-        return int(process.T) * (self.steps_per_level or max(1, round(1000 / process.T)))
+    def default_steps(self, process: Process, t_min: float) -> int:
+        points = int(process.T) if process.name == "ncsn" else 200
+        return points * self._each(process, points)
+
+    def steps_on(self, process: Process, points: int) -> int | None:
+        return None
+
+    def _each(self, process: Process, points: int) -> int:
+        """Steps per level where only the levels are known: on a ladder what comes near 1000 steps in all."""
+        return self.steps_per_level or (max(1, round(1000 / points)) if process.name == "ncsn" else 5)
 
     def intervals(self, process: Process, steps: int) -> int:
         return self._levels(process, steps) - 1
@@ -207,7 +221,13 @@ class AnnealedLangevin(Sampler):
 
     def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[Drafts, Level]:
         levels = grid.levels
+        self._divides("levels", len(levels), steps)
         each = steps // len(levels)
+        if self.steps_per_level not in (None, each):
+            raise ConfigError(
+                f"steps must be {self.steps_per_level * len(levels)}, {len(levels)} levels of "
+                f"{self.steps_per_level} steps, got {steps}"
+            )
         lowest = levels[-1]
         if lowest.sigma <= 0:
             raise ConfigError("annealed_langevin asks the network at its last level, where sigma = 0: use t_min > 0")
@@ -235,13 +255,16 @@ class ULA(Sampler):
         if self.step_size is not None:
             checks.number("step_size", self.step_size, 0, above=True)
 
-    def default_grid(self, process: Process, steps: int) -> str:
+    def default_grid(self, process: Process, steps: int, t_min: float) -> str:
         return "uniform"
+
+    def steps_on(self, process: Process, points: int) -> int | None:
+        return None
 
     def default_t_min(self, process: Process) -> float:
         return _last_noisy(process)
 
-    def default_steps(self, process: Process) -> int:
+    def default_steps(self, process: Process, t_min: float) -> int:
         return 1000
 
     def intervals(self, process: Process, steps: int) -> int:
@@ -296,9 +319,14 @@ class PredictorCorrector(Sampler):
             return self.predictor
         return None if self.predictor == "none" else SAMPLERS[self.predictor]()
 
-    def default_grid(self, process: Process, steps: int) -> str:
+    def default_grid(self, process: Process, steps: int, t_min: float) -> str:
         inner = self.predicting
-        return super().default_grid(process, steps) if inner is None else inner.default_grid(process, steps)
+        return (
+            super().default_grid(process, steps, t_min) if inner is None else inner.default_grid(process, steps, t_min)
+        )
+
+    def steps_on(self, process: Process, points: int) -> int | None:
+        return points if self.predicting is None else points - 1
 
     def default_t_min(self, process: Process) -> float:
         asks_at_the_end = self.predicting is None or (self.order == "predictor_first" and self.corrector != "none")
@@ -354,7 +382,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
         PredictorCorrector,
     )
 }
-# each process's own sampler
+# each process's own sampler; any other's is Euler-Maruyama
 DEFAULTS: dict[str, type[Sampler]] = {
     "ve": PredictorCorrector,
     "vp": EulerMaruyama,
@@ -369,7 +397,23 @@ DEFAULTS: dict[str, type[Sampler]] = {
 def get(sampler: object, process: Process) -> Sampler:
     """A sampler from its name, itself, or None: the process's own."""
     if sampler is None:
-        return DEFAULTS[process.name]()
+        return DEFAULTS.get(process.name, EulerMaruyama)()
     if isinstance(sampler, Sampler):
         return sampler
     return SAMPLERS[choose("sampler", sampler, SAMPLERS)]()
+
+
+def variance_of(sampler: object) -> str | None:
+    """ "learned_range" if a sampler, or a predictor-corrector's predictor, asks the network for its variance."""
+    if isinstance(sampler, PredictorCorrector):
+        return variance_of(sampler.predicting)
+    return "learned_range" if isinstance(sampler, Ancestral) and sampler.variance == "learned_range" else None
+
+
+def with_variance(sampler: Sampler, variance: str) -> Sampler:
+    """The sampler with a model's own variance, where it is ancestral and says none itself."""
+    if isinstance(sampler, PredictorCorrector) and sampler.predicting is not None:
+        return replace(sampler, predictor=with_variance(sampler.predicting, variance))
+    return (
+        replace(sampler, variance=variance) if isinstance(sampler, Ancestral) and sampler.variance is None else sampler
+    )

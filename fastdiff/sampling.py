@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import checks, grids, inputs, ops, processes, runner, samplers
 from .errors import ConfigError, DataError, DTypeError, choose
-from .model import ScoreModel, call, check_output, single_tensor
+from .model import ScoreModel, call, check_output, evaluating, single_tensor
 from .plan import MAX_STEPS, default_time_input, plan
 from .reference import noise as fdn1
 from .table import StepTable
@@ -104,12 +104,21 @@ def sample(
     num_samples = checks.integer("num_samples", num_samples, 0, 2**32 - first_sample)
     batch = max(num_samples, 1) if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
     trajectory = checks.integer("trajectory", trajectory, 0, 10**7)
-    subject = _subject(model, sde, shape, prediction, time_input)
+    checks.function("callback", callback)
+    subject = _subject(model, sde, shape, prediction, time_input, samplers.variance_of(sampler))
     table = _table(subject, sde, steps, sampler, grid, t_min, clip, denoise)
     if table.couples_batch and batch < num_samples:
         raise ConfigError(
             f"batch_size={batch} < num_samples={num_samples} would change the samples: norm='batch' takes its step from "
             "the whole batch; use norm='sample', corrector='ald' or one batch"
+        )
+    if num_samples * math.prod(subject.shape) >= 2**48:
+        raise ConfigError(
+            f"num_samples={num_samples} of shape {subject.shape} need more than 2**48 numbers: ask for fewer"
+        )
+    if x_init is None and math.isnan(table.prior_std):
+        raise ConfigError(
+            f"grid starts at t = {table.rows[0].level.t:g}, where the data still show: give x_init, or start at T"
         )
     dtype, state_dtype = _dtypes(dtype, x_init)
     place = _place(device, x_init, subject.net)
@@ -123,7 +132,7 @@ def sample(
         return x
     seconds = time.perf_counter() - began
     info = SampleInfo(seed, calls, len(table), seconds, used_backend, used_engine, why, table)
-    return (x, *([] if states is None else [states.to(dtype)]), *([info] if return_info else []))
+    return (x, *([] if states is None else [_narrowed(states, dtype, check)]), *([info] if return_info else []))
 
 
 @dataclass(frozen=True)
@@ -138,14 +147,18 @@ class _Subject:
     variance: str | None
 
 
-def _subject(model: Any, sde: Any, shape: Any, prediction: str | None, time_input: str | None) -> _Subject:
+def _subject(
+    model: Any, sde: Any, shape: Any, prediction: str | None, time_input: str | None, variance: str | None
+) -> _Subject:
     if isinstance(model, ScoreModel):
         own = {"prediction": model.prediction, "time_input": model.time_input, "shape": model.data_shape}
         given = {"prediction": prediction, "time_input": time_input, "shape": shape and inputs.shape_of(shape)}
         for name, value in given.items():
             if value is not None and value != own[name]:
                 raise ConfigError(f"{name}={value!r} contradicts the model's own {own[name]!r}: leave it out")
-        return _Subject(model.net, model.process, model.prediction, model.time_input, model.data_shape, model.variance)
+        return _Subject(
+            model.net, model.process, model.prediction, model.time_input, model.data_shape, model.variance or variance
+        )
     if not callable(model):
         raise ConfigError(f"model must be a ScoreModel or a callable (x, t) -> tensor, got {type(model).__name__}")
     if sde is None:
@@ -154,7 +167,7 @@ def _subject(model: Any, sde: Any, shape: Any, prediction: str | None, time_inpu
         raise ConfigError("shape must be given with a plain callable: one sample's shape, such as shape=(2,)")
     kind = prediction or "score"
     return _Subject(
-        model, processes.get(sde), kind, time_input or default_time_input(kind), inputs.shape_of(shape), None
+        model, processes.get(sde), kind, time_input or default_time_input(kind), inputs.shape_of(shape), variance
     )
 
 
@@ -162,8 +175,8 @@ def _table(
     subject: _Subject, sde: Any, steps: int | None, sampler: Any, grid: Any, t_min: Any, clip: Any, denoise: bool
 ) -> StepTable:
     process, chosen = _process_and_sampler(subject, sde, steps, sampler)
-    if isinstance(chosen, samplers.Ancestral) and chosen.variance is None and subject.variance is not None:
-        chosen = replace(chosen, variance=subject.variance)
+    if subject.variance is not None:
+        chosen = samplers.with_variance(chosen, subject.variance)
     return plan(
         process, steps, sampler=chosen, prediction=subject.prediction, grid=grid, t_min=t_min, clip=clip,
         denoise=denoise, time_input=subject.time_input, clock=subject.process,
@@ -181,7 +194,7 @@ def _process_and_sampler(
         if type(own) is not grids.CHAINS.get(process):
             raise _another_process(process, own)
         trial = samplers.get(sampler, processes.get(process))
-        count = trial.default_steps(own) if steps is None else checks.integer("steps", steps, 1, MAX_STEPS)
+        count = trial.default_steps(own, own.t_min) if steps is None else checks.integer("steps", steps, 1, MAX_STEPS)
         # a ladder has the sampler's own levels; a chain is fine enough for every step to be one of its own
         process = grids.chain_on(
             own, process, trial.intervals(own, count) + 1 if process == "ncsn" else max(count, 1000)
@@ -210,7 +223,10 @@ class _Run:
         if x_init is not None:
             inputs.check_tensor("x_init", x_init, full, device, finite)
         if isinstance(noise, Tensor):
-            inputs.check_tensor("noise", noise, (len(table), *full), device, finite)
+            inputs.check_tensor("noise", noise, (len(table), *full), device, finite=False)
+            drawn = [k for k, row in enumerate(table.rows) if row.draws]
+            if finite and not math.isfinite(noise.detach().sum(dtype=torch.float64)):
+                inputs.check_finite("noise", noise[drawn])  # rows that draw none may hold anything
         elif noise is not None and not callable(noise):
             raise DTypeError(f"noise must be a tensor or a callable row -> tensor, got {type(noise).__name__}")
         inputs.check_condition(cond, full[0], device, finite)
@@ -226,7 +242,7 @@ class _Run:
         times = torch.from_numpy(table.columns["time"])
         index = subject.time_input == "index"
         self.times = (times.nan_to_num().round().long() if index else times.to(dtype)).to(device)
-        self.variance = "learned_range" if table.learned_variance else subject.variance
+        self.variance = subject.variance
         parameter = next((p for p in _parameters(subject.net) if p.is_floating_point()), None)
         self.net_dtype = dtype if parameter is None else parameter.dtype
         self.given: tuple[int, Tensor] | None = None  # the last row's noise from a callable
@@ -243,7 +259,7 @@ class _Run:
         bounds = [(lo, min(lo + batch, self.full[0])) for lo in range(0, self.full[0], batch)]
         # a noise callable is asked once for each row, so then all batches walk the rows together
         groups = [bounds] if callable(self.noise) else [[bound] for bound in bounds]
-        with _evaluating(self.subject.net), torch.no_grad(), _bar(progress, len(self.table) * len(bounds)) as bar:
+        with evaluating(self.subject.net), torch.no_grad(), _bar(progress, len(self.table) * len(bounds)) as bar:
             for group in groups:
                 chains = [self.chain(lo, hi) for lo, hi in group]
                 for k, now in enumerate(zip(*chains), start=-1):
@@ -351,19 +367,6 @@ def _like_start(x: Tensor, x_init: Tensor | None) -> Tensor:
     if x_init is None or wanted is None or x_init.is_contiguous():
         return x
     return x.contiguous(memory_format=wanted) if x_init.is_contiguous(memory_format=wanted) else x
-
-
-@contextlib.contextmanager
-def _evaluating(net: Any) -> Iterator[None]:
-    """Evaluation mode, and each submodule's own flag back afterwards."""
-    training = [module for module in net.modules() if module.training] if isinstance(net, nn.Module) else []
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _bar(progress: bool | None, total: int) -> Any:

@@ -72,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class StepTable:
-    """A whole run: rows, the level it ends on, the standard deviation it starts from. Validates itself."""
+    """A whole run: rows, the level it ends on, the standard deviation of its start (NaN: it needs x_init). Validates itself."""
 
     title: str
     rows: tuple[Row, ...] = field(repr=False)
@@ -148,7 +148,8 @@ class StepTable:
         facts = [f"{len(self.rows)} rows", f"{self.calls} network calls", f"{drawn} draws"]
         if self.clip is not None:
             facts.append(f"x0 clipped to [{self.clip[0]:g}, {self.clip[1]:g}]")
-        end = f"starts from N(0, {self.prior_std:g}²), ends at t = {self.end.t:g}, sigma = {self.end.sigma:.4g}"
+        start = "x_init" if math.isnan(self.prior_std) else f"N(0, {self.prior_std:g}²)"
+        end = f"starts from {start}, ends at t = {self.end.t:g}, sigma = {self.end.sigma:.4g}"
         return "\n".join([self.title, ", ".join(facts), end, "", *text])
 
     def plot(self, path: str | None = None) -> Any:
@@ -156,7 +157,7 @@ class StepTable:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ConfigError("plot() needs matplotlib, which is missing: pip install 'fastdiff[demo]'") from error
+            raise ImportError("plot() needs matplotlib, which is missing: pip install 'fastdiff[demo]'") from error
         figure = Figure(figsize=(9, 6), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True)
         columns, k = self.columns, np.arange(len(self.rows))

@@ -96,6 +96,14 @@ CONFIGURATION = [
     ({"clip": (0, 0)}, ConfigError, "clip"),
     ({"clip": (0, NAN)}, ConfigError, "clip"),
     ({"clip": 1.0}, ConfigError, "clip"),
+    ({"clip": ("0", "1")}, ConfigError, "clip"),
+    ({"clip": "01"}, ConfigError, "clip"),
+    ({"denoise": "no"}, ConfigError, "denoise must be True or False"),
+    ({"callback": 3}, ConfigError, "callback must be callable"),
+    ({"sampler": Ancestral}, ConfigError, r"write Ancestral\(\)"),
+    ({"sde": fastdiff.VP}, ConfigError, r"write VP\(\)"),
+    ({"sde": fastdiff.VP(0.1, 3000.0)}, ConfigError, "rate is too large"),
+    ({"num_samples": 2**32, "shape": (2**33,)}, ConfigError, "num_samples"),
     ({"clip": (-1, 1), "sampler": "ula"}, ConfigError, "clip acts on predictions"),
     ({"clip": (-1, 1), "sampler": PredictorCorrector("none")}, ConfigError, "clip acts on predictions"),
     ({"clip": (0, 1, 2)}, ConfigError, "clip"),
@@ -164,6 +172,8 @@ TENSORS = [
     ({"cond": {"y": torch.zeros(3)}}, ShapeError, r"cond\['y'\]"),
     ({"cond": {"y": 3}}, DTypeError, r"cond\['y'\]"),
     ({"cond": [1, 2]}, DTypeError, "cond must be"),
+    ({"cond": {1: torch.zeros(4)}}, DTypeError, "names"),
+    ({"cond": torch.zeros(4, 2).to_sparse()}, ShapeError, "dense"),
     ({"cond": torch.full((4,), NAN)}, DataError, "cond must be finite"),
 ]  # fmt: skip
 
@@ -216,6 +226,7 @@ OUTPUTS = [
     (lambda x: (None, x), ModelOutputTypeError, "tuple"),
     (lambda x: x.long(), ModelOutputTypeError, "int64"),
     (lambda x: x.to("meta"), ModelOutputError, "meta"),
+    (lambda x: x.to_sparse(), ModelOutputError, "dense"),
 ]
 
 

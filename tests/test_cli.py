@@ -30,6 +30,7 @@ def test_train_sample_and_plan(tmp_path):
     drawn = run("sample", "run", "--steps", 4, "-n", 3, "--out", "x.npy", cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr
     model = fastdiff.load(tmp_path / "run")
+    assert model.data_range == (float(data.min()), float(data.max()))
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), fastdiff.sample(model, steps=4, num_samples=3).numpy())
     planned = run("plan", "vp", 5, "--plot", tmp_path / "plan.png")
     assert planned.stdout.strip() == fastdiff.plan("vp", 5).explain()
@@ -44,6 +45,12 @@ def test_train_sample_and_plan(tmp_path):
         (["sample", "digits-ve", "--out", "x.txt"], "--out must end in .npy or .png"),
         (["sample", "digits-ve", "--out", "nowhere/x.npy"], "existing folder"),
         (["plan", "vpp"], "did you mean 'vp'"),
+        (["plan", "vp", "3", "--plot", "x.foo"], "--plot must end in"),
+        (["sample", "digits-ve", "-n", "0", "--out", "x.png"], "a picture needs samples"),
+        (["demo", "--samples", "900"], "samples must be an integer"),
+        (["demo", "--samples", "1"], "samples must be an integer"),
+        (["demo", "--workers", "-1"], "workers must be an integer"),
+        (["train", "digits", "--out", "/dev/null/x", "--steps", "1"], "cannot be a directory"),
         (["train", "nothing.npy", "--out", "run", "--steps", "1"], "nothing.npy"),
     ],
 )

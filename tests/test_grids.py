@@ -44,6 +44,9 @@ def test_named_grids_run_from_T_to_t_min():
     assert np.ptp(np.diff(log_ratio)) < 1e-9
     np.testing.assert_array_equal(times("trained", fastdiff.DDPM(), 4), [1000, 750, 500, 250, 0])
     np.testing.assert_array_equal(times("trained", fastdiff.NCSN(), 9), np.arange(10, 0, -1))
+    np.testing.assert_array_equal(
+        times("trained", fastdiff.DDPM("cosine", T=10), 4), [10, 8, 5, 3, 0]
+    )  # to the nearest
     assert times("uniform", vp, 3, t_min=0.0)[-1] == 0.0
 
 
@@ -82,8 +85,8 @@ def test_reference_grid_truncates_its_ladder_as_the_reference_does(n, t_min):
     assert np.mean(~np.isclose(ours, expected, rtol=1e-9)) <= 2 / n  # float32 linspace may land across a whole number
     assert all(step.dt == -1 / n for step in steps)
     betas = np.linspace(0.1 / n, 20 / n, n)
+    steps = grids.build("score_sde", fastdiff.VP(), n, t_min).steps
     if n > 20:
-        steps = grids.build("score_sde", fastdiff.VP(), n, t_min).steps
         assert np.mean(~np.isclose([step.var for step in steps], betas[index.numpy()], rtol=1e-9)) <= 2 / n
 
 
@@ -117,7 +120,8 @@ def test_chains_on_a_path():
         ("trained", "ddpm", 1001, None, "steps must be <= 1000"),
         ("uniform", "ncsn", 5, 0.5, "smallest level"),
         ("score_sde", "ddpm", 5, None, "score_sde"),
-        ("score_sde", "vp", 20, None, "beta_max"),
+        ("score_sde", "ve", 1, None, "steps must be >= 2"),
+        ("trained", "ddpm", 5, 0.5, "whole step"),
         ([1.0], "vp", None, None, "at least two"),
         ([], "vp", None, None, "at least two"),
         ([0.5, 1.0], "vp", None, None, "index 1"),
@@ -126,19 +130,20 @@ def test_chains_on_a_path():
         ([1.5, 0.5], "vp", None, None, r"\[0, 1\]"),
         ([1.0, -0.1], "vp", None, None, r"\[0, 1\]"),
         ([5.0, 0.5], "ncsn", None, None, r"\[1, 10\]"),
-        ([1.0, 0.5], "vp", 3, None, "contradicts"),
         ([1.0, 0.5], "vp", None, 0.1, "contradicts"),
-        (3.0, "vp", None, None, "at least two"),
-        (["a", "b"], "vp", None, None, "decreasing numbers"),
+        (3.0, "vp", None, None, "list of numbers"),
+        (["a", "b"], "vp", None, None, "list of numbers"),
+        ([True, False], "vp", None, None, "list of numbers"),
+        ("uniform", "vast", 5, None, "rate is too large"),
     ],
 )
 def test_bad_grids_are_refused(spec, process, n, t_min, match):
     with pytest.raises(ConfigError, match=match):
-        grids.build(spec, get(process), n, t_min)
+        grids.build(spec, fastdiff.VP(0.1, 3000.0) if process == "vast" else get(process), n, t_min)
 
 
 def test_bad_sigmas_are_refused():
     with pytest.raises(ConfigError, match=">= 0"):
         grids.sigmas([1.0, -1.0])
-    with pytest.raises(ConfigError, match="beyond the chain"):
+    with pytest.raises(ConfigError, match="not among the process's levels"):
         grids.build(grids.sigmas([1e6, 1.0, 0.0]), fastdiff.DDPM(), None, None)

@@ -9,7 +9,7 @@ import torch
 
 import fastdiff
 from fastdiff import mcmc
-from fastdiff.errors import ConfigError, DTypeError, ModelOutputError, NonFiniteError
+from fastdiff.errors import ConfigError, DTypeError, ModelOutputError, NonFiniteError, ShapeError
 from fastdiff.reference import noise, papers
 
 
@@ -96,6 +96,17 @@ def test_batch_split_times_and_grad_modes():
     assert whole.x.dtype == torch.float32
 
 
+def test_a_divergent_trajectory_is_rejected():
+    class Steep:
+        def energy(self, x, t):
+            return (x**4).sum(1)
+
+    x = torch.full((3, 1), 3.0)
+    end = mcmc.hmc(Steep(), x, 0.0, steps=2, step_size=1.0, leapfrogs=20)
+    assert torch.equal(end.x, x)
+    assert (end.acceptance == 0).all()
+
+
 def test_an_infinite_wall_is_never_crossed():
     class Wall:
         def energy(self, x, t):
@@ -116,6 +127,9 @@ def test_an_infinite_wall_is_never_crossed():
         ({"seed": -1}, ConfigError, "seed"),
         ({"x": torch.zeros(2, 2, dtype=torch.int64)}, DTypeError, "x must be floating"),
         ({"model": object()}, ConfigError, "energy"),
+        ({"t": math.nan}, ShapeError, "t must be"),
+        ({"t": torch.ones(3)}, ShapeError, "t must be"),
+        ({"x": torch.tensor(0.0)}, ShapeError, "x must be"),
     ],
 )
 def test_bad_arguments_are_refused(change, error, match):
@@ -133,7 +147,7 @@ def test_bad_energies_are_refused():
         def energy(self, x, t):
             return (x**2).sum(1) * torch.nan
 
-    with pytest.raises(ModelOutputError, match="expected"):
+    with pytest.raises(ModelOutputError, match="one number a sample"):
         mcmc.mala(Summed(), torch.zeros(2, 2), 1.0, steps=1, step_size=0.1)
     with pytest.raises(NonFiniteError, match="NaN"):
         mcmc.mala(Broken(), torch.zeros(2, 2), 1.0, steps=1, step_size=0.1)

@@ -62,6 +62,16 @@ def test_arrays_tensors_and_floats_agree(process):
         assert float(getattr(process, name)(float(t[3]))) == pytest.approx(float(array[3]), rel=1e-14)
 
 
+@pytest.mark.parametrize("process", DISCRETE, ids=repr)
+def test_whole_times_may_be_integers(process):
+    t = torch.arange(1, process.T + 1)
+    for name in ("alpha", "sigma", "drift", "diffusion"):
+        exact = getattr(process, name)(t.double()).expand(len(t))
+        assert torch.allclose(getattr(process, name)(t).double().expand(len(t)), exact, rtol=1e-12)
+    ratio = process.sigma(t.double()) / process.alpha(t.double())
+    assert torch.allclose(process.time(ratio), t.double(), rtol=1e-9)
+
+
 @pytest.mark.parametrize("process", CONTINUOUS + DISCRETE, ids=repr)
 def test_signal_to_noise_falls_and_t_min_is_inside(process):
     t = np.linspace(max(process.t_min, 1e-6 * process.T), process.T, 500)
@@ -141,6 +151,9 @@ def test_ncsn_stands_on_its_ladder():
         (lambda: fastdiff.DDPM("linear", T=0), "T must be"),
         (lambda: fastdiff.DDPM("linear", T=10.0), "T must be"),
         (lambda: fastdiff.DDPM("linaer"), "did you mean 'linear'"),
+        *((lambda v=v: fastdiff.DDPM(v), "betas must be a list of numbers") for v in (3, None, 0.02, ["a"], [[0.1]])),
+        *((lambda v=v: fastdiff.NCSN(v), "sigmas must be a list of numbers") for v in (1.0, None, "abc")),
+        (lambda: processes.get(fastdiff.VP), r"write VP\(\)"),
         (lambda: fastdiff.NCSN([1.0]), "two levels"),
         (lambda: fastdiff.NCSN([1.0, 2.0]), "decreasing"),
         (lambda: fastdiff.NCSN([1.0, 1.0]), "decreasing"),

@@ -29,7 +29,9 @@ def fma_cases():
     # sums that land a hair beside a tie of float32, which a rounding to float64 in between would hide:
     # 1 + 2^-24 is a tie; ± 2^-70 decides it and is lost in float64
     tie_a = np.full(8, 2.0**-24, np.float32) * np.array([1, 1, 3, 3, 1, 1, 5, 5], np.float32)
-    tie_b = np.float32(1) + np.float32([2.0**-23, -(2.0**-24), 2.0**-23, -(2.0**-24), 0, 2.0**-22, -(2.0**-24), 2.0**-23])
+    tie_b = np.float32(1) + np.float32(
+        [2.0**-23, -(2.0**-24), 2.0**-23, -(2.0**-24), 0, 2.0**-22, -(2.0**-24), 2.0**-23]
+    )
     tie_c = np.float32([1, 1, 1, 1, -1, -1, 3, 3])
     tiny = np.float32([2.0**-45, -(2.0**-45)])
     return (

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -442,6 +446,54 @@ def test_every_time_input_reaches_the_network():
         assert told[0][0] == pytest.approx(value, rel=1e-6)
 
 
+def test_score_models_answer_for_any_kind_of_time():
+    process = fastdiff.DDPM()
+    model = fastdiff.ScoreModel(lambda x, t: torch.ones_like(x), process, "eps", data_shape=(2,))
+    x = torch.zeros(3, 2)
+    expected = (-1 / process.sigma(torch.tensor([500.0]))).expand(3, 1).expand(3, 2)
+    for t in (500, 500.0, torch.tensor(500), torch.tensor([500]), torch.tensor([500.0] * 3), torch.tensor([500] * 3)):
+        assert torch.allclose(model.score(x, t), expected)
+    for t in (-1, 0, 1001, math.nan, math.inf, torch.tensor([1.0, 2.0, -0.1])):
+        with pytest.raises(fastdiff.errors.ConfigError, match="t must lie in"):
+            model.score(x, t)
+    with pytest.raises(fastdiff.errors.ShapeError, match="t must be one time"):
+        model.score(x, torch.ones(2))
+
+
+# --- threads and processes -------------------------------------------------------------------------------------------
+
+
+def test_many_threads_on_one_model_in_training_mode():
+    torch.manual_seed(0)
+    net = Net().train()
+    flags = [m.training for m in net.modules()]
+    serial = [draw(model=net, prediction="eps", seed=i, steps=40) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        threaded = list(pool.map(lambda i: draw(model=net, prediction="eps", seed=i, steps=40), range(8)))
+    assert all(torch.equal(a, b) for a, b in zip(serial, threaded))
+    assert [m.training for m in net.modules()] == flags
+
+
+def test_a_forked_child_can_sample():
+    code = """
+import os, torch, fastdiff
+torch.set_num_threads(2)
+draw = lambda: fastdiff.sample(lambda x, t: -x, "vp", 3, shape=(3, 128, 128), num_samples=2)
+x = draw()
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if torch.equal(x, draw()) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert shown.stdout.strip() == "0", shown.stderr
+
+
+def test_errors_travel_between_processes():
+    error = pickle.loads(pickle.dumps(NonFiniteError("words", 3, 0.5, (1, 2))))
+    assert (str(error), error.row, error.t, error.samples) == ("words", 3, 0.5, (1, 2))
+
+
 # --- runs that go wrong ----------------------------------------------------------------------------------------------
 
 
@@ -463,6 +515,10 @@ def poisoned(row, samples, value):
 def test_a_run_that_is_not_finite_names_row_and_samples(value, options):
     with pytest.raises(NonFiniteError, match="row 4") as caught:
         draw(model=poisoned(4, [2, 6], value), first_sample=100, **options)
+    if options.get("check") != "every":  # in batches the samples keep their own numbers
+        with pytest.raises(NonFiniteError) as second:
+            draw(model=lambda x, t: score(x, t) * torch.where(x == x, value, value), first_sample=100, batch_size=3)
+        assert second.value.samples == (100, 101, 102)
     table = fastdiff.plan("vp", 12, sampler=options.get("sampler"))
     assert (caught.value.row, caught.value.samples, caught.value.t) == (4, (102, 106), table.rows[4].level.t)
     assert isinstance(caught.value, FloatingPointError)

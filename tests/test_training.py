@@ -158,7 +158,7 @@ def test_dropout_is_repeatable_too():
 def test_each_epoch_sees_every_sample_once():
     from fastdiff.training.trainer import _Batches
 
-    batches = _Batches(digits(10), tiny(), seed=3, batch_size=4, dequantize=False)
+    batches = _Batches(digits(10), tiny(), {"seed": 3, "batch_size": 4, "dequantize": False})
     order = torch.cat([batches._indices(step) for step in range(5)])
     assert sorted(order[:10].tolist()) == sorted(order[10:].tolist()) == list(range(10))
     assert order[:10].tolist() != order[10:].tolist()
@@ -170,10 +170,6 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, stop):
     options = {"batch_size": 8, "warmup": 5, "checkpoint_every": 4}
     whole = tiny()
     fastdiff.train(whole, digits(), steps=16, checkpoint=tmp_path / "whole", **options)
-
-    class Stop(Exception):
-        pass
-
     model = tiny()
     fastdiff.train(model, digits(), steps=stop, checkpoint=tmp_path / "parts", **options)
     other = tiny()
@@ -185,8 +181,44 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, stop):
     assert len(again.loss) == 0
 
 
+def test_an_interrupted_run_goes_on_from_its_last_checkpoint(tmp_path):
+    options = {"batch_size": 8, "checkpoint_every": 40}
+    whole = tiny()
+    fastdiff.train(whole, digits(), steps=120, **options)
+    model = tiny()
+    model.net.train()
+    model.net.hidden[0].eval()
+    flags = [m.training for m in model.modules()]
+
+    def interrupt(step, loss):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fastdiff.train(model, digits(), steps=120, checkpoint=tmp_path, callback=interrupt, **options)
+    assert [m.training for m in model.modules()] == flags
+    assert os.listdir(tmp_path) == ["checkpoint.safetensors"]
+    other = tiny()
+    assert len(fastdiff.train(other, digits(), steps=120, checkpoint=tmp_path, **options).loss) == 40
+    assert torch.equal(weights(whole), weights(other))
+
+
+def test_plain_numbers_of_any_kind_are_taken(tmp_path):
+    model = tiny(fastdiff.VE(np.float32(0.01), np.float64(9.0)))
+    options = {"steps": np.int64(3), "seed": np.uint64(2**63 + 5), "lr": np.float32(1e-3), "batch_size": np.int32(4)}
+    with torch.no_grad():  # the caller's mode does not matter
+        fastdiff.train(model, digits(), decay=True, checkpoint=tmp_path, **options)
+    assert fastdiff.load(tmp_path).process == model.process
+
+
 def test_another_run_in_the_same_directory_is_refused(tmp_path):
     fastdiff.train(tiny(), digits(), steps=2, batch_size=8, checkpoint=tmp_path)
+    for other, data, words in (
+        (tiny("ve"), digits(), "process="),
+        (tiny(prediction="v"), digits(), "prediction='eps', now 'v'"),
+        (tiny(), digits(32), "data="),
+    ):
+        with pytest.raises(CheckpointMismatchError, match=words):
+            fastdiff.train(other, data, steps=4, batch_size=8, checkpoint=tmp_path)
     with pytest.raises(CheckpointMismatchError, match="batch_size=8, now 4"):
         fastdiff.train(tiny(), digits(), steps=4, batch_size=4, checkpoint=tmp_path)
     fastdiff.train(tiny(), digits(), steps=4, batch_size=4, checkpoint=tmp_path, resume=False)
@@ -295,6 +327,21 @@ def test_a_loss_that_is_not_finite_saves_nothing(tmp_path):
     with pytest.raises(DataError, match="not finite at step 0"):
         fastdiff.train(model, digits(), steps=1, checkpoint=tmp_path)
     assert os.listdir(tmp_path) == []
+    model = tiny()
+    model.net.out.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(DataError, match="not finite at step 0"):
+        fastdiff.train(model, digits(), steps=5, checkpoint=tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_labels_that_the_network_cannot_tell_apart_are_refused():
+    data = Data(torch.tensor([[-1.0], [1.0]]).repeat(4, 1), labels=torch.tensor([0, 3]).repeat(4), range=(-1.0, 1.0))
+    model = fastdiff.ScoreModel(MLP((1,), hidden=8, layers=1, num_classes=3), "vp", data_shape=(1,))
+    with pytest.raises(DataError, match="4 classes"):
+        fastdiff.train(model, data, steps=1)
+    twice = fastdiff.ScoreModel(MLP((2,), hidden=8, out_channels=4), "vp", data_shape=(2,), variance="learned_range")
+    with pytest.raises(ConfigError, match="learned_range"):
+        fastdiff.train(twice, digits(), steps=1)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -319,10 +366,19 @@ def test_save_and_load_give_the_same_model(tmp_path, sde):
 
 
 def test_networks_of_other_kinds_are_given_by_the_caller(tmp_path):
-    net = nn.Linear(2, 2)
-    model = fastdiff.ScoreModel(lambda x, t: net(x), "vp", data_shape=(2,))
-    with pytest.raises(ConfigError, match="net must be one of"):
-        fastdiff.save(model, tmp_path / "model")
+    class Own(nn.Linear):
+        def forward(self, x, t):
+            return super().forward(x)
+
+    model = fastdiff.ScoreModel(Own(2, 2), "vp", data_shape=(2,))
+    fastdiff.train(model, digits(), steps=2, batch_size=8, checkpoint=tmp_path / "own")
+    with pytest.raises(CheckpointMismatchError, match="give it as load"):
+        fastdiff.load(tmp_path / "own")
+    assert torch.equal(weights(fastdiff.load(tmp_path / "own", net=Own(2, 2))), weights(model))
+    with pytest.raises(ConfigError, match=r"torch.nn.Module"):
+        fastdiff.save(fastdiff.ScoreModel(lambda x, t: x, "vp", data_shape=(2,)), tmp_path / "model")
+    with pytest.raises(ConfigError, match="ScoreModel"):
+        fastdiff.save(Own(2, 2), tmp_path / "model")
     path = fastdiff.save(tiny(), tmp_path / "tiny")
     filled = fastdiff.load(path, net=MLP((2,), hidden=16, layers=1))
     assert torch.equal(weights(filled), weights(tiny()))
@@ -362,6 +418,33 @@ def test_foreign_and_newer_files_are_refused(tmp_path):
         fastdiff.load(tmp_path / "new")
     with pytest.raises(FileNotFoundError):
         fastdiff.load(tmp_path / "nothing")
+
+
+def test_one_flipped_bit_is_refused(tmp_path):
+    path = fastdiff.save(tiny(), tmp_path / "model")
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, 8 * len(whole), 200):
+        broken = bytearray(whole)
+        broken[place // 8] ^= 1 << (place % 8)
+        path.write_bytes(broken)
+        with pytest.raises((CorruptCheckpointError, CheckpointVersionError)):
+            fastdiff.load(path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = tiny()
+    with torch.no_grad():
+        next(model.net.parameters()).fill_(math.nan)
+    with pytest.raises(CheckpointMismatchError, match="not finite"):
+        fastdiff.load(fastdiff.save(model, tmp_path / "model"))
+
+
+def test_tied_weights_are_saved(tmp_path):
+    model = tiny()
+    model.net.hidden.append(model.net.hidden[0])
+    checkpoint.write(tmp_path / "tied", {"a": model.net.hidden[0].weight, "b": model.net.hidden[0].weight}, {})
+    assert sorted(checkpoint.read(tmp_path / "tied.safetensors", "")[1]) == ["a", "b"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

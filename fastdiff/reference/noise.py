@@ -70,6 +70,7 @@ def words(
     num_samples: int, quads: int, *, seed: int, draw: int, first_sample: int, stream: int, device: torch.device | None
 ) -> list[Tensor]:
     """The words r0 ... r3 of `quads` counters of each sample, each int64 [num_samples, quads]."""
+    device = torch.device("cpu") if device is None else device  # not the default device, which a user may have set
     quad = torch.arange(quads, dtype=torch.int64, device=device)
     sample = torch.arange(first_sample, first_sample + num_samples, dtype=torch.int64, device=device)[:, None]
     return philox((quad, draw, sample, stream), seed)
@@ -94,7 +95,7 @@ def normal(
     pairs = (r0, r1) if numel <= 2 else (torch.stack((r0, r2), -1), torch.stack((r1, r3), -1))
     radius, (cosine, sine) = _radius(pairs[0]), _circle(pairs[1])
     z = torch.stack((radius * cosine, radius * sine), -1)
-    return z.reshape(num_samples, -1)[:, :numel].reshape(num_samples, *shape)
+    return z.flatten(1)[:, :numel].reshape(num_samples, *shape)
 
 
 def uniform(
@@ -116,7 +117,7 @@ def uniform(
         -1,
     )
     u = (r >> 8).to(torch.float32) * 2.0**-24
-    return u.reshape(num_samples, -1)[:, :numel].reshape(num_samples, *shape)
+    return u.flatten(1)[:, :numel].reshape(num_samples, *shape)
 
 
 def permutation(n: int, *, seed: int, draw: int, stream: int = DATA_ORDER) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from ..grids import Grid, Step, level_at, step_between
 from ..processes import Process
 from ..table import Level
@@ -38,13 +40,19 @@ def heun(process: Process, grid: Grid, s_churn: float, s_min: float, s_max: floa
 
     γ = min(S_churn/N, √2 − 1) if S_min ≤ σ̂ ≤ S_max,   σ̂' = σ̂ (1 + γ),   x̂ ← x̂ + S_noise √(σ̂'² − σ̂²) z
     d = dx/dt there,   x ← x + Δ d,   d' at the next level,   x ← base + ½Δ (d + d')   (Euler where σ = 0)
+
+    One limit beside the printed ones: σ̂' stays within the process, as the network knows nothing beyond T.
     """
     drafts: Drafts = []
+    top = np.array([float(process.T)])
+    highest = float((process.sigma(top) / process.alpha(top))[0])
     for step in grid.steps:
         rows: list[Draft] = []
         ratio = step.level.sigma / step.level.alpha
-        gamma = min(s_churn / len(grid.steps), math.sqrt(2) - 1) if s_min <= ratio <= s_max else 0.0
-        if gamma > 0:
+        gamma = (
+            min(s_churn / len(grid.steps), math.sqrt(2) - 1, highest / ratio - 1) if s_min <= ratio <= s_max else 0.0
+        )
+        if gamma > 1e-12:
             raised = level_at(process, ratio * (1 + gamma))
             noise = raised.alpha * s_noise * ratio * math.sqrt((1 + gamma) ** 2 - 1)
             rows.append(Draft(step.level, "churn", raised.alpha / step.level.alpha, c=noise))

@@ -14,6 +14,7 @@ import math
 import numbers
 import reprlib
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -175,6 +176,12 @@ class Data:
         return (
             f"{len(self)} samples of shape {list(self.shape)} {dtype}, range {lo:g} to {hi:g}{own}, {levels}, {classes}"
         )
+
+    def fingerprint(self) -> str:
+        """A checksum of the values, their range and the labels: whether two sets are the same."""
+        text = f"{tuple(self.x.shape)} {self.x.dtype} {self.range} {self.bins}"
+        crc = zlib.crc32(self.x.contiguous().numpy().tobytes(), zlib.crc32(text.encode()))
+        return f"{crc if self.labels is None else zlib.crc32(self.labels.numpy().tobytes(), crc):08x}"
 
     def batch(
         self, indices: Sequence[int], data_range: tuple[float, float], noise: torch.Tensor | None = None

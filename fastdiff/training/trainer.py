@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -17,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from .. import checks, losses
-from ..errors import CheckpointMismatchError, ConfigError, DataError, ShapeError, choose
+from ..errors import CheckpointError, CheckpointMismatchError, ConfigError, DataError, ShapeError, choose
 from ..model import ScoreModel
 from ..reference import noise
 from ..schedules import ema_decay
@@ -26,7 +27,7 @@ from .data import Data
 from .readers import load_data
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Training:
     """What a training run was: the loss of each step [steps], the last step, the seconds of this call."""
 
@@ -63,93 +64,120 @@ def train(
     lr, warmup    Adam (β 0.9, 0.999, ε 1e-8), linear warm-up over `warmup` steps; `decay`: half a cosine to 0 at `steps`
     ema           θ' ← m θ' + (1 − m) θ with m = min(ema, (1 + n)/(10 + n))
     dequantize    add uniform noise of one bin to discrete data (Theis et al. 2016)
-    seed          step n's data, times and noise are a function of (seed, n) alone: a resumed run is the same run
+    seed          step n's data, times, noise and dropout are a function of (seed, n) alone: a resumed run is the same run
     checkpoint    a directory: written every `checkpoint_every` steps and at the end, atomically; with `resume` a run goes
-                  on from what is there. `fastdiff.load(directory)` gives the averaged model
+                  on from what is there, which must be of the same model, data and options;
+                  `fastdiff.load(directory)` gives the averaged model
     callback      (step, loss) each 100 steps
     """
-    options = {"loss": choose("loss", loss, losses.LOSSES), "batch_size": batch_size, "lr": lr, "warmup": warmup,
-               "decay": decay and steps, "grad_clip": grad_clip, "ema": ema, "dequantize": dequantize, "seed": seed}  # fmt: skip
-    _check(options, steps, checkpoint_every)
+    options, steps, checkpoint_every = _checked(
+        {"loss": loss, "batch_size": batch_size, "lr": lr, "warmup": warmup, "decay": decay, "grad_clip": grad_clip,
+         "ema": ema, "dequantize": dequantize, "seed": seed}, steps, checkpoint_every,
+    )  # fmt: skip
+    checks.function("callback", callback)
+    described = files.describe(model)
     source = load_data(data)
-    if source.shape != model.data_shape:
-        raise ShapeError(f"data must have the model's data_shape {model.data_shape}, got samples of {source.shape}")
-    parameters = [p for p in model.net.parameters() if p.requires_grad]
-    if not parameters:
-        raise ConfigError("model must have parameters that require gradients: there is nothing to train")
-    state = _State(model.net, parameters, lr, ema)
+    _check_data(source, model)
+    state = _State(model.net, options["lr"], options["ema"])
+    options |= {"data": source.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
     folder = _folder(checkpoint)
     if folder is not None and resume and (folder / files.FILE).exists():
-        state.read(folder / files.FILE, options)
+        state.read(folder / files.FILE, options, described)
     began, first = time.perf_counter(), state.step
-    batches = _Batches(source, model, seed, batch_size, dequantize)
-    recorded = torch.zeros(max(steps - first, 0), device=parameters[0].device)
-    model.net.train()
-    # networks with dropout draw from torch's generator: seeded anew each step, and given back afterwards
-    with torch.random.fork_rng(enabled=_has_dropout(model.net)), _bar(progress, first, steps) as bar:
-        for step in range(first, steps):
-            if _has_dropout(model.net):
-                torch.manual_seed(seed * 1_000_003 + step)
-            x0, t, eps, cond = batches(step)
-            value = losses.per_sample(model, x0, t, eps, loss, cond).mean()
-            state.update(value, _rate(step, steps, lr, warmup, decay), grad_clip)
-            recorded[step - first] = value.detach()
-            if (step + 1) % 100 == 0 or step + 1 == steps:
-                recent = _recent(recorded, step - first, step)
-                bar.set_postfix(loss=f"{recent:.4f}")
-                if callback is not None:
-                    callback(step + 1, recent)
-            if folder is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
-                _recent(recorded, step - first, step)
-                state.write(folder / files.FILE, model, options)
-            bar.update()
-    state.average_into(model.net)
+    modes = [(module, module.training) for module in model.modules()]
+    # networks may draw from torch's generator (dropout): it is seeded anew each step, and given back afterwards
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(), _bar(progress, first, steps) as bar:
+        try:
+            recorded = _loop(state, _Batches(source, model, options), options, steps, model, folder, checkpoint_every,
+                             described, bar, callback)  # fmt: skip
+            state.average_into(model.net)
+        finally:
+            for module, training in modes:
+                module.training = training
     model.eval()
     return Training(recorded.cpu(), max(steps, first), time.perf_counter() - began)
+
+
+def _loop(
+    state: _State,
+    batches: _Batches,
+    options: dict[str, Any],
+    steps: int,
+    model: ScoreModel,
+    folder: Path | None,
+    checkpoint_every: int,
+    described: dict[str, Any],
+    bar: Any,
+    callback: Callable[[int, float], object] | None,
+) -> Tensor:
+    """All steps from the state's on; returns their losses, [steps], NaN where a loss or a gradient was not finite."""
+    first = state.step
+    recorded = torch.zeros(max(steps - first, 0), device=batches.device)
+    model.net.train()
+    for step in range(first, steps):
+        torch.manual_seed((options["seed"] * 1_000_003 + step) % 2**63)
+        x0, t, eps, cond = batches(step)
+        value = losses.per_sample(model, x0, t, eps, options["loss"], cond).mean()
+        norm = state.update(value, _rate(step, steps, options), options["grad_clip"])
+        recorded[step - first] = value.detach() + 0 * norm
+        last = step + 1 == steps
+        save_now = folder is not None and ((step + 1) % checkpoint_every == 0 or last)
+        if (step + 1) % 100 == 0 or last or save_now:
+            recent = _recent(recorded[: step - first + 1], first)
+            bar.set_postfix(loss=f"{recent:.4f}")
+            if callback is not None and ((step + 1) % 100 == 0 or last):
+                callback(step + 1, recent)
+        if save_now:
+            state.write(folder / files.FILE, described, options)  # type: ignore[operator]
+        bar.update()
+    return recorded
 
 
 class _State:
     """What a resumed run needs: the weights, Adam's moments, the averaged weights, the step."""
 
-    def __init__(self, net: nn.Module, parameters: list[nn.Parameter], lr: float, ema: float) -> None:
-        self.net, self.parameters, self.step = net, parameters, 0
-        self.adam = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8)
+    def __init__(self, net: nn.Module, lr: float, ema: float) -> None:
+        self.net, self.step = net, 0
+        self.parameters = [p for p in net.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ConfigError("model must have parameters that require gradients: there is nothing to train")
+        self.adam = torch.optim.Adam(self.parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8)
 
         def average(averaged: Any, current: Any, count: Any) -> None:
             torch._foreach_lerp_(averaged, current, 1 - ema_decay(self.step, ema))
 
         self.averaged = AveragedModel(net, multi_avg_fn=average)
 
-    def update(self, loss: Tensor, rate: float, grad_clip: float | None) -> None:
-        """One step of Adam and of the average."""
+    def update(self, loss: Tensor, rate: float, grad_clip: float | None) -> Tensor:
+        """One step of Adam and of the average; returns the norm of the gradient before clipping."""
         self.adam.zero_grad(set_to_none=True)
         loss.backward()
-        if grad_clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if grad_clip is None else grad_clip)
         self.adam.param_groups[0]["lr"] = rate
         self.adam.step()
         self.averaged.update_parameters(self.net)
         self.step += 1
+        return norm.detach()
 
     def average_into(self, net: nn.Module) -> None:
         net.load_state_dict(self.averaged.module.state_dict())
 
-    def write(self, path: Path, model: ScoreModel, options: dict[str, Any]) -> None:
+    def write(self, path: Path, described: dict[str, Any], options: dict[str, Any]) -> None:
         """`net.` the averaged weights (what `load` reads), `raw.` the trained ones, `adam.` its moments."""
         tensors = {"net." + k: v for k, v in self.averaged.module.state_dict().items()}
         tensors |= {"raw." + k: v for k, v in self.net.state_dict().items()}
         for index, moments in self.adam.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
-        files.write(path, tensors, {"model": files.describe(model), "step": self.step, "options": options})
+        files.write(path, tensors, {"model": described, "step": self.step, "options": options})
 
-    def read(self, path: Path, options: dict[str, Any]) -> None:
+    def read(self, path: Path, options: dict[str, Any], described: dict[str, Any]) -> None:
         """Go on from a checkpoint, which must be of the same run."""
         header, averaged = files.read(path, "net.")
-        found = header.get("options", {})
-        for name, value in options.items():
-            if found.get(name) != value:
+        was = {**header.get("model", {}), **header.get("options", {})}
+        for name, value in json.loads(json.dumps({**described, **options})).items():
+            if was.get(name) != value:
                 raise CheckpointMismatchError(
-                    f"{path} was trained with {name}={found.get(name)!r}, now {value!r}: take another directory, "
+                    f"{path} was trained with {name}={was.get(name)!r:.60}, now {value!r:.60}: take another directory, "
                     "or resume=False to overwrite it"
                 )
         files.fill(self.net, files.read(path, "raw.")[1], path)
@@ -167,8 +195,9 @@ class _State:
 class _Batches:
     """Step n's clean data, times, noise and labels: a function of (seed, n)."""
 
-    def __init__(self, data: Data, model: ScoreModel, seed: int, batch_size: int, dequantize: bool) -> None:
-        self.data, self.model, self.seed, self.size, self.dequantize = data, model, seed, batch_size, dequantize
+    def __init__(self, data: Data, model: ScoreModel, options: dict[str, Any]) -> None:
+        self.data, self.model, self.seed = data, model, options["seed"]
+        self.size, self.dequantize = options["batch_size"], options["dequantize"]
         self.device = next(model.net.parameters()).device
         self.labelled = data.labels is not None and bool(getattr(model.net, "num_classes", None))
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64)
@@ -197,28 +226,41 @@ class _Batches:
         return torch.stack(chosen)
 
 
-def _rate(step: int, steps: int, lr: float, warmup: int, decay: bool) -> float:
-    rate = lr * min(1.0, (step + 1) / warmup) if warmup else lr
-    return rate * 0.5 * (1 + math.cos(math.pi * step / steps)) if decay else rate
+def _rate(step: int, steps: int, options: dict[str, Any]) -> float:
+    """The learning rate of a step: a linear warm-up, then constant or half a cosine."""
+    rate = float(options["lr"]) * min(1.0, (step + 1) / max(options["warmup"], 1))
+    return rate * 0.5 * (1 + math.cos(math.pi * step / steps)) if options["decay"] else rate
 
 
-def _recent(recorded: Tensor, last: int, step: int) -> float:
-    """The mean loss of the last 100 steps; a loss that is not finite stops the run before anything is saved."""
-    value = float(recorded[max(0, last - 99) : last + 1].mean())
+def _recent(recorded: Tensor, first: int) -> float:
+    """The mean loss of the last 100 steps; one that is not finite stops the run before anything more is saved."""
+    value = float(recorded[-100:].mean())
     if not math.isfinite(value):
-        raise DataError(f"the loss is not finite at step {step}: lower lr, or look at the data")
+        step = first + int(torch.nonzero(~recorded.isfinite())[0])
+        raise DataError(f"the loss or its gradient is not finite at step {step}: lower lr, or look at the data")
     return value
 
 
-def _has_dropout(net: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in net.modules())
+def _check_data(data: Data, model: ScoreModel) -> None:
+    if data.shape != model.data_shape:
+        raise ShapeError(f"data must have the model's data_shape {model.data_shape}, got samples of {data.shape}")
+    if model.variance is not None:
+        raise ConfigError("variance='learned_range' has no training objective in this version: train variance=None")
+    classes = getattr(model.net, "num_classes", None)
+    if classes and data.num_classes and data.num_classes > classes:
+        raise DataError(
+            f"data has labels of {data.num_classes} classes, the network num_classes={classes}: build a larger one"
+        )
 
 
 def _folder(checkpoint: str | os.PathLike[str] | None) -> Path | None:
     if checkpoint is None:
         return None
     folder = Path(checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint={folder} cannot be a directory: {error}") from error
     return folder
 
 
@@ -227,13 +269,22 @@ def _bar(progress: bool | None, first: int, steps: int) -> Any:
     return tqdm(initial=first, total=steps, desc="train", unit="step", disable=not shown, leave=False)
 
 
-def _check(options: dict[str, Any], steps: int, checkpoint_every: int) -> None:
-    checks.integer("steps", steps, 1, 10**9)
-    checks.integer("batch_size", options["batch_size"], 1, 10**7)
-    checks.integer("warmup", options["warmup"], 0, 10**9)
-    checks.integer("seed", options["seed"], 0, 2**64 - 1)
-    checks.integer("checkpoint_every", checkpoint_every, 1, 10**9)
-    checks.number("lr", options["lr"], 0, above=True)
-    checks.number("ema", options["ema"], 0, 1, below=True)
-    if options["grad_clip"] is not None:
-        checks.number("grad_clip", options["grad_clip"], 0, above=True)
+def _checked(options: dict[str, Any], steps: Any, checkpoint_every: Any) -> tuple[dict[str, Any], int, int]:
+    """The options as plain numbers, the steps, the interval; or a ConfigError."""
+    grad_clip = options["grad_clip"]
+    checked = {
+        "loss": choose("loss", options["loss"], losses.LOSSES),
+        "batch_size": checks.integer("batch_size", options["batch_size"], 1, 10**7),
+        "lr": checks.number("lr", options["lr"], 0, 1e6, above=True),
+        "warmup": checks.integer("warmup", options["warmup"], 0, 10**9),
+        "decay": checks.flag("decay", options["decay"]),
+        "grad_clip": None if grad_clip is None else checks.number("grad_clip", grad_clip, 0, above=True),
+        "ema": checks.number("ema", options["ema"], 0, 1, below=True),
+        "dequantize": checks.flag("dequantize", options["dequantize"]),
+        "seed": checks.integer("seed", options["seed"], 0, 2**64 - 1),
+    }
+    return (
+        checked,
+        checks.integer("steps", steps, 1, 10**9),
+        checks.integer("checkpoint_every", checkpoint_every, 1, 10**9),
+    )
