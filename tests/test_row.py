@@ -115,5 +115,5 @@ def test_measured_langevin_step():
 
 def test_learned_scale_runs_between_its_bounds():
     low, high = math.log(0.01), math.log(0.25)
-    scale = row.learned_scale(torch.tensor([-1.0, 0.0, 1.0]), low, high)
-    assert scale.tolist() == pytest.approx([0.1, math.sqrt(0.1 * 0.5), 0.5])
+    scale = row.learned_scale(torch.tensor([-1.0, 0.0, 1.0, 3.0]), low, high)
+    assert scale.tolist() == pytest.approx([0.1, math.sqrt(0.1 * 0.5), 0.5, 2.5])  # and beyond them: nothing is clamped

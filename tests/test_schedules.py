@@ -17,7 +17,7 @@ def test_linear_is_ddpms():
     assert betas[0] == pytest.approx(1e-4)
     assert betas[-1] == pytest.approx(0.02)
     assert np.prod(1 - betas) == pytest.approx(4.035830e-5, rel=1e-6)  # Ho et al.'s prior term rests on this number
-    assert schedules.linear(100)[-1] == pytest.approx(0.2)
+    assert (schedules.linear(100)[0], schedules.linear(100)[-1]) == (pytest.approx(1e-3), pytest.approx(0.2))
 
 
 def test_cosine_clips_one_of_a_thousand():
@@ -75,6 +75,12 @@ def test_technique_2_is_its_equation():
     assert stats.norm.cdf(shift + 3 * gamma) - stats.norm.cdf(shift - 3 * gamma) == pytest.approx(0.5, abs=1e-12)
     # NCSNv2's CIFAR-10 ladder of 232 levels from 50 to 0.01 has the overlap 0.567
     assert schedules.overlap((50 / 0.01) ** (1 / 231), 3072) == pytest.approx(0.567, abs=2e-3)
+
+
+def test_technique_2s_levels_reach_from_end_to_end():
+    gamma = schedules.erf_ratio(64)
+    levels = schedules.erf_levels(5.0, 0.01, 64)
+    assert gamma ** (levels - 1) >= 500 > gamma ** (levels - 2)
 
 
 @pytest.mark.parametrize(

@@ -252,12 +252,45 @@ def test_heun_is_karras_algorithm_1():
     same(ours, papers.edm_deterministic(denoiser, 80 * X, grid))
 
 
-def test_heun_with_churn_is_karras_algorithm_2():
-    grid = papers.karras_sigmas(9)
-    ours = states(denoiser, "edm", 9, sampler=Heun(12.0, 0.05, 50.0, 1.003), x_init=80 * X, prediction="x0")
-    theirs = papers.edm_stochastic(denoiser, 80 * X, grid, noise, 12.0, 0.05, 50.0, 1.003)
+GRID = papers.karras_sigmas(9)
+
+
+@pytest.mark.parametrize(
+    ("s_churn", "s_max", "rows"), [(12.0, 50.0, 23), (2.0, 50.0, 23), (2.0, GRID[3], 22), (0.5, 1.0, 20)]
+)
+def test_heun_with_churn_is_karras_algorithm_2(s_churn, s_max, rows):
+    """By the cap √2 − 1, by S_churn/N, and with a level that stands on S_max itself."""
+    ours = states(denoiser, "edm", 9, sampler=Heun(s_churn, 0.05, s_max, 1.003), x_init=80 * X, prediction="x0")
+    theirs = papers.edm_stochastic(denoiser, 80 * X, GRID, noise, s_churn, 0.05, s_max, 1.003)
     same(ours, theirs)
-    assert len(ours) > 17  # some rows churned
+    assert len(ours) == 17 + sum(0.05 <= sigma <= s_max for sigma in GRID)
+
+
+def test_churn_on_vp_is_the_same_algorithm_on_x_over_alpha():
+    vp = fastdiff.VP()
+
+    def clean(x, t):  # of the VP state at time t
+        return denoiser(x, t)
+
+    def rescaled(x, ratio):  # the same network on x/α at σ̂
+        t = float(vp.time(np.array([ratio]))[0])
+        return clean(float(vp.alpha(t)) * x, t)
+
+    ratios = [level.sigma / level.alpha for level in fastdiff.grids.build("karras", vp, 9, None).levels]
+    start = ratios[0] * X
+    theirs = papers.edm_stochastic(rescaled, start, ratios, noise, 2.0, 0.02, 50.0, 1.01)
+    sampler = Heun(2.0, 0.02, 50.0, 1.01)
+    ours = states(clean, vp, 9, sampler=sampler, x_init=float(vp.alpha(1.0)) * start, prediction="x0")
+    assert len(ours) == len(theirs) > 20
+    assert (ours[-1] - theirs[-1]).abs().max() < 1e-9  # at σ = 0, where α = 1
+
+
+def test_churn_never_asks_beyond_T():
+    for name in ("edm", "vp", "ve", "ncsn"):
+        process = get(name)
+        table = fastdiff.plan(name, 9, sampler=Heun(s_churn=9.0), grid="karras")
+        assert max(row.level.t for row in table.rows) <= process.T * (1 + 1e-9)
+        assert sum(row.label == "churn" for row in table.rows) >= 8 - (name == "ncsn")
 
 
 def test_edm_preconditioning_is_equation_7():
@@ -288,6 +321,35 @@ def test_ode_on_noise_ratios_is_ddim():
     bars = [1 / (1 + r * r) for r in ratios]
     times = fastdiff.VP().time(np.array(ratios[:-1]))
     same(ours, papers.ddim_sample(nonlinear, X, bars, times, noise))
+
+
+def test_the_last_learned_variance_is_bounded_by_the_one_before():
+    """Without denoise the last row keeps its noise; its lower bound β̃ = 0 is replaced by that of the step before."""
+    process = fastdiff.DDPM("linear", T=30)
+
+    def lowest(x, t):
+        return torch.cat([0.1 * x, torch.full_like(x, -1.0)], 1)
+
+    options = {"sampler": Ancestral("learned_range"), "prediction": "eps"}
+    noisy, clean = (states(lowest, process, denoise=denoise, **options)[-1] for denoise in (False, True))
+    bars = np.cumprod(1 - process.beta_table)
+    before = process.beta_table[1] * (1 - bars[0]) / (1 - bars[1])
+    assert (noisy - clean - math.sqrt(before) * noise(29)).abs().max() < 1e-12
+    one = fastdiff.sample(
+        lowest, process, 1, shape=(3,), num_samples=2, **options
+    )  # denoise leaves no variance to learn
+    assert one.shape == (2, 3)
+
+
+def test_default_langevin_steps():
+    """NCSNv2's technique 4 from the ladder's mean ratio and its steps per level; ULA takes the corrector's step."""
+    ladder = fastdiff.NCSN(fastdiff.schedules.geometric(2.0, 0.1, 6))
+    row = fastdiff.plan(ladder, 24).rows[0]
+    eta = fastdiff.schedules.langevin_step(1.0, 20.0 ** (1 / 5), 4)
+    assert row.b[0] == pytest.approx(eta * 4.0, rel=1e-12)
+    assert row.c == pytest.approx(math.sqrt(2 * eta * 4.0), rel=1e-12)
+    sigma = float(fastdiff.VP().sigma(0.3))
+    assert fastdiff.plan("vp", 5, sampler="ula", t_min=0.3).rows[0].b[0] == pytest.approx(2 * (0.16 * sigma) ** 2)
 
 
 # --- closed forms ----------------------------------------------------------------------------------------------------

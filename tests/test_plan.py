@@ -1,0 +1,136 @@
+"""plan(): defaults and explicit grids, one meaning for each way of saying the same."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.errors import ConfigError
+from fastdiff.grids import sigmas
+from fastdiff.samplers import AnnealedLangevin, PredictorCorrector
+
+DEFAULT_ROWS = {"ve": 2000, "vp": 1000, "subvp": 1000, "ou": 1000, "ddpm": 1000, "ncsn": 1001, "edm": 1999}
+
+
+@pytest.mark.parametrize("name", DEFAULT_ROWS)
+def test_defaults_of_every_process(name):
+    """1000 steps of the process's own sampler, or all of a chain."""
+    table = fastdiff.plan(name)
+    assert len(table) == DEFAULT_ROWS[name]
+    process = fastdiff.processes.get(name)
+    assert table.rows[0].level.t == process.T
+    assert table.prior_std == process.prior_std
+
+
+def test_default_steps_follow_the_chain():
+    assert len(fastdiff.plan(fastdiff.DDPM("cosine", T=40))) == 40
+    assert len(fastdiff.plan("ddpm", t_min=100)) == 900
+    assert fastdiff.plan("ddpm", sampler="ddim", t_min=1).end.t == 1
+    assert len(fastdiff.plan("vp", sampler=AnnealedLangevin(steps_per_level=3))) == 601
+    assert (
+        fastdiff.plan("ddpm", 950, t_min=100).rows[0].level.t == 1000
+    )  # between the trained steps where they do not suffice
+    assert fastdiff.plan("ddpm", 10, t_min=0.5).end.t == 0.5
+
+
+def test_times_and_sigmas_are_different_grids():
+    """Equal numbers, one after the other, through the cache."""
+    numbers = [0.9, 0.5, 0.1]
+    times, ratios = (fastdiff.plan("vp", grid=g, sampler="ddim") for g in (numbers, sigmas(numbers)))
+    assert [row.level.t for row in times.rows] == [0.9, 0.5]
+    np.testing.assert_allclose([row.level.sigma / row.level.alpha for row in ratios.rows], [0.9, 0.5])
+
+
+def test_an_explicit_grid_says_how_many_steps():
+    for grid in ([1.0, 0.5, 0.1], np.array([1.0, 0.5, 0.1]), torch.tensor([1.0, 0.5, 0.1])):
+        assert len(fastdiff.plan("vp", grid=grid)) == 2
+    assert len(fastdiff.plan("vp", 2, grid=[1.0, 0.5, 0.1])) == 2
+    with pytest.raises(ConfigError, match="contradicts a grid of 3 points"):
+        fastdiff.plan("vp", 3, grid=[1.0, 0.5, 0.1])
+    alone = PredictorCorrector("none")
+    assert len(fastdiff.plan("vp", grid=[1.0, 0.5, 0.1], sampler=alone)) == 3
+    assert len(fastdiff.plan("vp", 7, grid=[1.0, 0.5], sampler="ula")) == 7
+    assert len(fastdiff.plan("vp", grid=[1.0, 0.5, 0.1], sampler="annealed_langevin", denoise=False)) == 15
+
+
+def test_annealed_langevin_on_part_of_a_ladder():
+    whole = fastdiff.plan("ncsn", denoise=False)
+    assert len(fastdiff.plan("ncsn", grid=list(range(10, 0, -1)), denoise=False)) == len(whole) == 1000
+    part = fastdiff.plan("ncsn", 30, grid=[10, 5, 1], denoise=False)
+    assert [row.level.t for row in part.rows] == [10.0] * 10 + [5.0] * 10 + [1.0] * 10
+    with pytest.raises(ConfigError, match="use 30"):
+        fastdiff.plan("ncsn", 31, grid=[10, 5, 1])
+    with pytest.raises(ConfigError, match="must be 6"):
+        fastdiff.plan("ncsn", 30, grid=[10, 5, 1], sampler=AnnealedLangevin(steps_per_level=2))
+
+
+def test_a_run_that_starts_below_T_starts_from_its_own_level():
+    assert fastdiff.plan("edm", grid=sigmas([10, 5, 1, 0])).prior_std == 10.0
+    assert fastdiff.plan("ve", grid=[0.5, 0.2]).prior_std == pytest.approx(float(fastdiff.VE().sigma(0.5)))
+    assert fastdiff.plan("ddpm", grid=[981, 500, 0]).prior_std == pytest.approx(1, abs=1e-3)
+    late = fastdiff.plan("vp", grid=[0.3, 0.1])
+    assert math.isnan(late.prior_std)
+    assert "starts from x_init" in late.explain()
+    options = {"grid": [0.3, 0.1], "shape": (2,), "num_samples": 3}
+    with pytest.raises(ConfigError, match="give x_init"):
+        fastdiff.sample(lambda x, t: -x, "vp", **options)
+    assert fastdiff.sample(lambda x, t: -x, "vp", x_init=torch.zeros(3, 2), **options).shape == (3, 2)
+
+    def score(x, t):
+        return -x / (1 + t**2)[:, None]
+
+    x = fastdiff.sample(score, "edm", grid=sigmas([10, 7, 5, 3, 2, 1, 0.5, 0.2, 0.1, 0]), shape=(1,), num_samples=4000)
+    assert x.std() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [("ve", [100, 1, 0]), ("ve", [50, 1, 0.005, 0]), ("ncsn", [1, 0.1, 0.001]), ("vp", [1e4, 1]), ("edm", [81, 1])],
+)
+def test_noise_ratios_outside_the_process_are_refused(name, grid):
+    with pytest.raises(ConfigError, match="not among the process's levels"):
+        fastdiff.plan(name, grid=sigmas(grid), sampler="ddim")
+
+
+def test_euler_maruyama_needs_a_grid_of_times():
+    with pytest.raises(ConfigError, match="grid of times"):
+        fastdiff.plan("ve", 5, sampler="euler_maruyama", grid="karras")
+
+
+def test_the_reference_grid_at_few_steps():
+    """Its β table is what breaks at steps <= beta_max; Euler-Maruyama does not use it."""
+    assert len(fastdiff.plan("vp", 5, sampler="euler_maruyama", grid="score_sde")) == 5
+    for sampler in ("ancestral", "reverse_diffusion", "pc"):
+        with pytest.raises(ConfigError, match="beta_max"):
+            fastdiff.plan("vp", 20, sampler=sampler, grid="score_sde")
+
+
+def test_long_tables_are_not_kept():
+    short, long = fastdiff.plan("vp", 50), fastdiff.plan("vp", 10_001)
+    assert fastdiff.plan("vp", 50) is short
+    assert fastdiff.plan("vp", 10_001) is not long
+
+
+def test_learned_variance_reaches_a_predictor():
+    def both(x, t):
+        return torch.cat([-x, torch.ones_like(x)], 1)
+
+    model = fastdiff.ScoreModel(both, "vp", "score", data_shape=(2,), variance="learned_range")
+    options = {"steps": 5, "num_samples": 3, "return_info": True}
+    _, info = fastdiff.sample(model, sampler=PredictorCorrector("ancestral"), **options)
+    assert info.table.learned_variance
+    plain = lambda x, t: both(x, t)  # noqa: E731
+    x, _ = fastdiff.sample(
+        plain, "vp", sampler=fastdiff.samplers.Ancestral("learned_range"), shape=(2,), **{**options, "steps": 1}
+    )
+    assert x.shape == (3, 2)
+
+
+def test_noise_in_rows_that_draw_none_may_be_anything():
+    noise = torch.zeros(3, 2, 2)
+    noise[-1] = math.nan
+    assert fastdiff.sample(lambda x, t: -x, "vp", 3, shape=(2,), num_samples=2, noise=noise).isfinite().all()
