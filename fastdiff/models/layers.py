@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checks
 from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError, choose
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TIME_SCALES = {"sinusoidal": 1000.0, "fourier": 16.0}
 FEATURES = 64  # time features: 32 frequencies cover four decades, in networks of any width
 FOURIER_SEED = 0x5EED
+LARGEST = 2**31 - 1  # of any count in a network's configuration
 
 
 class TimeEmbedding(nn.Module):
@@ -36,9 +36,9 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, channels: int, kind: str = "sinusoidal", scale: float | None = None) -> None:
         super().__init__()
-        self.channels = integer("channels", channels, 2)
+        self.channels = checks.integer("channels", channels, 2, LARGEST)
         self.kind = choose("kind", kind, TIME_SCALES)
-        self.scale = TIME_SCALES[kind] if scale is None else number("scale", scale)
+        self.scale = TIME_SCALES[kind] if scale is None else checks.number("scale", scale, 0, above=True)
         if kind == "fourier":
             generator = torch.Generator(device="cpu").manual_seed(FOURIER_SEED)
             weight = torch.randn(channels // 2, generator=generator, dtype=torch.float32, device="cpu")
@@ -200,41 +200,18 @@ def common_config(
     """The arguments that every network takes, checked."""
     kind = choose("time_embedding", time_embedding, TIME_SCALES)
     return {
-        "num_classes": None if num_classes is None else integer("num_classes", num_classes, 1),
+        "num_classes": None if num_classes is None else checks.integer("num_classes", num_classes, 1, LARGEST),
         "time_embedding": kind,
-        "time_scale": TIME_SCALES[kind] if time_scale is None else number("time_scale", time_scale),
-        "dropout": rate(dropout),
-        "out_channels": None if out_channels is None else integer("out_channels", out_channels, 1),
+        "time_scale": TIME_SCALES[kind]
+        if time_scale is None
+        else checks.number("time_scale", time_scale, 0, above=True),
+        "dropout": checks.number("dropout", dropout, 0, 1, below=True),
+        "out_channels": None if out_channels is None else checks.integer("out_channels", out_channels, 1, LARGEST),
     }
-
-
-def integer(name: str, value: object, low: int) -> int:
-    """`value` as an int of at least `low`, else a ConfigError."""
-    try:
-        result = low - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        result = low - 1
-    if result < low:
-        raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
-    return result
 
 
 def integers(name: str, value: object, low: int) -> tuple[int, ...]:
     """`value` as a tuple of ints of at least `low`, else a ConfigError."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ConfigError(f"{name} must be a tuple of integers, got {value!r}: write ({value},) for a single one")
-    return tuple(integer(f"{name}[{i}]", entry, low) for i, entry in enumerate(value))
-
-
-def number(name: str, value: object) -> float:
-    """`value` as a finite positive float, else a ConfigError."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be a finite positive number, got {value!r}")
-    return float(value)
-
-
-def rate(value: object) -> float:
-    """A dropout probability, 0 <= value < 1, else a ConfigError."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
-        raise ConfigError(f"dropout must be a probability in [0, 1), got {value!r}: 0.0 turns it off")
-    return float(value)
+    return tuple(checks.integer(f"{name}[{i}]", entry, low, LARGEST) for i, entry in enumerate(value))

@@ -9,8 +9,9 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checks
 from ..errors import ConfigError
-from .layers import Conditioning, check_call, common_config, integer, integers, zeroed
+from .layers import LARGEST, Conditioning, check_call, common_config, integers, zeroed
 
 
 class MLP(nn.Module):
@@ -45,8 +46,8 @@ class MLP(nn.Module):
             raise ConfigError("shape must have at least one axis, got (): write (1,) for scalar samples")
         self.config = {
             "shape": list(self.shape),
-            "hidden": integer("hidden", hidden, 1),
-            "layers": integer("layers", layers, 1),
+            "hidden": checks.integer("hidden", hidden, 1, LARGEST),
+            "layers": checks.integer("layers", layers, 1, LARGEST),
             **common_config(num_classes, time_embedding, time_scale, dropout, out_channels),
         }
         leading = self.config["out_channels"] or self.shape[0]
