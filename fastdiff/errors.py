@@ -6,7 +6,13 @@ A message is one sentence: the argument, the value received, the rule, and the w
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class FastdiffError(Exception):
@@ -66,6 +72,22 @@ class CheckpointVersionError(CheckpointError):
 
 class CheckpointMismatchError(CheckpointError):
     """The tensors in the file are not those of the network."""
+
+
+def names_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, with a TypeError that names the nearest keyword where an unknown one is given."""
+    known = [name for name in inspect.signature(function).parameters]
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f": did you mean {near[0]!r}?" if near else f", only {', '.join(known)}"
+                raise TypeError(f"{function.__name__}() takes no keyword {name!r}{hint}")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def choose(argument: str, given: object, valid: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks, grids, predictions, processes, samplers
-from .errors import ConfigError
+from .errors import ConfigError, names_keywords
 from .processes import Process
 from .solvers.draft import X0, Draft, Drafts, Meaning
 from .table import Level, Row, StepTable
@@ -21,6 +21,7 @@ MAX_STEPS = 10**6  # a row takes about 2 KB and 45 µs on the host
 Clip = tuple[float, float] | None
 
 
+@names_keywords
 def plan(
     sde: Any,
     steps: int | None = None,

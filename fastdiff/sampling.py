@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checks, grids, inputs, ops, processes, runner, samplers
-from .errors import ConfigError, DataError, DTypeError, choose
+from .errors import ConfigError, DataError, DTypeError, choose, names_keywords
 from .model import ScoreModel, call, check_output, evaluating, single_tensor
 from .plan import MAX_STEPS, default_time_input, plan
 from .reference import noise as fdn1
@@ -36,6 +36,7 @@ class SampleInfo:
     table: StepTable
 
 
+@names_keywords
 def sample(
     model: Any,
     sde: Any = None,
@@ -77,7 +78,7 @@ def sample(
                   what an explicit grid says
     sampler       a name or an object of fastdiff.samplers; default the process's own
     seed          0 … 2**64 − 1, None for a fresh one (`return_info` tells it). Sample i is a function of (seed,
-                  first_sample + i) alone: the same bits for any batch_size, machine or thread count
+                  first_sample + i) alone: for any batch_size, machine or thread count it meets the same noise
     batch_size    samples in one network call; None: all
     x_init, noise the start [num_samples, *shape]; the noise [rows, num_samples, *shape], or a callable row -> [num_samples,
                   *shape] that is called once for each row that draws, in order
@@ -93,6 +94,9 @@ def sample(
     return_info   adds a SampleInfo
 
     Returns x, or a tuple x[, states][, info]. Inputs, the model's mode and every global state are left as they were.
+
+    Raises ConfigError, ShapeError, DTypeError, DeviceError or DataError before any work, ModelOutputError on what a network
+    returns, NonFiniteError on a run that leaves the finite numbers. The equations and papers are in fastdiff.solvers.
     """
     began = time.perf_counter()
     choose("check", check, runner.CHECKS)

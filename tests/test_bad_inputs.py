@@ -203,12 +203,13 @@ def test_finiteness_checks_are_skipped_when_off():
     fastdiff.sample(lambda x, t: 0 * x, x_init=big, check="final", **{**GOOD, "sampler": ULA(1e-9), "t_min": 0.5})
 
 
-@pytest.mark.parametrize("bad", [{"stpes": 3}, {"step": 3}, {"snr": 0.1}])
-def test_unknown_keywords_are_named(bad):
-    with pytest.raises(TypeError, match=next(iter(bad))):
-        fastdiff.sample(never, **GOOD, **bad)
-    with pytest.raises(TypeError, match=next(iter(bad))):
-        fastdiff.plan("vp", 3, **bad)
+@pytest.mark.parametrize(("bad", "near"), [("stpes", "steps"), ("samplr", "sampler"), ("t_mn", "t_min")])
+def test_unknown_keywords_are_named_with_the_nearest(bad, near):
+    for call in (lambda **k: fastdiff.sample(never, **GOOD, **k), lambda **k: fastdiff.plan("vp", 3, **k)):
+        with pytest.raises(TypeError, match=f"{bad}.*did you mean '{near}'"):
+            call(**{bad: 3})
+    with pytest.raises(TypeError, match=r"learning.*only model, data, steps"):
+        fastdiff.train(None, None, learning=3)
 
 
 OUTPUTS = [

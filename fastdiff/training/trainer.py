@@ -18,7 +18,15 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from .. import checks, losses
-from ..errors import CheckpointError, CheckpointMismatchError, ConfigError, DataError, ShapeError, choose
+from ..errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    ConfigError,
+    DataError,
+    ShapeError,
+    choose,
+    names_keywords,
+)
 from ..model import ScoreModel
 from ..reference import noise
 from ..schedules import ema_decay
@@ -36,6 +44,7 @@ class Training:
     seconds: float
 
 
+@names_keywords
 def train(
     model: ScoreModel,
     data: Any,
