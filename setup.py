@@ -8,6 +8,7 @@ from setuptools import setup
 setup(
     packages=[
         "fastdiff",
+        "fastdiff.checkpoints",
         "fastdiff.kernels",
         "fastdiff.models",
         "fastdiff.reference",
@@ -15,5 +16,5 @@ setup(
         "fastdiff.training",
     ],
     package_dir={"fastdiff.kernels": "kernels"},
-    package_data={"fastdiff": ["checkpoints/*.safetensors"]},
+    package_data={"fastdiff.checkpoints": ["*.safetensors"]},
 )
