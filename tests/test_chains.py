@@ -84,7 +84,7 @@ def test_mean_and_variance_of_the_chain(name, sampler, options, rule, steps):
     process = fastdiff.processes.get(name)
     mean, variance = gaussian_chain(0.0, process.prior_std**2, chain(name, rule, steps, **options))
     x = fastdiff.sample(
-        score_of(process), name, steps, sampler=sampler, shape=(1,), num_samples=SAMPLES, seed=1, batch_size=50_000
+        score_of(process), name, steps, sampler=sampler, shape=(1,), num_samples=SAMPLES, seed=1, batch_size=15_000
     ).double()
     assert abs(x.mean() - mean) < 5 * math.sqrt(variance / SAMPLES)
     assert abs(x.var() - variance) < 5 * variance * math.sqrt(2 / SAMPLES)
@@ -155,7 +155,7 @@ def test_annealed_langevin_has_the_variance_of_its_chain():
     variance *= (1 - 0.04 / (STD**2 + 0.04)) ** 2  # the denoising step
     x = fastdiff.sample(
         score_of(process), process, steps, sampler=fastdiff.samplers.AnnealedLangevin(step_size=eta * 0.04),
-        shape=(1,), num_samples=SAMPLES, batch_size=50_000,
+        shape=(1,), num_samples=SAMPLES, batch_size=15_000,
     ).double()  # fmt: skip
     assert abs(x.var() - variance) < 5 * variance * math.sqrt(2 / SAMPLES)
 
