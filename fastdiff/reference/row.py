@@ -67,8 +67,10 @@ def tree_sum(values: Tensor) -> Tensor:
     """Sum over all but the first axis, float64 [B]: blocks of 1024 elements in the sample's order, each halved down to
     one number (element i + element i + n/2), then the blocks the same way."""
     flat = values.double().flatten(1)
-    blocks = -(-flat.shape[1] // BLOCK)
-    flat = torch.nn.functional.pad(flat, (0, blocks * BLOCK - flat.shape[1])).view(len(flat), blocks, BLOCK)
+    # in a shorter sample the halves beyond its end are zeros, which change nothing: leave them out
+    width = min(BLOCK, 1 << max(flat.shape[1] - 1, 0).bit_length())
+    blocks = -(-flat.shape[1] // width)
+    flat = torch.nn.functional.pad(flat, (0, blocks * width - flat.shape[1])).view(len(flat), blocks, width)
     return _halve(_halve(flat))
 
 
