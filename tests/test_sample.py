@@ -16,7 +16,7 @@ from torch import nn
 
 import fastdiff
 from fastdiff.errors import NonFiniteError
-from fastdiff.samplers import DDIM, SAMPLERS, ULA, Ancestral, Heun, PredictorCorrector
+from fastdiff.samplers import DDIM, SAMPLERS, ULA, Ancestral, AnnealedLangevin, Heun, PredictorCorrector
 
 
 def score(x, t):
@@ -33,7 +33,8 @@ def draw(**options):
 
 
 RUNS = [
-    *(name for name in SAMPLERS if name != "annealed_langevin"),
+    *(name for name in SAMPLERS if name != "annealed_langevin"),  # 12 steps are no multiple of its 5
+    AnnealedLangevin(steps_per_level=3),
     DDIM(0.5),
     Heun(s_churn=3.0),
     PredictorCorrector(corrector="langevin", norm="sample"),
