@@ -70,9 +70,8 @@ def main(out: Path, train_steps: int = 2000, samples: int = 400, workers: int | 
     began = time.perf_counter()
     training, held_out = halves()
     checks.integer("train_steps", train_steps, 1, 10**6)
-    checks.integer(
-        "samples", samples, 70, len(training)
-    )  # a covariance of 64 pixels, and as many real digits beside it
+    # enough for a covariance of 64 pixels, and no more than there are real digits to put beside them
+    checks.integer("samples", samples, 70, len(training))
     workers = checks.integer("workers", workers or _cores(), 1, 1024)
     out.mkdir(parents=True, exist_ok=True)
     real, unseen = (pixels(data.batch(range(len(data)), (0.0, 1.0)), (0.0, 1.0)) for data in (training, held_out))

@@ -76,7 +76,7 @@ class CheckpointMismatchError(CheckpointError):
 
 def names_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """The function, with a TypeError that names the nearest keyword where an unknown one is given."""
-    known = [name for name in inspect.signature(function).parameters]
+    known = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:

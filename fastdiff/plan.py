@@ -16,7 +16,7 @@ from .solvers.draft import X0, Draft, Drafts, Meaning
 from .table import Level, Row, StepTable
 
 LONGEST_CACHED = 10_000
-MAX_STEPS = 10**6  # a row takes about 2 KB and 45 µs on the host
+MAX_STEPS = 10**6  # a longer table would take many gigabytes on the host
 
 Clip = tuple[float, float] | None
 
@@ -62,7 +62,7 @@ def plan(
 
 
 def default_time_input(prediction: str) -> str:
-    """ "t", except that EDM's preconditioned network is told log(sigma)/4."""
+    """What a network is told unless its owner says: the process time "t", with EDM's preconditioning its "c_noise"."""
     return "c_noise" if prediction == "edm" else "t"
 
 
@@ -102,10 +102,9 @@ def _grid(
     """The grid and the number of steps, by the caller's word or by the sampler's defaults."""
     if spec is not None and not isinstance(spec, str):
         meant = sampler.steps_on(process, len(spec))
-        if meant is not None and steps not in (None, meant):
+        if not sampler.any_steps and steps not in (None, meant):
             raise ConfigError(f"steps={steps} contradicts a grid of {len(spec)} points ({meant} steps): drop one")
-        free = len(spec) * sampler._each(process, len(spec)) if isinstance(sampler, samplers.AnnealedLangevin) else 1000
-        return grids.build(spec, process, None, t_min), steps or meant or free
+        return grids.build(spec, process, None, t_min), steps or meant
     end = sampler.default_t_min(process) if t_min is None else t_min
     if steps is None:
         steps = sampler.default_steps(process, end)

@@ -19,6 +19,7 @@ class Sampler:
 
     name: ClassVar[str]
     reference_grid: ClassVar[bool] = False  # whether score_sde's own discretisation has this sampler
+    any_steps: ClassVar[bool] = False  # whether `steps` is free on an explicit grid
 
     def default_grid(self, process: Process, steps: int, t_min: float) -> str:
         """The grid where the caller names none: a chain's own times where they suffice."""
@@ -28,8 +29,8 @@ class Sampler:
         """`steps` where neither the caller nor a grid says: 1000, or all of a discrete process."""
         return int(process.T - t_min) if process.discrete else 1000
 
-    def steps_on(self, process: Process, points: int) -> int | None:
-        """How many steps an explicit grid of `points` means; None: any number."""
+    def steps_on(self, process: Process, points: int) -> int:
+        """How many steps an explicit grid of `points` means; with `any_steps` only if the caller does not say."""
         return points - 1
 
     def default_t_min(self, process: Process) -> float:
@@ -176,6 +177,7 @@ class AnnealedLangevin(Sampler):
     step_size: float | None = None
     steps_per_level: int | None = None
     name: ClassVar[str] = "annealed_langevin"
+    any_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.step_size is not None:
@@ -190,8 +192,8 @@ class AnnealedLangevin(Sampler):
         points = int(process.T) if process.name == "ncsn" else 200
         return points * self._each(process, points)
 
-    def steps_on(self, process: Process, points: int) -> int | None:
-        return None
+    def steps_on(self, process: Process, points: int) -> int:
+        return points * self._each(process, points)
 
     def _each(self, process: Process, points: int) -> int:
         """Steps per level where only the levels are known: on a ladder what comes near 1000 steps in all."""
@@ -250,6 +252,7 @@ class ULA(Sampler):
 
     step_size: float | None = None
     name: ClassVar[str] = "ula"
+    any_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.step_size is not None:
@@ -258,8 +261,8 @@ class ULA(Sampler):
     def default_grid(self, process: Process, steps: int, t_min: float) -> str:
         return "uniform"
 
-    def steps_on(self, process: Process, points: int) -> int | None:
-        return None
+    def steps_on(self, process: Process, points: int) -> int:
+        return 1000
 
     def default_t_min(self, process: Process) -> float:
         return _last_noisy(process)
@@ -325,7 +328,7 @@ class PredictorCorrector(Sampler):
             super().default_grid(process, steps, t_min) if inner is None else inner.default_grid(process, steps, t_min)
         )
 
-    def steps_on(self, process: Process, points: int) -> int | None:
+    def steps_on(self, process: Process, points: int) -> int:
         return points if self.predicting is None else points - 1
 
     def default_t_min(self, process: Process) -> float:

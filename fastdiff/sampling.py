@@ -235,14 +235,8 @@ class _Run:
             raise DTypeError(f"noise must be a tensor or a callable row -> tensor, got {type(noise).__name__}")
         inputs.check_condition(cond, full[0], device, finite)
         self.subject, self.table, self.full, self.seed, self.first_sample = subject, table, full, seed, first_sample
-        self.noise, self.cond, self.x_init, self.dtype, self.device, self.check = (
-            noise,
-            cond,
-            x_init,
-            dtype,
-            device,
-            check,
-        )
+        self.noise, self.cond, self.x_init = noise, cond, x_init
+        self.dtype, self.device, self.check = dtype, device, check
         times = torch.from_numpy(table.columns["time"])
         index = subject.time_input == "index"
         self.times = (times.nan_to_num().round().long() if index else times.to(dtype)).to(device)

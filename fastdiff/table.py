@@ -122,11 +122,6 @@ class StepTable:
         return any(row.measure is not None and row.measure.norm == "batch" for row in self.rows)
 
     @cached_property
-    def learned_variance(self) -> bool:
-        """Whether some row takes its variance from the network."""
-        return any(row.log_variance is not None for row in self.rows)
-
-    @cached_property
     def columns(self) -> dict[str, NDArray[np.float64]]:
         """The numbers by column, float64 [rows] (b: [rows, history])."""
         b = np.zeros((len(self.rows), max(self.history, 1)))

@@ -122,7 +122,7 @@ def test_learned_variance_reaches_a_predictor():
     model = fastdiff.ScoreModel(both, "vp", "score", data_shape=(2,), variance="learned_range")
     options = {"steps": 5, "num_samples": 3, "return_info": True}
     _, info = fastdiff.sample(model, sampler=PredictorCorrector("ancestral"), **options)
-    assert info.table.learned_variance
+    assert [row.label for row in info.table.rows if row.log_variance is not None] == ["ancestral"] * 4
     plain = lambda x, t: both(x, t)  # noqa: E731
     x, _ = fastdiff.sample(
         plain, "vp", sampler=fastdiff.samplers.Ancestral("learned_range"), shape=(2,), **{**options, "steps": 1}

@@ -95,7 +95,12 @@ def train(
     began, first = time.perf_counter(), state.step
     modes = [(module, module.training) for module in model.modules()]
     # networks may draw from torch's generator (dropout): it is seeded anew each step, and given back afterwards
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(), _bar(progress, first, steps) as bar:
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        _bar(progress, first, steps) as bar,
+    ):
         try:
             recorded = _loop(state, _Batches(source, model, options), options, steps, model, folder, checkpoint_every,
                              described, bar, callback)  # fmt: skip
