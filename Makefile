@@ -8,7 +8,7 @@ READY = $(VENV)/.installed
 .PHONY: demo test check bench clean
 
 # torch first, so that a machine without a CUDA device can choose the CPU build: make TORCH="torch==2.13.0+cpu"
-$(READY): pyproject.toml setup.py
+$(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"

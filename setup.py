@@ -1,20 +1,119 @@
-"""The one thing pyproject.toml cannot say: the folder kernels/ is the package fastdiff.kernels.
+"""What pyproject.toml cannot say: where fastdiff.kernels lies, and how csrc/ becomes fastdiff/libfastdiff.so.
 
-(PyPI's `kernels` owns the bare import name, so the folder must not be installed as a top-level package.)
+The library has a plain C ABI: it needs neither torch nor Python to build, and one build serves every version of both. Each
+instruction set is a file of its own with its own flags. ninja compiles them side by side, and only what has changed.
 """
 
-from setuptools import setup
+from __future__ import annotations
 
-setup(
-    packages=[
-        "fastdiff",
-        "fastdiff.checkpoints",
-        "fastdiff.kernels",
-        "fastdiff.models",
-        "fastdiff.reference",
-        "fastdiff.solvers",
-        "fastdiff.training",
-    ],
-    package_dir={"fastdiff.kernels": "kernels"},
-    package_data={"fastdiff.checkpoints": ["*.safetensors"]},
-)
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall -Wextra"
+SOURCES = {"fastdiff": "", "plain": ""}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    # (gcc calls the undefined lanes of its own AVX-512 headers uninitialised)
+    SOURCES["avx2"] = "-mavx2 -mfma -mf16c"
+    SOURCES["avx512"] = (
+        "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma -mf16c -mprefer-vector-width=512 -Wno-maybe-uninitialized "
+        "-Wno-uninitialized"
+    )
+
+
+def write_build(folder: Path, library: Path, compiler: str, extra: str) -> None:
+    """A build.ninja that makes `library` from csrc/."""
+    files = sorted((ROOT / "csrc").iterdir())
+    sources = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
+    escape = lambda path: str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
+    lines = [
+        f"cxx = {compiler}",
+        f"flags = {FLAGS} {extra}",
+        "rule compile",
+        "  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx {extra} -shared $in -o $out -lm",
+    ]
+    objects = []
+    named = f'-DFASTDIFF_SOURCES=\\"{sources}\\"'
+    for name, isa in {**SOURCES, "fastdiff": named}.items():
+        objects.append(escape(folder / f"{name}.o"))
+        lines += [f"build {objects[-1]}: compile {escape(ROOT / 'csrc' / name)}.cpp", f"  isa = {isa}"]
+    lines += [f"build {escape(library)}: link {' '.join(objects)}", ""]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines))
+
+
+def run_ninja(folder: Path) -> None:
+    found = shutil.which("ninja")
+    command = [found] if found else [sys.executable, "-m", "ninja"]
+    subprocess.run([*command, "-C", str(folder)], check=True, stdout=sys.stderr)
+
+
+class Build(build_ext):
+    """Builds the library if there is a compiler; without one the package runs on plain PyTorch, and says so."""
+
+    def get_ext_filename(self, name: str) -> str:
+        return os.path.join(*name.split(".")) + ".so"
+
+    def build_extension(self, extension: Extension) -> None:
+        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+        library = Path(self.get_ext_fullpath(extension.name)).resolve()
+        folder = Path(self.build_temp).resolve() / "csrc"
+        library.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if compiler is None or not shutil.which(shlex.split(compiler)[0]):
+                raise FileNotFoundError(f"no C++ compiler ({compiler or 'g++, clang++ or c++'})")
+            write_build(folder, library, compiler, os.environ.get("CXXFLAGS", ""))
+            run_ninja(folder)
+        except (OSError, subprocess.CalledProcessError) as error:
+            library.unlink(missing_ok=True)
+            print(
+                f"\n*** fastdiff: the fused CPU kernels were NOT built ({error}); fastdiff will run on plain PyTorch, "
+                "several times slower. ***\n",
+                file=sys.stderr,
+            )
+
+    def copy_extensions_to_source(self) -> None:
+        if os.path.exists(self.get_ext_fullpath("fastdiff.libfastdiff")):
+            super().copy_extensions_to_source()
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+class Wheel(bdist_wheel):
+    """The library depends on the machine, not on the Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+if __name__ == "__main__":
+    setup(
+        packages=[
+            "fastdiff",
+            "fastdiff.checkpoints",
+            "fastdiff.kernels",
+            "fastdiff.models",
+            "fastdiff.reference",
+            "fastdiff.solvers",
+            "fastdiff.training",
+        ],
+        package_dir={"fastdiff.kernels": "kernels"},
+        package_data={"fastdiff.checkpoints": ["*.safetensors"]},
+        ext_modules=[Extension("fastdiff.libfastdiff", sources=[])],
+        cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+    )

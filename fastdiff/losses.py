@@ -7,8 +7,9 @@ from torch import Tensor
 
 from . import predictions
 from .errors import choose
-from .model import Condition, ScoreModel, like
+from .model import Condition, ScoreModel
 from .processes import Process
+from .reference.noise import PERTURBATION
 
 LOSSES = ("dsm", "simple", "likelihood")
 
@@ -16,15 +17,16 @@ LOSSES = ("dsm", "simple", "likelihood")
 SHORTEST = 1e-5
 
 
-def perturb(process: Process, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """x_t = α(t) x0 + σ(t) ε for x0, eps [B, *] and times t [B]."""
-    return like(process.alpha(t), x0) * x0 + like(process.sigma(t), x0) * eps
+def perturb(process: Process, x0: Tensor, t: Tensor, cursor: Tensor) -> Tensor:
+    """x_t = α(t) x0 + σ(t) ε for x0 [B, *] and times t [B]; ε is the noise that `cursor` names (fastdiff.ops.cursor)."""
+    return torch.ops.fastdiff.perturb(x0, process.alpha(t), process.sigma(t), cursor, PERTURBATION)
 
 
-def per_sample(model: ScoreModel, x0: Tensor, t: Tensor, eps: Tensor, loss: str, cond: Condition = None) -> Tensor:
+def per_sample(model: ScoreModel, x0: Tensor, t: Tensor, cursor: Tensor, loss: str, cond: Condition = None) -> Tensor:
     """The loss of each sample, [B]: the mean over its elements of λ(t) (m − r·x0 − w·ε)², m the network's output.
 
-    (r, w) is what the network predicts (fastdiff.predictions), so the target of any prediction is one line.
+    (r, w) is what the network predicts (fastdiff.predictions), so the target of any prediction is one line; ε is the noise
+    that `cursor` names (fastdiff.ops.cursor), made where it is needed and never stored.
 
     "dsm"         denoising score matching with λ = σ²: ‖σ·score + ε‖², i.e. ε-matching whatever the network predicts
                   (Song et al. 2021, eq. 7; Ho et al. 2020, eq. 14 for an ε network)
@@ -35,14 +37,12 @@ def per_sample(model: ScoreModel, x0: Tensor, t: Tensor, eps: Tensor, loss: str,
     process = model.process
     alpha, sigma = process.alpha(t), process.sigma(t)
     r, w = predictions.coordinates(model.prediction, process, t, alpha, sigma)
-    target = like(r, x0) * x0 + like(w, x0) * eps
-    output = model(perturb(process, x0, t, eps), t, cond)
-    error = ((output - target) ** 2).flatten(1).mean(1)
-    if loss == "simple":
-        return error
-    _, q = predictions.convert((r, w), (0.0 * r, 0.0 * w + 1.0), alpha, sigma)  # of the error on the scale of ε
-    weight = q**2 if loss == "dsm" else (q * process.diffusion(t) / sigma) ** 2
-    return weight.to(error.dtype) * error
+    output = model(torch.ops.fastdiff.perturb(x0, alpha, sigma, cursor, PERTURBATION), t, cond)
+    weight = torch.ones_like(w)
+    if loss != "simple":
+        _, q = predictions.convert((r, w), (0.0 * r, 0.0 * w + 1.0), alpha, sigma)  # of the error on the scale of ε
+        weight = q**2 if loss == "dsm" else (q * process.diffusion(t) / sigma) ** 2
+    return torch.ops.fastdiff.dsm_loss(output, x0, r, w, weight, cursor, PERTURBATION)[0]
 
 
 def training_times(process: Process, u: Tensor) -> Tensor:

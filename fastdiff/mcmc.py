@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, inputs
+from . import checks, inputs, ops
 from .errors import ConfigError, ModelOutputError, NonFiniteError, ShapeError
 from .model import evaluating
 from .reference import noise, row
@@ -140,7 +140,7 @@ def _chains(
     broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     options: dict[str, Any] = {"seed": seed, "first_sample": first_sample, "device": x.device}
     for k in range(steps):
-        z = noise.normal(len(x), x.shape[1:], draw=k, stream=noise.SAMPLER, **options).to(state)
+        z = ops.normal(len(x), x.shape[1:], draw=k, stream=noise.SAMPLER, **options).to(state)
         u = noise.uniform(len(x), (1,), draw=k, stream=noise.ACCEPTANCE, **options)[:, 0].double()
         there, log_ratio = propose(energy, here, z)
         # NaN where x itself has left the finite numbers is a divergent trajectory, and rejected

@@ -59,7 +59,7 @@ class ScoreModel(nn.Module):
         time = predictions.network_time(self.time_input, self.process, t, alpha, sigma)
         time = time.round().long() if self.time_input == "index" else time
         output = single_tensor(call(self.net, like(scale, x) * x if self.prediction == "edm" else x, time, cond))
-        return check_output(output, x, self.variance)[0]
+        return check_output(output, x.shape, x.device, self.variance)[0]
 
     def predict(self, kind: str, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """The network's opinion as "score", "x0", "eps" or any other prediction at process times t [B] (or one)."""
@@ -116,26 +116,29 @@ def single_tensor(output: Any) -> Tensor:
     return inner
 
 
-def check_output(output: Tensor, x: Tensor, variance: str | None) -> tuple[Tensor, Tensor | None]:
+def check_output(
+    output: Tensor, shape: tuple[int, ...], device: torch.device, variance: str | None
+) -> tuple[Tensor, Tensor | None]:
     """The prediction [B, *], and the variance's half of the channels if there is one; nothing is broadcast."""
     if output.layout != torch.strided:
         raise ModelOutputError(f"the model must return a dense strided tensor, got layout {output.layout}")
-    if output.device != x.device:
-        raise ModelOutputError(f"the model returned a tensor on {output.device}, its input is on {x.device}")
+    if output.device != device:
+        raise ModelOutputError(f"the model returned a tensor on {output.device}, its input is on {device}")
     if not output.is_floating_point():
         raise ModelOutputTypeError(f"the model must return floating numbers, got {output.dtype}")
-    if output.shape == x.shape and variance is None:
+    if output.shape == shape and variance is None:
         return output, None
-    channels = x.shape[1]
-    if output.shape == (len(x), 2 * channels, *x.shape[2:]):
+    channels = shape[1]
+    double = (shape[0], 2 * channels, *shape[2:])
+    if output.shape == double:
         if variance is None:
             raise ModelOutputError(
                 f"the model returned {2 * channels} channels for {channels}: if half of them are a learned variance, "
                 "say ScoreModel(variance='learned_range') or samplers.Ancestral(variance='learned_range')"
             )
         return output[:, :channels], output[:, channels:]
-    wanted = x.shape if variance is None else (len(x), 2 * channels, *x.shape[2:])
-    raise ModelOutputError(f"the model returned {tuple(output.shape)}, expected {tuple(wanted)}")
+    wanted = tuple(shape) if variance is None else double
+    raise ModelOutputError(f"the model returned {tuple(output.shape)}, expected {wanted}")
 
 
 _lock = threading.Lock()

@@ -1,14 +1,23 @@
-"""The operations, and the one place where backends differ. So far there is one: `reference`, plain PyTorch."""
+"""The operations, and the one place where backends and devices differ.
+
+Each operation of fastdiff.reference.row is a torch.library operator `torch.ops.fastdiff.<name>` with the same arguments:
+the compiled library serves CPU tensors, Triton CUDA tensors, plain PyTorch all others. `backend()` gives the functions of
+one implementation, for callers that need neither autograd nor tracing.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, inputs
+from . import checks, inputs, native
 from .errors import ConfigError, choose
 from .reference import noise, row
 
@@ -19,19 +28,72 @@ ENGINES = ("auto", "eager", "graph")
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
-draw_normal = noise.normal
-step, convert, measure_langevin, learned_scale = row.step, row.convert, row.measure_langevin, row.learned_scale
+SCHEMAS = {
+    "normal": "(Tensor(a!) out, Tensor cursor, int stream) -> ()",
+    "rademacher": "(Tensor(a!) out, Tensor cursor, int stream) -> ()",
+    "step": "(Tensor(a!) out, Tensor table, Tensor cursor, int? stream, Tensor x, Tensor? m=None, Tensor[]? history=None, "
+    "Tensor? guide=None, Tensor? v=None, Tensor? base=None, Tensor? z=None, Tensor? measured=None, Tensor? known=None, "
+    "Tensor? mask=None, Tensor(b!)? pushed=None, Tensor(c!)? net_input=None, Tensor(d!)? first_bad=None) -> ()",
+    "measure_langevin": "(Tensor(a!) measured, Tensor table, Tensor cursor, int? stream, bool batch, Tensor x, Tensor m, "
+    "Tensor? guide=None, Tensor? z=None, Tensor(b!)? kept=None) -> ()",
+    "perturb": "(Tensor x0, Tensor alpha, Tensor sigma, Tensor cursor, int stream) -> Tensor",
+    "dsm_loss": "(Tensor output, Tensor x0, Tensor r, Tensor w, Tensor weight, Tensor cursor, int stream) -> (Tensor, Tensor)",
+    "timestep_embedding": "(Tensor t, Tensor frequencies, float scale, int channels, str order) -> Tensor",
+    "probe_dot": "(Tensor value, Tensor cursor, int stream, str kind, Tensor? probe=None) -> Tensor",
+    "rk_error": "(Tensor x, Tensor[] stages, Tensor h, float[] b, float[] e, float rtol, float atol) -> (Tensor, Tensor)",
+}
 
 
-def resolve(backend: str, engine: str) -> tuple[str, str, str]:
-    """The backend and engine that will run, and a sentence saying why."""
+def resolve(backend: str, engine: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str, str]:
+    """The backend and engine that will run a state of this dtype on this device, and a sentence saying why."""
     choose("backend", backend, BACKENDS)
     choose("engine", engine, ENGINES)
-    if backend not in ("auto", "reference"):
-        raise ConfigError(f"backend={backend!r} is not built in this version: use 'auto' or 'reference'")
     if engine == "graph":
         raise ConfigError("engine='graph' is not built in this version: use 'auto' or 'eager'")
-    return "reference", "eager", "this version has no fused kernels and no captured loops"
+    eager = "loops are not captured in this version"
+    if backend == "reference":
+        return backend, "eager", f"backend='reference' was asked for; {eager}"
+    fastest, obstacle = _serves(device, dtype)
+    if backend not in ("auto", fastest):
+        reason = obstacle[backend]
+        raise ConfigError(f"backend={backend!r} cannot run here: {reason}; use backend='auto' or 'reference'")
+    if fastest == "reference":
+        return fastest, "eager", "; ".join([*obstacle.values(), eager])
+    return fastest, "eager", f"{fastest!r} is the fused backend of {device.type} tensors; {eager}"
+
+
+def _serves(device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+    """The fastest backend for such a state, and why each of the other fused ones cannot run it."""
+    obstacle = {}
+    if device.type != "cpu":
+        obstacle["cpu"] = f"it runs CPU tensors, not {device.type}"
+    elif not native.available:
+        obstacle["cpu"] = f"the compiled library is missing ({native.why})"
+    if not HAS_TRITON:
+        obstacle["triton"] = "triton is not installed"
+    elif device.type != "cuda" and not INTERPRETED:
+        obstacle["triton"] = f"it runs CUDA tensors, not {device.type} (or, for tests, any with TRITON_INTERPRET=1)"
+    elif dtype == torch.float64:
+        obstacle["triton"] = "its state is float32, not float64"
+    return next((name for name in ("cpu", "triton") if name not in obstacle), "reference"), obstacle
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
+
+
+def backend(name: str) -> ModuleType:
+    """The module that implements every operation for a backend that `resolve` named."""
+    if name == "triton":
+        from . import kernels
+
+        return kernels
+    return {"reference": row, "cpu": native}[name]
+
+
+def cursor(draw: int, first_sample: int, seed: int, device: torch.device | None = None) -> Tensor:
+    """Where noise stands, for the operations: int64 [3]."""
+    return torch.tensor([draw, first_sample, seed - 2**64 if seed >= 2**63 else seed], dtype=torch.int64, device=device)
 
 
 def normal(
@@ -49,9 +111,149 @@ def normal(
 
     Row i belongs to sample `first_sample + i`. The bits are the same on every machine, backend and batch split.
     """
-    resolve(backend, "auto")
+    place = inputs.device_of(device)
+    used, _, _ = resolve(backend, "auto", place, torch.float32)
     given = {"draw": draw, "first_sample": first_sample, "stream": stream}
     counters = {name: checks.integer(name, value, 0, 2**32 - 1) for name, value in given.items()}
-    checks.integer("num_samples", num_samples, 0, 2**32 - counters["first_sample"])
+    num_samples = checks.integer("num_samples", num_samples, 0, 2**32 - counters["first_sample"])
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
-    return noise.normal(num_samples, inputs.shape_of(shape), seed=seed, device=inputs.device_of(device), **counters)
+    out = torch.empty((num_samples, *inputs.shape_of(shape)), dtype=torch.float32, device=place)
+    at = cursor(counters["draw"], counters["first_sample"], seed, place)
+    globals()["backend"](used).normal(out, at, counters["stream"])
+    return out
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("fastdiff", "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+        library.impl(name, getattr(row, name), "CompositeExplicitAutograd")
+        if native.available:
+            library.impl(name, getattr(native, name), "CPU")
+        if HAS_TRITON:
+            library.impl(name, _on_cuda(name), "CUDA")
+        torch.library.register_fake(f"fastdiff::{name}", _FAKES.get(name, _writes), lib=library)
+    for name, (backward, setup) in _GRADIENTS.items():
+        torch.library.register_autograd(f"fastdiff::{name}", backward, setup_context=setup, lib=library)
+    return library
+
+
+def _on_cuda(name: str) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        wide = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in args)
+        return getattr(row if wide else backend("triton"), name)(*args, **kwargs)
+
+    return run
+
+
+def _writes(*_: Any, **__: Any) -> None:
+    """The fake of an operation that returns nothing."""
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "perturb": lambda x0, *_: x0.new_empty(x0.shape),
+    "dsm_loss": lambda output, x0, *_: (x0.new_empty(x0.shape[:1]), x0.new_empty(x0.shape)),
+    "timestep_embedding": lambda t, frequencies, scale, channels, order: t.new_empty((t.shape[0], channels)),
+    "probe_dot": lambda value, *_: value.new_empty(value.shape[:1], dtype=torch.float64),
+    "rk_error": lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[:1])),
+}
+
+
+def _wide(value: Tensor, like: Tensor) -> Tensor:
+    """value [B], to broadcast over like [B, *]."""
+    return value.view(-1, *[1] * (like.ndim - 1))
+
+
+def _no_gradient(ctx: Any, names: Sequence[str], first: int) -> None:
+    for offset, name in enumerate(names):
+        if ctx.needs_input_grad[first + offset]:
+            raise ConfigError(
+                f"{name} must not require a gradient: only the samples and the network are trained through"
+            )
+
+
+def _perturb_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    _no_gradient(ctx, ("alpha", "sigma"), 1)
+    ctx.save_for_backward(inputs[1])
+
+
+def _perturb_backward(ctx: Any, grad: Tensor) -> Any:
+    (alpha,) = ctx.saved_tensors
+    return grad * _wide(alpha.to(grad.dtype), grad), None, None, None, None
+
+
+def _dsm_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    network, _, r, _, weight, _, _ = inputs
+    _no_gradient(ctx, ("r", "w"), 2)
+    ctx.save_for_backward(r, weight, output[1])
+    ctx.dtype = network.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _dsm_backward(ctx: Any, grad: Tensor | None, grad_error: Tensor | None) -> Any:
+    r, weight, error = ctx.saved_tensors
+    per_sample = max(error.numel() // max(len(error), 1), 1)
+    total, of_weight = grad_error, None
+    if grad is not None:
+        slope = error * _wide(2 / per_sample * weight.to(error.dtype) * grad, error)
+        total = slope if total is None else total + slope
+        of_weight = grad * error.square().flatten(1).mean(1) if ctx.needs_input_grad[4] else None
+    if total is None:
+        return (None,) * 7
+    of_x0 = -_wide(r.to(total.dtype), total) * total if ctx.needs_input_grad[1] else None
+    return total.to(ctx.dtype), of_x0, None, None, of_weight, None, None
+
+
+def _embedding_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    t, frequencies, ctx.scale, _, ctx.order = inputs
+    ctx.save_for_backward(t, frequencies, output)
+
+
+def _embedding_backward(ctx: Any, grad: Tensor) -> Any:
+    t, frequencies, out = ctx.saved_tensors
+    half = len(frequencies)
+    if ctx.order == "interleaved":
+        (sine, cosine), (of_sine, of_cosine) = ((v[:, 0 : 2 * half : 2], v[:, 1 : 2 * half : 2]) for v in (out, grad))
+    else:
+        first = 0 if ctx.order == "sin_cos" else half
+        (sine, cosine), (of_sine, of_cosine) = (
+            (v[:, first : first + half], v[:, half - first : 2 * half - first]) for v in (out, grad)
+        )
+    angle = of_sine * cosine - of_cosine * sine
+    of_t = ctx.scale * (angle * frequencies).sum(1)
+    return of_t, (angle * (ctx.scale * t)[:, None]).sum(0), None, None, None
+
+
+def _probe_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    value, cursor, ctx.stream, ctx.kind, probe = inputs
+    if probe is not None and ctx.needs_input_grad[4]:
+        raise ConfigError("probe must not require a gradient: it is noise")
+    ctx.save_for_backward(cursor, probe)
+    ctx.of = (value.shape, value.dtype)
+
+
+def _probe_backward(ctx: Any, grad: Tensor) -> Any:
+    cursor, probe = ctx.saved_tensors
+    shape, dtype = ctx.of
+    if probe is None:
+        probe = grad.new_empty(shape, dtype=torch.float32)
+        fill = torch.ops.fastdiff.rademacher if ctx.kind == "rademacher" else torch.ops.fastdiff.normal
+        fill(probe, cursor, ctx.stream)
+    return (_wide(grad, probe) * probe).to(dtype), None, None, None, None
+
+
+_GRADIENTS = {
+    "perturb": (_perturb_backward, _perturb_setup),
+    "dsm_loss": (_dsm_backward, _dsm_setup),
+    "timestep_embedding": (_embedding_backward, _embedding_setup),
+    "probe_dot": (_probe_backward, _probe_setup),
+}
+
+if not native.available:
+    warnings.warn(
+        f"fastdiff runs on plain PyTorch, several times slower: {native.why}; install it again with a C++ compiler "
+        "(g++ or clang++), and see `fastdiff doctor`",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+_LIBRARY = _register()

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -102,7 +103,6 @@ def sample(
     choose("check", check, runner.CHECKS)
     if guidance is not None:
         raise ConfigError("guidance is not built in this version: wrap the model instead, or leave guidance=None")
-    used_backend, used_engine, why = ops.resolve(backend, engine)
     seed = secrets.randbits(64) if seed is None else checks.integer("seed", seed, 0, 2**64 - 1)
     first_sample = checks.integer("first_sample", first_sample, 0, 2**32 - 1)
     num_samples = checks.integer("num_samples", num_samples, 0, 2**32 - first_sample)
@@ -126,9 +126,10 @@ def sample(
         )
     dtype, state_dtype = _dtypes(dtype, x_init)
     place = _place(device, x_init, subject.net)
+    used_backend, used_engine, why = ops.resolve(backend, engine, place, state_dtype)
     run = _Run(
         subject, table, (num_samples, *subject.shape), seed=seed, first_sample=first_sample, noise=noise, cond=cond,
-        x_init=x_init, dtype=state_dtype, device=place, check=check,
+        x_init=x_init, dtype=state_dtype, device=place, check=check, operations=ops.backend(used_backend),
     )  # fmt: skip
     x, states, calls = run.execute(batch, trajectory, callback, progress)
     x = _like_start(_narrowed(x, dtype, check), x_init)
@@ -221,7 +222,7 @@ class _Run:
 
     def __init__(
         self, subject: _Subject, table: StepTable, full: tuple[int, ...], *, seed: int, first_sample: int, noise: Any,
-        cond: Any, x_init: Tensor | None, dtype: torch.dtype, device: torch.device, check: str,
+        cond: Any, x_init: Tensor | None, dtype: torch.dtype, device: torch.device, check: str, operations: ModuleType,
     ) -> None:  # fmt: skip
         finite = check != "off"
         if x_init is not None:
@@ -237,9 +238,10 @@ class _Run:
         self.subject, self.table, self.full, self.seed, self.first_sample = subject, table, full, seed, first_sample
         self.noise, self.cond, self.x_init = noise, cond, x_init
         self.dtype, self.device, self.check = dtype, device, check
-        times = torch.from_numpy(table.columns["time"])
+        self.operations = operations
         index = subject.time_input == "index"
-        self.times = (times.nan_to_num().round().long() if index else times.to(dtype)).to(device)
+        self.times: list[Any] = [0 if not row.calls else round(row.time) if index else row.time for row in table.rows]
+        self.time_dtype = torch.int64 if index else dtype
         self.variance = subject.variance
         parameter = next((p for p in _parameters(subject.net) if p.is_floating_point()), None)
         self.net_dtype = dtype if parameter is None else parameter.dtype
@@ -273,29 +275,33 @@ class _Run:
         return result, states, self.table.calls * len(bounds)
 
     def chain(self, lo: int, hi: int) -> Iterator[Tensor]:
-        """The states of samples lo … hi − 1: the start, then one after each row."""
+        """The states of samples lo … hi − 1: the start, then one after each row; the next overwrites it."""
+        shape = (hi - lo, *self.full[1:])
         if self.x_init is not None:
-            x = self.x_init[lo:hi].detach().to(self.dtype).contiguous()
+            x = torch.empty(shape, dtype=self.dtype, device=self.device).copy_(self.x_init[lo:hi].detach())
         else:
-            x = ops.step(self.normal(lo, hi, 0, fdn1.PRIOR), a=self.table.prior_std)
+            x = torch.empty(shape, dtype=self.dtype, device=self.device)
+            self.operations.normal(x, ops.cursor(0, self.first_sample + lo, self.seed, self.device), fdn1.PRIOR)
+            x *= self.table.prior_std
         yield x
         cond = _slice(self.cond, lo, hi)
+        net_input = torch.empty(
+            shape, dtype=self.net_dtype, device=self.device, memory_format=_layout(self.subject.net, len(shape))
+        )
+        net_input.copy_(x * self.table.rows[0].in_scale)
 
         def network(k: int, x_in: Tensor) -> tuple[Tensor, Tensor | None]:
-            given = x_in.to(self.net_dtype)
-            output = single_tensor(call(self.subject.net, given, self.times[k].expand(hi - lo).clone(), cond)).detach()
-            m, v = check_output(output, given, self.variance)
-            # a copy: a network may hand out the same buffer again, or its own input
-            return m.to(self.dtype, copy=True), None if v is None else v.to(self.dtype, copy=True)
+            time = torch.full((hi - lo,), self.times[k], dtype=self.time_dtype, device=self.device)
+            output = single_tensor(call(self.subject.net, x_in, time, cond)).detach()
+            return check_output(output, shape, self.device, self.variance)
 
         yield from runner.run(
-            self.table, network, x, lambda k: self.draw(k, lo, hi), self.check, self.first_sample + lo
-        )
+            self.table, self.operations, network, x, net_input, seed=self.seed, first_sample=self.first_sample + lo,
+            noise=None if self.noise is None else lambda k: self.draw(k, lo, hi), check=self.check,
+        )  # fmt: skip
 
     def draw(self, k: int, lo: int, hi: int) -> Tensor:
-        """The noise of row k for samples lo … hi − 1."""
-        if self.noise is None:
-            return self.normal(lo, hi, k, fdn1.SAMPLER)
+        """The noise that the caller gives row k for samples lo … hi − 1."""
         if isinstance(self.noise, Tensor):
             return self.noise[k, lo:hi].to(self.dtype)
         if self.given is None or self.given[0] != k:
@@ -304,11 +310,15 @@ class _Run:
             self.given = (k, noise)
         return self.given[1][lo:hi].to(self.dtype)
 
-    def normal(self, lo: int, hi: int, draw: int, stream: int) -> Tensor:
-        return ops.draw_normal(
-            hi - lo, self.full[1:], seed=self.seed, draw=draw, first_sample=self.first_sample + lo, stream=stream,
-            device=self.device,
-        ).to(self.dtype)  # fmt: skip
+
+def _layout(net: Any, rank: int) -> torch.memory_format:
+    """The memory format that a network's convolutions have, for inputs of this rank."""
+    wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(rank)
+    if wanted is not None:
+        for p in _parameters(net):
+            if p.ndim == rank and p.is_contiguous(memory_format=wanted) and not p.is_contiguous():
+                return wanted
+    return torch.contiguous_format
 
 
 def _parameters(net: Any) -> Iterator[Tensor]:

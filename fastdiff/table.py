@@ -22,6 +22,12 @@ from .errors import ConfigError
 
 MAX_HISTORY = 4
 
+# The columns of StepTable.matrix, which every backend reads: see fastdiff.reference.row.step for their use.
+COLUMNS = (
+    "a", "e", "b0", "b1", "b2", "b3", "c", "p", "q", "low", "high", "next_scale", "guidance", "log_slope", "log_mid",
+    "known_alpha", "known_sigma", "gain", "cap",
+)  # fmt: skip
+
 
 class Level(NamedTuple):
     """Where a state stands: its process time and x_t = alpha·x0 + sigma·ε."""
@@ -117,6 +123,11 @@ class StepTable:
         return max(len(row.b) for row in self.rows)
 
     @cached_property
+    def memory(self) -> int:
+        """The most earlier predictions that a row reads."""
+        return max(len(row.b) - row.calls for row in self.rows)
+
+    @cached_property
     def couples_batch(self) -> bool:
         """Whether some row's step depends on the whole batch."""
         return any(row.measure is not None and row.measure.norm == "batch" for row in self.rows)
@@ -129,6 +140,24 @@ class StepTable:
             b[k, : len(row.b)] = row.b
         names = ("time", "in_scale", "p", "q", "a", "e", "c")
         return {**{n: np.array([getattr(row, n) for row in self.rows]) for n in names}, "b": b}
+
+    @cached_property
+    def matrix(self) -> NDArray[np.float64]:
+        """The numbers that a step reads, float64 [rows, len(COLUMNS)]."""
+        after = [*(row.level for row in self.rows[1:]), self.end]
+        scales = [row.in_scale if row.calls else 1.0 for row in self.rows[1:]]
+        lines = []
+        for row, level, scale in zip(self.rows, after, [*scales, 1.0]):
+            low, high = self.clip if row.clips and self.clip is not None else (-math.inf, math.inf)
+            log_low, log_high = row.log_variance or (0.0, 0.0)
+            # ½·(f·log_high + (1 − f)·log_low) with f = (v + 1)/2
+            slope, mid = (log_high - log_low) / 4, (log_high + log_low) / 4
+            gain, cap = (0.0, 0.0) if row.measure is None else (row.measure.gain, row.measure.cap)
+            b = [*row.b, 0.0, 0.0, 0.0, 0.0][:MAX_HISTORY]
+            lines.append((
+                row.a, row.e, *b, row.c, row.p, row.q, low, high, scale, 1.0, slope, mid, level.alpha, level.sigma, gain, cap,
+            ))  # fmt: skip
+        return np.array(lines)
 
     def explain(self, limit: int | None = 24) -> str:
         """The table as text; beyond `limit` rows (None: no limit) the middle is left out."""

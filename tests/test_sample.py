@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fastdiff
-from fastdiff.errors import NonFiniteError
+from fastdiff.errors import ConfigError, NonFiniteError
 from fastdiff.samplers import DDIM, SAMPLERS, ULA, Ancestral, AnnealedLangevin, Heun, PredictorCorrector
 
 
@@ -40,6 +40,43 @@ RUNS = [
     PredictorCorrector(corrector="langevin", norm="sample"),
     PredictorCorrector("none", order="predictor_first"),
 ]
+
+
+def every_run():
+    """(sde, sampler, steps) for every process and sampler that go together, of about eight rows."""
+    for sde in ("ve", "vp", "subvp", "ou", "ddpm", "ncsn", "edm"):
+        for sampler in (*RUNS, *SAMPLERS, PredictorCorrector(corrector="langevin", norm="batch")):
+            steps = 9 if isinstance(sampler, AnnealedLangevin) else 10 if sampler == "annealed_langevin" else 8
+            try:
+                fastdiff.plan(sde, steps, sampler=sampler)
+            except ConfigError:
+                continue
+            yield sde, sampler, steps
+
+
+@pytest.mark.parametrize(("sde", "sampler", "steps"), list(every_run()), ids=str)
+def test_the_compiled_backend_is_the_reference_to_the_bit(sde, sampler, steps):
+    for dtype, shape in ((torch.float32, (3, 5)), (torch.float32, (1025,)), (torch.float64, (7,))):
+        options = {
+            "model": lambda x, t: -torch.tanh(x),
+            "sde": sde,
+            "sampler": sampler,
+            "steps": steps,
+            "shape": shape,
+            "num_samples": 3,
+            "dtype": dtype,
+        }
+        assert torch.equal(draw(**options, backend="cpu"), draw(**options, backend="reference"))
+
+
+def test_clips_conversions_and_learned_variances_are_the_same_bits_on_both_backends():
+    def learning(x, t):
+        return torch.cat((torch.tanh(x), torch.sin(3 * x)), 1)
+
+    learned = {"sde": "ddpm", "model": learning, "sampler": Ancestral(variance="learned_range"), "prediction": "eps"}
+    for options in ({"clip": (-0.5, 0.7)}, {"clip": (-0.5, 0.7), "sampler": "heun"}, {"prediction": "v"}, learned):
+        options = {"steps": 8, "shape": (2, 70), "num_samples": 3, **options}
+        assert torch.equal(draw(**options, backend="cpu"), draw(**options, backend="reference"))
 
 
 @pytest.mark.parametrize("sampler", RUNS, ids=repr)
@@ -218,7 +255,7 @@ def test_info_counts_truly():
     _, info = draw(model=counting, sampler=PredictorCorrector(corrector_steps=2), batch_size=3, return_info=True)
     assert info.network_calls == len(calls) == 12 * 3 * 3
     assert calls[:1] + calls[-1:] == [3, 2]
-    assert (info.rows, info.backend, info.engine, info.seed) == (36, "reference", "eager", 0)
+    assert (info.rows, info.backend, info.engine, info.seed) == (36, "cpu", "eager", 0)
     assert info.seconds > 0
     calls.clear()
     assert draw(model=counting, sampler=Heun(), return_info=True)[1].network_calls == len(calls) == 23

@@ -41,39 +41,47 @@ def digits(n=64):
     return Data(torch.from_numpy(rng.normal(size=(n, 2)).astype(np.float32)), range=(-5.0, 5.0))
 
 
+def named_noise(n, shape):
+    """A cursor, and the noise that the losses make of it."""
+    eps = fastdiff.normal(n, shape, seed=3, draw=5, stream=fastdiff.reference.noise.PERTURBATION)
+    return fastdiff.ops.cursor(5, 0, 3), eps.double()
+
+
 # --- objectives ------------------------------------------------------------------------------------------------------
 
 
 def test_dsm_of_an_eps_network_is_ho_et_als_algorithm_1():
     process = fastdiff.DDPM("linear", T=50)
     g = torch.Generator().manual_seed(0)
-    x0, eps = (torch.randn(6, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    x0 = torch.randn(6, 3, generator=g, dtype=torch.float64)
+    cursor, eps = named_noise(6, (3,))
     t = torch.tensor([1, 2, 10, 25, 49, 50])
 
     def net(x, index):
         return torch.tanh(x) * (1 + index.double()[:, None])
 
     model = fastdiff.ScoreModel(net, process, "eps", "index", data_shape=(3,))
-    ours = losses.per_sample(model, x0, t.double(), eps, "dsm")
+    ours = losses.per_sample(model, x0, t.double(), cursor, "dsm")
     bars = np.cumprod(1 - process.beta_table)
     theirs = papers.ddpm_training_loss(lambda x, t: net(x, t - 1), x0, t, eps, bars)
     assert (ours - theirs).abs().max() < 1e-12
-    assert (losses.per_sample(model, x0, t.double(), eps, "simple") - theirs).abs().max() < 1e-12
+    assert (losses.per_sample(model, x0, t.double(), cursor, "simple") - theirs).abs().max() < 1e-12
 
 
 def test_weightings_are_their_equations():
     """‖σ s + ε‖² for λ = σ², g² ‖s + ε/σ‖² for λ = g² (Song et al. 2021, eq. 7)."""
     ve = fastdiff.VE()
     g = torch.Generator().manual_seed(0)
-    x0, eps = (torch.randn(5, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    x0 = torch.randn(5, 4, generator=g, dtype=torch.float64)
+    cursor, eps = named_noise(5, (4,))
     t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
     model = fastdiff.ScoreModel(lambda x, t: torch.sin(x), ve, "score", data_shape=(4,))
-    s = torch.sin(losses.perturb(ve, x0, t, eps))
+    s = torch.sin(losses.perturb(ve, x0, t, cursor))
     sigma, diffusion = ve.sigma(t)[:, None], ve.diffusion(t)[:, None]
     dsm = ((sigma * s + eps) ** 2).mean(1)
     likelihood = (diffusion**2 * (s + eps / sigma) ** 2).mean(1)
-    assert (losses.per_sample(model, x0, t, eps, "dsm") - dsm).abs().max() < 1e-12
-    assert ((losses.per_sample(model, x0, t, eps, "likelihood") - likelihood) / likelihood).abs().max() < 1e-12
+    assert (losses.per_sample(model, x0, t, cursor, "dsm") - dsm).abs().max() < 1e-12
+    assert ((losses.per_sample(model, x0, t, cursor, "likelihood") - likelihood) / likelihood).abs().max() < 1e-12
 
 
 TRAINED = [
@@ -92,7 +100,7 @@ def test_every_prediction_is_trained_towards_the_truth(prediction, sde):
     data = Gaussian([0.5, -0.2], std=[0.6, 0.9])
     n = 4000
     x0 = data.sample(n, generator=torch.Generator().manual_seed(1)).double()
-    eps = fastdiff.normal(n, (2,), seed=1).double()
+    cursor, _ = named_noise(n, (2,))
     t = torch.full((n,), 7.0 if process.discrete else 0.4, dtype=torch.float64)
     alpha, sigma = process.alpha(t[:1]), process.sigma(t[:1])
     r, w = fastdiff.predictions.coordinates(prediction, process, t[:1], alpha, sigma)
@@ -104,12 +112,12 @@ def test_every_prediction_is_trained_towards_the_truth(prediction, sde):
         return r * clean + w * (x - alpha * clean) / sigma
 
     model = fastdiff.ScoreModel(net, process, prediction, data_shape=(2,))
-    value = losses.per_sample(model, x0, t, eps, "dsm")
+    value = losses.per_sample(model, x0, t, cursor, "dsm")
     variance = float(alpha) ** 2 * torch.tensor([0.6, 0.9], dtype=torch.float64) ** 2
     least = (variance / (variance + sigma**2)).mean()  # Var(ε | x_t) = α²s²/(α²s² + σ²)
     assert abs(value.mean() - least) < 5 * value.std() / math.sqrt(n)
     shifted = fastdiff.ScoreModel(lambda x, t: net(x, t, 0.3), process, prediction, data_shape=(2,))
-    extra = losses.per_sample(shifted, x0, t, eps, "dsm").mean() - value.mean()
+    extra = losses.per_sample(shifted, x0, t, cursor, "dsm").mean() - value.mean()
     expected = float((0.3 * alpha / sigma) ** 2)
     cross = 2 * 0.3 * float(alpha / sigma) * math.sqrt(float(least) / (2 * n))
     assert abs(extra - expected) < 5 * cross

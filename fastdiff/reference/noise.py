@@ -120,6 +120,39 @@ def uniform(
     return u.flatten(1)[:, :numel].reshape(num_samples, *shape)
 
 
+def rademacher(
+    num_samples: int,
+    shape: Sequence[int],
+    *,
+    seed: int,
+    draw: int = 0,
+    first_sample: int = 0,
+    stream: int,
+    device: torch.device | None = None,
+) -> Tensor:
+    """±1 with probability ½, float32 [num_samples, *shape]: −1 where bit 31 − ((j >> 9) & 3) of word j & 3 is set, of the
+    counter (j >> 11)·128 + ((j >> 2) & 127)."""
+    numel = math.prod(shape)
+    blocks = -(-numel // 2048)
+    r = torch.stack(
+        words(num_samples, 128 * blocks, seed=seed, draw=draw, first_sample=first_sample, stream=stream, device=device),
+        -1,
+    )
+    r = r.view(num_samples, blocks, 1, 512)
+    bit = torch.tensor([31, 30, 29, 28], device=r.device)[:, None]
+    sign = 1.0 - 2.0 * ((r >> bit) & 1).to(torch.float32)
+    return sign.flatten(1)[:, :numel].reshape(num_samples, *shape)
+
+
+def quarter_turn(t: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    """Sine and cosine, float32, of t + turns quarter turns: t float32 in [-1/2, 1/2], turns whole numbers."""
+    sine, cosine = _sine_cosine(t)
+    quadrant = turns - 4 * (turns / 4).floor()
+    swap, minus_sine, minus_cosine = quadrant % 2 == 1, quadrant >= 2, (quadrant == 1) | (quadrant == 2)
+    sine, cosine = torch.where(swap, cosine, sine), torch.where(swap, sine, cosine)
+    return torch.where(minus_sine, -sine, sine), torch.where(minus_cosine, -cosine, cosine)
+
+
 def permutation(n: int, *, seed: int, draw: int, stream: int = DATA_ORDER) -> Tensor:
     """A random order of 0 ... n-1 (int64 [n]): the order of 63-bit keys, ties broken by index."""
     quads = -(-n // 2)
@@ -142,13 +175,16 @@ def _radius(r: Tensor) -> Tensor:
 
 def _circle(r: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angle that the word `r` names: quarter turns in [-1/2, 1/2], a sign bit, a swap bit."""
-    t = r.to(torch.int32).to(torch.float32) * 2.0**-32
-    s = t * t
-    sine = _polynomial(_SIN, s) * t
-    cosine = _polynomial(_COS, s)
+    sine, cosine = _sine_cosine(r.to(torch.int32).to(torch.float32) * 2.0**-32)
     cosine = torch.where((r & 1).bool(), -cosine, cosine)
     swap = (r & 2).bool()
     return torch.where(swap, sine, cosine), torch.where(swap, cosine, sine)
+
+
+def _sine_cosine(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Sine and cosine of t quarter turns, t float32 in [-1/2, 1/2]."""
+    s = t * t
+    return _polynomial(_SIN, s) * t, _polynomial(_COS, s)
 
 
 def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:

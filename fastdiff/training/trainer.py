@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from .. import checks, losses
+from .. import checks, losses, ops
 from ..errors import (
     CheckpointError,
     CheckpointMismatchError,
@@ -130,8 +130,8 @@ def _loop(
     model.net.train()
     for step in range(first, steps):
         torch.manual_seed((options["seed"] * 1_000_003 + step) % 2**63)
-        x0, t, eps, cond = batches(step)
-        value = losses.per_sample(model, x0, t, eps, options["loss"], cond).mean()
+        x0, t, cursor, cond = batches(step)
+        value = losses.per_sample(model, x0, t, cursor, options["loss"], cond).mean()
         norm = state.update(value, _rate(step, steps, options), options["grad_clip"])
         recorded[step - first] = value.detach() + 0 * norm
         last = step + 1 == steps
@@ -207,7 +207,7 @@ class _State:
 
 
 class _Batches:
-    """Step n's clean data, times, noise and labels: a function of (seed, n)."""
+    """Step n's clean data, times, cursor of the noise and labels: a function of (seed, n)."""
 
     def __init__(self, data: Data, model: ScoreModel, options: dict[str, Any]) -> None:
         self.data, self.model, self.seed = data, model, options["seed"]
@@ -225,9 +225,13 @@ class _Batches:
         # one time in each of B equal slices: uniform for every sample, and a quieter loss (Kingma et al. 2021, §I.1)
         u = noise.uniform(self.size, (1,), stream=noise.TIMES, device=self.device, **options)[:, 0]
         u = (torch.arange(self.size, device=self.device) + u) / self.size
-        eps = noise.normal(self.size, shape, stream=noise.PERTURBATION, device=self.device, **options)
         cond = {"y": self.data.labels[index].to(self.device)} if self.labelled else None  # type: ignore[index]
-        return x0, losses.training_times(self.model.process, u.clamp(max=1 - 2**-24)), eps, cond
+        return (
+            x0,
+            losses.training_times(self.model.process, u.clamp(max=1 - 2**-24)),
+            ops.cursor(step, 0, self.seed, self.device),
+            cond,
+        )
 
     def _indices(self, step: int) -> Tensor:
         """Positions step·B … of an endless sequence of shuffled epochs."""

@@ -1,0 +1,20 @@
+// The library's face: a plain C ABI, called from fastdiff/native.py.
+#pragma once
+#include <stdint.h>
+
+enum Operation {
+    kNormal, kRademacher, kStep, kMeasureLangevin, kPerturb, kDsmLoss, kTimestepEmbedding, kProbeDot, kRkError
+};
+enum Result { kDone, kRowOutOfRange, kUnknownOperation };
+constexpr int kMaxStages = 16, kMaxTensors = 32;
+
+typedef void (*fastdiff_range)(int64_t begin, int64_t end, void* context);
+typedef int (*fastdiff_for)(int64_t begin, int64_t end, int64_t grain, fastdiff_range range, void* context);
+
+// torch's own loop over threads (torch_parallel_for), or null: then everything runs on the caller's thread.
+extern fastdiff_for fastdiff_parallel_for;
+
+// One operation on one instruction set; `wide`: a float64 state.
+int fastdiff_run_plain(int operation, const int64_t* arguments, bool wide);
+int fastdiff_run_avx2(int operation, const int64_t* arguments, bool wide);
+int fastdiff_run_avx512(int operation, const int64_t* arguments, bool wide);

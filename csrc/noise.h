@@ -1,0 +1,209 @@
+// FDN1, fastdiff's random numbers: Philox4x32-10 and Box-Muller in exactly rounded steps (fastdiff/reference/noise.py).
+//
+// A `Vector` of L lanes makes L counters' words at once; which counter stands in which lane (`Order`) is chosen so that the
+// normals come out of a transposition within 128 bits in the order in which they are stored.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+constexpr uint32_t kMultiplier[2] = {0xD2511F53u, 0xCD9E8D57u};
+constexpr uint32_t kWeyl[2] = {0x9E3779B9u, 0xBB67AE85u};
+
+struct Source {  // of one operation's noise
+    uint32_t key[2][10];
+    uint32_t draw, stream;
+
+    Source(uint64_t seed, uint32_t draw, uint32_t stream) : draw(draw), stream(stream) {
+        for (int round = 0; round < 10; ++round) {
+            key[0][round] = uint32_t(seed) + uint32_t(round) * kWeyl[0];
+            key[1][round] = uint32_t(seed >> 32) + uint32_t(round) * kWeyl[1];
+        }
+    }
+};
+
+// How many of a counter's four numbers are stored, side by side.
+enum class Keep { one = 1, two = 2, four = 4 };
+
+// The counter, of L consecutive ones, whose numbers stand in each 32-bit lane.
+template <Keep keep> struct Order {
+    int32_t counter[Vector::lanes];
+
+    constexpr Order() : counter() {
+        constexpr int L = Vector::lanes;
+        for (int lane = 0; lane < L; ++lane) {
+            const int group = lane / 4, place = lane % 4;
+            counter[lane] = keep == Keep::four  ? place * (L / 4) + group
+                            : keep == Keep::two ? place / 2 * (L / 2) + 2 * group + place % 2
+                                                : lane;
+        }
+    }
+};
+template <Keep keep> constexpr Order<keep> kOrder{};
+
+using Wide = Vector::Wide;
+using Words = Vector::Words;
+using Floats = Vector::Floats;
+
+inline __attribute__((always_inline)) void philox_rounds(
+    int first, Wide c0[2], Wide c1[2], Wide c2[2], Wide c3[2], const Source& source, Words r[4]) {
+    const Wide m0 = Vector::all64(kMultiplier[0]), m1 = Vector::all64(kMultiplier[1]);
+#pragma GCC unroll 10
+    for (int round = first; round < 9; ++round) {
+        const Words k0 = Vector::all(source.key[0][round]), k1 = Vector::all(source.key[1][round]);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const Wide p0 = Vector::multiply(c0[half], m0), p1 = Vector::multiply(c2[half], m1);
+            c0[half] = Vector::exclusive_or(Vector::upper(p1), c1[half], k0);
+            c1[half] = p1;
+            c2[half] = Vector::exclusive_or(Vector::upper(p0), c3[half], k1);
+            c3[half] = p0;
+        }
+    }
+    // the last round on interleaved lanes: half the exclusive ors
+    const Wide even0 = Vector::multiply(c0[0], m0), odd0 = Vector::multiply(c0[1], m0);
+    const Wide even1 = Vector::multiply(c2[0], m1), odd1 = Vector::multiply(c2[1], m1);
+    const Words k0 = Vector::all(source.key[0][9]), k1 = Vector::all(source.key[1][9]);
+    r[0] = Vector::exclusive_or(Vector::interleave_upper(even1, odd1), Vector::interleave(c1[0], c1[1]), k0);
+    r[1] = Vector::interleave(even1, odd1);
+    r[2] = Vector::exclusive_or(Vector::interleave_upper(even0, odd0), Vector::interleave(c3[0], c3[1]), k1);
+    r[3] = Vector::interleave(even0, odd0);
+}
+
+// The words of L counters, each with its own quad and sample, in the lanes' order.
+inline __attribute__((always_inline)) void philox(Words quads, Words samples, const Source& source, Words r[4]) {
+    Wide c0[2] = {Wide(quads), Vector::upper(quads)}, c2[2] = {Wide(samples), Vector::upper(samples)};
+    const Wide draw = Wide(Vector::all(source.draw)), stream = Wide(Vector::all(source.stream));
+    Wide c1[2] = {draw, draw}, c3[2] = {stream, stream};
+    philox_rounds(0, c0, c1, c2, c3, source, r);
+}
+
+// kMultiplier[0] * counter for the counters of the even lanes, and of the odd ones.
+template <Keep keep> struct LaneProducts {
+    uint64_t of[2][Vector::lanes / 2];
+
+    constexpr LaneProducts() : of() {
+        for (int lane = 0; lane < Vector::lanes; ++lane)
+            of[lane % 2][lane / 2] = uint64_t(kMultiplier[0]) * uint64_t(Order<keep>().counter[lane]);
+    }
+};
+template <Keep keep> constexpr LaneProducts<keep> kLaneProducts{};
+
+// Consecutive quads of one sample: the first round has one product a counter, which an addition carries on, and the
+// second one; the others are the same for all.
+template <Keep keep> struct OneSample {
+    Wide product[2];  // kMultiplier[0] * quad
+    uint32_t first_c0, first_c1, second_c3;
+    uint64_t second_p0;
+
+    OneSample(uint32_t quad, uint32_t sample, const Source& source) {
+        const Wide first = Vector::all64(uint64_t(kMultiplier[0]) * quad);
+        product[0] = Vector::add64(first, Vector::load64(kLaneProducts<keep>.of[0]));
+        product[1] = Vector::add64(first, Vector::load64(kLaneProducts<keep>.of[1]));
+        const uint64_t p1 = uint64_t(kMultiplier[1]) * sample;
+        first_c0 = uint32_t(p1 >> 32) ^ source.draw ^ source.key[0][0];
+        first_c1 = uint32_t(p1);
+        second_p0 = uint64_t(kMultiplier[0]) * first_c0;
+        second_c3 = uint32_t(second_p0);
+    }
+
+    // The words of the next L counters.
+    inline __attribute__((always_inline)) void next(const Source& source, Words r[4]) {
+        const Wide m1 = Vector::all64(kMultiplier[1]);
+        const Wide step = Vector::all64(uint64_t(kMultiplier[0]) * Vector::lanes);
+        const Words k1 = Vector::all(source.stream ^ source.key[1][0]);
+        const Words second0 = Vector::all(first_c1 ^ source.key[0][1]);
+        const Words second1 = Vector::all(uint32_t(second_p0 >> 32) ^ source.key[1][1]);
+        Wide c0[2], c1[2], c2[2], c3[2];
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const Wide first_c2 = Vector::exclusive_or(Vector::upper(product[half]), k1);
+            const Wide p1 = Vector::multiply(first_c2, m1);
+            c0[half] = Vector::exclusive_or(Vector::upper(p1), second0);
+            c1[half] = p1;
+            c2[half] = Vector::exclusive_or(product[half], second1);
+            c3[half] = Wide(Vector::all(second_c3));
+            product[half] = Vector::add64(product[half], step);
+        }
+        philox_rounds(2, c0, c1, c2, c3, source, r);
+    }
+};
+
+inline __attribute__((always_inline)) Floats horner(Floats x, const float* coefficients, int n) {
+    Floats p = Vector::constant(coefficients[0]);
+#pragma GCC unroll 8
+    for (int i = 1; i < n; ++i) p = Vector::fma(p, x, Vector::constant(coefficients[i]));
+    return p;
+}
+
+// sqrt(-2 ln u), u = (r/2 + 1/2) 2^-31
+inline __attribute__((always_inline)) Floats radius(Words r) {
+    constexpr float kLog[9] = {-0x1.1fde88p-2f, 0x1.3b751ep-2f,  -0x1.1e7792p-2f, 0x1.50224cp-2f, -0x1.99d83ap-2f,
+                               0x1.00150cp-1f,  -0x1.5554e6p-1f, 0x1.ffffd2p-1f,  -0x1p+1f};
+    const Words threshold = Vector::all(0x3F2AAAABu);
+    const Floats u = Vector::fma(
+        Vector::from_signed(Vector::template right<1>(r)), Vector::constant(0x1p-31f), Vector::constant(0x1p-32f));
+    const Words above = Vector::subtract(Vector::bits(u), threshold);
+    const Floats exponent = Vector::from_signed(Vector::template right_signed<23>(above));
+    const Words mantissa = Vector::add(Vector::both(above, Vector::all(0x007FFFFFu)), threshold);
+    const Floats f = Vector::subtract(Vector::bits(mantissa), Vector::constant(1.0f));
+    const Floats log = Vector::multiply(horner(f, kLog, 9), f);
+    return Vector::root(Vector::fma(exponent, Vector::constant(-0x1.62e43p+0f), log));
+}
+
+// Cosine and sine of the angle that r names; a sign and an exchange take its two last bits.
+inline __attribute__((always_inline)) void circle(Words r, Floats& a, Floats& b) {
+    constexpr float kSin[4] = {-0x1.2d9302p-8f, 0x1.465e92p-4f, -0x1.4abbbap-1f, 0x1.921fb6p+0f};
+    constexpr float kCos[5] = {0x1.d99f54p-11f, -0x1.55c4eap-6f, 0x1.03c1dap-2f, -0x1.3bd3ccp+0f, 0x1p+0f};
+    const Floats t = Vector::multiply(Vector::from_signed(r), Vector::constant(0x1p-32f));
+    const Floats s = Vector::multiply(t, t);
+    b = Vector::multiply(horner(s, kSin, 4), t);
+    a = Vector::bits(Vector::exclusive_or(Vector::bits(horner(s, kCos, 5)), Vector::template left<31>(r)));
+    Vector::swap(r, a, b);
+}
+
+// The four vectors of which a, b, c, d are the columns, in the order of `Order<Keep::four>`.
+inline __attribute__((always_inline)) void transpose(Floats a, Floats b, Floats c, Floats d, Floats out[4]) {
+    const Floats low_ab = Vector::low(a, b), high_ab = Vector::high(a, b);
+    const Floats low_cd = Vector::low(c, d), high_cd = Vector::high(c, d);
+    out[0] = Vector::low_pairs(low_ab, low_cd);
+    out[1] = Vector::high_pairs(low_ab, low_cd);
+    out[2] = Vector::low_pairs(high_ab, high_cd);
+    out[3] = Vector::high_pairs(high_ab, high_cd);
+}
+
+// Two normals of each of L counters, from two words.
+inline __attribute__((always_inline)) void box_muller(Words even, Words odd, Floats& first, Floats& second) {
+    const Floats r = radius(even);
+    circle(odd, first, second);
+    first = Vector::multiply(r, first);
+    second = Vector::multiply(r, second);
+}
+
+// What is made of L counters' words: vectors of numbers in the order in which they are stored, 4 / 2 / 1 of them.
+struct Normals {
+    using Number = float;
+    template <Keep keep> static inline __attribute__((always_inline)) void make(const Words r[4], Floats out[4]) {
+        Floats z0, z1, z2, z3;
+        box_muller(r[0], r[1], z0, z1);
+        if (keep == Keep::one) {
+            out[0] = z0;
+        } else if (keep == Keep::two) {
+            out[0] = Vector::low(z0, z1);
+            out[1] = Vector::high(z0, z1);
+        } else {
+            box_muller(r[2], r[3], z2, z3);
+            transpose(z0, z1, z2, z3, out);
+        }
+    }
+};
+
+struct RawWords {
+    using Number = uint32_t;
+    template <Keep keep> static inline __attribute__((always_inline)) void make(const Words r[4], Floats out[4]) {
+        transpose(Vector::bits(r[0]), Vector::bits(r[1]), Vector::bits(r[2]), Vector::bits(r[3]), out);
+    }
+};
+
+}  // namespace

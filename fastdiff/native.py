@@ -1,0 +1,280 @@
+"""The compiled CPU library: found, started, and its operations called with the arguments of fastdiff.reference.row.
+
+A call packs addresses, dtypes and strides into one array of int64 and hands it over (ctypes lets go of Python's lock while
+it runs). The library's threads are torch's own, through `torch_parallel_for`, so torch.set_num_threads governs both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .table import COLUMNS
+
+# As fastdiff.reference.row has it: noise made for a measurement is kept for the step.
+KEEPS_NOISE = True
+MAX_STAGES = 16
+
+LIBRARY = Path(__file__).parent / "libfastdiff.so"
+INSTRUCTION_SETS = ("plain", "avx2", "avx512")
+
+_OPERATIONS = (
+    "normal", "rademacher", "step", "measure_langevin", "perturb", "dsm_loss", "timestep_embedding", "probe_dot", "rk_error",
+)  # fmt: skip
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.int64: 5}
+_ORDERS = {"sin_cos": 0, "cos_sin": 1, "interleaved": 2}
+
+
+def _load() -> tuple[Any, str, str]:
+    """The library, the instruction set it runs on, and, if there is none, why."""
+    asked = os.environ.get("FASTDIFF_INSTRUCTION_SET") or None
+    if asked is not None and asked not in INSTRUCTION_SETS:
+        raise ConfigError(f"FASTDIFF_INSTRUCTION_SET={asked!r} must be one of {', '.join(INSTRUCTION_SETS)}, or unset")
+    if not LIBRARY.exists():
+        return None, "", "it was installed without a C++ compiler"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return None, "", f"{LIBRARY.name} does not load: {error}"
+    library.fastdiff_start.restype = ctypes.c_char_p
+    library.fastdiff_sources.restype = ctypes.c_char_p
+    library.fastdiff_run.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+    name = _start(library, asked)
+    if name is None:
+        raise ConfigError(f"FASTDIFF_INSTRUCTION_SET={asked!r} is not one of this machine's: unset it")
+    return library, name, ""
+
+
+def _start(library: Any, instruction_set: str | None) -> str | None:
+    """Give the library torch's threads and an instruction set (None: the best here); its name, None if it is not here."""
+    # exported since torch 2.10, by the library that `import torch` has loaded
+    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    parallel_for = ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p)
+    name = library.fastdiff_start(parallel_for, None if instruction_set is None else instruction_set.encode())
+    return None if name is None else name.decode()
+
+
+_library, instruction_set, why = _load()
+available = _library is not None
+_run = _library.fastdiff_run if available else None
+
+
+def use(name: str | None) -> bool:
+    """Run on another instruction set of INSTRUCTION_SETS (None: the best); False, and nothing changes, if it is not here."""
+    global instruction_set
+    found = _start(_library, name) if available else None
+    instruction_set = found or instruction_set
+    return found is not None
+
+
+def sources() -> str:
+    """A hash of the C++ files that the library was built from."""
+    return _library.fastdiff_sources().decode() if available else ""
+
+
+_PACK = [struct.Struct(f"{n}q").pack for n in range(200)]
+
+
+def _call(operation: int, wide: bool, shape: torch.Size, scalars: Sequence[int], tensors: Any) -> None:
+    """Run an operation on tensors of this shape [B, *] (those of others must be contiguous), absent ones None."""
+    samples = shape[0]
+    packed = [0, samples, shape.numel() // samples if samples else 0, len(shape), *scalars]
+    tail: list[int] = []
+    for slot, tensor in enumerate(tensors):
+        if tensor is not None:
+            if tensor.is_contiguous():
+                packed += (slot, tensor.data_ptr(), _CODES[tensor.dtype], 0)
+            else:
+                packed += (slot, tensor.data_ptr(), _CODES[tensor.dtype], len(shape) + len(tail))
+                tail += tensor.stride()
+    packed[0] = len(packed)
+    packed += shape
+    packed += tail
+    if _run(operation, _PACK[len(packed)](*packed), wide):
+        raise IndexError("cursor names a row that the table does not have")
+
+
+def normal(out: Tensor, cursor: Tensor, stream: int) -> None:
+    _fill(0, out, cursor, stream)
+
+
+def rademacher(out: Tensor, cursor: Tensor, stream: int) -> None:
+    _fill(1, out, cursor, stream)
+
+
+def _fill(operation: int, out: Tensor, cursor: Tensor, stream: int) -> None:
+    _check_out(out)
+    _check_cursor(cursor)
+    _call(operation, False, out.shape, (stream,), (out, cursor))
+
+
+def step(
+    out: Tensor,
+    table: Tensor,
+    cursor: Tensor,
+    stream: int | None,
+    x: Tensor,
+    m: Tensor | None = None,
+    history: Sequence[Tensor] | None = None,
+    guide: Tensor | None = None,
+    v: Tensor | None = None,
+    base: Tensor | None = None,
+    z: Tensor | None = None,
+    measured: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    pushed: Tensor | None = None,
+    net_input: Tensor | None = None,
+    first_bad: Tensor | None = None,
+) -> None:
+    _check_out(out)
+    dtype, shape = out.dtype, out.shape
+    _check_table(table, cursor, dtype)
+    if x.shape != shape:
+        x = x.expand(shape)
+    if m is not None and m.shape != shape:
+        m = m.expand(shape)
+    if net_input is not None and net_input.shape != shape:
+        raise IndexError(f"net_input must have shape {tuple(shape)}, got {tuple(net_input.shape)}")
+    if first_bad is not None:
+        _check_column("first_bad", first_bad, shape[:1], torch.int64)
+    tensors: Any = (out, table, cursor, x, m, net_input, first_bad)
+    if not (history is guide is v is base is z is measured is mask is pushed is None):
+        h = [_like(value, shape) for value in history or ()]
+        if pushed is not None:
+            _check_out(pushed, shape, dtype)
+        if measured is not None:
+            _check_column("measured", measured, (shape[0], 2), dtype)
+        others = [_like(value, shape) for value in (guide, v, base, z, known, mask)]
+        tensors += (measured, pushed, *others, *h)
+    _call(2, dtype is torch.float64, shape, (len(table), -1 if stream is None else stream), tensors)
+
+
+def measure_langevin(
+    measured: Tensor,
+    table: Tensor,
+    cursor: Tensor,
+    stream: int | None,
+    batch: bool,
+    x: Tensor,
+    m: Tensor,
+    guide: Tensor | None = None,
+    z: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> None:
+    shape = x.shape
+    _check_table(table, cursor, table.dtype)
+    _check_column("measured", measured, (len(x), 2), table.dtype)
+    if z is None and stream is None:
+        raise ValueError("measure_langevin needs noise: give z or a stream")
+    if kept is not None:
+        _check_out(kept, shape, table.dtype)
+    scalars = (len(table), -1 if stream is None else stream, int(batch))
+    m, guide, z = (_like(value, shape) for value in (m, guide, z))
+    _call(3, table.dtype == torch.float64, shape, scalars, (measured, table, cursor, x, m, guide, z, kept))
+
+
+def perturb(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor, stream: int) -> Tensor:
+    _check_cursor(cursor)
+    out = torch.empty(x0.shape, dtype=x0.dtype)
+    columns = [_column(value, x0) for value in (alpha, sigma)]
+    _call(4, x0.dtype == torch.float64, x0.shape, (stream,), (_check_out(out), x0, *columns, cursor))
+    return out
+
+
+def dsm_loss(
+    output: Tensor, x0: Tensor, r: Tensor, w: Tensor, weight: Tensor, cursor: Tensor, stream: int
+) -> tuple[Tensor, Tensor]:
+    _check_cursor(cursor)
+    loss, error = torch.empty(len(x0), dtype=x0.dtype), torch.empty(x0.shape, dtype=x0.dtype)
+    columns = [_column(value, x0) for value in (r, w, weight)]
+    tensors = (loss, _check_out(error), _like(output, x0.shape), x0, *columns, cursor)
+    _call(5, x0.dtype == torch.float64, x0.shape, (stream,), tensors)
+    return loss, error
+
+
+def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: int, order: str) -> Tensor:
+    out = torch.empty((len(t), channels), dtype=t.dtype)
+    half = channels // 2
+    if t.ndim != 1 or frequencies.shape != (half,):
+        raise IndexError(f"t must be [B] and frequencies [{half}], got {tuple(t.shape)} and {tuple(frequencies.shape)}")
+    tensors = (
+        _check_out(out),
+        _column(t, t),
+        frequencies.to(t.dtype).contiguous(),
+        torch.tensor(scale, dtype=torch.float64),
+    )
+    _call(6, t.dtype == torch.float64, out.shape, (channels, half, _ORDERS[order]), tensors)
+    return out
+
+
+def probe_dot(value: Tensor, cursor: Tensor, stream: int, kind: str, probe: Tensor | None = None) -> Tensor:
+    _check_cursor(cursor)
+    total = torch.empty(len(value), dtype=torch.float64)
+    wide = value.dtype == torch.float64
+    tensors = (total, value, cursor, _like(probe, value.shape))
+    _call(7, wide, value.shape, (stream, int(kind == "rademacher")), tensors)
+    return total
+
+
+def rk_error(
+    x: Tensor, stages: Sequence[Tensor], h: Tensor, b: Sequence[float], e: Sequence[float], rtol: float, atol: float
+) -> tuple[Tensor, Tensor]:
+    if not len(stages) == len(b) == len(e) <= MAX_STAGES:
+        raise IndexError(f"as many stages as weights, at most {MAX_STAGES}: got {len(stages)}, {len(b)}, {len(e)}")
+    after, norm = torch.empty(x.shape, dtype=x.dtype), torch.empty(len(x), dtype=x.dtype)
+    weights = torch.tensor([*b, *e, rtol, atol], dtype=torch.float64)
+    tensors = (_check_out(after), norm, x, _column(h, x), weights, *(_like(k, x.shape) for k in stages))
+    _call(8, x.dtype == torch.float64, x.shape, (len(stages),), tensors)
+    return after, norm
+
+
+_STATES = (torch.float32, torch.float64)
+
+
+def _check_out(out: Tensor, shape: Any = None, dtype: Any = None) -> Tensor:
+    """What the library writes as it stands: contiguous, float32 or float64, of at least two axes."""
+    if not out.is_contiguous() or out.dtype not in _STATES or out.ndim < 2:
+        raise IndexError(
+            f"a state must be contiguous float32 or float64 [B, *], got {out.dtype} {tuple(out.shape)} {out.stride()}"
+        )
+    if (shape is not None and out.shape != shape) or (dtype is not None and out.dtype != dtype):
+        raise IndexError(f"expected {dtype} {tuple(shape)}, got {out.dtype} {tuple(out.shape)}")
+    return out
+
+
+def _check_cursor(cursor: Tensor) -> None:
+    if cursor.numel() != 3 or cursor.dtype is not torch.int64 or not cursor.is_contiguous():
+        raise IndexError(f"cursor must be int64 [3], got {cursor.dtype} {tuple(cursor.shape)}: use fastdiff.ops.cursor")
+
+
+def _check_table(table: Tensor, cursor: Tensor, dtype: torch.dtype) -> None:
+    _check_cursor(cursor)
+    if table.dtype is not dtype or table.shape[-1] != len(COLUMNS) or not table.is_contiguous():
+        raise IndexError(
+            f"table must be contiguous {dtype} [rows, {len(COLUMNS)}], got {table.dtype} {tuple(table.shape)}"
+        )
+
+
+def _check_column(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if value is not None and (value.shape != shape or value.dtype != dtype or not value.is_contiguous()):
+        raise IndexError(f"{name} must be contiguous {dtype} {shape}, got {value.dtype} {tuple(value.shape)}")
+
+
+def _like(value: Tensor | None, shape: torch.Size) -> Tensor | None:
+    return value if value is None or value.shape == shape else value.expand(shape)
+
+
+def _column(value: Tensor, like: Tensor) -> Tensor:
+    """One number a sample, in the state's dtype (rounded once)."""
+    if value.shape != like.shape[:1]:
+        raise IndexError(f"expected one number for each of {len(like)} samples, got {tuple(value.shape)}")
+    return value.to(like.dtype).contiguous()
