@@ -5,7 +5,7 @@
 enum Operation {
     kNormal, kRademacher, kStep, kMeasureLangevin, kPerturb, kDsmLoss, kTimestepEmbedding, kProbeDot, kRkError
 };
-enum Result { kDone, kRowOutOfRange, kUnknownOperation };
+enum Result { kDone, kRowOutOfRange, kWrongDtype };
 constexpr int kMaxStages = 16, kMaxTensors = 32;
 
 typedef void (*fastdiff_range)(int64_t begin, int64_t end, void* context);

@@ -392,6 +392,12 @@ struct Arguments {
         for (const int64_t* e = a + kHeader + scalars; e < a + a[0]; e += 4) entry[e[0]] = e;
     }
     View operator()(int i) const { return entry[i] ? View::of(entry[i] + 1, g.ndim, g.shape) : View(); }
+    // Whether tensors from … to that are present have a floating dtype.
+    bool floating(int from, int to) const {
+        for (int i = from; i <= to; ++i)
+            if (entry[i] && entry[i][2] > kFloat16) return false;
+        return true;
+    }
 };
 
 // out, cursor; stream
@@ -493,6 +499,7 @@ template <class S> int step(const int64_t* a) {
     const View out = view(0), x = view(3), m = view(4), net_input = view(5), measured = view(7), pushed = view(8),
                guide = view(9), v = view(10), base = view(11), given = view(12), known = view(13), mask = view(14);
     const View history[4] = {view(15), view(16), view(17), view(18)};
+    if (!view.floating(3, 5) || !view.floating(9, 13) || !view.floating(15, 18) || (mask && mask.dtype != kBool)) return kWrongDtype;
     int64_t* first_bad = view(6).as<int64_t>();
     const Cursor cursor(view(2).as<const int64_t>());
     const Row<S>* found = row_of<S>(view(1), cursor, a[kHeader]);
@@ -576,6 +583,7 @@ template <class S> int measure_langevin(const int64_t* a) {
     const Geometry g(a);
     const Arguments view(a, 3);
     const View x = view(3), m = view(4), guide = view(5), given = view(6), kept = view(7);
+    if (!view.floating(3, 6)) return kWrongDtype;
     S* measured = view(0).as<S>();
     const Cursor cursor(view(2).as<const int64_t>());
     const Row<S>* found = row_of<S>(view(1), cursor, a[kHeader]);
@@ -622,6 +630,7 @@ template <class S> int perturb(const int64_t* a) {
     const Geometry g(a);
     const Arguments view(a, 1);
     const View x0 = view(1), none = View();
+    if (!view.floating(1, 1)) return kWrongDtype;
     S* out = view(0).as<S>();
     const S *alpha = view(2).as<const S>(), *sigma = view(3).as<const S>();
     const Cursor cursor(view(4).as<const int64_t>());
@@ -642,6 +651,7 @@ template <class S> int dsm_loss(const int64_t* a) {
     const Geometry g(a);
     const Arguments view(a, 1);
     const View output = view(2), x0 = view(3), none = View();
+    if (!view.floating(2, 3)) return kWrongDtype;
     S *loss = view(0).as<S>(), *error = view(1).as<S>();
     const S *r = view(4).as<const S>(), *w = view(5).as<const S>(), *weight = view(6).as<const S>();
     const Cursor cursor(view(7).as<const int64_t>());
@@ -671,6 +681,7 @@ template <class S> int probe_dot(const int64_t* a) {
     const Geometry g(a);
     const Arguments view(a, 2);
     const View value = view(1), probe = view(3);
+    if (!view.floating(1, 1) || !view.floating(3, 3)) return kWrongDtype;
     double* total = view(0).as<double>();
     const Cursor cursor(view(2).as<const int64_t>());
     const Source source = cursor.source(a[kHeader]);
@@ -696,6 +707,7 @@ template <class S> int rk_error(const int64_t* a) {
     const Geometry g(a);
     const Arguments view(a, 1);
     const int stages = int(a[kHeader]);
+    if (!view.floating(2, 2) || !view.floating(5, 4 + stages)) return kWrongDtype;
     const View x = view(2);
     S *after = view(0).as<S>(), *norm = view(1).as<S>();
     const S* h = view(3).as<const S>();
@@ -788,7 +800,7 @@ inline int run(int op, const int64_t* a, bool wide) {
         case kProbeDot: return wide ? probe_dot<double>(a) : probe_dot<float>(a);
         case kRkError: return wide ? rk_error<double>(a) : rk_error<float>(a);
     }
-    return kUnknownOperation;
+    return kDone;
 }
 
 }  // namespace

@@ -29,7 +29,20 @@ INSTRUCTION_SETS = ("plain", "avx2", "avx512")
 _OPERATIONS = (
     "normal", "rademacher", "step", "measure_langevin", "perturb", "dsm_loss", "timestep_embedding", "probe_dot", "rk_error",
 )  # fmt: skip
-_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.int64: 5}
+
+
+class _Codes(dict[torch.dtype, int]):
+    def __missing__(self, dtype: torch.dtype) -> int:
+        raise IndexError(f"operands must be float16, bfloat16, float32 or float64, got {dtype}")
+
+
+_CODES = _Codes(
+    {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.int64: 5}
+)
+_FAULTS = {
+    1: "cursor names a row that the table does not have",
+    2: "operands must be float16, bfloat16, float32 or float64, and a mask bool",
+}
 _ORDERS = {"sin_cos": 0, "cos_sin": 1, "interleaved": 2}
 
 
@@ -98,8 +111,9 @@ def _call(operation: int, wide: bool, shape: torch.Size, scalars: Sequence[int],
     packed[0] = len(packed)
     packed += shape
     packed += tail
-    if _run(operation, _PACK[len(packed)](*packed), wide):
-        raise IndexError("cursor names a row that the table does not have")
+    fault = _run(operation, _PACK[len(packed)](*packed), wide)
+    if fault:
+        raise IndexError(_FAULTS[fault])
 
 
 def normal(out: Tensor, cursor: Tensor, stream: int) -> None:
@@ -142,13 +156,15 @@ def step(
         x = x.expand(shape)
     if m is not None and m.shape != shape:
         m = m.expand(shape)
-    if net_input is not None and net_input.shape != shape:
-        raise IndexError(f"net_input must have shape {tuple(shape)}, got {tuple(net_input.shape)}")
+    if net_input is not None and (net_input.shape != shape or 0 in net_input.stride()):
+        raise IndexError(f"net_input must have shape {tuple(shape)}, got {tuple(net_input.shape)} {net_input.stride()}")
     if first_bad is not None:
         _check_column("first_bad", first_bad, shape[:1], torch.int64)
     tensors: Any = (out, table, cursor, x, m, net_input, first_bad)
     if not (history is guide is v is base is z is measured is mask is pushed is None):
         h = [_like(value, shape) for value in history or ()]
+        if len(h) > 4 - (m is not None):
+            raise IndexError(f"a row reads at most four predictions, got m and {len(h)} earlier ones")
         if pushed is not None:
             _check_out(pushed, shape, dtype)
         if measured is not None:

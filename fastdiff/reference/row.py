@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,13 +141,13 @@ def measure_langevin(
         normal(z, cursor, stream)
     if z is None:
         raise ValueError("measure_langevin needs noise: give z or a stream")
-    noise_norm, score_norm = (tree_sum(value.double() ** 2).sqrt() for value in (z, h))
+    noise_norm, score_norm = (_root(tree_sum(value.double() ** 2)) for value in (z, h))
     if batch:
         mean = [tree_sum(value[None]).div(max(len(value), 1)).expand(len(value)) for value in (noise_norm, score_norm)]
         noise_norm, score_norm = mean
     delta = (row["gain"] * (noise_norm / score_norm) ** 2).clamp(max=row["cap"])
     delta = torch.where(score_norm > 0, delta, 0.0)
-    measured.copy_(torch.stack((delta, (2 * delta).sqrt()), 1))
+    measured.copy_(torch.stack((delta, _root(2 * delta)), 1))
     if kept is not None:
         kept.copy_(z)
 
@@ -217,7 +218,7 @@ def rk_error(
     size = torch.maximum(x.abs(), after.abs())
     ratio = error / fma(size, tolerance[0].expand_as(size), tolerance[1].expand_as(size))
     mean = tree_sum(ratio.double() ** 2) / max(x[:1].numel(), 1)
-    return after, mean.sqrt().to(x.dtype)
+    return after, _root(mean).to(x.dtype)
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -282,6 +283,14 @@ def _exp(u: Tensor) -> Tensor:
     for coefficient in _EXP[1:]:
         p = fma(p, r, constant(coefficient))
     return p * ((n.nan_to_num().to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def _root(value: Tensor) -> Tensor:
+    """The square root of float64, correctly rounded; torch's on a CPU is not."""
+    if value.device.type == "cpu":
+        with np.errstate(invalid="ignore"):
+            return torch.from_numpy(np.sqrt(value.numpy()))
+    return value.sqrt()
 
 
 def _finite(x: Tensor) -> Tensor:
