@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench sanitize clean
 
 # torch first, so that a machine without a CUDA device can choose the CPU build: make TORCH="torch==2.13.0+cpu"
 $(READY): pyproject.toml setup.py $(wildcard csrc/*)
@@ -29,6 +29,14 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+# the C++ code under the address and undefined-behaviour sanitizers
+SANITIZED = $(CURDIR)/build/sanitize/libfastdiff.so
+sanitize: $(READY)
+	$(BIN)/python -c "import setup, pathlib; p = pathlib.Path('$(SANITIZED)'); \
+	    setup.compile_library(p.parent, p, '-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all')"
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 FASTDIFF_LIBRARY=$(SANITIZED) $(BIN)/python -m pytest tests/test_native.py -m "not slow"
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

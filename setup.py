@@ -56,7 +56,12 @@ def write_build(folder: Path, library: Path, compiler: str, extra: str) -> None:
     (folder / "build.ninja").write_text("\n".join(lines))
 
 
-def run_ninja(folder: Path) -> None:
+def compile_library(folder: Path, library: Path, extra: str = "") -> None:
+    """Compile csrc/ in `folder` to `library`, with `extra` flags for the compiler and the linker."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    if compiler is None or not shutil.which(shlex.split(compiler)[0]):
+        raise FileNotFoundError(f"no C++ compiler ({compiler or 'g++, clang++ or c++'})")
+    write_build(folder, library, compiler, extra)
     found = shutil.which("ninja")
     command = [found] if found else [sys.executable, "-m", "ninja"]
     subprocess.run([*command, "-C", str(folder)], check=True, stdout=sys.stderr)
@@ -69,15 +74,11 @@ class Build(build_ext):
         return os.path.join(*name.split(".")) + ".so"
 
     def build_extension(self, extension: Extension) -> None:
-        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
         library = Path(self.get_ext_fullpath(extension.name)).resolve()
         folder = Path(self.build_temp).resolve() / "csrc"
         library.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if compiler is None or not shutil.which(shlex.split(compiler)[0]):
-                raise FileNotFoundError(f"no C++ compiler ({compiler or 'g++, clang++ or c++'})")
-            write_build(folder, library, compiler, os.environ.get("CXXFLAGS", ""))
-            run_ninja(folder)
+            compile_library(folder, library, os.environ.get("CXXFLAGS", ""))
         except (OSError, subprocess.CalledProcessError) as error:
             library.unlink(missing_ok=True)
             print(

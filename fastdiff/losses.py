@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import predictions
+from . import ops, predictions
 from .errors import choose
 from .model import Condition, ScoreModel
 from .processes import Process
@@ -19,7 +19,7 @@ SHORTEST = 1e-5
 
 def perturb(process: Process, x0: Tensor, t: Tensor, cursor: Tensor) -> Tensor:
     """x_t = α(t) x0 + σ(t) ε for x0 [B, *] and times t [B]; ε is the noise that `cursor` names (fastdiff.ops.cursor)."""
-    return torch.ops.fastdiff.perturb(x0, process.alpha(t), process.sigma(t), cursor, PERTURBATION)
+    return ops.perturb(x0, process.alpha(t), process.sigma(t), cursor, PERTURBATION)
 
 
 def per_sample(model: ScoreModel, x0: Tensor, t: Tensor, cursor: Tensor, loss: str, cond: Condition = None) -> Tensor:
@@ -37,12 +37,12 @@ def per_sample(model: ScoreModel, x0: Tensor, t: Tensor, cursor: Tensor, loss: s
     process = model.process
     alpha, sigma = process.alpha(t), process.sigma(t)
     r, w = predictions.coordinates(model.prediction, process, t, alpha, sigma)
-    output = model(torch.ops.fastdiff.perturb(x0, alpha, sigma, cursor, PERTURBATION), t, cond)
+    output = model(ops.perturb(x0, alpha, sigma, cursor, PERTURBATION), t, cond)
     weight = torch.ones_like(w)
     if loss != "simple":
         _, q = predictions.convert((r, w), (0.0 * r, 0.0 * w + 1.0), alpha, sigma)  # of the error on the scale of ε
         weight = q**2 if loss == "dsm" else (q * process.diffusion(t) / sigma) ** 2
-    return torch.ops.fastdiff.dsm_loss(output, x0, r, w, weight, cursor, PERTURBATION)[0]
+    return ops.dsm_loss(output, x0, r, w, weight, cursor, PERTURBATION)[0]
 
 
 def training_times(process: Process, u: Tensor) -> Tensor:

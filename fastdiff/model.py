@@ -75,9 +75,10 @@ class ScoreModel(nn.Module):
         """t as one process time for each sample of x, inside [0, T], where the network can be asked (σ > 0)."""
         given = torch.as_tensor(t, device=x.device)
         given = given if given.is_floating_point() else given.to(x.dtype)
-        if given.shape not in ((), (1,), x.shape[:1]):
+        if given.ndim > 1 or (given.ndim == 1 and given.shape[0] != 1 and given.shape[0] != x.shape[0]):
             raise ShapeError(f"t must be one time or one for each of {len(x)} samples, got shape {tuple(given.shape)}")
-        if given.device.type == "cpu":  # elsewhere a look at the values would stall the device
+        # on other devices a look at the values would stall them, in a compiled graph it would break it
+        if given.device.type == "cpu" and not torch.compiler.is_compiling():
             bad = ~((given >= 0) & (given <= self.process.T * 1.000001) & (self.process.sigma(given) > 0))
             if bool(bad.any()):
                 value = float(given[bad].flatten()[0])

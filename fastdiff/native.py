@@ -23,7 +23,8 @@ from .table import COLUMNS
 KEEPS_NOISE = True
 MAX_STAGES = 16
 
-LIBRARY = Path(__file__).parent / "libfastdiff.so"
+# another build of the same sources, such as the one of `make sanitize`, can be named
+LIBRARY = Path(os.environ.get("FASTDIFF_LIBRARY") or Path(__file__).parent / "libfastdiff.so")
 INSTRUCTION_SETS = ("plain", "avx2", "avx512")
 
 _OPERATIONS = (

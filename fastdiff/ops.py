@@ -257,3 +257,6 @@ if not native.available:
         stacklevel=2,
     )
 _LIBRARY = _register()
+
+perturb, dsm_loss = torch.ops.fastdiff.perturb, torch.ops.fastdiff.dsm_loss
+timestep_embedding = torch.ops.fastdiff.timestep_embedding

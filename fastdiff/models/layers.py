@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, ops
 from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError, choose
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -43,25 +43,32 @@ class TimeEmbedding(nn.Module):
             generator = torch.Generator(device="cpu").manual_seed(FOURIER_SEED)
             weight = torch.randn(channels // 2, generator=generator, dtype=torch.float32, device="cpu")
             self.register_buffer("weight", (weight * self.scale).to(torch.get_default_device()))
+        else:
+            self.register_buffer("frequencies", self._frequencies(torch.float32), persistent=False)
+
+    def _frequencies(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        # 10^(-4 k / (half - 1)) is Ho et al.'s frequency, in one operation
+        return torch.logspace(0, -4, self.channels // 2, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimeEmbedding:
-        # net.half() would round W, and so turn every angle by a sizeable part of a radian: W moves, but stays float32.
-        exact = self._buffers.get("weight")
+        # net.half() would round the frequencies, and so turn angles by a sizeable part of a radian: they move, but stay
+        # float32.
+        (name,) = self._buffers
+        exact = self._buffers[name]
         super()._apply(fn, recurse)
-        if exact is not None and self.weight.dtype not in (torch.float32, torch.float64):
-            self.weight = exact.to(self.weight.device)
+        if self._buffers[name].dtype != exact.dtype:
+            self._buffers[name] = exact.to(self._buffers[name].device)
         return self
 
     def forward(self, t: Tensor) -> Tensor:
         t = t.to(torch.promote_types(t.dtype, torch.float32) if t.is_floating_point() else torch.float32)
-        half = self.channels // 2
         if self.kind == "fourier":
-            angles = (2 * math.pi * t)[:, None] * self.weight.to(t.dtype)
+            frequencies, scale = self.weight.to(t.dtype), 2 * math.pi
+        elif t.dtype == self.frequencies.dtype:
+            frequencies, scale = self.frequencies, self.scale
         else:
-            # 10^(-4 k / (half - 1)) is Ho et al.'s frequency, in one operation
-            angles = (self.scale * t)[:, None] * torch.logspace(0, -4, half, dtype=t.dtype, device=t.device)
-        features = torch.cat((angles.sin(), angles.cos()), dim=1)
-        return F.pad(features, (0, 1)) if self.channels % 2 else features
+            frequencies, scale = self._frequencies(t.dtype, t.device), self.scale
+        return ops.timestep_embedding(t, frequencies, scale, self.channels, "sin_cos")
 
 
 class Conditioning(nn.Module):
