@@ -1,5 +1,29 @@
-"""One thread: the states are small, and ratios of one-thread times are steady on a busy machine."""
+"""Every test says itself on how many threads it runs; the comparisons are printed at the end, and saved if asked."""
 
+from __future__ import annotations
+
+import paired
+import pytest
 import torch
 
-torch.set_num_threads(1)
+
+def pytest_addoption(parser):
+    parser.addoption("--save-results", action="store_true", help="write benchmarks/results/<device>.csv")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not paired.ROWS:
+        return
+    terminalreporter.section("fastdiff against its opponents: their time in units of ours, median [p20-p80], our time")
+    terminalreporter.write_line(f"{paired.device()}, {paired.commit()}, torch {torch.__version__}")
+    terminalreporter.write_line(paired.table())
+    if config.getoption("--save-results"):
+        terminalreporter.write_line(f"saved in {paired.save()}")

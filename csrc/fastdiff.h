@@ -3,7 +3,8 @@
 #include <stdint.h>
 
 enum Operation {
-    kNormal, kRademacher, kStep, kMeasureLangevin, kPerturb, kDsmLoss, kTimestepEmbedding, kProbeDot, kRkError
+    kNormal, kRademacher, kStep, kMeasureLangevin, kPerturb, kDsmLoss, kTimestepEmbedding, kProbeDot, kRkError,
+    kDsmLossBackward
 };
 enum Result { kDone, kRowOutOfRange, kWrongDtype };
 constexpr int kMaxStages = 16, kMaxTensors = 32;

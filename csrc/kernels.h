@@ -676,6 +676,28 @@ template <class S> int dsm_loss(const int64_t* a) {
     return 0;
 }
 
+// out, error, grad, weight
+template <class S> int dsm_loss_backward(const int64_t* a) {
+    const Geometry g(a);
+    const Arguments view(a, 0);
+    const View out = view(0), error = view(1);
+    const S *grad = view(2).as<const S>(), *weight = view(3).as<const S>();
+    if (!view.floating(0, 1)) return kWrongDtype;
+    each_tile(g, [&](const Tile& tile) {
+        alignas(64) S buffers[2][kTile];
+        const S* e = error.read(tile.first, tile.n, buffers[0]);
+        const bool direct = out.dtype == (sizeof(S) == 4 ? kFloat32 : kFloat64);
+        S* place = direct ? out.as<S>() + tile.first : buffers[1];
+        const int each = int(tile.n / tile.samples);
+        for (int64_t s = 0; s < tile.samples; ++s) {
+            const S factor = S(2.0 * double(weight[tile.sample + s]) * double(grad[tile.sample + s]) / double(g.numel));
+            for (int i = int(s) * each; i < int(s + 1) * each; ++i) place[i] = e[i] * factor;
+        }
+        if (!direct) out.write(tile.first, tile.n, place);
+    });
+    return 0;
+}
+
 // total, value, cursor, probe; stream, whether the probe is of signs
 template <class S> int probe_dot(const int64_t* a) {
     const Geometry g(a);
@@ -702,19 +724,19 @@ template <class S> int probe_dot(const int64_t* a) {
     return 0;
 }
 
-// after, norm, x, h, weights (b_0 … b_{s-1}, e_0 … e_{s-1}, rtol, atol: float64), k_0 … k_{s-1}; s
+// after, norm, x, h, k_0 … k_{s-1}; s, and as float64: b_0 … b_{s-1}, e_0 … e_{s-1}, rtol, atol
 template <class S> int rk_error(const int64_t* a) {
     const Geometry g(a);
-    const Arguments view(a, 1);
     const int stages = int(a[kHeader]);
-    if (!view.floating(2, 2) || !view.floating(5, 4 + stages)) return kWrongDtype;
+    const Arguments view(a, 3 + 2 * stages);
+    if (!view.floating(2, 2) || !view.floating(4, 3 + stages)) return kWrongDtype;
     const View x = view(2);
     S *after = view(0).as<S>(), *norm = view(1).as<S>();
     const S* h = view(3).as<const S>();
-    const double* weights = view(4).as<const double>();
+    const double* weights = reinterpret_cast<const double*>(a + kHeader + 1);
     const S rtol = S(weights[2 * stages]), atol = S(weights[2 * stages + 1]);
     View k[kMaxStages];
-    for (int j = 0; j < stages; ++j) k[j] = view(5 + j);
+    for (int j = 0; j < stages; ++j) k[j] = view(4 + j);
     Sums sums(g, 1);
     each_tile(g, [&](const Tile& tile) {
         alignas(64) S buffers[4][kTile];
@@ -769,13 +791,13 @@ inline void sine_cosine(float angle, float& sine, float& cosine) {
     if (quadrant == 1 || quadrant == 2) cosine = -cosine;
 }
 
-// out [B, channels], t [B], frequencies, scale (float64); channels, half, order (0 sin_cos, 1 cos_sin, 2 interleaved)
+// out [B, channels], t [B], frequencies; channels, half, order (0 sin_cos, 1 cos_sin, 2 interleaved), scale (float64)
 template <class S> int timestep_embedding(const int64_t* a) {
     const Geometry g(a);
-    const Arguments view(a, 3);
+    const Arguments view(a, 4);
     S* out = view(0).as<S>();
     const S *t = view(1).as<const S>(), *frequencies = view(2).as<const S>();
-    const S scale = S(*view(3).as<const double>());
+    const S scale = S(*reinterpret_cast<const double*>(a + kHeader + 3));
     const int64_t channels = a[kHeader], half = a[kHeader + 1], order = a[kHeader + 2];
     const int64_t step = order == 2 ? 2 : 1, sine_at = order == 1 ? half : 0, cosine_at = order == 2 ? 1 : half - sine_at;
     for (int64_t i = 0; i < g.samples; ++i) {
@@ -796,6 +818,7 @@ inline int run(int op, const int64_t* a, bool wide) {
         case kMeasureLangevin: return wide ? measure_langevin<double>(a) : measure_langevin<float>(a);
         case kPerturb: return wide ? perturb<double>(a) : perturb<float>(a);
         case kDsmLoss: return wide ? dsm_loss<double>(a) : dsm_loss<float>(a);
+        case kDsmLossBackward: return wide ? dsm_loss_backward<double>(a) : dsm_loss_backward<float>(a);
         case kTimestepEmbedding: return wide ? timestep_embedding<double>(a) : timestep_embedding<float>(a);
         case kProbeDot: return wide ? probe_dot<double>(a) : probe_dot<float>(a);
         case kRkError: return wide ? rk_error<double>(a) : rk_error<float>(a);

@@ -27,10 +27,6 @@ MAX_STAGES = 16
 LIBRARY = Path(os.environ.get("FASTDIFF_LIBRARY") or Path(__file__).parent / "libfastdiff.so")
 INSTRUCTION_SETS = ("plain", "avx2", "avx512")
 
-_OPERATIONS = (
-    "normal", "rademacher", "step", "measure_langevin", "perturb", "dsm_loss", "timestep_embedding", "probe_dot", "rk_error",
-)  # fmt: skip
-
 
 class _Codes(dict[torch.dtype, int]):
     def __missing__(self, dtype: torch.dtype) -> int:
@@ -218,6 +214,13 @@ def dsm_loss(
     return loss, error
 
 
+def dsm_loss_backward(grad: Tensor, error: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(error.shape, dtype=dtype)
+    tensors = (out, error, _column(grad, error), _column(weight, error))
+    _call(9, error.dtype is torch.float64, error.shape, (), tensors)
+    return out
+
+
 def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: int, order: str) -> Tensor:
     out = torch.empty((len(t), channels), dtype=t.dtype)
     half = channels // 2
@@ -229,7 +232,7 @@ def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: i
         frequencies.to(t.dtype).contiguous(),
         torch.tensor(scale, dtype=torch.float64),
     )
-    _call(6, t.dtype == torch.float64, out.shape, (channels, half, _ORDERS[order]), tensors)
+    _call(6, t.dtype == torch.float64, out.shape, (channels, half, _ORDERS[order], *_bits(scale)), tensors)
     return out
 
 
@@ -248,10 +251,14 @@ def rk_error(
     if not len(stages) == len(b) == len(e) <= MAX_STAGES:
         raise IndexError(f"as many stages as weights, at most {MAX_STAGES}: got {len(stages)}, {len(b)}, {len(e)}")
     after, norm = torch.empty(x.shape, dtype=x.dtype), torch.empty(len(x), dtype=x.dtype)
-    weights = torch.tensor([*b, *e, rtol, atol], dtype=torch.float64)
-    tensors = (_check_out(after), norm, x, _column(h, x), weights, *(_like(k, x.shape) for k in stages))
-    _call(8, x.dtype == torch.float64, x.shape, (len(stages),), tensors)
+    tensors = (_check_out(after), norm, x, _column(h, x), *(_like(k, x.shape) for k in stages))
+    _call(8, x.dtype == torch.float64, x.shape, (len(stages), *_bits(*b, *e, rtol, atol)), tensors)
     return after, norm
+
+
+def _bits(*values: float) -> tuple[int, ...]:
+    """float64 numbers as the int64 ones of the same bits."""
+    return struct.unpack(f"{len(values)}q", struct.pack(f"{len(values)}d", *values))
 
 
 _STATES = (torch.float32, torch.float64)
@@ -292,6 +299,8 @@ def _like(value: Tensor | None, shape: torch.Size) -> Tensor | None:
 
 def _column(value: Tensor, like: Tensor) -> Tensor:
     """One number a sample, in the state's dtype (rounded once)."""
-    if value.shape != like.shape[:1]:
+    if value.ndim != 1 or value.shape[0] != like.shape[0]:
         raise IndexError(f"expected one number for each of {len(like)} samples, got {tuple(value.shape)}")
-    return value.to(like.dtype).contiguous()
+    if value.dtype is not like.dtype:
+        value = value.to(like.dtype)
+    return value if value.is_contiguous() else value.contiguous()

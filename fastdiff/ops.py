@@ -1,8 +1,8 @@
 """The operations, and the one place where backends and devices differ.
 
 Each operation of fastdiff.reference.row is a torch.library operator `torch.ops.fastdiff.<name>` with the same arguments:
-the compiled library serves CPU tensors, Triton CUDA tensors, plain PyTorch all others. `backend()` gives the functions of
-one implementation, for callers that need neither autograd nor tracing.
+the compiled library serves CPU tensors, Triton CUDA tensors, plain PyTorch all others. `backend_module`
+gives the functions of one implementation, for callers that need neither autograd nor tracing.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ SCHEMAS = {
     "Tensor? guide=None, Tensor? z=None, Tensor(b!)? kept=None) -> ()",
     "perturb": "(Tensor x0, Tensor alpha, Tensor sigma, Tensor cursor, int stream) -> Tensor",
     "dsm_loss": "(Tensor output, Tensor x0, Tensor r, Tensor w, Tensor weight, Tensor cursor, int stream) -> (Tensor, Tensor)",
+    "dsm_loss_backward": "(Tensor grad, Tensor error, Tensor weight, ScalarType dtype) -> Tensor",
     "timestep_embedding": "(Tensor t, Tensor frequencies, float scale, int channels, str order) -> Tensor",
     "probe_dot": "(Tensor value, Tensor cursor, int stream, str kind, Tensor? probe=None) -> Tensor",
     "rk_error": "(Tensor x, Tensor[] stages, Tensor h, float[] b, float[] e, float rtol, float atol) -> (Tensor, Tensor)",
@@ -82,7 +83,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
 
 
-def backend(name: str) -> ModuleType:
+def backend_module(name: str) -> ModuleType:
     """The module that implements every operation for a backend that `resolve` named."""
     if name == "triton":
         from . import kernels
@@ -119,7 +120,7 @@ def normal(
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
     out = torch.empty((num_samples, *inputs.shape_of(shape)), dtype=torch.float32, device=place)
     at = cursor(counters["draw"], counters["first_sample"], seed, place)
-    globals()["backend"](used).normal(out, at, counters["stream"])
+    backend_module(used).normal(out, at, counters["stream"])
     return out
 
 
@@ -141,7 +142,7 @@ def _register() -> torch.library.Library:
 def _on_cuda(name: str) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         wide = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in args)
-        return getattr(row if wide else backend("triton"), name)(*args, **kwargs)
+        return getattr(row if wide else backend_module("triton"), name)(*args, **kwargs)
 
     return run
 
@@ -153,6 +154,7 @@ def _writes(*_: Any, **__: Any) -> None:
 _FAKES: dict[str, Callable[..., Any]] = {
     "perturb": lambda x0, *_: x0.new_empty(x0.shape),
     "dsm_loss": lambda output, x0, *_: (x0.new_empty(x0.shape[:1]), x0.new_empty(x0.shape)),
+    "dsm_loss_backward": lambda grad, error, weight, dtype: error.new_empty(error.shape, dtype=dtype),
     "timestep_embedding": lambda t, frequencies, scale, channels, order: t.new_empty((t.shape[0], channels)),
     "probe_dot": lambda value, *_: value.new_empty(value.shape[:1], dtype=torch.float64),
     "rk_error": lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[:1])),
@@ -192,16 +194,13 @@ def _dsm_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _dsm_backward(ctx: Any, grad: Tensor | None, grad_error: Tensor | None) -> Any:
     r, weight, error = ctx.saved_tensors
-    per_sample = max(error.numel() // max(len(error), 1), 1)
-    total, of_weight = grad_error, None
-    if grad is not None:
-        slope = error * _wide(2 / per_sample * weight.to(error.dtype) * grad, error)
-        total = slope if total is None else total + slope
-        of_weight = grad * error.square().flatten(1).mean(1) if ctx.needs_input_grad[4] else None
-    if total is None:
-        return (None,) * 7
-    of_x0 = -_wide(r.to(total.dtype), total) * total if ctx.needs_input_grad[1] else None
-    return total.to(ctx.dtype), of_x0, None, None, of_weight, None, None
+    _, needs_x0, _, _, needs_weight, *_ = ctx.needs_input_grad
+    total = None if grad is None else dsm_loss_backward(grad, error, weight, error.dtype if needs_x0 else ctx.dtype)
+    if grad_error is not None:
+        total = grad_error if total is None else total + grad_error
+    of_x0 = -_wide(r.to(error.dtype), error) * total if needs_x0 and total is not None else None
+    of_weight = grad * error.square().flatten(1).mean(1) if needs_weight and grad is not None else None
+    return None if total is None else total.to(ctx.dtype), of_x0, None, None, of_weight, None, None
 
 
 def _embedding_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -258,5 +257,54 @@ if not native.available:
     )
 _LIBRARY = _register()
 
-perturb, dsm_loss = torch.ops.fastdiff.perturb, torch.ops.fastdiff.dsm_loss
-timestep_embedding = torch.ops.fastdiff.timestep_embedding
+
+def _operator(name: str) -> Callable[..., Any]:
+    """torch.ops.fastdiff.<name>; called on plain tensors, its implementation at once, which costs a tenth."""
+    operator = getattr(torch.ops.fastdiff, name)
+    backward, setup = _GRADIENTS.get(name, (None, None))
+
+    def forward(*args: Any) -> Any:
+        device, dtype = args[0].device, args[0].dtype
+        served = _SERVED.get((device.type, dtype)) or _SERVED.setdefault(
+            (device.type, dtype), backend_module(_serves(device, dtype)[0])
+        )
+        return getattr(served, name)(*args)
+
+    def remembering(ctx: Any, *args: Any) -> Any:
+        output = forward(*args)
+        setup(ctx, args, output)
+        return output
+
+    function = type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(remembering), "backward": staticmethod(backward)}
+    )
+
+    def call(*args: Any) -> Any:
+        trained = False
+        for value in args:
+            if isinstance(value, Tensor):
+                if type(value) is not Tensor and type(value) is not torch.nn.Parameter:
+                    return operator(*args)
+                trained |= value.requires_grad
+        if not _is_plain():
+            return operator(*args)
+        return function.apply(*args) if trained and torch.is_grad_enabled() else forward(*args)
+
+    return call
+
+
+_SERVED: dict[tuple[str, torch.dtype], ModuleType] = {}
+
+
+def _is_plain() -> bool:
+    """Whether tensors are just numbers here: nothing compiles, exports, transforms or watches the call."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+perturb, dsm_loss, dsm_loss_backward = map(_operator, ("perturb", "dsm_loss", "dsm_loss_backward"))
+timestep_embedding, probe_dot = map(_operator, ("timestep_embedding", "probe_dot"))

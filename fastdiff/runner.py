@@ -35,7 +35,7 @@ def run(
 ) -> Iterator[Tensor]:
     """Yield the state after each row, from `x` [B, *] on: one `step` each. What is yielded is overwritten later on.
 
-    operations  the module that implements them (fastdiff.ops.backend)
+    operations  the module that implements them (fastdiff.ops.backend_module)
     net_input   the first row's input, whose dtype and layout all inputs have; each row's is a tensor of its own
     noise       instead of the counter's, where given
     check       "final": each row keeps a flag on the device that is read once, after the last; "every": after each row

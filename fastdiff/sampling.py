@@ -129,7 +129,7 @@ def sample(
     used_backend, used_engine, why = ops.resolve(backend, engine, place, state_dtype)
     run = _Run(
         subject, table, (num_samples, *subject.shape), seed=seed, first_sample=first_sample, noise=noise, cond=cond,
-        x_init=x_init, dtype=state_dtype, device=place, check=check, operations=ops.backend(used_backend),
+        x_init=x_init, dtype=state_dtype, device=place, check=check, operations=ops.backend_module(used_backend),
     )  # fmt: skip
     x, states, calls = run.execute(batch, trajectory, callback, progress)
     x = _like_start(_narrowed(x, dtype, check), x_init)

@@ -294,6 +294,11 @@ def test_training_operations_are_the_reference_to_the_bit(instructions, shape, d
         ours, theirs = (f.dsm_loss(m, x0, alpha, sigma, weight, cursor, 2) for f in (native, row))
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
+        grad = alpha[:1].expand(shape[0]) if shape[0] else alpha
+        error = draws(shape, dtype, 5, layout)
+        ours, theirs = (f.dsm_loss_backward(grad, error, weight, output) for f in (native, row))
+        assert ours.dtype == output
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("shape", OTHERS, ids=str)

@@ -36,6 +36,7 @@ def arguments(grad=False):
         "measure_langevin": (torch.empty(2, 2), table, cursor, 1, True, x, m, None, None, torch.empty(2, 3, 5)),
         "perturb": (clean, column, column + 1, cursor, 2),
         "dsm_loss": (output, clean, column, column + 1, column, cursor, 2),
+        "dsm_loss_backward": (column, x, column, torch.bfloat16),
         "timestep_embedding": (random(4).requires_grad_(grad), random(3).requires_grad_(grad), 2.0, 7, "sin_cos"),
         "probe_dot": (jvp, cursor, 3, "rademacher"),
         "rk_error": (x, [m, base], column, [0.5, 0.5], [0.5, -0.5], 1e-3, 1e-6),
@@ -130,8 +131,8 @@ def test_export_sees_the_embedding():
 
 def test_the_compiled_library_serves_the_cpu():
     assert ops.resolve("auto", "auto", torch.device("cpu"), torch.float32)[0] == "cpu"
-    assert ops.backend("cpu") is native
-    assert ops.backend("reference") is row
+    assert ops.backend_module("cpu") is native
+    assert ops.backend_module("reference") is row
     out, again = torch.empty(2, 100), torch.empty(2, 100)
     OPERATORS.normal(out, ops.cursor(0, 0, 0), 1)
     native.normal(again, ops.cursor(0, 0, 0), 1)

@@ -169,7 +169,13 @@ def dsm_loss(
     target = _chain([(_per_sample(r, x0), x0), (_per_sample(w, x0), z)], x0)
     error = output.to(x0.dtype) - target
     mean = tree_sum(error.double() ** 2) / max(error[:1].numel(), 1)
-    return (weight.double() * mean).to(x0.dtype), error.contiguous()
+    return (weight.to(x0.dtype).double() * mean).to(x0.dtype), error.contiguous()
+
+
+def dsm_loss_backward(grad: Tensor, error: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of `dsm_loss` in the output, in its dtype: 2/n·weight_i·grad_i times the error, n elements a sample."""
+    factor = 2.0 * weight.to(error.dtype).double() * grad.double() / max(error[:1].numel(), 1)
+    return _chain([(_per_sample(factor, error), error)], error).to(dtype)
 
 
 def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: int, order: str) -> Tensor:
