@@ -1,4 +1,4 @@
-"""The command line: `fastdiff demo | train | sample | plan`."""
+"""The command line: `fastdiff demo | train | sample | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -98,6 +98,12 @@ def _plan(a: argparse.Namespace) -> None:
         table.plot(a.plot)
 
 
+def _doctor(a: argparse.Namespace) -> None:
+    from . import ops
+
+    print(f"fastdiff {metadata.version('fastdiff')}\n{ops.doctor()}")
+
+
 def _writable(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
     """Refuse before any work what could not be written after it."""
     from .errors import ConfigError
@@ -162,6 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--grid")
     sub.add_argument("--all", action="store_true", help="every row, not the first and last")
     sub.add_argument("--plot", help="also draw the coefficients into this file")
+
+    command("doctor", _doctor, "Say which backend serves which operation on this machine, and why.")
     return parser
 
 

@@ -7,6 +7,7 @@ it runs). The library's threads are torch's own, through `torch_parallel_for`, s
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import struct
 from collections.abc import Sequence
@@ -85,9 +86,13 @@ def use(name: str | None) -> bool:
     return found is not None
 
 
-def sources() -> str:
-    """A hash of the C++ files that the library was built from."""
-    return _library.fastdiff_sources().decode() if available else ""
+def is_fresh() -> bool:
+    """Whether the library was built from csrc/ as it lies beside the package; True where it does not."""
+    folder = Path(__file__).parent.parent / "csrc"
+    if not available or not folder.is_dir():
+        return True
+    content = b"".join(path.read_bytes() for path in sorted(folder.iterdir()))
+    return bool(_library.fastdiff_sources().decode() == hashlib.sha256(content).hexdigest()[:16])
 
 
 _PACK = [struct.Struct(f"{n}q").pack for n in range(200)]

@@ -7,6 +7,7 @@ gives the functions of one implementation, for callers that need neither autogra
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -59,8 +60,9 @@ def resolve(backend: str, engine: str, device: torch.device, dtype: torch.dtype)
         reason = obstacle[backend]
         raise ConfigError(f"backend={backend!r} cannot run here: {reason}; use backend='auto' or 'reference'")
     if fastest == "reference":
-        return fastest, "eager", "; ".join([*obstacle.values(), eager])
-    return fastest, "eager", f"{fastest!r} is the fused backend of {device.type} tensors; {eager}"
+        reasons = [f"not {name!r}: {reason}" for name, reason in obstacle.items()]
+        return fastest, "eager", "; ".join([*reasons, eager])
+    return fastest, "eager", f"{fastest!r} has fused kernels for {device.type} tensors; {eager}"
 
 
 def _serves(device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
@@ -90,6 +92,33 @@ def backend_module(name: str) -> ModuleType:
 
         return kernels
     return {"reference": row, "cpu": native}[name]
+
+
+def doctor() -> str:
+    """Which backend serves which tensors here, and why, in a few lines."""
+    float32, cpu, cuda = torch.float32, torch.device("cpu"), torch.device("cuda", 0)
+    fused = ", ".join(SCHEMAS)
+    lines = [f"operations     {fused}", f"reference      plain PyTorch {torch.__version__}: anything, anywhere"]
+    if native.available:
+        stale = "" if native.is_fresh() else "; STALE: csrc/ has changed since it was built, install again"
+        lines.append(
+            f"cpu            {native.LIBRARY.name}, {native.instruction_set}, {torch.get_num_threads()} threads of torch{stale}"
+        )
+    else:
+        lines.append(f"cpu            not available: {native.why}")
+    if HAS_TRITON:
+        found = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA device here"
+        lines.append(f"triton         {importlib.metadata.version('triton')}, {found}")
+    else:
+        lines.append("triton         not available: it is not installed")
+    for title, device, dtype in (
+        ("CPU float32", cpu, float32), ("CPU float64", cpu, torch.float64),
+        ("CUDA float32", cuda, float32), ("CUDA float64", cuda, torch.float64),
+    ):  # fmt: skip
+        name, obstacle = _serves(device, dtype)
+        reasons = [f"not {other!r}: {reason}" for other, reason in obstacle.items() if name == "reference"]
+        lines.append(f"{title:14} {name}" + "".join(f"; {reason}" for reason in reasons))
+    return "\n".join(lines)
 
 
 def cursor(draw: int, first_sample: int, seed: int, device: torch.device | None = None) -> Tensor:

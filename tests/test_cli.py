@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 import fastdiff
-from fastdiff import cli, demo
+from fastdiff import cli, demo, native
 
 
 def run(*arguments, cwd=None):
@@ -35,6 +36,43 @@ def test_train_sample_and_plan(tmp_path):
     planned = run("plan", "vp", 5, "--plot", tmp_path / "plan.png")
     assert planned.stdout.strip() == fastdiff.plan("vp", 5).explain()
     assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_doctor_says_which_backend_serves_what():
+    shown = run("doctor").stdout
+    for words in (
+        "CPU float32    cpu\n",
+        "CPU float64    cpu\n",
+        "CUDA float64   reference; not 'cpu'",
+        "dsm_loss",
+        native.instruction_set,
+    ):
+        assert words in shown
+    assert "STALE" not in shown
+    assert len(shown.splitlines()) < 12
+
+
+def without_a_library(code, tmp_path, **environment):
+    """Run Python with a fastdiff whose library is missing."""
+    environment = {**os.environ, "FASTDIFF_LIBRARY": str(tmp_path / "nothing.so"), **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def test_without_the_library_everything_runs_on_plain_pytorch_and_says_so_once(tmp_path):
+    code = (
+        "import fastdiff, fastdiff.cli; "
+        "x, info = fastdiff.sample(lambda x, t: -x, 'vp', 4, shape=(3,), num_samples=2, return_info=True); "
+        "print(info.backend, x.tolist()); fastdiff.cli.main(['doctor'])"
+    )
+    done = without_a_library(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "without a C++ compiler" in done.stderr
+    expected = fastdiff.sample(lambda x, t: -x, "vp", 4, shape=(3,), num_samples=2)
+    assert done.stdout.startswith(f"reference {expected.tolist()}")
+    assert "cpu            not available" in done.stdout
+    refused = without_a_library("import fastdiff; fastdiff.normal(2, (3,), seed=0, backend='cpu')", tmp_path)
+    assert "backend='cpu' cannot run here: the compiled library is missing" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def same(a, b):
 
 def test_the_library_is_built_from_these_sources():
     assert native.available, native.why
+    assert native.is_fresh(), "csrc/ has changed: pip install -e . again"
     assert "plain" in SETS
 
 
