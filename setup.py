@@ -88,8 +88,10 @@ class Build(build_ext):
             )
 
     def copy_extensions_to_source(self) -> None:
-        if os.path.exists(self.get_ext_fullpath("fastdiff.libfastdiff")):
+        if os.path.exists(os.path.join(self.build_lib, self.get_ext_filename("fastdiff.libfastdiff"))):
             super().copy_extensions_to_source()
+        else:  # an older build must not pass for this one
+            (ROOT / "fastdiff" / "libfastdiff.so").unlink(missing_ok=True)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]

@@ -73,7 +73,7 @@ def run(
         follows = k + 1 < len(table) and table.rows[k + 1].calls
         net_input = torch.empty_like(net_input) if follows else net_input
         operations.step(
-            out, matrix, cursor, stream, x, m, history, None, v if row.log_variance else None, base, z, measured,
+            out, matrix, cursor, stream, x, m, history or None, None, v if row.log_variance else None, base, z, measured,
             None, None, pushed, net_input if follows else None, first_bad,
         )  # fmt: skip
         x = out
