@@ -94,18 +94,23 @@ void fill_many(typename Kind::Number* out, int64_t samples, int numel, uint32_t 
     const uint32_t quads = uint32_t(numel + kept - 1) / kept;
     const int64_t counters = samples * quads;
     const bool dense = numel % kept == 0;
-    uint32_t quad_of[L], sample_of[L], quad = 0;
+    const uint32_t more = uint32_t(L) % quads, whole = uint32_t(L) / quads;
+    uint32_t quad_of[L], sample_of[L];
+    for (uint32_t lane = 0; lane < uint32_t(L); ++lane) {
+        quad_of[lane] = lane % quads;
+        sample_of[lane] = sample + lane / quads;
+    }
     typename Kind::Number rest[4 * L];
     Words r[4];
     for (int64_t done = 0; done < counters; done += L) {
-        const uint32_t from_quad = quad;
-        for (int lane = 0; lane < L; ++lane) {
-            quad_of[lane] = quad;
-            sample_of[lane] = sample;
-            if (++quad == quads) quad = 0, ++sample;
-        }
+        const uint32_t from_quad = quad_of[0];
         const int32_t* order = kOrder<keep>.counter;
         philox(Vector::permute(Vector::load(quad_of), order), Vector::permute(Vector::load(sample_of), order), source, r);
+        for (int lane = 0; lane < L; ++lane) {
+            const uint32_t next = quad_of[lane] + more, carry = next >= quads;
+            quad_of[lane] = next - (carry ? quads : 0);
+            sample_of[lane] += whole + carry;
+        }
         const int64_t left = counters - done;
         if (dense && left >= L) {
             store_numbers<Kind, keep>(r, out);
@@ -475,17 +480,25 @@ inline double exponential(double u) { return exp(u); }
 
 // e^u by exactly rounded steps, as fastdiff.reference.row has it.
 inline float exponential(float u) {
-    constexpr float kExp[8] = {0x1.a01a02p-13f, 0x1.6c16c2p-10f, 0x1.111112p-7f, 0x1.555556p-5f,
-                               0x1.555556p-3f,  0x1p-1f,         0x1p+0f,        0x1p+0f};
     u = clamped(u, -86.0f, 88.0f);
-    const float n = rintf(u * 0x1.715476p+0f);
+    const float whole = rintf(u * 0x1.715476p+0f), n = u == u ? whole : 0.0f;
     const float r = fma(n, -0x1.2fefa4p-17f, fma(n, -0x1.62e3p-1f, u));
-    float p = kExp[0];
-    for (int i = 1; i < 8; ++i) p = fma(p, r, kExp[i]);
-    const uint32_t bits = u == u ? uint32_t(int32_t(n) + 127) << 23 : 0x3F800000u;
+    float p = fma(0x1.a01a02p-13f, r, 0x1.6c16c2p-10f);
+    p = fma(p, r, 0x1.111112p-7f);
+    p = fma(p, r, 0x1.555556p-5f);
+    p = fma(p, r, 0x1.555556p-3f);
+    p = fma(p, r, 0x1p-1f);
+    p = fma(p, r, 1.0f);
+    p = fma(p, r, 1.0f);
+    const uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
     float scale;
     memcpy(&scale, &bits, sizeof scale);
     return p * scale;
+}
+
+template <class S> void learned_scales(S* out, const S* v, S slope, S mid, int n) {
+#pragma GCC ivdep
+    for (int i = 0; i < n; ++i) out[i] = exponential(fma(v[i], slope, mid));
 }
 
 template <class S> const Row<S>* row_of(const View& table, const Cursor& cursor, int64_t rows) {
@@ -553,11 +566,8 @@ template <class S> int step(const int64_t* a) {
         }
         const S* z = noisy ? noise(buffers[3], given, g, tile, cursor, source) : nullptr;
         if (z && v) {
-            const S* value = v.read(tile.first, n, buffers[11]);
-            const S slope = row.log_slope, mid = row.log_mid;
-            S* scale = buffers[11];
-            for (int i = 0; i < n; ++i) scale[i] = exponential(fma(value[i], slope, mid));
-            chain.add_each(z, scale);
+            learned_scales(buffers[11], v.read(tile.first, n, buffers[11]), row.log_slope, row.log_mid, n);
+            chain.add_each(z, buffers[11]);
         } else if (z && measured) {
             add_per_sample(chain, z, tile, per_sample + 1, 2, buffers[11]);
         } else if (z) {
