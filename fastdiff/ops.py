@@ -53,12 +53,13 @@ def resolve(backend: str, engine: str, device: torch.device, dtype: torch.dtype)
     if engine == "graph":
         raise ConfigError("engine='graph' is not built in this version: use 'auto' or 'eager'")
     eager = "loops are not captured in this version"
-    if backend == "reference":
-        return backend, "eager", f"backend='reference' was asked for; {eager}"
     fastest, obstacle = _serves(device, dtype)
-    if backend not in ("auto", fastest):
-        reason = obstacle[backend]
-        raise ConfigError(f"backend={backend!r} cannot run here: {reason}; use backend='auto' or 'reference'")
+    if backend in obstacle:
+        raise ConfigError(
+            f"backend={backend!r} cannot run here: {obstacle[backend]}; use backend='auto' or 'reference'"
+        )
+    if backend != "auto":
+        return backend, "eager", f"backend={backend!r} was asked for; {eager}"
     if fastest == "reference":
         reasons = [f"not {name!r}: {reason}" for name, reason in obstacle.items()]
         return fastest, "eager", "; ".join([*reasons, eager])
@@ -170,7 +171,8 @@ def _register() -> torch.library.Library:
 
 def _on_cuda(name: str) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        wide = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in args)
+        values = (*args, *kwargs.values())
+        wide = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in values)
         return getattr(row if wide else backend_module("triton"), name)(*args, **kwargs)
 
     return run

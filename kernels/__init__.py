@@ -1,1 +1,29 @@
-"""fastdiff.kernels: the Triton implementations of fastdiff's operations (none yet: see README, "What works today")."""
+"""fastdiff.kernels: the Triton implementations of fastdiff's operations, for float32 states on a GPU.
+
+The functions have the names and signatures of fastdiff.reference.row, which says what they mean; the results are the
+same bits. Coefficients, counters and seeds are read from device memory and nothing is read back, so that every call can be
+captured in a CUDA graph. Imports torch, triton and itself only.
+"""
+
+from .embedding import timestep_embedding
+from .fill import normal, perturb, rademacher
+from .langevin import measure_langevin
+from .step import step
+from .sums import dsm_loss, dsm_loss_backward, probe_dot, rk_error
+
+# A step draws its noise anew: that costs less than reading it from memory.
+KEEPS_NOISE = False
+
+__all__ = [
+    "KEEPS_NOISE",
+    "dsm_loss",
+    "dsm_loss_backward",
+    "measure_langevin",
+    "normal",
+    "perturb",
+    "probe_dot",
+    "rademacher",
+    "rk_error",
+    "step",
+    "timestep_embedding",
+]

@@ -6,7 +6,8 @@ one by one. Nothing here depends on layout, thread count or batch split.
 
 The operations share a few operands:
 
-    out      written, contiguous, float32 or float64 [B, *]: the state's dtype, in which all arithmetic is done
+    out      written, contiguous, float32 or float64 [B, *]: the state's dtype, in which all arithmetic is done; pushed, kept,
+             measured and first_bad, where they are given, are contiguous too
     table    the step table's `matrix` in the state's dtype, [rows, len(COLUMNS)]
     cursor   int64 [3]: row (or draw), the first sample's number, the seed (its 64 bits as a signed number)
     stream   what the noise is for (fastdiff.reference.noise), None: none is drawn
@@ -174,7 +175,8 @@ def dsm_loss(
 
 def dsm_loss_backward(grad: Tensor, error: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of `dsm_loss` in the output, in its dtype: 2/n·weight_i·grad_i times the error, n elements a sample."""
-    factor = 2.0 * weight.to(error.dtype).double() * grad.double() / max(error[:1].numel(), 1)
+    wide_weight, wide_grad = (column.to(error.dtype).double() for column in (weight, grad))
+    factor = 2.0 * wide_weight * wide_grad / max(error[:1].numel(), 1)
     return _chain([(_per_sample(factor, error), error)], error).to(dtype)
 
 

@@ -1,0 +1,280 @@
+"""Compile every Triton kernel for GPUs that this machine need not have, and read the machine code.
+
+    python benchmarks/aot.py [--out benchmarks/results/aot.csv]
+
+The kernels are called as the library calls them, on small CPU tensors, but with a driver in place of CUDA's that only says
+which GPU it is: so what is compiled is what a launch there would compile. The `step` variants are those of the tables
+that the shipped samplers make: the runner runs each, with operations that note what they were given.
+
+Registers and shared memory come from the compiler. instructions_per_element is the number of SASS instructions to the
+main path's last EXIT (the IEEE square root's slow path is a subroutine behind it; the branches into it are counted),
+divided by the elements of a thread; on AMD, of all instructions to s_endpgm. approximations: PTX instructions that are not
+IEEE's (on AMD not counted).
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import csv
+import functools
+import math
+import multiprocessing
+import re
+import subprocess
+import tempfile
+import types
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import fastdiff
+from fastdiff import kernels, runner, samplers
+from fastdiff.table import COLUMNS
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+FIELDS = (
+    "kernel", "variant", "target", "registers", "spills", "shared_bytes", "instructions_per_element",
+    "loads_128", "stores_128", "loads_32", "stores_32", "approximations",
+)  # fmt: skip
+# What rarely runs is compiled for two targets only, to save a quarter of the time
+RARE = (
+    "batch means", "bf16 network", "given, 5e6 numbers", "usual, unchecked", "usual, 64 numbers", "usual, 1023 numbers",
+)  # fmt: skip
+RARE_TARGETS = ["sm_90", "gfx942"]
+IMAGE = (3, 64, 64)  # a sample: 12 programs, all full
+RESULTS = Path(__file__).parent / "results" / "aot.csv"
+
+
+class Operands(NamedTuple):
+    """Which operands a `step` has; history: how many earlier predictions it can read."""
+
+    m: bool = True
+    history: int = 0
+    v: bool = False
+    base: bool = False
+    noise: bool = False
+    measured: bool = False
+    pushed: bool = False
+    net_input: bool = False
+
+    def __str__(self) -> str:
+        names = [name for name in self._fields if name != "history" and getattr(self, name)]
+        return "+".join([*names, *([f"history{self.history}"] if self.history else [])]) or "x"
+
+
+def shipped() -> list[Operands]:
+    """The operands of every step of every sampler, on each process that takes it."""
+    found: set[Operands] = set()
+
+    def step(out, table, cursor, stream, x, m=None, history=None, guide=None, v=None, base=None, z=None, measured=None,
+             known=None, mask=None, pushed=None, net_input=None, first_bad=None):  # fmt: skip
+        read = len(history or ())
+        present = (value is not None for value in (v, base, stream, measured, pushed, net_input))
+        found.add(Operands(m is not None, min(read, 3 if m is not None else 4), *present))
+
+    noting = types.SimpleNamespace(step=step, measure_langevin=lambda *args: None, KEEPS_NOISE=False)
+    network = lambda k, x: (x, x)  # noqa: E731
+    for process in ("ve", "vp", "subvp", "edm", "ddpm", "ncsn"):
+        for sampler in (*samplers.SAMPLERS.values(), *_EXTRA):
+            try:
+                table = fastdiff.plan(process, 20 if process != "ncsn" else None, sampler=sampler())
+            except ValueError:  # a sampler that does not go with the process: plan() says so
+                continue
+            x = torch.zeros(1, 4)
+            rows = runner.run(table, noting, network, x, x.clone(), seed=0, first_sample=0, noise=None, check="off")
+            for _ in rows:
+                pass
+    return sorted(found)
+
+
+_EXTRA: tuple[Callable[[], Any], ...] = (
+    lambda: samplers.Ancestral(variance="learned_range"),
+    lambda: samplers.DDIM(eta=1.0),
+    lambda: samplers.Heun(s_churn=10.0),
+    lambda: samplers.PredictorCorrector(predictor="none"),
+    lambda: samplers.PredictorCorrector(predictor="heun"),
+    lambda: samplers.PredictorCorrector(corrector="langevin"),
+    lambda: samplers.PredictorCorrector(corrector="ald", order="predictor_first"),
+)
+
+
+@functools.cache
+def variants() -> dict[tuple[str, str], Callable[[Any], None]]:
+    """(operation, variant) -> a call of it; the argument is the module of kernels."""
+    table, cursor = torch.zeros(2, len(COLUMNS)), torch.zeros(3, dtype=torch.int64)
+    image, like = torch.zeros(2, *IMAGE), torch.zeros_like
+    each = torch.ones(2)
+    half = image.bfloat16()
+    last = half.to(memory_format=torch.channels_last)
+
+    def step(o: Operands, x: torch.Tensor = image, **other: Any) -> Callable[[Any], None]:
+        given: dict[str, Any] = {"m": like(x) if o.m else None, "history": [like(x) for _ in range(o.history)]}
+        given |= {name: like(x) for name in ("v", "base", "pushed", "net_input") if getattr(o, name)}
+        given |= {"measured": torch.zeros(len(x), 2)} if o.measured else {}
+        flag = torch.zeros(len(x), dtype=torch.int64)
+        return lambda k: k.step(
+            like(x), table, cursor, 1 if o.noise else None, x, **{**given, "first_bad": flag, **other}
+        )
+
+    usual = Operands(noise=True, net_input=True)
+    small, odd, flat = torch.zeros(4096, 2), torch.zeros(2, 3, 11, 31), torch.zeros(64, 64)
+    wide = torch.zeros(2, 5_000_000)
+    stages = [like(image) for _ in range(7)]
+    weights = [35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0]
+    error = [71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40]
+    found = {("step", str(operands)): step(operands) for operands in shipped()}
+    return found | {
+        ("step", "usual, unchecked"): step(usual, first_bad=None),
+        ("step", "usual, bf16 network"): step(usual, m=half, net_input=half.clone()),
+        ("step", "usual, bf16 channels-last network"): step(usual, m=last, net_input=last.clone()),
+        ("step", "usual, mask and guide"): step(usual, guide=like(image), known=like(image), mask=image > 0),
+        ("step", "usual, 2 numbers"): step(usual, small),
+        ("step", "usual, 64 numbers"): step(usual, flat),
+        ("step", "usual, 1023 numbers"): step(usual, odd),
+        ("normal", "image"): lambda k: k.normal(image, cursor, 1),
+        ("rademacher", "image"): lambda k: k.rademacher(image, cursor, 3),
+        ("perturb", "image"): lambda k: k.perturb(image, each, each, cursor, 2),
+        ("measure_langevin", "image"): lambda k: k.measure_langevin(
+            torch.zeros(2, 2), table, cursor, 1, False, image, image
+        ),
+        ("measure_langevin", "batch means"): lambda k: k.measure_langevin(
+            torch.zeros(2, 2), table, cursor, 1, True, image, image
+        ),
+        ("dsm_loss", "image"): lambda k: k.dsm_loss(image, image, each, each, each, cursor, 2),
+        ("dsm_loss", "bf16 network"): lambda k: k.dsm_loss(half, image, each, each, each, cursor, 2),
+        ("probe_dot", "normal"): lambda k: k.probe_dot(image, cursor, 3, "normal"),
+        ("probe_dot", "rademacher"): lambda k: k.probe_dot(image, cursor, 3, "rademacher"),
+        ("probe_dot", "given, 5e6 numbers"): lambda k: k.probe_dot(wide, cursor, 3, "normal", wide),
+        ("rk_error", "Dormand-Prince"): lambda k: k.rk_error(image, stages, each, weights, error, 1e-3, 1e-3),
+        ("timestep_embedding", "128 channels"): lambda k: k.timestep_embedding(
+            each, torch.ones(64), 1.0, 128, "sin_cos"
+        ),
+    }
+
+
+class _Driver:
+    """Stands where the CUDA driver would: it only says which GPU is meant."""
+
+    def __init__(self) -> None:
+        self.name = next(iter(TARGETS))
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.name)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+
+def compile_variant(name: tuple[str, str], targets: list[str]) -> list[dict[str, Any]]:
+    """One variant's launches, compiled for each target and read."""
+    driver = _Driver()
+    triton.runtime.driver.set_active(driver)
+    lines: list[dict[str, Any]] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], like: torch.Tensor, *args: Any, **meta: Any) -> None:
+        compiled = kernel.warmup(*args, grid=grid, **meta, num_warps=WARPS, enable_fp_fusion=False)
+        elements = 4 * meta.get("GROUPS", 1) * meta["QUADS"] * meta["SAMPLES"] if "QUADS" in meta else 0
+        elements = elements or math.prod(meta.get(key, 1) for key in ("LENGTH", "ROWS", "PARTS", "WIDTH"))
+        read = _read_sass if TARGETS[driver.name].backend == "cuda" else _read_amd
+        threads = WARPS * TARGETS[driver.name].warp_size
+        variant = name[1] if name[0] == "step" else ", ".join(name)
+        label = {"kernel": kernel.fn.__name__, "variant": variant, "target": driver.name}
+        lines.append({**label, "shared_bytes": compiled.metadata.shared, **read(compiled, elements / threads)})
+
+    tiles = kernels.tiles
+    WARPS, original = tiles.WARPS, tiles.launch
+    tiles.launch = launch
+    try:
+        call = variants()[name]
+        for driver.name in targets:
+            call(kernels)
+    finally:
+        tiles.launch = original
+    return lines
+
+
+def _read_sass(compiled: Any, per_thread: float) -> dict[str, Any]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+).*;", text, re.MULTILINE)
+    count = Counter(names)
+    # subroutines, if any, stand behind the last EXIT
+    main = max(i for i, name in enumerate(names) if name == "EXIT") + 1
+    spilled = sum(n for name, n in count.items() if name.startswith(("STL", "LDL")))
+    stack = int(re.search(r"STACK:(\d+)", text)[1])
+    return {
+        "registers": int(re.search(r"REG:(\d+)", text)[1]),
+        "spills": spilled + stack,
+        "instructions_per_element": round(main / per_thread, 1),
+        "loads_128": _wide(count, "LDG", "128"),
+        "stores_128": _wide(count, "STG", "128"),
+        "loads_32": sum(n for name, n in count.items() if re.fullmatch(r"LDG\.E(\.CONSTANT)?", name)),
+        "stores_32": count["STG.E"],
+        "approximations": len(re.findall(r"\.(?:approx|full|ftz)\.", compiled.asm["ptx"])),
+    }
+
+
+def _wide(count: Counter[str], name: str, width: str) -> int:
+    return sum(n for full, n in count.items() if full.startswith(name) and width in full.split("."))
+
+
+def _read_amd(compiled: Any, per_thread: float) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+    body = text[: text.index("s_endpgm")]
+    count = Counter(line.split()[0] for line in body.splitlines() if re.match(r"\t[a-z]\w+(\s|$)", line))
+    number = lambda field: int(re.search(rf"\.{field}:\s+(\d+)", text)[1])  # noqa: E731
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size"),
+        "instructions_per_element": round(sum(count.values()) / per_thread, 1),
+        "loads_128": count["global_load_dwordx4"] + count["buffer_load_dwordx4"],
+        "stores_128": count["global_store_dwordx4"] + count["buffer_store_dwordx4"],
+        "loads_32": count["global_load_dword"] + count["buffer_load_dword"],
+        "stores_32": count["global_store_dword"] + count["buffer_store_dword"],
+        "approximations": 0,
+    }
+
+
+def compile_all(processes: int = 2) -> list[dict[str, Any]]:
+    """Every variant for its targets: {field: value} in the order of `variants`."""
+    names = list(variants())
+    context = multiprocessing.get_context("spawn")
+    targets = [RARE_TARGETS if name[1] in RARE else list(TARGETS) for name in names]
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        done = list(pool.map(compile_variant, names, targets))
+    return [line for lines in done for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    out = parser.parse_args().out
+    lines = compile_all()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(lines)
+    print(f"{len(lines)} kernels compiled; wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

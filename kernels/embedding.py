@@ -1,0 +1,71 @@
+"""`timestep_embedding`: sines and cosines of times (Vaswani et al. 2017; Ho et al. 2020; Dhariwal & Nichol 2021)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import philox, tiles
+
+ORDERS = ("sin_cos", "cos_sin", "interleaved")
+_SIN_COS, _COS_SIN, _INTERLEAVED = (tl.constexpr(i) for i in range(3))
+
+_QUARTERS = tl.constexpr(float.fromhex("0x1.45f306dc9c883p-1"))  # quarter turns in a radian, 2/π
+_ROUND = tl.constexpr(2.0**52)  # a float64 below it that takes it up and gives it back is a whole number, ties to even
+
+# Frequencies of a program, and times: chosen like tiles.QUADS.
+FREQUENCIES = 128
+TIMES = 8
+
+
+@triton.jit(do_not_specialize=["count", "half"], do_not_specialize_on_alignment=["t", "frequencies"])
+def embedding_kernel(
+    out, t, frequencies, scale, count, half,
+    ORDER: tl.constexpr, ODD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    e = tl.arange(0, ROWS * WIDTH)
+    row, k = tl.program_id(0) * ROWS + e // WIDTH, tl.program_id(1) * WIDTH + e % WIDTH
+    inside = (row < count) & (k < half)
+    time = tl.load(t + row, mask=row < count, other=0.0)
+    angle = (time * scale) * tl.load(frequencies + k, mask=k < half, other=0.0)
+
+    quarters = angle.to(tl.float64) * _QUARTERS
+    size = tl.abs(quarters)
+    turns = tl.where(size < _ROUND, (size + _ROUND) - _ROUND, size)
+    turns = turns * tl.where(quarters < 0, -1.0, 1.0)
+    sine, cosine = philox.sine_cosine((quarters - turns).to(tl.float32))
+    quadrant = turns - 4 * tl.floor(turns / 4)
+    swap = (quadrant == 1) | (quadrant == 3)
+    sine, cosine = tl.where(swap, cosine, sine), tl.where(swap, sine, cosine)
+    sine = sine * tl.where(quadrant >= 2, -1.0, 1.0)
+    cosine = cosine * tl.where((quadrant == 1) | (quadrant == 2), -1.0, 1.0)
+
+    line = out + row.to(tl.int64) * (2 * half + ODD)
+    if ORDER == _INTERLEAVED:
+        tl.store(line + 2 * k, sine, mask=inside)
+        tl.store(line + 2 * k + 1, cosine, mask=inside)
+    elif ORDER == _SIN_COS:
+        tl.store(line + k, sine, mask=inside)
+        tl.store(line + half + k, cosine, mask=inside)
+    else:
+        tl.store(line + k, cosine, mask=inside)
+        tl.store(line + half + k, sine, mask=inside)
+    if ODD:
+        tl.store(line + 2 * half, tl.zeros_like(angle), mask=(row < count) & (k == 0))
+
+
+def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: int, order: str) -> Tensor:
+    """Sines and cosines of (scale·t_i)·frequencies_k, [B, channels] (fastdiff.reference.row.timestep_embedding)."""
+    out = t.new_empty((len(t), channels))
+    half = len(frequencies)
+    if out.numel() == 0 or half == 0:
+        return out.zero_()
+    width = min(FREQUENCIES, 1 << (half - 1).bit_length())
+    rows = TIMES * FREQUENCIES // width
+    tiles.launch(
+        embedding_kernel, (-(-len(t) // rows), -(-half // width)), out,
+        out, t.contiguous(), frequencies.contiguous(), scale, len(t), half,
+        ORDER=ORDERS.index(order), ODD=channels % 2, WIDTH=width, ROWS=rows,
+    )  # fmt: skip
+    return out

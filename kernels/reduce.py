@@ -1,0 +1,114 @@
+"""Sums over a sample: the fixed tree of fastdiff.reference.row.tree_sum, in float64.
+
+A program sums a block of 1024 elements by halves (element i + element i + n/2) and writes it; a second kernel halves the
+block sums the same way. No float atomics: the bits depend on neither the number of programs nor their order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .step import UNALIGNED as STEP_UNALIGNED
+from .step import UNSPECIALISED as STEP_UNSPECIALISED
+
+# A block of the tree is 256 quads, whatever tiles.QUADS says; a program of the second kernel takes up to 4096 sums.
+BLOCK_QUADS = 256
+MOST_SUMS = 4096
+FOLD = 16
+
+# What becomes of a sum over a sample
+SUM, ROOT, LOSS, RMS = (tl.constexpr(i) for i in range(4))
+
+# Numbers of the state's shape, and rows of larger tensors, whose alignment alternates: not worth a compilation each.
+UNSPECIALISED = [*STEP_UNSPECIALISED, "rows", "length", "blocks", "numel", "half", "pitch", "divisor", "apart"]
+UNALIGNED = [*STEP_UNALIGNED, "sums", "values", "weight", "h", "r", "w"]
+
+
+@triton.jit
+def halve(values, ROWS: tl.constexpr, LENGTH: tl.constexpr):
+    """[ROWS·LENGTH] → [ROWS]: each row's halves are added until one number is left; each sum has exactly two terms."""
+    n: tl.constexpr = LENGTH.bit_length() - 1
+    left = tl.reshape(values, [ROWS, LENGTH])
+    for i in tl.static_range(n):
+        left = tl.sum(tl.reshape(left, [ROWS, 2, LENGTH >> (i + 1)]), axis=1)
+    return tl.reshape(left, [ROWS])
+
+
+@triton.jit
+def keep_sums(sums, values, at, batch, blocks, QUADS: tl.constexpr, SAMPLES: tl.constexpr):
+    """sums[sample, block] ← the tree sum of each of a program's rows."""
+    first, start, _, _, inside, _, _ = at
+    total = halve(tl.where(inside, values, 0.0), SAMPLES, 4 * QUADS)
+    sample = tl.arange(0, SAMPLES)
+    exists = sample < tl.minimum(batch - first, SAMPLES).to(tl.int32)
+    block = start // (4 * QUADS)
+    tl.store(sums + first * blocks + sample * blocks + block, total, mask=exists)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
+def sum_kernel(
+    values, out, weight, rows, length, numel, MODE: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """out[row, block] ← what MODE says of the tree sum of values[row, block·LENGTH :][: LENGTH], float64 [rows, length]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    e = tl.arange(0, ROWS * LENGTH)
+    block = tl.program_id(1)
+    mine = tl.program_id(0).to(tl.int64) * ROWS + e // LENGTH
+    place = block * LENGTH + e % LENGTH
+    exists = (mine < rows) & (place < length)
+    total = halve(tl.load(values + mine * length + place, mask=exists, other=0.0), ROWS, LENGTH)
+    if MODE == ROOT:
+        total = tl.sqrt(total)
+    elif MODE == LOSS:
+        total = total / tl.broadcast_to(numel, total.shape).to(tl.float64)
+        total = tl.load(weight + row, mask=row < rows, other=0.0).to(tl.float64) * total
+    elif MODE == RMS:
+        total = tl.sqrt(total / tl.broadcast_to(numel, total.shape).to(tl.float64))
+    tl.store(out + row * tl.num_programs(1) + block, total.to(out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
+def fold_kernel(values, out, length, apart, PARTS: tl.constexpr, LENGTH: tl.constexpr):
+    """out[row, i] ← the tree sum of values[row, i + k·apart], k < PARTS: the first halvings of a very long row."""
+    row = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)
+    e = tl.arange(0, LENGTH * PARTS)
+    place = tl.program_id(0) * LENGTH + e // PARTS + (e % PARTS) * apart
+    parts = tl.load(values + row * length + place, mask=place < length, other=0.0)
+    tl.store(out + row * apart + i, halve(parts, LENGTH, PARTS), mask=i < apart)
+
+
+def rows_of(length: int) -> dict[str, int]:
+    """The tile of a kernel that halves rows of this length."""
+    width = 1 << (length - 1).bit_length()
+    return {"LENGTH": width, "ROWS": max(1, 1024 // width)}
+
+
+def fold(sums: Tensor) -> Tensor:
+    """float64 [rows, length] → [rows, at most MOST_SUMS] with the same tree sums."""
+    while sums.shape[1] > MOST_SUMS:
+        apart = (1 << (sums.shape[1] - 1).bit_length()) // FOLD
+        out = sums.new_empty((len(sums), apart))
+        width = min(256, apart)
+        grid = (apart // width, len(sums))
+        tiles.launch(fold_kernel, grid, out, sums, out, sums.shape[1], apart, PARTS=FOLD, LENGTH=width)
+        sums = out
+    return sums
+
+
+def finish(sums: Tensor, out: Tensor, mode: int, weight: Tensor | None = None, numel: int = 1) -> Tensor:
+    """out [rows] ← what the mode makes of the tree over each sample's block sums [rows, blocks]."""
+    sums = fold(sums)
+    rows, length = sums.shape
+    tile = rows_of(length)
+    grid = (-(-rows // tile["ROWS"]), 1)
+    tiles.launch(sum_kernel, grid, out, sums, out, weight, rows, length, numel, MODE=mode, **tile)
+    return out
+
+
+def cut_blocks(batch: int, numel: int) -> tuple[tiles.Tiling, int]:
+    """The programs that sum samples of `numel` elements by blocks, and how many blocks each has."""
+    return tiles.cut(batch, numel, BLOCK_QUADS), -(-numel // (4 * BLOCK_QUADS))

@@ -1,0 +1,172 @@
+"""`dsm_loss` (Vincent 2011), `probe_dot` (Hutchinson 1990), `rk_error` (Hairer, Nørsett & Wanner): sums over samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import philox, tiles
+from .fill import cut_signs
+from .reduce import LOSS, RMS, SUM, UNALIGNED, UNSPECIALISED, cut_blocks, finish, halve, keep_sums
+from .step import load
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
+def dsm_kernel(
+    error, sums, output, x0, r, w, cursor, stream, output_sample, output_outer, output_inner, size, batch, blocks,
+    INNER: tl.constexpr, GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
+    first, start, _, _, inside, near, local = at
+    clean = load(x0 + near + local, inside)
+    given = load(tiles.address(at, output, output_sample, output_outer, output_inner, INNER, SAMPLES), inside)
+    quad, row = tiles.quads_of(start, QUADS, SAMPLES)
+    noise = philox.normals(cursor, quad, row, first, stream)
+    scaled = clean * tiles.per_sample(r, at, batch, 1, SAMPLES)
+    difference = given - tl.fma(noise, tiles.per_sample(w, at, batch, 1, SAMPLES), scaled)
+    tl.store(error + near + local, difference, mask=inside)
+    wide = difference.to(tl.float64)
+    keep_sums(sums, wide * wide, at, batch, blocks, QUADS, SAMPLES)
+
+
+def dsm_loss(
+    output: Tensor, x0: Tensor, r: Tensor, w: Tensor, weight: Tensor, cursor: Tensor, stream: int
+) -> tuple[Tensor, Tensor]:
+    """Each sample's weighted mean squared error, and the error itself (fastdiff.reference.row.dsm_loss)."""
+    loss, error = x0.new_empty(x0.shape[:1]), x0.new_empty(x0.shape)
+    if x0.numel() == 0:
+        return weight.to(x0.dtype) * 0, error
+    numel = x0.numel() // len(x0)
+    tiling, blocks = cut_blocks(len(x0), numel)
+    seen, inner = tiles.view(output, x0.shape, None)
+    sums = x0.new_empty((len(x0), blocks), dtype=torch.float64)
+    tiles.launch(
+        dsm_kernel, tiling.grid, x0, error, sums, seen.value, tiles.dense(x0, x0.shape), r.contiguous(), w.contiguous(),
+        cursor, stream, *seen[1:], blocks=blocks, INNER=inner or 1, **tiling.arguments,
+    )  # fmt: skip
+    return finish(sums, loss, LOSS.value, weight.contiguous(), numel), error
+
+
+def dsm_loss_backward(grad: Tensor, error: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of `dsm_loss` in the output (fastdiff.reference.row.dsm_loss_backward): one product an element, for which
+    torch's own kernel is as good as any."""
+    wide_weight, wide_grad = (column.to(error.dtype).double() for column in (weight, grad))
+    factor = (2.0 * wide_weight * wide_grad / max(error[:1].numel(), 1)).to(error.dtype)
+    factor = factor.view(-1, *[1] * (error.ndim - 1))
+    return torch.mul(error, factor, out=error.new_empty(error.shape, dtype=dtype))
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
+def dot_kernel(
+    sums, value, probe, cursor, stream, size, batch, blocks,
+    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
+    first, start, _, _, inside, near, local = at
+    given = load(value + near + local, inside)
+    if probe is not None:
+        v = load(probe + near + local, inside)
+    else:
+        quad, row = tiles.quads_of(start, QUADS, SAMPLES)
+        v = philox.normals(cursor, quad, row, first, stream)
+    keep_sums(sums, given.to(tl.float64) * v.to(tl.float64), at, batch, blocks, QUADS, SAMPLES)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
+def signed_sum_kernel(
+    sums, value, cursor, stream, size, batch, blocks,
+    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """As dot_kernel, for signs: groups 0 and 1 are the halves of a block of the tree, 2 and 3 those of the next."""
+    at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
+    first, start, _, j, inside, near, local = at
+    word = philox.sign_words(cursor, start, first, stream, QUADS, SAMPLES)
+    there, remaining = value + near + local, tiles.left(size, start, WHOLE)
+    sample = tl.arange(0, SAMPLES)
+    exists = sample < tl.minimum(batch - first, SAMPLES).to(tl.int32)
+    for pair in tl.static_range((GROUPS + 1) // 2):
+        total = _signed(there, word, inside, j, remaining, 2 * pair, QUADS)
+        if GROUPS > 1:
+            total += _signed(there, word, inside, j, remaining, 2 * pair + 1, QUADS)
+        total = halve(total, SAMPLES, 4 * QUADS)
+        block = (start >> 10) + pair
+        tl.store(sums + first * blocks + sample * blocks + block, total, mask=exists & (sample * 0 + block < blocks))
+
+
+@triton.jit
+def _signed(there, word, inside, j, remaining, group: tl.constexpr, QUADS: tl.constexpr):
+    """±value of the elements of one group, 0 beyond the sample."""
+    exists = inside & (j + group * (4 * QUADS) < remaining)
+    value = load(there + group * (4 * QUADS), exists)
+    return (value * philox.signs(word, group)).to(tl.float64)
+
+
+def probe_dot(value: Tensor, cursor: Tensor, stream: int, kind: str, probe: Tensor | None = None) -> Tensor:
+    """⟨v, value⟩ of each sample, float64 [B]: v is `probe`, or drawn anew (fastdiff.reference.row.probe_dot)."""
+    out = value.new_empty(value.shape[:1], dtype=torch.float64)
+    if value.numel() == 0:
+        return out.zero_()
+    numel = value.numel() // len(value)
+    tiling, blocks = cut_blocks(len(value), numel)
+    value, probe = value.contiguous(), tiles.dense(probe, value.shape)
+    sums = out.new_empty((len(value), blocks))
+    if probe is None and kind == "rademacher":
+        tiling = cut_signs(len(value), numel)
+        tiles.launch(
+            signed_sum_kernel, tiling.grid, value, sums, value, cursor, stream, blocks=blocks, **tiling.arguments
+        )
+    else:
+        tiles.launch(
+            dot_kernel, tiling.grid, value,
+            sums, value, probe, cursor, stream, blocks=blocks, **tiling.arguments,
+        )  # fmt: skip
+    return finish(sums, out, SUM.value)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
+def rk_kernel(
+    after, sums, x, h, stages, rtol, atol, size, batch, blocks, B: tl.constexpr, E: tl.constexpr,
+    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """B, E: the weights of the stages, of which none is 0 in both."""
+    at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
+    _, _, _, _, inside, near, local = at
+    before = load(x + near + local, inside)
+    step = tiles.per_sample(h, at, batch, 1, SAMPLES)
+    new = before
+    error = tl.zeros_like(before)
+    for i in tl.static_range(len(stages)):
+        k = load(stages[i] + near + local, inside)
+        if B[i] != 0:
+            new = tl.fma(k, step * B[i], new)
+        if E[i] != 0:
+            error = tl.fma(k, step * E[i], error)  # from 0 on: only its square counts, which has no sign
+    tl.store(after + near + local, new, mask=inside)
+    size_of = tl.maximum(tl.abs(before), tl.abs(new), propagate_nan=tl.PropagateNan.ALL)
+    tolerance = tl.fma(size_of, rtol, atol)
+    ratio = tl.div_rn(error, tolerance).to(tl.float64)
+    keep_sums(sums, ratio * ratio, at, batch, blocks, QUADS, SAMPLES)
+
+
+def rk_error(
+    x: Tensor, stages: Sequence[Tensor], h: Tensor, b: Sequence[float], e: Sequence[float], rtol: float, atol: float
+) -> tuple[Tensor, Tensor]:
+    """The Runge–Kutta combination and each sample's error (fastdiff.reference.row.rk_error)."""
+    after, error = x.new_empty(x.shape), x.new_empty(x.shape[:1])
+    if x.numel() == 0:
+        return after, error.zero_()
+    numel = x.numel() // len(x)
+    tiling, blocks = cut_blocks(len(x), numel)
+    sums = x.new_empty((len(x), blocks), dtype=torch.float64)
+    used = [(k, bj, ej) for k, bj, ej in zip(stages, b, e) if bj != 0 or ej != 0]
+    weights, errors = tuple(bj for _, bj, _ in used), tuple(ej for _, _, ej in used)
+    tiles.launch(
+        rk_kernel, tiling.grid, x, after, sums, tiles.dense(x, x.shape), h.contiguous(),
+        tuple(tiles.dense(k, x.shape) for k, _, _ in used), rtol, atol,
+        blocks=blocks, B=weights, E=errors, **tiling.arguments,
+    )  # fmt: skip
+    return after, finish(sums, error, RMS.value, None, numel)

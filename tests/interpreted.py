@@ -1,0 +1,644 @@
+"""The Triton kernels against fastdiff.reference.row, bit for bit; run by test_triton.py in processes of its own.
+
+With TRITON_INTERPRET=1 (which must be set before anything imports triton) they run on CPU tensors; with
+FASTDIFF_KERNELS_DEVICE=cuda and no interpreter, compiled, on the GPU. The cases are the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+import math
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import fastdiff
+from fastdiff import kernels, samplers, table
+from fastdiff.reference import noise, row
+
+DEVICE = torch.device(os.environ.get("FASTDIFF_KERNELS_DEVICE", "cpu"))
+INTERPRETED = DEVICE.type == "cpu"
+# Triton 3.6's interpreter rounds an fma twice: its bits are near, not equal
+FUSED = not INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+
+reduce, tiles = kernels.reduce, kernels.tiles
+# the package's attribute of this name is the function
+step_module = importlib.import_module("fastdiff.kernels.step")
+
+# numpy, which the interpreter computes with, warns of infinities and NaN, which some cases are about
+np.seterr(all="ignore")
+
+CURSOR = (2, 7, -(2**62) - 12345)  # row, first sample, seed
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_scratch(monkeypatch):
+    """new_empty returns NaN too (conftest.py's torch.empty does)."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        out = new_empty(self, *args, **kwargs)
+        return out.fill_(NAN) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def _large_programs(monkeypatch):
+    """The interpreter's time goes by programs, whatever their size."""
+    if INTERPRETED:
+        monkeypatch.setattr(tiles, "QUADS", 1024)
+
+
+def cursor(draw=CURSOR[0], first=CURSOR[1], seed=CURSOR[2]):
+    return torch.tensor([draw, first, seed])
+
+
+def same(ours, reference):
+    """Equal bits, one NaN being as good as another; near where an fma is rounded twice or bfloat16 truncated."""
+    ours = ours.cpu()
+    assert ours.dtype == reference.dtype
+    assert ours.shape == reference.shape
+    if ours.dtype == torch.bfloat16 and INTERPRETED:
+        near = (ours.contiguous().view(torch.int16).int() - reference.contiguous().view(torch.int16).int()).abs() <= 1
+        assert bool((near | (ours.isnan() & reference.isnan())).all())
+        return
+    if not ours.is_floating_point():
+        assert torch.equal(ours, reference)
+        return
+    if not FUSED:
+        near = 1e-3 if ours.dtype == torch.float16 else 3e-5
+        torch.testing.assert_close(ours, reference, rtol=near, atol=near, equal_nan=True)
+        return
+    equal = ((ours == reference) & (ours.signbit() == reference.signbit())) | (ours.isnan() & reference.isnan())
+    assert bool(equal.all()), f"{int((~equal).sum())} of {equal.numel()} differ"
+
+
+# Layouts: a tensor of these values, on the device, with other strides
+
+
+def channels_last(v):
+    return v.to(memory_format=torch.channels_last)
+
+
+def laid(values, layout):
+    """`values` [B, C, H, W] on the device, in a layout."""
+    v = values.to(DEVICE)
+    if layout == "channels-last":
+        return channels_last(v)
+    if layout == "sliced":  # the first half of the channels of a larger output, as with learned variance
+        return torch.cat((v, v * 0 + 5), 1)[:, : v.shape[1]]
+    if layout == "sliced channels-last":
+        return channels_last(torch.cat((v * 0 + 5, v), 1))[:, v.shape[1] :]
+    if layout == "permuted":
+        return v.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2)
+    if layout == "padded rows":
+        return torch.cat((v, v * 0 + 5), 3)[..., : v.shape[3]]
+    if layout == "odd offset":
+        return torch.cat((v.new_zeros(1), v.flatten())).narrow(0, 1, v.numel()).view(v.shape)
+    if layout == "one for all":  # expanded over the batch
+        return v[:1].expand(v.shape)
+    if layout == "one for all pixels":
+        return v[:, :, :1, :1].expand(v.shape)
+    if layout == "one for all channels":
+        return v[:, :1].expand(v.shape)
+    return v.contiguous()
+
+
+FACTORS = {
+    "shape": [
+        (1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 1, 127), (1, 28, 28), (3, 11, 31), (5, 5, 41), (1, 1, 1031), (4, 32, 32),
+    ],
+    "batch": [1, 2, 3, 5],
+    "x": ["plain", "plain", "odd offset", "permuted", "one for all"],
+    "m": [None, "plain", "channels-last", "sliced", "sliced channels-last", "permuted", "padded rows", "odd offset",
+          "one for all", "one for all pixels"],
+    "m_dtype": [torch.float32, torch.bfloat16, torch.float16],
+    "guide": [None, None, "plain", "channels-last", "padded rows"],
+    "history": [0, 1, 2, 3, 4],
+    "base": [False, True],
+    "clip": [None, (-0.7, 0.9)],
+    "convert": [False, True],
+    "noise": ["drawn", "given", None],
+    "v": [None, None, "plain", "sliced channels-last"],
+    "measured": [False, False, True],
+    "mask": [None, None, "plain", "one for all", "one for all channels"],
+    "pushed": [False, True],
+    "net_input": [None, "plain", "channels-last", "permuted", "sliced", "padded rows"],
+    "net_dtype": [torch.float32, torch.bfloat16, torch.float16],
+    "first_bad": [None, "finite", "infinite prediction", "NaN prediction", "infinite state"],
+    "zero": ["none", "a", "b", "c", "a p known", "e history", "q", "all"],
+    "in_place": [False, True],
+}  # fmt: skip
+
+
+def all_pairs(factors, seed):
+    """Cases such that any two values of any two factors meet in one: greedily, the best of 30 random cases at a time."""
+    rng = random.Random(seed)
+    names = list(factors)
+    missing = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(factors[a]))
+        for j in range(len(factors[b]))
+    }
+    cases = []
+    while missing:
+        a, i, b, j = rng.choice(sorted(missing))
+        tries = []
+        for _ in range(30):
+            pick = {name: rng.randrange(len(factors[name])) for name in names} | {a: i, b: j}
+            pairs = {(p, pick[p], q, pick[q]) for p, q in itertools.combinations(names, 2)}
+            tries.append((len(pairs & missing), pick, pairs))
+        _, pick, pairs = max(tries, key=lambda t: t[0])
+        missing -= pairs
+        cases.append({name: factors[name][k] for name, k in pick.items()})
+    return cases
+
+
+COVER = all_pairs(FACTORS, seed=1)
+
+
+def table_of(**columns):
+    matrix = torch.full((4, len(table.COLUMNS)), NAN)
+    line = {name: 0.0 for name in table.COLUMNS} | {
+        "low": -INF,
+        "high": INF,
+        "next_scale": 1.0,
+        "guidance": 1.0,
+        **columns,
+    }
+    matrix[CURSOR[0]] = torch.tensor([line[name] for name in table.COLUMNS])
+    return matrix
+
+
+def step_case(case):
+    """(table, stream, operands) of a case, on the device."""
+    g = torch.Generator().manual_seed(len(str(case)))
+    shape = (case["batch"], *case["shape"])
+    normal = lambda: torch.randn(shape, generator=g)  # noqa: E731
+    low, high = case["clip"] or (-INF, INF)
+    columns = {
+        "a": 0.93, "e": -0.4, "b0": 0.31, "b1": -1.2, "b2": 0.7, "b3": 0.11, "c": 0.52, "p": 1.3 if case["convert"] else 0.0,
+        "q": -0.8 if case["convert"] else 1.0, "low": low, "high": high, "next_scale": 0.77, "guidance": 2.5,
+        "log_slope": 0.6, "log_mid": -1.1, "known_alpha": 0.8, "known_sigma": 0.6,
+    }  # fmt: skip
+    zero = {
+        "none": [], "a": ["a"], "b": ["b0"], "c": ["c", "log_slope", "known_sigma"], "a p known": ["a", "p", "known_alpha"],
+        "e history": ["e", "b1", "b2", "b3"], "q": ["q"], "all": [n for n in columns if n not in ("low", "high", "next_scale")],
+    }[case["zero"]]  # fmt: skip
+    columns |= {name: 0.0 for name in zero}
+
+    def operand(*names):
+        """Normals; NaN if the coefficients that they are multiplied with are all 0: then nobody may look at them."""
+        return torch.full(shape, NAN) if set(names) <= set(zero) else normal()
+
+    m, values = case["m"], {}
+    x = operand("a", "p") if m else operand("a")
+    if m is not None:
+        m = operand("q").to(case["m_dtype"])
+        if case["first_bad"] == "infinite prediction":
+            m[-1, -1, -1, -1] = -INF
+        if case["first_bad"] == "NaN prediction":
+            m[0, 0, 0, 0] = NAN
+        values["m"] = laid(m, case["m"])
+        if case["guide"] is not None:
+            values["guide"] = laid(operand("q").to(case["m_dtype"]), case["guide"])
+    if case["first_bad"] == "infinite state":
+        x[-1, 0, 0, 0] = INF
+    start = 1 if case["m"] else 0
+    values["history"] = [
+        laid(operand(f"b{j + start}" if j + start < 4 else "b3"), "plain") for j in range(case["history"])
+    ]
+    values["base"] = laid(operand("e"), "plain") if case["base"] else None
+    if case["noise"] == "given":
+        values["z"] = laid(normal(), "plain")
+    values["v"] = None if case["v"] is None else laid(operand("log_slope").to(case["m_dtype"]), case["v"])
+    values["measured"] = torch.rand((case["batch"], 2), generator=g).to(DEVICE) if case["measured"] else None
+    if case["mask"] is not None:
+        values["mask"] = laid(torch.rand(shape, generator=g) < 0.5, case["mask"])
+        values["known"] = laid(operand("known_alpha"), case["mask"])
+    poison = torch.full(shape, NAN)  # written by one operand only: on the CPU `laid` may return what it was given
+    values["pushed"] = laid(poison.clone(), "plain") if case["pushed"] and case["m"] else None
+    if case["net_input"] is not None:
+        values["net_input"] = laid(poison.to(case["net_dtype"]), case["net_input"])
+    if case["first_bad"] is not None:
+        values["first_bad"] = torch.tensor([1, 9, 9, 9, 9][-case["batch"] :]).to(DEVICE)
+    values["x"] = laid(x, "plain" if case["in_place"] else case["x"])
+    return table_of(**columns), 1 if case["noise"] == "drawn" else None, values
+
+
+def run_step(case):
+    """A case by the kernel and by the reference: everything that they write."""
+    matrix, stream, values = step_case(case)
+    expected = {
+        name: [h.cpu() for h in v] if isinstance(v, list) else None if v is None else v.cpu().clone()
+        for name, v in values.items()
+    }
+    out = torch.full(values["x"].shape, NAN)
+    row.step(out, matrix, cursor(), stream, **expected)
+    ours = values["x"] if case["in_place"] else torch.full_like(out, NAN).to(DEVICE)
+    kernels.step(ours, matrix.to(DEVICE), cursor().to(DEVICE), stream, **values)
+    for name in ("pushed", "net_input", "first_bad"):
+        if values.get(name) is not None:
+            same(values[name], expected[name])
+    same(ours, out)
+    return ours, expected
+
+
+def test_the_cover_has_every_value():
+    for name, options in FACTORS.items():
+        assert {str(case[name]) for case in COVER} == {str(option) for option in options}
+
+
+@pytest.mark.parametrize("case", COVER, ids=range(len(COVER)))
+def test_step(case):
+    run_step(case)
+
+
+PLAIN = {name: options[0] for name, options in FACTORS.items()} | {"m": "plain", "noise": "drawn"}
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 32), (3, 11, 31)])
+def test_step_in_programs_of_the_size_that_runs(shape, monkeypatch):
+    monkeypatch.setattr(tiles, "QUADS", 256)
+    run_step(PLAIN | {"shape": shape, "batch": 2, "base": True, "first_bad": "infinite state", "m": "channels-last"})
+
+
+@pytest.mark.parametrize("factor", [1.0, -1.0, 0.0])
+def test_the_sign_of_zero_survives_terms_that_are_left_out(factor):
+    x, ones = torch.tensor([[0.0, -0.0, 1e-45, -1e-45]]), torch.ones((1, 4))
+    matrix = table_of(a=factor, q=factor)
+    values = {"x": x, "m": ones, "history": [ones, -ones, ones], "base": -ones, "known": ones, "mask": ones < 0}
+    for left_out in ((), ("m", "history"), ("m", "base")):
+        given = {name: value for name, value in values.items() if name not in left_out}
+        given["pushed"] = None if "m" in left_out else torch.full_like(x, NAN)
+        out, ours = torch.full_like(x, NAN), torch.full_like(x, NAN).to(DEVICE)
+        row.step(out, matrix, cursor(), 1, **given)
+        moved = {k: [h.to(DEVICE) for h in v] if isinstance(v, list) else on_device(v)[0] for k, v in given.items()}
+        kernels.step(ours, matrix.to(DEVICE), cursor().to(DEVICE), 1, **moved)
+        same(ours, out)
+        if moved["pushed"] is not None:
+            same(moved["pushed"], given["pushed"])
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 3), (4, 0), (0,)])
+def test_step_of_scalars_and_of_nothing(shape):
+    g = torch.Generator().manual_seed(0)
+    x, m = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+    matrix = table_of(a=0.9, b0=0.2, c=0.3, q=1.0)
+    out, ours = torch.full(shape, NAN), torch.full(shape, NAN).to(DEVICE)
+    row.step(out, matrix, cursor(), 1, x, m)
+    flags = torch.full((shape[0],), 9).to(DEVICE)
+    kernels.step(ours, matrix.to(DEVICE), cursor().to(DEVICE), 1, x.to(DEVICE), m.to(DEVICE), first_bad=flags)
+    same(ours, out)
+    assert flags.tolist() == [9] * shape[0]
+
+
+def test_the_columns_are_the_tables():
+    assert step_module.COLUMNS == table.COLUMNS
+    for name in ("A", "E", "B0", "C", "P", "Q", "LOW", "HIGH", "NEXT_SCALE", "GUIDANCE", "LOG_SLOPE", "LOG_MID",
+                 "KNOWN_ALPHA", "KNOWN_SIGMA", "GAIN", "CAP"):  # fmt: skip
+        assert getattr(step_module, name).value == table.COLUMNS.index(name.lower())
+
+
+# Noise
+
+
+SIZES = [(1,), (3,), (127,), (128,), (513,), (1023,), (1025,), (2049,), (4096,)]
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("kind", ["normal", "rademacher"])
+def test_noise(kind, shape):
+    for batch in (1, 3):
+        expected, ours = torch.full((batch, *shape), NAN), torch.full((batch, *shape), NAN).to(DEVICE)
+        getattr(row, kind)(expected, cursor(), 5)
+        getattr(kernels, kind)(ours, cursor().to(DEVICE), 5)
+        same(ours, expected)
+
+
+def test_noise_of_the_definition():
+    """The numbers printed in fastdiff's definition of FDN1, and the extremes of every counter."""
+    printed = "3fc3f121 3f3b6075 bf6a3999 bfaa187a bf4f5c2f c0132ffc 3f32316e be890911"
+    ours = torch.full((1, 8), NAN).to(DEVICE)
+    kernels.normal(ours, cursor(999, 49999, 0x123456789ABCDEF0).to(DEVICE), 1)
+    bits = torch.tensor([int(word, 16) for word in printed.split()], dtype=torch.int64).to(torch.int32)
+    same(ours, bits.view(torch.float32)[None])
+    largest = 2**32 - 1
+    for draw, first, seed in ((largest, largest - 1, -1), (0, 0, 0), (0, 0, 2**63 - 1), (1, 0, -(2**63))):
+        expected, ours = torch.full((2, 6), NAN), torch.full((2, 6), NAN).to(DEVICE)
+        row.normal(expected, cursor(draw, first, seed), 7)
+        kernels.normal(ours, cursor(draw, first, seed).to(DEVICE), 7)
+        same(ours, expected)
+
+
+@pytest.mark.parametrize("kind", ["normal", "rademacher"])
+def test_noise_of_nothing(kind):
+    for shape in ((0, 3), (2, 0)):
+        getattr(kernels, kind)(torch.empty(shape, device=DEVICE), cursor().to(DEVICE), 1)
+
+
+# Sums over samples
+
+
+SUMS = [((1,), 1), ((3,), 5), ((127,), 2), ((3, 11, 31), 3), ((5, 5, 41), 2), ((4, 32, 32), 2), ((2053,), 1)]
+
+
+def operands(shape, batch, count, seed=0, batch_numbers=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn((batch, *shape), generator=g) for _ in range(count)] + [
+        torch.randn(batch, generator=g) for _ in range(batch_numbers)
+    ]
+
+
+def on_device(*values):
+    return [v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in values]
+
+
+LANGEVIN = {"gain": 0.05, "cap": 0.11, "q": 1.0, "guidance": 1.7}
+
+
+@pytest.mark.parametrize("noise_from", ["drawn", "given", "kept"])
+@pytest.mark.parametrize(("shape", "batch"), SUMS)
+def test_measure_langevin(shape, batch, noise_from):
+    x, m, guide, z = operands(shape, batch, 4)
+    m = m.bfloat16()
+    m[-1], guide[-1] = 0, 0
+    options = {
+        "drawn": {"q": 1.0},
+        "given": {"p": 0.2, "low": -1.0, "high": 0.5, "cap": INF},
+        "kept": {"p": 0.3, "q": 0.1},
+    }[noise_from]
+    matrix = table_of(**LANGEVIN | options)
+    for batch_means in (False, True):
+        results = []
+        for module, device in ((row, "cpu"), (kernels, DEVICE)):
+            # float64 hides no rounding of the tree
+            wide = torch.float64 if noise_from == "given" else torch.float32
+            written = [torch.full((batch, 2), NAN, device=device, dtype=wide)]
+            given = {"z": z.to(device) if noise_from == "given" else None, "kept": None}
+            if noise_from == "kept":
+                written.append(torch.full((batch, *shape), NAN, device=device))
+                given["kept"] = written[1]
+            guided = guide.to(device) if noise_from != "drawn" else None
+            module.measure_langevin(
+                written[0],
+                matrix.to(device),
+                cursor().to(device),
+                1,
+                batch_means,
+                x.to(device),
+                m.to(device),
+                guided,
+                **given,
+            )
+            results.append(written)
+        for reference, ours in zip(*results):
+            same(ours, reference)
+
+
+def test_measure_langevin_of_nothing_and_of_nan():
+    measured = torch.full((2, 2), NAN).to(DEVICE)
+    empty = torch.empty((2, 0), device=DEVICE)
+    kernels.measure_langevin(measured, table_of().to(DEVICE), cursor().to(DEVICE), 1, False, empty, empty)
+    assert measured.tolist() == [[0, 0], [0, 0]]
+    with pytest.raises(ValueError, match="needs noise"):
+        kernels.measure_langevin(measured, table_of().to(DEVICE), cursor().to(DEVICE), None, False, empty, empty)
+    x, m = operands((6,), 2, 2)
+    m[0, 1] = NAN
+    expected, matrix = torch.full((2, 2), NAN), table_of(**LANGEVIN)
+    row.measure_langevin(expected, matrix, cursor(), 1, False, x, m)
+    kernels.measure_langevin(measured, matrix.to(DEVICE), cursor().to(DEVICE), 1, False, x.to(DEVICE), m.to(DEVICE))
+    same(measured, expected)
+
+
+@pytest.mark.parametrize("batch", [3, 5, 6, 7, 9, 10, 11, 13, 1030])
+def test_measure_langevin_of_a_batch(batch):
+    x, m = operands((2,), batch, 2)
+    # into float64, which hides no rounding of the tree
+    matrix, expected = table_of(**LANGEVIN), torch.full((batch, 2), NAN, dtype=torch.float64)
+    ours = expected.clone().to(DEVICE)
+    row.measure_langevin(expected, matrix, cursor(), 1, True, x, m)
+    kernels.measure_langevin(ours, matrix.to(DEVICE), cursor().to(DEVICE), 1, True, x.to(DEVICE), m.to(DEVICE))
+    same(ours, expected)
+
+
+@pytest.mark.parametrize("length", [17, 4097, 9001])
+def test_sums_of_very_many_blocks(length, monkeypatch):
+    """The tree over block sums, which few tests have a sample long enough for."""
+    monkeypatch.setattr(reduce, "MOST_SUMS", 256 if length < 5000 else 4096)
+    values = torch.randn((2, length), dtype=torch.float64, generator=torch.Generator().manual_seed(length))
+    out = torch.full((2,), NAN, dtype=torch.float64, device=DEVICE)
+    reduce.finish(values.to(DEVICE), out, reduce.SUM.value)
+    same(out, row._halve(values))
+
+
+@pytest.mark.parametrize(("shape", "batch"), SUMS)
+def test_perturb_and_dsm_loss(shape, batch):
+    x0, output, first, second, weight = operands(shape, batch, 2, batch_numbers=3)
+    same(
+        kernels.perturb(*on_device(x0, first, second, cursor()), 2),
+        row.perturb(x0, first, second, cursor(), 2),
+    )
+    output = output.bfloat16() if batch == 2 else output
+    expected = row.dsm_loss(output, x0, first, second, weight, cursor(), 2)
+    grads = (first, expected[1], weight, torch.float32)
+    on_the_device = (*on_device(*grads[:3]), torch.float32)
+    same(kernels.dsm_loss_backward(*on_the_device), row.dsm_loss_backward(*grads))
+    for layout in ("contiguous", "channels-last") if len(shape) == 3 else ("contiguous",):
+        seen = laid(output, layout) if len(shape) == 3 else output.to(DEVICE)
+        ours = kernels.dsm_loss(seen, *on_device(x0, first, second, weight, cursor()), 2)
+        for mine, theirs in zip(ours, expected):
+            same(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["normal", "rademacher", "given"])
+@pytest.mark.parametrize(("shape", "batch"), [*SUMS, ((600,), 2), ((1500,), 2)])
+def test_probe_dot(shape, batch, kind):
+    value, probe = operands(shape, batch, 2)
+    value = value.half() if batch == 3 else value
+    given = probe if kind == "given" else None
+    expected = row.probe_dot(value, cursor(), 3, kind, given)
+    same(kernels.probe_dot(*on_device(value, cursor()), 3, kind, *on_device(given)), expected)
+
+
+@pytest.mark.parametrize(("shape", "batch"), SUMS)
+def test_rk_error(shape, batch):
+    x, *stages, h = operands(shape, batch, 8, batch_numbers=1)
+    for count in (1, 4, 7):
+        b = [0.1, 0.0, 0.25, -0.3, 0.0, 0.55, 0.2][:count]
+        e = [0.0, 0.0, 0.02, 0.1, 0.03, -0.04, 1e-3][:count]
+        expected = row.rk_error(x, stages[:count], h, b, e, 1e-3, 1e-5)
+        ours = kernels.rk_error(*on_device(x), on_device(*stages[:count]), *on_device(h), b, e, 1e-3, 1e-5)
+        for mine, theirs in zip(ours, expected):
+            same(mine, theirs)
+
+
+def test_sums_of_nothing():
+    """Of no samples, and of samples without elements."""
+    for shape in ((0, 3), (2, 0)):
+        x, each = torch.empty(shape, device=DEVICE), torch.ones(shape[0], device=DEVICE)
+        loss, error = kernels.dsm_loss(x, x, each, each, each, cursor().to(DEVICE), 2)
+        same(loss, torch.zeros(shape[0]))
+        assert error.shape == x.shape
+        same(kernels.probe_dot(x, cursor().to(DEVICE), 3, "normal"), torch.zeros(shape[0], dtype=torch.float64))
+        same(kernels.rk_error(x, [x], each, [1.0], [1.0], 1e-3, 1e-3)[1], torch.zeros(shape[0]))
+        assert kernels.perturb(x, each, each, cursor().to(DEVICE), 2).shape == x.shape
+    assert kernels.timestep_embedding(x[:0, 0:1].flatten(), torch.ones(2, device=DEVICE), 1.0, 4, "sin_cos").shape == (
+        0,
+        4,
+    )
+
+
+# Embeddings
+
+
+# between 2⁵² and 2⁵³ quarter turns, where every float64 is whole but not every one is even
+EDGES = [sign * 4.2e15 * (1 + k / 50) for k in range(8) for sign in (1, -1)]
+
+
+@pytest.mark.parametrize("order", ["sin_cos", "cos_sin", "interleaved"])
+@pytest.mark.parametrize("channels", [1, 2, 7, 128, 321])
+def test_timestep_embedding(order, channels):
+    g = torch.Generator().manual_seed(channels)
+    t = torch.cat((torch.rand(9, generator=g) * 1000, torch.tensor([0.0, -3.7, 1e30, 5e14, INF, NAN, *EDGES])))
+    frequencies = torch.exp(-torch.rand(channels // 2, generator=g) * 9)
+    frequencies[:1] = 1.0
+    expected = row.timestep_embedding(t, frequencies, 1.7, channels, order)
+    same(kernels.timestep_embedding(t.to(DEVICE), frequencies.to(DEVICE), 1.7, channels, order), expected)
+
+
+def test_a_batch_that_fills_the_grid(monkeypatch):
+    """More samples than a grid's second dimension counts, of which the last is not finite, and programs beyond them."""
+    if INTERPRETED:
+        monkeypatch.setattr(tiles, "SPAN", tl.constexpr(2))
+    batch = tiles.SPAN.value + 1
+    x, m, first, second, weight = operands((1025,), batch, 2, batch_numbers=3)
+    measured = torch.stack((first, second), 1)
+    measured[-1, 1] = NAN
+    matrix, out = table_of(a=0.9, q=1.0), torch.full_like(x, NAN)
+    flags, ours = torch.full((2 * batch,), 9), torch.full_like(x, NAN).to(DEVICE)
+    mine = flags.clone().to(DEVICE)
+    row.step(out, matrix, cursor(), 1, x, m, measured=measured, first_bad=flags[:batch])
+    kernels.step(
+        ours, *on_device(matrix, cursor()), 1, *on_device(x, m), measured=measured.to(DEVICE), first_bad=mine[:batch]
+    )
+    same(ours, out)
+    same(mine, flags)
+    assert flags[batch - 1] == CURSOR[0]
+    noisy = on_device(x, first, second, cursor())
+    same(kernels.perturb(*noisy, 2), row.perturb(x, first, second, cursor(), 2))
+    expected = row.dsm_loss(m, x, first, second, weight, cursor(), 2)
+    for a, b in zip(kernels.dsm_loss(*on_device(m, x, first, second, weight, cursor()), 2), expected):
+        same(a, b)
+
+
+# Addresses beyond 2³¹
+
+
+@triton.jit
+def where(out, size, batch, GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr):
+    first, start, _, _, inside, base, local = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
+    program = tl.program_id(0) + tl.num_programs(0) * tl.program_id(1)
+    tl.store(out + 4 * program, first)
+    tl.store(out + 4 * program + 1, start)
+    tl.store(out + 4 * program + 2, tl.max(base + local, axis=0))
+    tl.store(out + 4 * program + 3, tl.sum(inside.to(tl.int32), axis=0).to(tl.int64))
+
+
+@pytest.mark.parametrize("numel", [2**31 + 64, 2**31 + 67, 2**30 + 64, 2**30 + 67])
+def test_offsets_pass_two_to_the_31(numel):
+    """Without the memory: GROUPS only says how far the next program's elements are."""
+    groups, whole = 2**20, numel % 4 == 0
+    out = torch.zeros((3, 3, 4), dtype=torch.int64, device=DEVICE)
+    where[(3, 3)](
+        out, numel // 4 if whole else numel, 3, GROUPS=groups, QUADS=256, SAMPLES=1, WHOLE=whole, enable_fp_fusion=False
+    )
+    for sample, block in itertools.product(range(3), range(3)):
+        start = block * groups * 1024
+        left = max(0, min(1024, numel - start))
+        assert out[sample, block].tolist() == [sample, start, sample * numel + start + 1023, left]
+
+
+@pytest.mark.parametrize("layout", ["rows", "channels-last"])
+def test_an_operand_whose_samples_are_2_to_the_30_apart(tmp_path: Path, layout):
+    apart, length = 2**30 + 16, 2**31 + 64
+    if INTERPRETED:  # a sparse file: no memory
+        path = tmp_path / "m"
+        with path.open("wb") as file:
+            file.truncate(2 * length)
+        storage = torch.from_file(str(path), shared=True, size=length, dtype=torch.bfloat16)
+    else:
+        storage = torch.zeros(length, dtype=torch.bfloat16, device=DEVICE)
+    inner = (4, 2, 1) if layout == "rows" else (1, 6, 3)
+    shape = (3, 3, 2, 2)
+    m = storage.as_strided(shape, (apart, *inner))
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    m.copy_(values)
+    matrix = table_of(a=1.0, b0=1.0, q=1.0)
+    x = torch.zeros(shape).to(DEVICE)
+    out = torch.full_like(x, NAN)
+    kernels.step(out, matrix.to(DEVICE), cursor().to(DEVICE), None, x, m)
+    same(out, values.float())
+
+
+# Alignment, and reading nothing that is not asked for
+
+
+def test_signatures_are_the_references():
+    for name in kernels.__all__:
+        if name == "KEEPS_NOISE":
+            continue
+        ours, theirs = inspect.signature(getattr(kernels, name)), inspect.signature(getattr(row, name))
+        assert str(ours) == str(theirs), name
+
+
+def test_streams_are_apart():
+    """A sample's noise depends on stream, draw, sample and seed, and on nothing else of the batch."""
+    whole, part = torch.full((4, 5), NAN).to(DEVICE), torch.full((2, 5), NAN).to(DEVICE)
+    kernels.normal(whole, cursor(1, 10, 3).to(DEVICE), noise.SAMPLER)
+    kernels.normal(part, cursor(1, 12, 3).to(DEVICE), noise.SAMPLER)
+    assert torch.equal(whole[2:], part)
+    kernels.normal(part, cursor(1, 12, 3).to(DEVICE), noise.PRIOR)
+    assert not torch.equal(whole[2:], part)
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+RUNS = [
+    ("vp", "euler_maruyama", 8), ("vp", "reverse_diffusion", 8), ("vp", "ode", 8), ("vp", "heun", 4), ("vp", "ddim", 8),
+    ("vp", samplers.Heun(s_churn=3.0), 3), ("ve", "pc", 4), ("ddpm", "ancestral", 8), ("ve", "ula", 8),
+    ("ncsn", samplers.AnnealedLangevin(steps_per_level=4), 8),
+    ("ve", samplers.PredictorCorrector(corrector="langevin", norm="sample"), 4),
+    ("subvp", samplers.PredictorCorrector(corrector="langevin", norm="batch"), 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sde", "sampler", "steps"), RUNS, ids=str)
+def test_every_solver_runs_to_the_bit(sde, sampler, steps):
+    """About eight rows of each, from names to samples, clamped predictions and a learned variance among them."""
+    cases = [{"prediction": "score"}]
+    if sampler == "ancestral":
+        learned = samplers.Ancestral(variance="learned_range")
+        cases = [{"prediction": "eps", "clip": (-0.5, 0.5)}, {"prediction": "eps", "sampler": learned}]
+    for options in cases:
+        double = isinstance(options.get("sampler"), samplers.Ancestral)
+
+        def model(x, t, double=double):
+            x = x.clamp(-2, 2) / -2  # exactly the same on every device
+            return torch.cat((x, x), 1) if double else x
+
+        options = {"sde": sde, "sampler": sampler, "steps": steps, "shape": (3, 50), "num_samples": 3, **options}
+        expected = fastdiff.sample(model, backend="reference", **options)
+        ours = fastdiff.sample(model, backend="triton", device=DEVICE, **options)
+        same(ours, expected)

@@ -1,0 +1,139 @@
+"""What the compilers make of the Triton kernels, for GPUs that need not be here: benchmarks/aot.py, and its bounds.
+
+In a process of its own: there triton must not be an interpreter.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
+IMAGE_STEPS = 12  # the operands of the shipped samplers' steps: a new sampler may add one
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux")
+
+
+def python(*arguments, folder):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
+    environment = {**inherited, "TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-6000:]
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aot")
+    python("-W", "ignore", "benchmarks/aot.py", "--out", str(folder / "aot.csv"), folder=folder)
+    with (folder / "aot.csv").open() as file:
+        text = {"kernel", "variant", "target"}
+        return [{k: v if k in text else float(v) for k, v in line.items()} for line in csv.DictReader(file)]
+
+
+def of(lines, **wanted):
+    found = [line for line in lines if all(line[key] == value for key, value in wanted.items())]
+    assert found, wanted
+    return found
+
+
+def image_steps(lines, target):
+    """The steps of float32 images, with the operands that they read and write."""
+    for line in of(lines, kernel="step_kernel", target=target):
+        names = line["variant"].split("+")
+        if not line["variant"].startswith("usual"):
+            earlier = sum(int(name.removeprefix("history")) for name in names if name.startswith("history"))
+            read = 1 + earlier + sum(name in names for name in ("m", "v", "base"))
+            written = 1 + sum(name in names for name in ("pushed", "net_input"))
+            yield line, read, written
+
+
+def test_every_kernel_compiles_for_every_target(lines):
+    compiled = {(line["kernel"], line["target"]) for line in lines}
+    source = "\n".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    launched = {name for name in source.replace("(", " ").split() if name.endswith("_kernel")}
+    rare = {"fold_kernel"}
+    assert {(name, target) for name in launched - rare for target in TARGETS} <= compiled
+    assert {(name, target) for name in rare for target in ("sm_90", "gfx942")} <= compiled
+
+
+def test_nothing_spills(lines):
+    assert [line for line in lines if line["spills"] != 0] == []
+
+
+def test_every_float_operation_is_ieees(lines):
+    """No approximate square root or division, no flushing of subnormal numbers, which the interpreter could not show."""
+    assert [line for line in lines if line["approximations"] != 0] == []
+
+
+def test_few_steps_serve_all_samplers(lines):
+    assert len(list(image_steps(lines, "sm_90"))) <= 15
+    assert len(list(image_steps(lines, "sm_90"))) >= IMAGE_STEPS
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_a_state_is_moved_128_bits_at_a_time(lines, target):
+    """Eight float32 of each operand are two loads, or two stores; what is read 32 bits wide is the table, once."""
+    for line, read, written in image_steps(lines, target):
+        assert line["loads_128"] == 2 * read, line
+        assert line["stores_128"] == 2 * written, line
+        assert line["stores_32"] == 0, line
+        assert line["loads_32"] <= 14, line
+    for name, read, written in (
+        ("normal_kernel", 0, 1),
+        ("perturb_kernel", 1, 1),
+        ("dsm_kernel", 2, 1),
+        ("rk_kernel", 7, 1),
+    ):
+        line = of(lines, kernel=name, target=target)[0]
+        assert (line["loads_128"], line["stores_128"], line["stores_32"]) == (2 * read, 2 * written, 0), line
+    line = of(lines, kernel="rademacher_kernel", target=target)[0]
+    assert (line["stores_128"], line["stores_32"]) == (4, 0)  # sixteen elements a thread
+    line = of(lines, kernel="signed_sum_kernel", target=target)[0]
+    assert line["loads_128"] == 4
+
+
+def test_amd_moves_128_bits_at_a_time(lines):
+    """Four elements a thread: 64 threads are a warp."""
+    for line, read, written in image_steps(lines, "gfx942"):
+        assert (line["loads_128"], line["stores_128"], line["stores_32"]) == (read, written, 0), line
+
+
+def test_instructions_and_registers_stay_what_they_were_measured_to_be(lines):
+    """On an H100 a step of 16 bytes an element has 158 instructions' time (benchmarks: 3 TB/s, 29.6e12 a second)."""
+    bounds = {"normal_kernel": 48, "rademacher_kernel": 12, "perturb_kernel": 54, "signed_sum_kernel": 36}
+    for name, most in bounds.items():
+        assert of(lines, kernel=name, target="sm_90")[0]["instructions_per_element"] <= most, name
+    assert of(lines, variant="m+noise+net_input", target="sm_90")[0]["instructions_per_element"] <= 80
+    assert of(lines, variant="m+net_input", target="sm_90")[0]["instructions_per_element"] <= 36
+    # 64 registers leave room for 1024 threads, half of what a multiprocessor holds
+    assert max(line["registers"] for line, _, _ in image_steps(lines, "sm_90")) <= 64
+
+
+SPILL = """
+import sys
+sys.path.insert(0, "benchmarks")
+import torch, triton, aot
+from fastdiff import kernels
+triton.runtime.driver.set_active(aot._Driver())
+out, cursor = torch.zeros(4096), torch.zeros(3, dtype=torch.int64)
+code = kernels.fill.normal_kernel.warmup(
+    out, cursor, 1, 1024, 1, GROUPS=1, QUADS=1024, SAMPLES=1, WHOLE=True,
+    grid=(1,), num_warps=1, maxnreg=32, enable_fp_fusion=False)
+print(aot._read_sass(code, 128)["spills"])
+"""
+
+
+def test_a_spill_would_be_seen(tmp_path):
+    script = tmp_path / "spill.py"
+    script.write_text(SPILL)
+    assert int(python("-W", "ignore", str(script), folder=tmp_path)) > 0

@@ -1,0 +1,71 @@
+"""The Triton kernels on this machine: tests/interpreted.py in a process whose triton is an interpreter from the start.
+
+(TRITON_INTERPRET must be set before anything imports triton, and torch may have done that here.) On a machine with a CUDA
+device the same cases run compiled as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CASES = ROOT / "tests" / "interpreted.py"
+NAMES = [
+    node.name
+    for node in ast.parse(CASES.read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+]
+FEWEST = 200  # cases in all: that none is collected, or a process dies on the way, must not pass
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux")
+
+
+def outcomes(folder, **environment):
+    """Test function -> what became of each of its cases, and what pytest printed."""
+    report = folder / "report.xml"
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "PYTEST_"))
+    }
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "--tb=short",
+         "-W", "ignore:fastdiff runs on plain PyTorch:RuntimeWarning"],
+        cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    results = {}
+    for case in ET.parse(report).iter("testcase") if report.exists() else ():
+        verdict = {child.tag for child in case} & {"failure", "error", "skipped"}
+        results.setdefault(case.get("name").partition("[")[0], []).append(verdict.pop() if verdict else "passed")
+    return results, ran
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    return outcomes(tmp_path_factory.mktemp("interpreted"), TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interpreted(interpreted, name):
+    results, ran = interpreted
+    assert set(results.get(name, ["missing"])) == {"passed"}, ran.stdout[-6000:] + ran.stderr[-2000:]
+
+
+def test_every_case_ran(interpreted):
+    results, ran = interpreted
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-2000:]
+    assert sum(map(len, results.values())) >= FEWEST
+
+
+@pytest.mark.gpu
+def test_compiled_on_the_gpu(tmp_path):
+    results, ran = outcomes(tmp_path, FASTDIFF_KERNELS_DEVICE="cuda")
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+    assert sum(map(len, results.values())) >= FEWEST
+    assert {verdict for verdicts in results.values() for verdict in verdicts} == {"passed"}
