@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+
 import paired
 import pytest
 import torch
@@ -25,5 +27,12 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("fastdiff against its opponents: their time in units of ours, median [p20-p80], our time")
     terminalreporter.write_line(f"{paired.device()}, {paired.commit()}, torch {torch.__version__}")
     terminalreporter.write_line(paired.table())
+    terminalreporter.section("Triton kernels as compiled for sm_90 (no GPU has timed them): benchmarks/results/aot.csv")
+    for row in csv.DictReader((paired.ROOT / "results" / "aot.csv").open()):
+        if row["target"] == "sm_90":
+            terminalreporter.write_line(
+                f"{row['kernel']:22} {row['variant']:48} {row['registers']:>3} registers, {row['spills']} spills, "
+                f"{row['instructions_per_element']:>6} instructions an element"
+            )
     if config.getoption("--save-results"):
         terminalreporter.write_line(f"saved in {paired.save()}")

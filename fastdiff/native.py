@@ -173,7 +173,7 @@ def step(
             _check_column("measured", measured, (shape[0], 2), dtype)
         others = [_like(value, shape) for value in (guide, v, base, z, known, mask)]
         tensors += (measured, pushed, *others, *h)
-    _call(2, dtype is torch.float64, shape, (len(table), -1 if stream is None else stream), tensors)
+    _call(2, dtype is torch.float64, shape, (table.shape[0], -1 if stream is None else stream), tensors)
 
 
 def measure_langevin(
@@ -195,7 +195,7 @@ def measure_langevin(
         raise ValueError("measure_langevin needs noise: give z or a stream")
     if kept is not None:
         _check_out(kept, shape, table.dtype)
-    scalars = (len(table), -1 if stream is None else stream, int(batch))
+    scalars = (table.shape[0], -1 if stream is None else stream, int(batch))
     m, guide, z = (_like(value, shape) for value in (m, guide, z))
     _call(3, table.dtype == torch.float64, shape, scalars, (measured, table, cursor, x, m, guide, z, kept))
 
