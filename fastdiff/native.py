@@ -7,10 +7,11 @@ it runs). The library's threads are torch's own, through `torch_parallel_for`, s
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .table import COLUMNS
 
 # As fastdiff.reference.row has it: noise made for a measurement is kept for the step.
 KEEPS_NOISE = True
-MAX_STAGES = 16
+MAX_STAGES = MAX_DIMS = 16
 
 # another build of the same sources, such as the one of `make sanitize`, can be named
 LIBRARY = Path(os.environ.get("FASTDIFF_LIBRARY") or Path(__file__).parent / "libfastdiff.so")
@@ -95,7 +96,9 @@ def is_fresh() -> bool:
     return bool(_library.fastdiff_sources().decode() == hashlib.sha256(content).hexdigest()[:16])
 
 
-_PACK = [struct.Struct(f"{n}q").pack for n in range(200)]
+@functools.cache
+def _packer(n: int) -> Callable[..., bytes]:
+    return struct.Struct(f"{n}q").pack
 
 
 def _call(operation: int, wide: bool, shape: torch.Size, scalars: Sequence[int], tensors: Any) -> None:
@@ -108,12 +111,14 @@ def _call(operation: int, wide: bool, shape: torch.Size, scalars: Sequence[int],
             if tensor.is_contiguous():
                 packed += (slot, tensor.data_ptr(), _CODES[tensor.dtype], 0)
             else:
+                if len(shape) > MAX_DIMS:
+                    raise IndexError(f"tensors of more than {MAX_DIMS} axes must be contiguous, got {len(shape)}")
                 packed += (slot, tensor.data_ptr(), _CODES[tensor.dtype], len(shape) + len(tail))
                 tail += tensor.stride()
     packed[0] = len(packed)
     packed += shape
     packed += tail
-    fault = _run(operation, _PACK[len(packed)](*packed), wide)
+    fault = _run(operation, _packer(len(packed))(*packed), wide)
     if fault:
         raise IndexError(_FAULTS[fault])
 

@@ -343,6 +343,21 @@ def test_timestep_embeddings_are_the_reference(instructions, order):
     assert native.timestep_embedding(special, torch.ones(1), 1.0, 2, order).isnan().all()
 
 
+def test_tensors_of_very_many_axes():
+    shape = (2,) + (1,) * 12 + (2,) * 8
+    x, m = draws(shape, torch.float32), draws(shape, torch.float32, 1)
+    stages = [draws(shape, torch.float32, s, "strided") for s in range(16)]
+    for transposed in (False, True):  # sixteen axes and fewer may have any strides
+        few = [v.reshape(2, *(2,) * 8).movedim(1, -1) if transposed else v for v in (x, m)]
+        out, expected = torch.full(few[0].shape, torch.nan), torch.full(few[0].shape, torch.nan)
+        table = torch.rand(1, len(COLUMNS), generator=torch.Generator().manual_seed(0))
+        for implementation, to in ((native, out), (row, expected)):
+            implementation.step(to, table, ops.cursor(0, 0, 0), 1, *few)
+        assert torch.equal(out, expected)
+    with pytest.raises(IndexError, match="more than 16 axes"):
+        native.rk_error(x, stages, torch.ones(2), [1.0] * 16, [1.0] * 16, 1e-3, 1e-3)
+
+
 # --- large -----------------------------------------------------------------------------------------------------------
 
 
