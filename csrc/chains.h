@@ -1,0 +1,168 @@
+// Σ factor·value over a tile, in the reference's order and roundings; what is not finite in it.
+#pragma once
+#include "fill.h"
+
+// The turns of the loop that follows do not touch each other's elements (an operand may be the output, at the same place).
+#if defined(__clang__)
+#define FASTDIFF_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define FASTDIFF_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
+namespace {
+
+inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double fma(double a, double b, double c) { return a * b + c; }  // as the reference: two roundings
+
+template <class S> struct Term {
+    const S* value;
+    S factor;
+    const S* factors;  // one an element instead, if not null
+};
+
+template <class S, int count, bool first> void add_terms(S* out, const Term<S>* terms, int n) {
+    const S *v0 = terms[0].value, *v1 = count > 1 ? terms[1].value : nullptr, *v2 = count > 2 ? terms[2].value : nullptr;
+    const S c0 = terms[0].factor, c1 = count > 1 ? terms[1].factor : S(0), c2 = count > 2 ? terms[2].factor : S(0);
+FASTDIFF_INDEPENDENT
+    for (int i = 0; i < n; ++i) {
+        S total = first ? v0[i] * c0 : fma(v0[i], c0, out[i]);
+        if (count > 1) total = fma(v1[i], c1, total);
+        if (count > 2) total = fma(v2[i], c2, total);
+        out[i] = total;
+    }
+}
+
+// Σ factor·value in order: one product, then fma by fma.
+template <class S> struct Chain {
+    Term<S> terms[9];
+    int count = 0;
+
+    void add(const S* value, S factor) {
+        if (factor != S(0)) terms[count++] = {value, factor, nullptr};
+    }
+    void add_always(const S* value, S factor) { terms[count++] = {value, factor, nullptr}; }
+    void add_each(const S* value, const S* factors) { terms[count++] = {value, S(0), factors}; }
+
+    void run(S* out, int n) const {
+        if (count == 0) memset(out, 0, size_t(n) * sizeof(S));
+        for (int at = 0; at < count;) {
+            const Term<S>* t = terms + at;
+            if (t->factors) {
+                const S *value = t->value, *factors = t->factors;
+                if (at == 0)
+                    for (int i = 0; i < n; ++i) out[i] = value[i] * factors[i];
+                else
+                    for (int i = 0; i < n; ++i) out[i] = fma(value[i], factors[i], out[i]);
+                ++at;
+                continue;
+            }
+            int run = 1;
+            while (run < 3 && at + run < count && !t[run].factors) ++run;
+            if (at == 0) {
+                if (run == 1) add_terms<S, 1, true>(out, t, n);
+                if (run == 2) add_terms<S, 2, true>(out, t, n);
+                if (run == 3) add_terms<S, 3, true>(out, t, n);
+            } else {
+                if (run == 1) add_terms<S, 1, false>(out, t, n);
+                if (run == 2) add_terms<S, 2, false>(out, t, n);
+                if (run == 3) add_terms<S, 3, false>(out, t, n);
+            }
+            at += run;
+        }
+    }
+};
+
+// The last term of a chain with the noise that it adds, in one loop: out = Σ factor·value + c·z. Returns whether all of out
+// is finite, and stores scale·out at net_input if that is not null.
+template <int count>
+bool add_noise(
+    float* out, const Term<float>* terms, float c, float* net_input, float scale, int n, uint32_t quad, uint32_t sample,
+    const Source& source) {
+    constexpr int L = Vector::lanes, kAhead = 512;
+    const float *v0 = terms[0].value, *v1 = terms[count > 1 ? 1 : 0].value, *v2 = terms[count > 2 ? 2 : 0].value;
+    const float f0 = terms[0].factor, f1 = terms[count > 1 ? 1 : 0].factor, f2 = terms[count > 2 ? 2 : 0].factor;
+    OneSample<Keep::four> counters(quad, sample, source);
+    Words r[4];
+    Floats bad = Vector::constant(0.0f), z[4];
+    int i = 0;
+    for (; i + 4 * L <= n; i += 4 * L) {
+        for (int line = 0; line < 4 * L; line += 16) {
+            __builtin_prefetch(v0 + i + kAhead + line);
+            if (count > 1) __builtin_prefetch(v1 + i + kAhead + line);
+            if (count > 2) __builtin_prefetch(v2 + i + kAhead + line);
+        }
+        counters.next(source, r);
+        Normals::make<Keep::four>(r, z);
+        for (int k = 0; k < 4; ++k) {
+            const int at = i + k * L;
+            Floats total = Vector::multiply(Vector::load(v0 + at), Vector::constant(f0));
+            if (count > 1) total = Vector::fma(Vector::load(v1 + at), Vector::constant(f1), total);
+            if (count > 2) total = Vector::fma(Vector::load(v2 + at), Vector::constant(f2), total);
+            total = Vector::fma(z[k], Vector::constant(c), total);
+            Vector::store(out + at, total);
+            bad = Vector::fma(total, Vector::constant(0.0f), bad);
+            if (net_input) Vector::store(net_input + at, Vector::multiply(total, Vector::constant(scale)));
+        }
+    }
+    float sums[L], all = 0;
+    Vector::store(sums, bad);
+    for (int k = 0; k < L; ++k) all += sums[k];
+    if (i < n) {
+        float rest[4 * L];
+        counters.next(source, r);
+        store_numbers<Normals, Keep::four>(r, rest);
+        for (int k = 0; i < n; ++i, ++k) {
+            float total = v0[i] * f0;
+            if (count > 1) total = fma(v1[i], f1, total);
+            if (count > 2) total = fma(v2[i], f2, total);
+            out[i] = total = fma(rest[k], c, total);
+            all += total * 0.0f;
+            if (net_input) net_input[i] = total * scale;
+        }
+    }
+    return all == 0.0f;
+}
+
+// 0·v is NaN where v is not finite, and the sum keeps it.
+template <class S> bool finite(const S* v, int n) {
+    S sum[16] = {};
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int k = 0; k < 16; ++k) sum[k] += v[i + k] * S(0);
+    for (; i < n; ++i) sum[0] += v[i] * S(0);
+    S total = 0;
+    for (int k = 0; k < 16; ++k) total += sum[k];
+    return total == S(0);
+}
+
+// first_bad ← min(itself, row) for the tile's samples that are not finite.
+template <class S> void flag(int64_t* first_bad, const S* v, const Tile& tile, int64_t row) {
+    if (finite(v, tile.n)) return;
+    const int each = int(tile.n / tile.samples);
+    for (int64_t i = 0; i < tile.samples; ++i)
+        if (!finite(v + i * each, each)) {
+            // tiles of one sample may meet here, and all bring the same row
+            int64_t* place = first_bad + tile.sample + i;
+            if (__atomic_load_n(place, __ATOMIC_RELAXED) > row) __atomic_store_n(place, row, __ATOMIC_RELAXED);
+        }
+}
+
+// One factor a sample, spread over the tile's elements.
+template <class S> const S* spread(S* out, const Tile& tile, const S* per_sample, int64_t stride) {
+    const int each = int(tile.n / tile.samples);
+    for (int64_t i = 0; i < tile.samples; ++i) {
+        const S factor = per_sample[(tile.sample + i) * stride];
+        for (int k = 0; k < each; ++k) out[i * each + k] = factor;
+    }
+    return out;
+}
+
+template <class S> void add_per_sample(
+    Chain<S>& chain, const S* value, const Tile& tile, const S* per_sample, int64_t stride, S* buffer) {
+    if (tile.samples == 1)
+        chain.add_always(value, per_sample[tile.sample * stride]);
+    else
+        chain.add_each(value, spread(buffer, tile, per_sample, stride));
+}
+
+}  // namespace

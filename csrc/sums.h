@@ -1,0 +1,51 @@
+// Sums over a sample as a fixed tree, whatever the tiles and threads.
+#pragma once
+#include <math.h>
+#include <stdlib.h>
+
+#include "tiles.h"
+
+namespace {
+
+// By halves: element i + element i + n/2, n a power of two beyond which all are zeros.
+inline double halve(double* v, int64_t n) {
+    int64_t width = 1;
+    while (width < n) width *= 2;
+    while (width > 1) {
+        width /= 2;
+        for (int64_t i = 0; i + width < n; ++i) v[i] += v[i + width];
+        if (n > width) n = width;
+    }
+    return n ? v[0] : 0.0;
+}
+
+constexpr int kBlock = 1024;
+
+// Sums over each sample, from partial sums of blocks of 1024; `count` sums side by side.
+struct Sums {
+    double* partial;
+    int64_t blocks, samples;
+    int count;
+
+    Sums(const Geometry& g, int count) : blocks((g.numel + kBlock - 1) / kBlock), samples(g.samples), count(count) {
+        partial = static_cast<double*>(malloc(sizeof(double) * size_t(blocks * samples * count + 1)));
+    }
+    ~Sums() { free(partial); }
+    Sums(const Sums&) = delete;
+
+    // Adds the tile's elements, given by `element(i)`, to sum number `which`.
+    template <class Element> void add(const Tile& tile, int which, Element element) {
+        alignas(64) double v[kBlock];
+        const int each = int(tile.n / tile.samples);
+        for (int64_t s = 0; s < tile.samples; ++s)
+            for (int from = 0; from < each; from += kBlock) {
+                const int length = each - from < kBlock ? each - from : kBlock, offset = int(s) * each + from;
+                for (int i = 0; i < length; ++i) v[i] = element(offset + i);
+                const int64_t block = (tile.element + from) / kBlock;
+                partial[((tile.sample + s) * count + which) * blocks + block] = halve(v, length);
+            }
+    }
+    double total(int64_t sample, int which) { return halve(partial + (sample * count + which) * blocks, blocks); }
+};
+
+}  // namespace

@@ -1,0 +1,93 @@
+// A call's tensors, cut into tiles that stay in the first cache, and the loop over them on torch's threads.
+#pragma once
+#include "fastdiff.h"
+#include "tensors.h"
+
+namespace {
+
+struct Geometry {
+    int64_t samples, numel;  // of one sample
+    int64_t ndim;
+    const int64_t* shape;
+
+    // a[0] …: where the axes' lengths stand, samples, elements of one, axes
+    explicit Geometry(const int64_t* a) : samples(a[1]), numel(a[2]), ndim(a[3]), shape(a + a[0]) {}
+    int64_t per_tile() const { return numel >= kTile ? 1 : numel ? kTile / numel : 1; }
+    int64_t tiles_per_sample() const { return numel >= kTile ? (numel + kTile - 1) / kTile : 1; }
+    int64_t tiles() const {
+        if (numel == 0) return 0;
+        return numel >= kTile ? samples * tiles_per_sample() : (samples + per_tile() - 1) / per_tile();
+    }
+};
+
+struct Tile {
+    int64_t sample, samples;  // the first, and how many (whole ones if more than one)
+    int64_t element;          // of its first sample
+    int64_t first;            // element of the tensor
+    int n;
+
+    Tile(const Geometry& g, int64_t index) {
+        if (g.numel >= kTile) {
+            sample = index / g.tiles_per_sample();
+            element = index % g.tiles_per_sample() * kTile;
+            samples = 1;
+            n = int(g.numel - element < kTile ? g.numel - element : kTile);
+        } else {
+            sample = index * g.per_tile();
+            element = 0;
+            samples = g.samples - sample < g.per_tile() ? g.samples - sample : g.per_tile();
+            n = int(samples * g.numel);
+        }
+        first = sample * g.numel + element;
+    }
+};
+
+struct Cursor {
+    int64_t row;
+    uint32_t first_sample;
+    uint64_t seed;
+
+    explicit Cursor(const int64_t* p) : row(p[0]), first_sample(uint32_t(p[1])), seed(uint64_t(p[2])) {}
+    Source source(int64_t stream) const { return Source(seed, uint32_t(row), uint32_t(stream)); }
+};
+
+constexpr int kHeader = 4;  // the geometry's numbers
+// The tensors of a call: after its geometry and `scalars` numbers, four for each that is present.
+struct Arguments {
+    const int64_t* entry[kMaxTensors] = {};
+    Geometry g;
+
+    Arguments(const int64_t* a, int scalars) : g(a) {
+        for (const int64_t* e = a + kHeader + scalars; e < a + a[0]; e += 4) entry[e[0]] = e;
+    }
+    View operator()(int i) const { return entry[i] ? View::of(entry[i] + 1, g.ndim, g.shape) : View(); }
+    // Whether tensors from … to that are present have a floating dtype.
+    bool floating(int from, int to) const {
+        for (int i = from; i <= to; ++i)
+            if (entry[i] && entry[i][2] > kFloat16) return false;
+        return true;
+    }
+};
+
+template <class Body> struct Range {
+    const Geometry* g;
+    const Body* body;
+    static void run(int64_t begin, int64_t end, void* self) {
+        const Range* range = static_cast<Range*>(self);
+        for (int64_t index = begin; index < end; ++index) (*range->body)(Tile(*range->g, index));
+    }
+};
+
+// body(tile) for all tiles, on torch's own threads where there is work for more than one.
+template <class Body> void each_tile(const Geometry& g, const Body& body) {
+    Range<Body> range{&g, &body};
+    const int64_t tiles = g.tiles(), size = g.numel >= kTile ? kTile : g.per_tile() * g.numel;
+    constexpr int64_t kWorthAThread = 16384;
+    if (tiles == 0) return;
+    if (fastdiff_parallel_for && tiles * size >= 2 * kWorthAThread)
+        fastdiff_parallel_for(0, tiles, (kWorthAThread + size - 1) / size, Range<Body>::run, &range);
+    else
+        Range<Body>::run(0, tiles, &range);
+}
+
+}  // namespace
