@@ -33,7 +33,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 def write_build(folder: Path, library: Path, compiler: str, extra: str) -> None:
     """A build.ninja that makes `library` from csrc/."""
-    files = sorted((ROOT / "csrc").iterdir())
+    files = sorted((ROOT / "csrc").glob("*.[ch]*"))
     sources = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
     escape = lambda path: str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
     lines = [

@@ -77,6 +77,18 @@ def test_step(benchmark, threads, n):
     run(benchmark, "step", n, ours, opponents)
 
 
+@pytest.mark.parametrize("n", SIZES[:2])
+def test_step_of_vectors(benchmark, n):
+    """Two numbers a sample: a counter of the noise for each, of which half is not used."""
+    x, m, out, theirs = (torch.zeros(n // 2, 2) + s for s in range(4))
+    table, cursor = row_of(a=A, b0=B, c=C), ops.cursor(0, 0, 0)
+    ours = lambda: native.step(out, table, cursor, 1, x, m)  # noqa: E731
+    ours()
+    row.step(theirs, table, cursor, 1, x, m)
+    same(out, theirs)
+    run(benchmark, "step, 2 numbers a sample", n, ours, {"eager": lambda: A * x + B * m + C * torch.randn_like(x)})
+
+
 @pytest.mark.parametrize("n", SIZES)
 def test_whole_row(benchmark, threads, n):
     """What the loop asks of a row: the state, the network's next input in bfloat16, the flag of what is not finite."""

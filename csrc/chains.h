@@ -96,9 +96,9 @@ bool add_noise(
         for (int k = 0; k < 4; ++k) {
             const int at = i + k * L;
             Floats total = Vector::multiply(Vector::load(v0 + at), Vector::constant(f0));
-            if (count > 1) total = Vector::fma(Vector::load(v1 + at), Vector::constant(f1), total);
-            if (count > 2) total = Vector::fma(Vector::load(v2 + at), Vector::constant(f2), total);
-            total = Vector::fma(z[k], Vector::constant(c), total);
+            if (count > 1) total = Vector::fma_of_any(Vector::load(v1 + at), Vector::constant(f1), total);
+            if (count > 2) total = Vector::fma_of_any(Vector::load(v2 + at), Vector::constant(f2), total);
+            total = Vector::fma_of_any(z[k], Vector::constant(c), total);
             Vector::store(out + at, total);
             bad = Vector::fma(total, Vector::constant(0.0f), bad);
             if (net_input) Vector::store(net_input + at, Vector::multiply(total, Vector::constant(scale)));

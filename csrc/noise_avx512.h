@@ -27,6 +27,7 @@ struct Vector {
 
     static Floats constant(float v) { return _mm512_set1_ps(v); }
     static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static Floats fma_of_any(Floats a, Floats b, Floats c) { return fma(a, b, c); }
     static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
     static Floats root(Floats v) { return _mm512_sqrt_ps(v); }

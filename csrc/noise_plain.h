@@ -59,6 +59,12 @@ struct Vector {
 #endif
         return out;
     }
+    // of numbers other than FDN1's own
+    static Floats fma_of_any(Floats a, Floats b, Floats c) {
+        Floats out;
+        for (int i = 0; i < lanes; ++i) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
+        return out;
+    }
     static Floats multiply(Floats a, Floats b) { return a * b; }
     static Floats subtract(Floats a, Floats b) { return a - b; }
     static Floats root(Floats v) {

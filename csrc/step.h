@@ -79,7 +79,12 @@ inline float exponential(float u) {
     return p * scale;
 }
 
+// e^(mid + slope·v); without v, where slope is 0, whatever v holds.
 template <class S> void learned_scales(S* out, const S* v, S slope, S mid, int n) {
+    if (!v) {
+        for (int i = 0; i < n; ++i) out[i] = exponential(mid);
+        return;
+    }
 FASTDIFF_INDEPENDENT
     for (int i = 0; i < n; ++i) out[i] = exponential(fma(v[i], slope, mid));
 }
@@ -122,11 +127,14 @@ template <class S> int step(const int64_t* a) {
         if (row.a != S(0)) chain.add(x.read(tile.first, n, buffers[4]), row.a);
         if (base && row.e != S(0)) chain.add(base.read(tile.first, n, buffers[5]), row.e);
         const S* per_sample = measured.as<const S>();
+        const bool earlier = !h0 && measured && history[0];  // then it is the first of them that is scaled
         if (h0 && measured)
             add_per_sample(chain, h0, tile, per_sample, 2, buffers[6]);
+        else if (earlier)
+            add_per_sample(chain, history[0].read(tile.first, n, buffers[7]), tile, per_sample, 2, buffers[6]);
         else if (h0)
             chain.add(h0, row.b[0]);
-        for (int j = 0, k = h0 ? 1 : 0; j < 4 && k < 4; ++j, ++k)
+        for (int j = earlier ? 1 : 0, k = h0 || earlier ? 1 : 0; j < 4 && k < 4; ++j, ++k)
             if (history[j] && row.b[k] != S(0)) chain.add(history[j].read(tile.first, n, buffers[7 + j]), row.b[k]);
         S* result = out.as<S>() + tile.first;
         if constexpr (sizeof(S) == 4) {
@@ -148,11 +156,12 @@ template <class S> int step(const int64_t* a) {
             }
         }
         const S* z = noisy ? noise(buffers[3], given, g, tile, cursor, source) : nullptr;
-        if (z && v) {
-            learned_scales(buffers[11], v.read(tile.first, n, buffers[11]), row.log_slope, row.log_mid, n);
-            chain.add_each(z, buffers[11]);
-        } else if (z && measured) {
+        if (z && measured) {
             add_per_sample(chain, z, tile, per_sample + 1, 2, buffers[11]);
+        } else if (z && v) {
+            const S* learned = row.log_slope == S(0) ? nullptr : v.read(tile.first, n, buffers[11]);
+            learned_scales(buffers[11], learned, row.log_slope, row.log_mid, n);
+            chain.add_each(z, buffers[11]);
         } else if (z) {
             chain.add(z, row.c);
         }

@@ -37,12 +37,13 @@ def per_sample(model: ScoreModel, x0: Tensor, t: Tensor, cursor: Tensor, loss: s
     process = model.process
     alpha, sigma = process.alpha(t), process.sigma(t)
     r, w = predictions.coordinates(model.prediction, process, t, alpha, sigma)
-    output = model(ops.perturb(x0, alpha, sigma, cursor, PERTURBATION), t, cond)
+    clean = x0 if x0.dtype in (torch.float32, torch.float64) else x0.float()
+    output = model(ops.perturb(clean, alpha, sigma, cursor, PERTURBATION).to(x0.dtype), t, cond)
     weight = torch.ones_like(w)
     if loss != "simple":
         _, q = predictions.convert((r, w), (0.0 * r, 0.0 * w + 1.0), alpha, sigma)  # of the error on the scale of ε
         weight = q**2 if loss == "dsm" else (q * process.diffusion(t) / sigma) ** 2
-    return ops.dsm_loss(output, x0, r, w, weight, cursor, PERTURBATION)[0]
+    return ops.dsm_loss(output, clean, r, w, weight, cursor, PERTURBATION)[0]
 
 
 def training_times(process: Process, u: Tensor) -> Tensor:

@@ -127,6 +127,7 @@ def check_output(
         raise ModelOutputError(f"the model returned a tensor on {output.device}, its input is on {device}")
     if not output.is_floating_point():
         raise ModelOutputTypeError(f"the model must return floating numbers, got {output.dtype}")
+    output = output.resolve_neg()
     if output.shape == shape and variance is None:
         return output, None
     channels = shape[1]

@@ -1,7 +1,9 @@
 """The compiled CPU library: found, started, and its operations called with the arguments of fastdiff.reference.row.
 
-A call packs addresses, dtypes and strides into one array of int64 and hands it over (ctypes lets go of Python's lock while
-it runs). The library's threads are torch's own, through `torch_parallel_for`, so torch.set_num_threads governs both.
+Like any operator's implementation, these functions take it that all tensors are on their device and that views are
+resolved (torch's dispatcher, fastdiff.ops and the runner see to both). A call packs addresses, dtypes and strides into one
+array of int64 and hands it over (ctypes lets go of Python's lock while it runs). The library's threads are torch's own,
+through `torch_parallel_for`, so torch.set_num_threads governs both.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import ConfigError, DeviceError, DTypeError, ShapeError, choose
 from .table import COLUMNS
 
 # As fastdiff.reference.row has it: noise made for a measurement is kept for the step.
@@ -32,15 +34,15 @@ INSTRUCTION_SETS = ("plain", "avx2", "avx512")
 
 class _Codes(dict[torch.dtype, int]):
     def __missing__(self, dtype: torch.dtype) -> int:
-        raise IndexError(f"operands must be float16, bfloat16, float32 or float64, got {dtype}")
+        raise DTypeError(f"operands must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
 _CODES = _Codes(
     {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.int64: 5}
 )
 _FAULTS = {
-    1: "cursor names a row that the table does not have",
-    2: "operands must be float16, bfloat16, float32 or float64, and a mask bool",
+    1: (ConfigError, "cursor names a row that the table does not have"),
+    2: (DTypeError, "operands must be float16, bfloat16, float32 or float64, and a mask bool"),
 }
 _ORDERS = {"sin_cos": 0, "cos_sin": 1, "interleaved": 2}
 
@@ -51,7 +53,7 @@ def _load() -> tuple[Any, str, str]:
     if asked is not None and asked not in INSTRUCTION_SETS:
         raise ConfigError(f"FASTDIFF_INSTRUCTION_SET={asked!r} must be one of {', '.join(INSTRUCTION_SETS)}, or unset")
     if not LIBRARY.exists():
-        return None, "", "it was installed without a C++ compiler"
+        return None, "", f"{LIBRARY} does not exist: it was built without a C++ compiler, or the compiler failed"
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
@@ -59,7 +61,10 @@ def _load() -> tuple[Any, str, str]:
     library.fastdiff_start.restype = ctypes.c_char_p
     library.fastdiff_sources.restype = ctypes.c_char_p
     library.fastdiff_run.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
-    name = _start(library, asked)
+    try:
+        name = _start(library, asked)
+    except (OSError, AttributeError) as error:
+        return None, "", f"torch's own threads are out of its reach: {error}"
     if name is None:
         raise ConfigError(f"FASTDIFF_INSTRUCTION_SET={asked!r} is not one of this machine's: unset it")
     return library, name, ""
@@ -92,7 +97,7 @@ def is_fresh() -> bool:
     folder = Path(__file__).parent.parent / "csrc"
     if not available or not folder.is_dir():
         return True
-    content = b"".join(path.read_bytes() for path in sorted(folder.iterdir()))
+    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.[ch]*")))
     return bool(_library.fastdiff_sources().decode() == hashlib.sha256(content).hexdigest()[:16])
 
 
@@ -106,21 +111,33 @@ def _call(operation: int, wide: bool, shape: torch.Size, scalars: Sequence[int],
     samples = shape[0]
     packed = [0, samples, shape.numel() // samples if samples else 0, len(shape), *scalars]
     tail: list[int] = []
+    own = []  # copies, which must live until the library is done
     for slot, tensor in enumerate(tensors):
-        if tensor is not None:
-            if tensor.is_contiguous():
-                packed += (slot, tensor.data_ptr(), _CODES[tensor.dtype], 0)
-            else:
-                if len(shape) > MAX_DIMS:
-                    raise IndexError(f"tensors of more than {MAX_DIMS} axes must be contiguous, got {len(shape)}")
-                packed += (slot, tensor.data_ptr(), _CODES[tensor.dtype], len(shape) + len(tail))
-                tail += tensor.stride()
+        if tensor is None:
+            continue
+        address = tensor.data_ptr()
+        if not address:  # no memory: a tensor that is known to be zero, or one of another device
+            if not tensor.is_cpu:
+                raise DeviceError(f"all tensors must be on the CPU, got one on {tensor.device}: move it with .cpu()")
+            tensor = tensor.clone()
+            own.append(tensor)
+            address = tensor.data_ptr()
+        if tensor.is_contiguous():
+            packed += (slot, address, _CODES[tensor.dtype], 0)
+        elif len(shape) > MAX_DIMS:
+            raise ShapeError(f"tensors of more than {MAX_DIMS} axes must be contiguous, got {len(shape)}")
+        else:
+            packed += (slot, address, _CODES[tensor.dtype], len(shape) + len(tail))
+            tail += tensor.stride()
     packed[0] = len(packed)
     packed += shape
     packed += tail
+    if len(shape) < 1:
+        raise ShapeError("a state must have an axis of samples, got a scalar")
     fault = _run(operation, _packer(len(packed))(*packed), wide)
     if fault:
-        raise IndexError(_FAULTS[fault])
+        error, words = _FAULTS[fault]
+        raise error(words)
 
 
 def normal(out: Tensor, cursor: Tensor, stream: int) -> None:
@@ -159,19 +176,21 @@ def step(
     _check_out(out)
     dtype, shape = out.dtype, out.shape
     _check_table(table, cursor, dtype)
+    if x.dtype is not dtype:
+        raise DTypeError(f"x must have the state's dtype, {dtype}, got {x.dtype}: use x.to({dtype})")
     if x.shape != shape:
         x = x.expand(shape)
     if m is not None and m.shape != shape:
         m = m.expand(shape)
     if net_input is not None and (net_input.shape != shape or 0 in net_input.stride()):
-        raise IndexError(f"net_input must have shape {tuple(shape)}, got {tuple(net_input.shape)} {net_input.stride()}")
+        raise ShapeError(f"net_input must have shape {tuple(shape)}, got {tuple(net_input.shape)} {net_input.stride()}")
     if first_bad is not None:
         _check_column("first_bad", first_bad, shape[:1], torch.int64)
     tensors: Any = (out, table, cursor, x, m, net_input, first_bad)
     if not (history is guide is v is base is z is measured is mask is pushed is None):
         h = [_like(value, shape) for value in history or ()]
         if len(h) > 4 - (m is not None):
-            raise IndexError(f"a row reads at most four predictions, got m and {len(h)} earlier ones")
+            raise ShapeError(f"a row reads at most four predictions, got m and {len(h)} earlier ones")
         if pushed is not None:
             _check_out(pushed, shape, dtype)
         if measured is not None:
@@ -197,7 +216,7 @@ def measure_langevin(
     _check_table(table, cursor, table.dtype)
     _check_column("measured", measured, (len(x), 2), table.dtype)
     if z is None and stream is None:
-        raise ValueError("measure_langevin needs noise: give z or a stream")
+        raise ConfigError("measure_langevin needs noise: give z or a stream")
     if kept is not None:
         _check_out(kept, shape, table.dtype)
     scalars = (table.shape[0], -1 if stream is None else stream, int(batch))
@@ -207,7 +226,7 @@ def measure_langevin(
 
 def perturb(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor, stream: int) -> Tensor:
     _check_cursor(cursor)
-    out = torch.empty(x0.shape, dtype=x0.dtype)
+    out = x0.new_empty(x0.shape)
     columns = [_column(value, x0) for value in (alpha, sigma)]
     _call(4, x0.dtype == torch.float64, x0.shape, (stream,), (_check_out(out), x0, *columns, cursor))
     return out
@@ -217,7 +236,7 @@ def dsm_loss(
     output: Tensor, x0: Tensor, r: Tensor, w: Tensor, weight: Tensor, cursor: Tensor, stream: int
 ) -> tuple[Tensor, Tensor]:
     _check_cursor(cursor)
-    loss, error = torch.empty(len(x0), dtype=x0.dtype), torch.empty(x0.shape, dtype=x0.dtype)
+    loss, error = x0.new_empty(len(x0)), x0.new_empty(x0.shape)
     columns = [_column(value, x0) for value in (r, w, weight)]
     tensors = (loss, _check_out(error), _like(output, x0.shape), x0, *columns, cursor)
     _call(5, x0.dtype == torch.float64, x0.shape, (stream,), tensors)
@@ -225,33 +244,46 @@ def dsm_loss(
 
 
 def dsm_loss_backward(grad: Tensor, error: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(error.shape, dtype=dtype)
+    _check_out(error.new_empty(error.shape))
+    out = error.new_empty(error.shape, dtype=dtype)
     tensors = (out, error, _column(grad, error), _column(weight, error))
     _call(9, error.dtype is torch.float64, error.shape, (), tensors)
     return out
 
 
 def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: int, order: str) -> Tensor:
-    out = torch.empty((len(t), channels), dtype=t.dtype)
+    out = t.new_empty((len(t), channels))
     half = channels // 2
     if t.ndim != 1 or frequencies.shape != (half,):
-        raise IndexError(f"t must be [B] and frequencies [{half}], got {tuple(t.shape)} and {tuple(frequencies.shape)}")
+        raise ShapeError(f"t must be [B] and frequencies [{half}], got {tuple(t.shape)} and {tuple(frequencies.shape)}")
     tensors = (
         _check_out(out),
         _column(t, t),
         frequencies.to(t.dtype).contiguous(),
         torch.tensor(scale, dtype=torch.float64),
     )
-    _call(6, t.dtype == torch.float64, out.shape, (channels, half, _ORDERS[order], *_bits(scale)), tensors)
+    _call(
+        6,
+        t.dtype == torch.float64,
+        out.shape,
+        (channels, half, _ORDERS[choose("order", order, _ORDERS)], *_bits(scale)),
+        tensors,
+    )
     return out
 
 
 def probe_dot(value: Tensor, cursor: Tensor, stream: int, kind: str, probe: Tensor | None = None) -> Tensor:
     _check_cursor(cursor)
-    total = torch.empty(len(value), dtype=torch.float64)
+    total = value.new_empty(len(value), dtype=torch.float64)
     wide = value.dtype == torch.float64
     tensors = (total, value, cursor, _like(probe, value.shape))
-    _call(7, wide, value.shape, (stream, int(kind == "rademacher")), tensors)
+    _call(
+        7,
+        wide,
+        value.shape,
+        (stream, int(probe is None and choose("kind", kind, ("normal", "rademacher")) == "rademacher")),
+        tensors,
+    )
     return total
 
 
@@ -259,8 +291,8 @@ def rk_error(
     x: Tensor, stages: Sequence[Tensor], h: Tensor, b: Sequence[float], e: Sequence[float], rtol: float, atol: float
 ) -> tuple[Tensor, Tensor]:
     if not len(stages) == len(b) == len(e) <= MAX_STAGES:
-        raise IndexError(f"as many stages as weights, at most {MAX_STAGES}: got {len(stages)}, {len(b)}, {len(e)}")
-    after, norm = torch.empty(x.shape, dtype=x.dtype), torch.empty(len(x), dtype=x.dtype)
+        raise ShapeError(f"as many stages as weights, at most {MAX_STAGES}: got {len(stages)}, {len(b)}, {len(e)}")
+    after, norm = x.new_empty(x.shape), x.new_empty(len(x))
     tensors = (_check_out(after), norm, x, _column(h, x), *(_like(k, x.shape) for k in stages))
     _call(8, x.dtype == torch.float64, x.shape, (len(stages), *_bits(*b, *e, rtol, atol)), tensors)
     return after, norm
@@ -277,30 +309,30 @@ _STATES = (torch.float32, torch.float64)
 def _check_out(out: Tensor, shape: Any = None, dtype: Any = None) -> Tensor:
     """What the library writes as it stands: contiguous, float32 or float64, of at least two axes."""
     if not out.is_contiguous() or out.dtype not in _STATES or out.ndim < 2:
-        raise IndexError(
+        raise ShapeError(
             f"a state must be contiguous float32 or float64 [B, *], got {out.dtype} {tuple(out.shape)} {out.stride()}"
         )
     if (shape is not None and out.shape != shape) or (dtype is not None and out.dtype != dtype):
-        raise IndexError(f"expected {dtype} {tuple(shape)}, got {out.dtype} {tuple(out.shape)}")
+        raise ShapeError(f"expected {dtype} {tuple(shape)}, got {out.dtype} {tuple(out.shape)}")
     return out
 
 
 def _check_cursor(cursor: Tensor) -> None:
     if cursor.numel() != 3 or cursor.dtype is not torch.int64 or not cursor.is_contiguous():
-        raise IndexError(f"cursor must be int64 [3], got {cursor.dtype} {tuple(cursor.shape)}: use fastdiff.ops.cursor")
+        raise ShapeError(f"cursor must be int64 [3], got {cursor.dtype} {tuple(cursor.shape)}: use fastdiff.ops.cursor")
 
 
 def _check_table(table: Tensor, cursor: Tensor, dtype: torch.dtype) -> None:
     _check_cursor(cursor)
-    if table.dtype is not dtype or table.shape[-1] != len(COLUMNS) or not table.is_contiguous():
-        raise IndexError(
+    if table.dtype is not dtype or table.ndim != 2 or table.shape[1] != len(COLUMNS) or not table.is_contiguous():
+        raise ShapeError(
             f"table must be contiguous {dtype} [rows, {len(COLUMNS)}], got {table.dtype} {tuple(table.shape)}"
         )
 
 
 def _check_column(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if value is not None and (value.shape != shape or value.dtype != dtype or not value.is_contiguous()):
-        raise IndexError(f"{name} must be contiguous {dtype} {shape}, got {value.dtype} {tuple(value.shape)}")
+        raise ShapeError(f"{name} must be contiguous {dtype} {shape}, got {value.dtype} {tuple(value.shape)}")
 
 
 def _like(value: Tensor | None, shape: torch.Size) -> Tensor | None:
@@ -310,7 +342,7 @@ def _like(value: Tensor | None, shape: torch.Size) -> Tensor | None:
 def _column(value: Tensor, like: Tensor) -> Tensor:
     """One number a sample, in the state's dtype (rounded once)."""
     if value.ndim != 1 or value.shape[0] != like.shape[0]:
-        raise IndexError(f"expected one number for each of {len(like)} samples, got {tuple(value.shape)}")
+        raise ShapeError(f"expected one number for each of {len(like)} samples, got {tuple(value.shape)}")
     if value.dtype is not like.dtype:
         value = value.to(like.dtype)
     return value if value.is_contiguous() else value.contiguous()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -18,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, inputs, native
-from .errors import ConfigError, choose
+from . import checks, gradients, inputs, native
+from .errors import ConfigError, DeviceError, choose
 from .reference import noise, row
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
@@ -97,7 +99,6 @@ def backend_module(name: str) -> ModuleType:
 
 def doctor() -> str:
     """Which backend serves which tensors here, and why, in a few lines."""
-    float32, cpu, cuda = torch.float32, torch.device("cpu"), torch.device("cuda", 0)
     fused = ", ".join(SCHEMAS)
     lines = [f"operations     {fused}", f"reference      plain PyTorch {torch.__version__}: anything, anywhere"]
     if native.available:
@@ -107,18 +108,20 @@ def doctor() -> str:
         )
     else:
         lines.append(f"cpu            not available: {native.why}")
+    here = torch.cuda.is_available()
     if HAS_TRITON:
-        found = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA device here"
-        lines.append(f"triton         {importlib.metadata.version('triton')}, {found}")
+        compiler = os.environ.get("CC") or next(filter(shutil.which, ("clang", "gcc", "cc")), None)
+        lacking = "" if compiler else "; it will find no C compiler for its launchers"
+        found = torch.cuda.get_device_name(0) if here else "no CUDA device here"
+        lines.append(f"triton         {importlib.metadata.version('triton')}, {found}{lacking}")
     else:
         lines.append("triton         not available: it is not installed")
-    for title, device, dtype in (
-        ("CPU float32", cpu, float32), ("CPU float64", cpu, torch.float64),
-        ("CUDA float32", cuda, float32), ("CUDA float64", cuda, torch.float64),
-    ):  # fmt: skip
-        name, obstacle = _serves(device, dtype)
-        reasons = [f"not {other!r}: {reason}" for other, reason in obstacle.items() if name == "reference"]
-        lines.append(f"{title:14} {name}" + "".join(f"; {reason}" for reason in reasons))
+    for device, dtype in itertools.product(("cpu", "cuda"), (torch.float32, torch.float64)):
+        name, obstacle = _serves(torch.device(device), dtype)
+        reasons = [f"not {other!r}: {reason}" for other, reason in obstacle.items()] if name == "reference" else []
+        why = "; ".join(reasons) or "every operation has its own kernel there"
+        absent = "" if here or device == "cpu" else " (if there were such a device)"
+        lines.append(f"{device:4} {str(dtype).removeprefix('torch.'):9} {name}{absent}: {why}")
     return "\n".join(lines)
 
 
@@ -164,18 +167,29 @@ def _register() -> torch.library.Library:
         if HAS_TRITON:
             library.impl(name, _on_cuda(name), "CUDA")
         torch.library.register_fake(f"fastdiff::{name}", _FAKES.get(name, _writes), lib=library)
-    for name, (backward, setup) in _GRADIENTS.items():
+    for name, (backward, setup) in gradients.FORMULAS.items():
         torch.library.register_autograd(f"fastdiff::{name}", backward, setup_context=setup, lib=library)
     return library
 
 
 def _on_cuda(name: str) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        values = (*args, *kwargs.values())
-        wide = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in values)
-        return getattr(row if wide else backend_module("triton"), name)(*args, **kwargs)
+    return lambda *args, **kwargs: getattr(_serving([*args, *kwargs.values()]), name)(*args, **kwargs)
 
-    return run
+
+def _serving(args: Sequence[Any]) -> ModuleType:
+    """The implementation for these arguments: by their device, and by whether there is a float64 tensor among them."""
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    for values in args:
+        if isinstance(values, (list, tuple)):
+            tensors += [value for value in values if isinstance(value, Tensor)]
+    key = (tensors[0].device.type, any(value.dtype is torch.float64 for value in tensors))
+    if key not in _SERVED:
+        dtype = torch.float64 if key[1] else torch.float32
+        _SERVED[key] = backend_module(_serves(tensors[0].device, dtype)[0])
+    return _SERVED[key]
+
+
+_SERVED: dict[tuple[str, bool], ModuleType] = {}
 
 
 def _writes(*_: Any, **__: Any) -> None:
@@ -192,93 +206,6 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _wide(value: Tensor, like: Tensor) -> Tensor:
-    """value [B], to broadcast over like [B, *]."""
-    return value.view(-1, *[1] * (like.ndim - 1))
-
-
-def _no_gradient(ctx: Any, names: Sequence[str], first: int) -> None:
-    for offset, name in enumerate(names):
-        if ctx.needs_input_grad[first + offset]:
-            raise ConfigError(
-                f"{name} must not require a gradient: only the samples and the network are trained through"
-            )
-
-
-def _perturb_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    _no_gradient(ctx, ("alpha", "sigma"), 1)
-    ctx.save_for_backward(inputs[1])
-
-
-def _perturb_backward(ctx: Any, grad: Tensor) -> Any:
-    (alpha,) = ctx.saved_tensors
-    return grad * _wide(alpha.to(grad.dtype), grad), None, None, None, None
-
-
-def _dsm_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    network, _, r, _, weight, _, _ = inputs
-    _no_gradient(ctx, ("r", "w"), 2)
-    ctx.save_for_backward(r, weight, output[1])
-    ctx.dtype = network.dtype
-    ctx.set_materialize_grads(False)
-
-
-def _dsm_backward(ctx: Any, grad: Tensor | None, grad_error: Tensor | None) -> Any:
-    r, weight, error = ctx.saved_tensors
-    _, needs_x0, _, _, needs_weight, *_ = ctx.needs_input_grad
-    total = None if grad is None else dsm_loss_backward(grad, error, weight, error.dtype if needs_x0 else ctx.dtype)
-    if grad_error is not None:
-        total = grad_error if total is None else total + grad_error
-    of_x0 = -_wide(r.to(error.dtype), error) * total if needs_x0 and total is not None else None
-    of_weight = grad * error.square().flatten(1).mean(1) if needs_weight and grad is not None else None
-    return None if total is None else total.to(ctx.dtype), of_x0, None, None, of_weight, None, None
-
-
-def _embedding_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    t, frequencies, ctx.scale, _, ctx.order = inputs
-    ctx.save_for_backward(t, frequencies, output)
-
-
-def _embedding_backward(ctx: Any, grad: Tensor) -> Any:
-    t, frequencies, out = ctx.saved_tensors
-    half = len(frequencies)
-    if ctx.order == "interleaved":
-        (sine, cosine), (of_sine, of_cosine) = ((v[:, 0 : 2 * half : 2], v[:, 1 : 2 * half : 2]) for v in (out, grad))
-    else:
-        first = 0 if ctx.order == "sin_cos" else half
-        (sine, cosine), (of_sine, of_cosine) = (
-            (v[:, first : first + half], v[:, half - first : 2 * half - first]) for v in (out, grad)
-        )
-    angle = of_sine * cosine - of_cosine * sine
-    of_t = ctx.scale * (angle * frequencies).sum(1)
-    return of_t, (angle * (ctx.scale * t)[:, None]).sum(0), None, None, None
-
-
-def _probe_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    value, cursor, ctx.stream, ctx.kind, probe = inputs
-    if probe is not None and ctx.needs_input_grad[4]:
-        raise ConfigError("probe must not require a gradient: it is noise")
-    ctx.save_for_backward(cursor, probe)
-    ctx.of = (value.shape, value.dtype)
-
-
-def _probe_backward(ctx: Any, grad: Tensor) -> Any:
-    cursor, probe = ctx.saved_tensors
-    shape, dtype = ctx.of
-    if probe is None:
-        probe = grad.new_empty(shape, dtype=torch.float32)
-        fill = torch.ops.fastdiff.rademacher if ctx.kind == "rademacher" else torch.ops.fastdiff.normal
-        fill(probe, cursor, ctx.stream)
-    return (_wide(grad, probe) * probe).to(dtype), None, None, None, None
-
-
-_GRADIENTS = {
-    "perturb": (_perturb_backward, _perturb_setup),
-    "dsm_loss": (_dsm_backward, _dsm_setup),
-    "timestep_embedding": (_embedding_backward, _embedding_setup),
-    "probe_dot": (_probe_backward, _probe_setup),
-}
-
 if not native.available:
     warnings.warn(
         f"fastdiff runs on plain PyTorch, several times slower: {native.why}; install it again with a C++ compiler "
@@ -286,56 +213,71 @@ if not native.available:
         RuntimeWarning,
         stacklevel=2,
     )
+elif not native.is_fresh():
+    warnings.warn(
+        f"{native.LIBRARY.name} was built from other sources than csrc/ now has: install fastdiff again (pip install -e .)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 _LIBRARY = _register()
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    """torch.ops.fastdiff.<name>; called on plain tensors, its implementation at once, which costs a tenth."""
-    operator = getattr(torch.ops.fastdiff, name)
-    backward, setup = _GRADIENTS.get(name, (None, None))
+def _function(name: str) -> Any:
+    """The operation as an autograd function that calls its implementation at once."""
+    backward, setup = gradients.FORMULAS[name]
 
-    def forward(*args: Any) -> Any:
-        device, dtype = args[0].device, args[0].dtype
-        served = _SERVED.get((device.type, dtype)) or _SERVED.setdefault(
-            (device.type, dtype), backend_module(_serves(device, dtype)[0])
-        )
-        return getattr(served, name)(*args)
-
-    def remembering(ctx: Any, *args: Any) -> Any:
-        output = forward(*args)
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = getattr(_serving(args), name)(*args)
         setup(ctx, args, output)
         return output
 
-    function = type(
-        name, (torch.autograd.Function,), {"forward": staticmethod(remembering), "backward": staticmethod(backward)}
-    )
-
-    def call(*args: Any) -> Any:
-        trained = False
-        for value in args:
-            if isinstance(value, Tensor):
-                if type(value) is not Tensor and type(value) is not torch.nn.Parameter:
-                    return operator(*args)
-                trained |= value.requires_grad
-        if not _is_plain():
-            return operator(*args)
-        return function.apply(*args) if trained and torch.is_grad_enabled() else forward(*args)
-
-    return call
-
-
-_SERVED: dict[tuple[str, torch.dtype], ModuleType] = {}
-
-
-def _is_plain() -> bool:
-    """Whether tensors are just numbers here: nothing compiles, exports, transforms or watches the call."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch.autograd.forward_ad._current_level >= 0
+    return type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     )
 
 
-perturb, dsm_loss, dsm_loss_backward = map(_operator, ("perturb", "dsm_loss", "dsm_loss_backward"))
-timestep_embedding, probe_dot = map(_operator, ("timestep_embedding", "probe_dot"))
+_FUNCTIONS = {name: _function(name) for name in gradients.FORMULAS}
+
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _run(name: str, *args: Any) -> Any:
+    """torch.ops.fastdiff.<name>; on plain tensors without the dispatcher, which costs more than the operation."""
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return getattr(gradients, name)(*args)
+    trained, plain = False, not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+    for value in args:
+        if isinstance(value, Tensor):
+            if value.device != args[0].device:
+                raise DeviceError(f"all tensors must be on {args[0].device}, got one on {value.device}: move it there")
+            # subclasses, and views that stand for other numbers, are the dispatcher's business
+            plain &= type(value) in _TENSORS and not value.is_neg()
+            trained |= value.requires_grad
+    if not plain:
+        return getattr(torch.ops.fastdiff, name)(*args)
+    if trained and torch.is_grad_enabled():
+        return _FUNCTIONS[name].apply(*args)
+    return getattr(_serving(args), name)(*args)
+
+
+def perturb(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor, stream: int) -> Tensor:
+    """x_t = alpha_i·x0 + sigma_i·ε, [B, *]; see fastdiff.reference.row.perturb."""
+    return _run("perturb", x0, alpha, sigma, cursor, stream)
+
+
+def dsm_loss(
+    output: Tensor, x0: Tensor, r: Tensor, w: Tensor, weight: Tensor, cursor: Tensor, stream: int
+) -> tuple[Tensor, Tensor]:
+    """Each sample's weighted mean squared error, [B], and the error, [B, *]; see fastdiff.reference.row.dsm_loss."""
+    return _run("dsm_loss", output, x0, r, w, weight, cursor, stream)
+
+
+def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: int, order: str) -> Tensor:
+    """Sines and cosines of (scale·t)·frequencies, [B, channels]; see fastdiff.reference.row.timestep_embedding."""
+    return _run("timestep_embedding", t, frequencies, scale, channels, order)
+
+
+def probe_dot(value: Tensor, cursor: Tensor, stream: int, kind: str, probe: Tensor | None = None) -> Tensor:
+    """⟨v, value⟩ of each sample, float64 [B]; see fastdiff.reference.row.probe_dot."""
+    return _run("probe_dot", value, cursor, stream, kind, probe)

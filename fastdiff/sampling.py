@@ -92,6 +92,8 @@ def sample(
     check         "final", "every" row or "off": where a run that is not finite is refused with NonFiniteError
     callback      (row, t, x) after each row, once for each batch; x is a copy, t its process time
     trajectory    k > 0 adds k states [k, num_samples, *shape], evenly spaced from the start to the end
+    backend       "auto": the device's fused kernels where there are any ("cpu": compiled, "triton": GPU), else "reference",
+                  plain PyTorch; all make the same bits. `fastdiff doctor` says what there is
     return_info   adds a SampleInfo
 
     Returns x, or a tuple x[, states][, info]. Inputs, the model's mode and every global state are left as they were.
@@ -303,12 +305,12 @@ class _Run:
     def draw(self, k: int, lo: int, hi: int) -> Tensor:
         """The noise that the caller gives row k for samples lo … hi − 1."""
         if isinstance(self.noise, Tensor):
-            return self.noise[k, lo:hi].to(self.dtype)
+            return self.noise[k, lo:hi].to(self.dtype).resolve_neg()
         if self.given is None or self.given[0] != k:
             noise = self.noise(k)
             inputs.check_tensor(f"noise({k})", noise, self.full, self.device, self.check != "off")
             self.given = (k, noise)
-        return self.given[1][lo:hi].to(self.dtype)
+        return self.given[1][lo:hi].to(self.dtype).resolve_neg()
 
 
 def _layout(net: Any, rank: int) -> torch.memory_format:

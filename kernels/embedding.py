@@ -35,7 +35,7 @@ def embedding_kernel(
     turns = tl.where(size < _ROUND, (size + _ROUND) - _ROUND, size)
     turns = turns * tl.where(quarters < 0, -1.0, 1.0)
     sine, cosine = philox.sine_cosine((quarters - turns).to(tl.float32))
-    quadrant = turns - 4 * tl.floor(turns / 4)
+    quadrant = turns - 4 * tl.floor(turns * 0.25)
     swap = (quadrant == 1) | (quadrant == 3)
     sine, cosine = tl.where(swap, cosine, sine), tl.where(swap, sine, cosine)
     sine = sine * tl.where(quadrant >= 2, -1.0, 1.0)
@@ -58,7 +58,12 @@ def embedding_kernel(
 def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: int, order: str) -> Tensor:
     """Sines and cosines of (scale·t_i)·frequencies_k, [B, channels] (fastdiff.reference.row.timestep_embedding)."""
     out = t.new_empty((len(t), channels))
-    half = len(frequencies)
+    half = channels // 2
+    if frequencies.shape != (half,) or order not in ORDERS:
+        raise ValueError(
+            f"expected {half} frequencies and order one of {ORDERS}, got {tuple(frequencies.shape)}, {order!r}"
+        )
+    tiles.check_column(len(t), t=t)
     if out.numel() == 0 or half == 0:
         return out.zero_()
     width = min(FREQUENCIES, 1 << (half - 1).bit_length())

@@ -29,6 +29,7 @@ def normal_kernel(
 
 def normal(out: Tensor, cursor: Tensor, stream: int) -> None:
     """Fill out [B, *], contiguous, with standard normals (FDN1)."""
+    tiles.check_state(out, cursor)
     if out.numel() == 0:
         return
     tiling = tiles.cut(len(out), out.numel() // len(out))
@@ -50,6 +51,7 @@ def rademacher_kernel(
 
 def rademacher(out: Tensor, cursor: Tensor, stream: int) -> None:
     """Fill out [B, *], contiguous, with ±1."""
+    tiles.check_state(out, cursor)
     if out.numel() == 0:
         return
     tiling = cut_signs(len(out), out.numel() // len(out))
@@ -79,6 +81,8 @@ def perturb_kernel(
 def perturb(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor, stream: int) -> Tensor:
     """x_t = alpha_i·x0 + sigma_i·ε for x0 [B, *] and alpha, sigma [B]."""
     out = x0.new_empty(x0.shape)
+    tiles.check_state(out, cursor)
+    tiles.check_column(len(x0), alpha=alpha, sigma=sigma)
     if out.numel() == 0:
         return out
     tiling = tiles.cut(len(out), out.numel() // len(out))

@@ -95,6 +95,9 @@ def measure_langevin(
     """measured [B, 2] ← (δ, √(2δ)) (fastdiff.reference.row.measure_langevin)."""
     if z is None and stream is None:
         raise ValueError("measure_langevin needs noise: give z or a stream")
+    tiles.check_state(table, cursor, measured)
+    tiles.check_column(len(x), measured=measured)
+    tiles.check_same(x.shape, kept=kept)
     if x.numel() == 0:
         measured.zero_()
         return

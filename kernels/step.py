@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -77,9 +78,9 @@ def prediction(row, x, m, guide):
 
 @triton.jit
 def clamp(value, low, high):
-    """Between low and high; NaN stays."""
-    value = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(value, high, propagate_nan=tl.PropagateNan.ALL)
+    """Between low and high; NaN stays, and so does the sign of a zero, which the hardware's maximum would order."""
+    value = tl.where(value < low, low, value)
+    return tl.where(value > high, high, value)
 
 
 @triton.jit
@@ -102,8 +103,7 @@ def exp(u):
 
 @triton.jit
 def note_bad(first_bad, first, batch, k, extreme, QUADS: tl.constexpr, SAMPLES: tl.constexpr):
-    """first_bad ← min(itself, k) for the samples where `extreme` ≥ 0 is infinite or NaN: the largest bits tell. (Elements
-    beyond the state were read as zeros, and are finite.)"""
+    """first_bad ← min(itself, k) for the samples where `extreme` ≥ 0 is infinite or NaN: the largest bits tell."""
     bits = extreme.to(tl.int32, bitcast=True)
     if SAMPLES == 1:
         worst = tl.max(bits, axis=0)
@@ -113,7 +113,8 @@ def note_bad(first_bad, first, batch, k, extreme, QUADS: tl.constexpr, SAMPLES: 
         worst = tl.max(tl.reshape(bits, [SAMPLES, 4 * QUADS]), axis=1)
         sample = first + tl.arange(0, SAMPLES)
         rows = tl.broadcast_to(k, worst.shape)
-        tl.atomic_min(first_bad + sample, rows, mask=worst >= 0x7F800000, sem="relaxed")
+        there = (worst >= 0x7F800000) & (sample < batch)
+        tl.atomic_min(first_bad + sample, rows, mask=there, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
@@ -260,6 +261,11 @@ def step(
     if out.numel() == 0:
         return
     shape, inner = out.shape, None
+    tiles.check_state(out, table, cursor)
+    tiles.check_same(shape, pushed=pushed, net_input=net_input)
+    tiles.check_column(len(out), measured=measured, first_bad=first_bad)
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
     # operands without a use are left out, so that no kernel is compiled for them
     guide = guide if m is not None else None
     pushed = pushed if m is not None else None

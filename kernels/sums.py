@@ -38,6 +38,8 @@ def dsm_loss(
 ) -> tuple[Tensor, Tensor]:
     """Each sample's weighted mean squared error, and the error itself (fastdiff.reference.row.dsm_loss)."""
     loss, error = x0.new_empty(x0.shape[:1]), x0.new_empty(x0.shape)
+    tiles.check_state(error, cursor)
+    tiles.check_column(len(x0), r=r, w=w, weight=weight)
     if x0.numel() == 0:
         return weight.to(x0.dtype) * 0, error
     numel = x0.numel() // len(x0)
@@ -108,6 +110,8 @@ def _signed(there, word, inside, j, remaining, group: tl.constexpr, QUADS: tl.co
 def probe_dot(value: Tensor, cursor: Tensor, stream: int, kind: str, probe: Tensor | None = None) -> Tensor:
     """⟨v, value⟩ of each sample, float64 [B]: v is `probe`, or drawn anew (fastdiff.reference.row.probe_dot)."""
     out = value.new_empty(value.shape[:1], dtype=torch.float64)
+    if probe is None and kind not in ("rademacher", "normal"):
+        raise ValueError(f"kind must be 'rademacher' or 'normal', got {kind!r}")
     if value.numel() == 0:
         return out.zero_()
     numel = value.numel() // len(value)
@@ -157,6 +161,10 @@ def rk_error(
 ) -> tuple[Tensor, Tensor]:
     """The Runge–Kutta combination and each sample's error (fastdiff.reference.row.rk_error)."""
     after, error = x.new_empty(x.shape), x.new_empty(x.shape[:1])
+    tiles.check_state(after)
+    tiles.check_column(len(x), h=h)
+    if not len(stages) == len(b) == len(e):
+        raise ValueError(f"as many stages as weights: got {len(stages)}, {len(b)} and {len(e)}")
     if x.numel() == 0:
         return after, error.zero_()
     numel = x.numel() // len(x)

@@ -126,8 +126,6 @@ def cut(batch: int, numel: int, quads: int | None = None, groups: int = 1) -> Ti
     needed = -(-numel // 4)
     width = min(quads, 1 << (needed - 1).bit_length())
     samples = quads // width if needed <= width else 1
-    # a batch smaller than a program's rows needs no more rows than it has
-    samples = min(samples, 1 << (batch - 1).bit_length())
     blocks, span = -(-needed // (width * groups)), SPAN.value
     whole = numel % 4 == 0
     arguments = {
@@ -201,6 +199,31 @@ def dense(value: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     if value is None or (value.is_contiguous() and value.shape == shape):
         return value
     return value.expand(shape).contiguous()
+
+
+def check_state(state: Tensor, *others: Tensor) -> None:
+    """What a kernel addresses as it stands: float32, contiguous; all on one device."""
+    if state.dtype != torch.float32 or not state.is_contiguous():
+        raise TypeError(f"a state must be contiguous float32, got {state.dtype} {tuple(state.shape)} {state.stride()}")
+    for other in others:
+        if other.device != state.device or not other.is_contiguous():
+            raise ValueError(f"expected a contiguous tensor on {state.device}, got {other.stride()} on {other.device}")
+
+
+def check_same(shape: Sequence[int], **written: Tensor | None) -> None:
+    """What is written beside the state has its shape, and no element twice."""
+    for name, value in written.items():
+        if value is not None and (value.shape != shape or 0 in value.stride()):
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)} {value.stride()}")
+        if value is not None and name != "net_input" and not value.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
+
+
+def check_column(batch: int, **columns: Tensor | None) -> None:
+    """One entry for each sample."""
+    for name, value in columns.items():
+        if value is not None and (value.ndim == 0 or value.shape[0] != batch):
+            raise ValueError(f"{name} must have an entry for each of {batch} samples, got {tuple(value.shape)}")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **meta: Any) -> None:

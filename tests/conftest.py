@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
-    """torch.empty returns NaN, so that an element nobody wrote shows up in the results."""
+    """torch.empty and new_empty return NaN, so that an element nobody wrote shows up in the results."""
     empty = torch.empty
 
     def poisoned(*args, **kwargs):
@@ -27,3 +27,14 @@ def _poisoned_memory(monkeypatch):
         return out.fill_(float("nan")) if out.is_floating_point() and out.device.type != "meta" else out
 
     monkeypatch.setattr(torch, "empty", poisoned)
+    new_empty = torch.Tensor.new_empty
+
+    def new_poisoned(self, *args, **kwargs):
+        out = new_empty(self, *args, **kwargs)
+        return (
+            out.fill_(float("nan"))
+            if type(out) is torch.Tensor and out.is_floating_point() and out.numel() < 10**9
+            else out
+        )
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_poisoned)

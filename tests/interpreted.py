@@ -613,6 +613,117 @@ def test_streams_are_apart():
     assert not torch.equal(whole[2:], part)
 
 
+# --- operands of any strides, operands that are refused -----------------------------------------------------------------
+
+
+def calls():
+    """One call of each operation but those that only fill: (name, tensors that are read, the rest)."""
+    x, m, z, base = operands((3, 4, 5), 3, 4)[:4]
+    a, b, c = (torch.rand(3, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    coefficients = table_of(a=0.5, e=0.3, b0=0.2, b1=0.7, c=0.4, q=1.0, gain=0.05, cap=INF)
+
+    yield (
+        "step",
+        (x, m, z, base, z, torch.stack((a, b), 1)),
+        lambda ops, out, x, m, h, base, z, measured: ops.step(
+            out, coefficients, cursor(), None, x, m, [h], None, None, base, z, measured
+        ),
+    )
+    yield (
+        "measure",
+        (x, m, z),
+        lambda ops, out, x, m, z: ops.measure_langevin(out, coefficients, cursor(), None, False, x, m, None, z),
+    )
+    yield "perturb", (x, a, b), lambda ops, x, a, b: ops.perturb(x, a, b, cursor(), 2)
+    yield "dsm_loss", (m, x, a, b, c), lambda ops, m, x, a, b, c: ops.dsm_loss(m, x, a, b, c, cursor(), 2)[0]
+    yield "probe_dot", (x, z), lambda ops, x, z: ops.probe_dot(x, cursor(), 3, "normal", z)
+    yield (
+        "rk_error",
+        (x, m, z, a),
+        lambda ops, x, m, z, a: ops.rk_error(x, [m, z], a, [0.4, 0.6], [0.1, -0.1], 1e-3, 1e-3)[1],
+    )
+    yield "embedding", (a, b), lambda ops, a, b: ops.timestep_embedding(a, b, 3.0, 6, "sin_cos")
+
+
+def turned(value):
+    """The same numbers, the axes in memory in the opposite order, from an odd place on."""
+    axes = range(value.ndim - 1, -1, -1)
+    room = value.new_full((value.numel() * 2 + 1,), NAN)[1::2]
+    return room.view([value.shape[i] for i in axes]).permute(*axes).copy_(value)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="builds its operands on the CPU")
+@pytest.mark.parametrize(("name", "read", "run"), list(calls()), ids=lambda v: v if isinstance(v, str) else "")
+def test_operands_have_any_strides(name, read, run):
+    wrote = {"step": lambda: torch.full((3, 3, 4, 5), NAN), "measure": lambda: torch.full((3, 2), NAN)}.get(name)
+
+    def result(ops, values):
+        if wrote is None:
+            return run(ops, *values)
+        out = wrote()
+        run(ops, out, *values)
+        return out
+
+    expected = result(row, read)
+    same(result(kernels, [turned(value) for value in read]), expected)
+
+
+def test_flags_end_with_the_batch():
+    """Programs of several samples draw noise beyond the batch too, here so large that it is infinite."""
+    x, flags = torch.zeros(3, 2, device=DEVICE), torch.full((8,), 9, device=DEVICE)
+    for seed in range(8):
+        out = torch.empty_like(x)
+        coefficients = table_of(a=1.0, c=3e38, q=1.0).to(DEVICE)
+        kernels.step(out, coefficients, cursor(seed=seed).to(DEVICE), 1, x, first_bad=flags[:3])
+    assert bool((flags[3:] == 9).all())
+    assert bool((flags[:3] < 9).any())
+
+
+def test_minus_zero_stays_at_a_clamp_of_zero():
+    m, pushed, theirs = (torch.full((2, 8), -0.0) for _ in range(3))
+    arguments = (table_of(a=0.0, b0=1.0, q=1.0, low=0.0, high=1.0), cursor(), None, m, m)
+    row.step(torch.empty(2, 8), *arguments, pushed=theirs)
+    pushed = pushed.to(DEVICE)
+    moved = [v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in arguments]
+    kernels.step(torch.empty(2, 8, device=DEVICE), *moved, pushed=pushed)
+    same(pushed, theirs)
+
+
+def test_what_would_be_misread_is_refused():
+    x, one = torch.zeros(3, 8, device=DEVICE), torch.ones(1, device=DEVICE)
+    at, coefficients = cursor().to(DEVICE), table_of(a=1.0).to(DEVICE)
+    refused = [
+        lambda: kernels.normal(torch.zeros(8, 3, device=DEVICE).T, at, 1),
+        lambda: kernels.normal(x.double(), at, 1),
+        lambda: kernels.perturb(x, one, one, at, 2),
+        lambda: kernels.dsm_loss(x, x, one, one, one, at, 2),
+        lambda: kernels.rk_error(x, [x], one.expand(3), [1.0, 2.0], [1.0], 1e-3, 1e-3),
+        lambda: kernels.rk_error(x, [x], one, [1.0], [1.0], 1e-3, 1e-3),
+        lambda: kernels.timestep_embedding(one, torch.ones(8, device=DEVICE), 1.0, 8, "sin_cos"),
+        lambda: kernels.timestep_embedding(one, torch.ones(4, device=DEVICE), 1.0, 8, "foo"),
+        lambda: kernels.probe_dot(x, at, 3, "gaussian"),
+        lambda: kernels.step(x.clone(), coefficients, at, None, x, net_input=x[:, :1]),
+        lambda: kernels.step(x.clone(), coefficients, at, None, x, x, pushed=torch.zeros(8, 3, device=DEVICE).T),
+        lambda: kernels.step(x.clone(), coefficients, at, None, x, known=x, mask=x),
+        lambda: kernels.step(x.clone(), coefficients, at, None, x, first_bad=torch.zeros(2, device=DEVICE)),
+    ]
+    for call in refused:
+        with pytest.raises((TypeError, ValueError)):
+            call()
+
+
+def test_products_and_sums_are_never_contracted():
+    """The launch option that keeps a compiler from fusing them."""
+    seen = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: seen.update(options)
+
+    tiles.launch(Kernel(), (1,), torch.zeros(1))
+    assert seen["enable_fp_fusion"] is False
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 RUNS = [

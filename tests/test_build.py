@@ -22,7 +22,9 @@ def setup(*arguments, cwd=ROOT, **environment):
 
 @pytest.mark.slow
 def test_wheel_holds_the_library_and_is_for_any_python(tmp_path):
-    done = setup("bdist_wheel", "--dist-dir", tmp_path, "--bdist-dir", tmp_path / "b", "build", "--build-base", tmp_path / "t")
+    done = setup(
+        "bdist_wheel", "--dist-dir", tmp_path, "--bdist-dir", tmp_path / "b", "build", "--build-base", tmp_path / "t"
+    )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert "-py3-none-" in wheel.name

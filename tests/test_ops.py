@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 import fastdiff
 from fastdiff import losses, native, ops
-from fastdiff.errors import ConfigError
+from fastdiff.errors import ConfigError, DeviceError
 from fastdiff.models import MLP, UNet
 from fastdiff.reference import row
 from fastdiff.table import COLUMNS
@@ -124,6 +124,104 @@ def test_export_sees_the_embedding():
     exported = torch.export.export(net, (random(3, 2), torch.rand(3)))
     assert any("timestep_embedding" in str(node.target) for node in exported.graph.nodes)
     assert torch.allclose(exported.module()(random(3, 2), torch.ones(3)), net(random(3, 2), torch.ones(3)))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch's own decompositions
+def test_transformations_see_the_derivatives():
+    """Forward mode, torch.func and gradients of gradients, which know no formula of ours, against plain expressions."""
+    cursor, wide = ops.cursor(1, 2, 3), torch.float64
+    x0, output = (random(3, 5, seed=s, dtype=wide) for s in range(2))
+    a, b, weight = (torch.rand(3, dtype=wide, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    t, frequencies, tangent = random(3, dtype=wide), random(4, dtype=wide), random(3, 5, seed=7, dtype=wide)
+    eps = torch.empty(3, 5)
+    native.normal(eps, cursor, 2)
+
+    def plain(m, x):
+        return (weight * (m - a[:, None] * x - b[:, None] * eps).square().mean(1)).sum()
+
+    def ours(m, x):
+        return ops.dsm_loss(m, x, a, b, weight, cursor, 2)[0].sum()
+
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+        assert torch.allclose(transform(ours)(output, x0), transform(plain)(output, x0), rtol=1e-10)
+    for f, g in (
+        (lambda x: ops.perturb(x, a, b, cursor, 2), lambda x: a[:, None] * x),
+        (lambda x: ops.probe_dot(x, cursor, 2, "normal"), lambda x: (x * eps).sum(1)),
+        (lambda x: ours(x, x0), lambda x: plain(x, x0)),
+    ):
+        expected = torch.func.jvp(g, (output,), (tangent,))[1]
+        assert torch.allclose(torch.func.jvp(f, (output,), (tangent,))[1], expected)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(output, tangent)
+            found = torch.autograd.forward_ad.unpack_dual(f(dual)).tangent
+        assert torch.allclose(found, expected)
+    embedded = torch.func.jacfwd(lambda t: ops.timestep_embedding(t, frequencies, 2.0, 8, "sin_cos"))(t)
+    angle = 2 * t[:, None] * frequencies
+    expected = torch.cat((angle.cos(), -angle.sin()), 1) * 2 * frequencies.repeat(2)
+    assert torch.allclose(embedded.diagonal(dim1=0, dim2=2).T, expected)
+    each = torch.func.vmap(lambda t: ops.timestep_embedding(t[None], frequencies, 2.0, 8, "sin_cos")[0])(t)
+    assert torch.allclose(each, ops.timestep_embedding(t, frequencies, 2.0, 8, "sin_cos"))
+    m = output.clone().requires_grad_()
+    for operator in (ops.dsm_loss, OPERATORS.dsm_loss):
+        loss = operator(m, x0, a, b, weight, cursor, 2)[0].sum()
+        (first,) = torch.autograd.grad(loss, m, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), m)
+        (expected,) = torch.autograd.grad(plain(m, x0), m, create_graph=True)
+        (expected,) = torch.autograd.grad(expected.square().sum(), m)
+        assert torch.allclose(second, expected, rtol=1e-10)
+
+
+def test_gradients_by_the_short_way_are_those_of_the_operators():
+    """fastdiff.ops leaves the dispatcher out; defaults, keywords and gradients are the same."""
+    cursor = ops.cursor(4, 5, 6)
+    for name in ("perturb", "dsm_loss", "timestep_embedding", "probe_dot"):
+        gradients = []
+        for run in (getattr(ops, name), getattr(OPERATORS, name)):
+            inputs = arguments(grad=True)[name]
+            outputs = run(*inputs)
+            first = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+            first.square().sum().backward()
+            gradients.append([v.grad for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad])
+        assert gradients[0]
+        for ours, theirs in zip(*gradients):
+            assert torch.equal(ours, theirs)
+    value = random(2, 9)
+    assert torch.equal(
+        ops.probe_dot(value=value, cursor=cursor, stream=3, kind="normal"), row.probe_dot(value, cursor, 3, "normal")
+    )
+    with pytest.raises(DeviceError, match="all tensors must be on cpu, got one on meta"):
+        ops.perturb(value, torch.ones(2, device="meta"), torch.ones(2), cursor, 2)
+    negative = torch.complex(value, value).conj().imag
+    assert negative.is_neg()
+    ones = torch.ones(2)
+    assert torch.equal(ops.perturb(negative, ones, ones, cursor, 2), row.perturb(-value, ones, ones, cursor, 2))
+    with pytest.raises(ConfigError, match="order must be one of"):
+        ops.timestep_embedding(torch.ones(2), torch.ones(2), 1.0, 4, "foo")
+
+
+def test_dispatch_modes_see_every_operation():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    with Watch(), torch.no_grad():
+        ops.perturb(random(2, 3), torch.ones(2), torch.ones(2), ops.cursor(0, 0, 0), 2)
+    assert "fastdiff.perturb.default" in seen
+
+
+def test_bfloat16_data_train_in_float32():
+    net = MLP((2,), hidden=8, layers=1)
+    model = fastdiff.ScoreModel(net, "vp", prediction="eps", data_shape=(2,))
+    t = torch.tensor([0.2, 0.7])
+    wide = losses.per_sample(model, random(2, 2).bfloat16().float(), t, ops.cursor(0, 0, 1), "dsm")
+    net.bfloat16()
+    narrow = losses.per_sample(model, random(2, 2).bfloat16(), t, ops.cursor(0, 0, 1), "dsm")
+    assert narrow.dtype == torch.float32
+    assert torch.allclose(narrow, wide, rtol=0.1)
 
 
 # --- which backend serves what ---------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import choose
 from ..table import COLUMNS
 from . import noise
 
@@ -79,6 +80,7 @@ def step(
         out = `a`·x + `e`·base + `b0`·h_0 + `b1`·history[0] + … + `c`·z, in this order (without m, `b0` is history[0]'s)
         out = `known_alpha`·known + `known_sigma`·z where mask  (the known part of x_0, at the level that the row ends on)
 
+    out may be x; nothing else that is written may share memory with an operand.
     A term whose coefficient is 0 is left out, whatever its operand holds. z is drawn, unless it is given, if `stream` is.
     v (learned variance, Nichol & Dhariwal 2021, eq. 15) replaces c by exp(`log_mid` + `log_slope`·v), elementwise;
     measured [B, 2] replaces b0 and c by each sample's own.
@@ -194,7 +196,13 @@ def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: i
         quarters = angle.double() * QUARTERS
         turns = quarters.round()
         sine, cosine = noise.quarter_turn((quarters - turns).float(), turns)
-    pair = {"sin_cos": (sine, cosine), "cos_sin": (cosine, sine), "interleaved": (sine, cosine)}[order]
+    return arranged(sine, cosine, channels, order)
+
+
+def arranged(sine: Tensor, cosine: Tensor, channels: int, order: str) -> Tensor:
+    """The features of `timestep_embedding` in their places."""
+    choose("order", order, ("sin_cos", "cos_sin", "interleaved"))
+    pair = (cosine, sine) if order == "cos_sin" else (sine, cosine)
     out = torch.stack(pair, -1).flatten(1) if order == "interleaved" else torch.cat(pair, 1)
     return torch.nn.functional.pad(out, (0, channels % 2))
 
