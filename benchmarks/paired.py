@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import platform
 import statistics
 import subprocess
@@ -39,6 +40,8 @@ def compare(
         calls[name] = max(1, int(200e-6 / each[name]))  # the clock is read at most every 0.2 ms
     rounds = min(max(int(seconds / sum(each[name] * calls[name] for name in systems)), 5), 400)
     times: dict[str, list[float]] = {name: [] for name in systems}
+    gc.collect()
+    gc.disable()  # as timeit does: a collection would fall on whoever is at it
     for turn in range(rounds):
         for name in list(systems) if turn % 2 else reversed(list(systems)):
             run, count = systems[name], calls[name]
@@ -46,6 +49,7 @@ def compare(
             for _ in range(count):
                 run()
             times[name].append((clock() - began) / count)
+    gc.enable()
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name in opponents:
         ratios = [theirs / mine for theirs, mine in zip(times[name], times["ours"])]

@@ -47,6 +47,7 @@ def threads(request):
     return request.param
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch's own compiler
 @pytest.mark.parametrize("n", SIZES)
 def test_step(benchmark, threads, n):
     x, m, out, z = batch(n), batch(n, 1), torch.empty(8, n // 8), torch.empty(8, n // 8)
