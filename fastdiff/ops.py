@@ -244,9 +244,11 @@ _TENSORS = (Tensor, torch.nn.Parameter)
 
 def _run(name: str, *args: Any) -> Any:
     """torch.ops.fastdiff.<name>; on plain tensors without the dispatcher, which costs more than the operation."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.fastdiff, name)(*args)
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return getattr(gradients, name)(*args)
-    trained, plain = False, not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+    trained, plain = False, not torch._C._len_torch_dispatch_stack()
     for value in args:
         if isinstance(value, Tensor):
             if value.device != args[0].device:
