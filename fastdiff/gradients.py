@@ -52,7 +52,7 @@ def _dsm_backward(ctx: Any, grad: Tensor | None, grad_error: Tensor | None) -> A
         total = error * _wide(2 / max(error[:1].numel(), 1) * weight.to(error.dtype) * grad, error)
     elif grad is not None:
         dtype = error.dtype if needs_x0 else ctx.dtype
-        total = torch.ops.fastdiff.dsm_loss_backward(grad, error, weight, dtype)
+        total = getattr(ctx, "served", torch.ops.fastdiff).dsm_loss_backward(grad, error, weight, dtype)
     if grad_error is not None:
         total = grad_error if total is None else total + grad_error
     of_x0 = -_wide(r.to(error.dtype), error) * total if needs_x0 and total is not None else None

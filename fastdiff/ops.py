@@ -182,10 +182,13 @@ def _serving(args: Sequence[Any]) -> ModuleType:
     for values in args:
         if isinstance(values, (list, tuple)):
             tensors += [value for value in values if isinstance(value, Tensor)]
-    key = (tensors[0].device.type, any(value.dtype is torch.float64 for value in tensors))
+    return _served(tensors[0].device, any(value.dtype is torch.float64 for value in tensors))
+
+
+def _served(device: torch.device, wide: bool) -> ModuleType:
+    key = (device.type, wide)
     if key not in _SERVED:
-        dtype = torch.float64 if key[1] else torch.float32
-        _SERVED[key] = backend_module(_serves(tensors[0].device, dtype)[0])
+        _SERVED[key] = backend_module(_serves(device, torch.float64 if wide else torch.float32)[0])
     return _SERVED[key]
 
 
@@ -227,12 +230,16 @@ def _function(name: str) -> Any:
     backward, setup = gradients.FORMULAS[name]
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = getattr(_serving(args), name)(*args)
+        *args, ctx.served = args
+        output = getattr(ctx.served, name)(*args)
         setup(ctx, args, output)
         return output
 
+    def also_none(ctx: Any, *grads: Any) -> Any:
+        return *backward(ctx, *grads), None
+
     return type(
-        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(also_none)}
     )
 
 
@@ -248,19 +255,22 @@ def _run(name: str, *args: Any) -> Any:
         return getattr(torch.ops.fastdiff, name)(*args)
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return getattr(gradients, name)(*args)
-    trained, plain = False, not torch._C._len_torch_dispatch_stack()
+    place = args[0].device
+    trained, wide, plain = False, False, not torch._C._len_torch_dispatch_stack()
     for value in args:
         if isinstance(value, Tensor):
-            if value.device != args[0].device:
-                raise DeviceError(f"all tensors must be on {args[0].device}, got one on {value.device}: move it there")
+            if value.device != place:
+                raise DeviceError(f"all tensors must be on {place}, got one on {value.device}: move it there")
             # subclasses, and views that stand for other numbers, are the dispatcher's business
-            plain &= type(value) in _TENSORS and not value.is_neg()
-            trained |= value.requires_grad
+            plain = plain and type(value) in _TENSORS and not value.is_neg()
+            trained = trained or value.requires_grad
+            wide = wide or value.dtype is torch.float64
     if not plain:
         return getattr(torch.ops.fastdiff, name)(*args)
+    served = _served(place, wide)
     if trained and torch.is_grad_enabled():
-        return _FUNCTIONS[name].apply(*args)
-    return getattr(_serving(args), name)(*args)
+        return _FUNCTIONS[name].apply(*args, served)
+    return getattr(served, name)(*args)
 
 
 def perturb(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor, stream: int) -> Tensor:
