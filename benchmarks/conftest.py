@@ -28,7 +28,7 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(f"{paired.device()}, {paired.commit()}, torch {torch.__version__}")
     terminalreporter.write_line(paired.table())
     terminalreporter.section("Triton kernels as compiled for sm_90 (no GPU has timed them): benchmarks/results/aot.csv")
-    for row in csv.DictReader((paired.ROOT / "results" / "aot.csv").open()):
+    for row in csv.DictReader((paired.ROOT / "results" / "aot.csv").read_text().splitlines()):
         if row["target"] == "sm_90":
             terminalreporter.write_line(
                 f"{row['kernel']:22} {row['variant']:48} {row['registers']:>3} registers, {row['spills']} spills, "

@@ -30,7 +30,7 @@ LINES = [
 
 def table(path: Path = RESULTS) -> str:
     """Their time in units of ours, the median of paired ratios."""
-    rows = list(csv.DictReader(path.open()))
+    rows = list(csv.DictReader(path.read_text().splitlines()))
     found = {(r["case"], r["opponent"], r["n"], r["threads"]): r["ratio_p50"] for r in rows}
     sizes = [("8192", "1"), ("196608", "1"), ("196608", "2"), ("16777216", "1"), ("16777216", "2")]
     heads = [f"n = {int(n):,}, {'one thread' if t == '1' else 'two'}" for n, t in sizes]
