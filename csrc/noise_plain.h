@@ -31,7 +31,6 @@ struct Vector {
     static Wide upper(Words v) { return as<Wide>(v) >> 32; }
     static Wide upper(Wide v) { return v >> 32; }
     static Wide multiply(Wide v, Wide factor) { return (v & 0xffffffffu) * (factor & 0xffffffffu); }
-    static Wide multiply(Words v, Wide factor) { return multiply(as<Wide>(v), factor); }
     static Wide add64(Wide a, Wide b) { return a + b; }
     static Wide all64(uint64_t v) { return Wide{v, v}; }
     static Words exclusive_or(Words a, Words b) { return a ^ b; }

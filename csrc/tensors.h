@@ -86,8 +86,6 @@ inline void convert(float v, Bfloat16& out) { out.bits = to_bfloat16(v); }
 inline void convert(double v, Bfloat16& out) { out.bits = to_bfloat16(float(v)); }
 inline void convert(float v, Float16& out) { out.bits = to_float16(v); }
 inline void convert(double v, Float16& out) { out.bits = to_float16(float(v)); }
-inline void convert(float v, uint8_t& out) { out = v != 0; }
-inline void convert(double v, uint8_t& out) { out = v != 0; }
 
 template <class From, class To>
 inline void convert_run(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t n) {
@@ -199,8 +197,7 @@ struct View {
             case kFloat32: scatter<float>(first, n, from); break;
             case kFloat64: scatter<double>(first, n, from); break;
             case kBfloat16: scatter<Bfloat16>(first, n, from); break;
-            case kFloat16: scatter<Float16>(first, n, from); break;
-            default: scatter<uint8_t>(first, n, from);
+            default: scatter<Float16>(first, n, from);
         }
     }
 };
