@@ -72,12 +72,17 @@ template <class S> struct Chain {
     }
 };
 
+// Whether a tile is of one sample, and that one large enough for the loop below.
+inline bool in_one_loop(const Geometry& g, const Tile& tile) { return tile.samples == 1 && g.numel >= 16 * Vector::lanes; }
+
 // The last term of a chain with the noise that it adds, in one loop: out = Σ factor·value + c·z. Returns whether all of out
 // is finite, and stores scale·out at net_input if that is not null.
 template <int count>
 bool add_noise(
-    float* out, const Term<float>* terms, float c, float* net_input, float scale, int n, uint32_t quad, uint32_t sample,
-    const Source& source) {
+    float* out, const Term<float>* terms, float c, float* net_input, float scale, const Tile& tile,
+    const Cursor& cursor, const Source& source) {
+    const int n = tile.n;
+    const uint32_t quad = uint32_t(tile.element / 4), sample = cursor.first_sample + uint32_t(tile.sample);
     constexpr int L = Vector::lanes, kAhead = 512;
     const float *v0 = terms[0].value, *v1 = terms[count > 1 ? 1 : 0].value, *v2 = terms[count > 2 ? 2 : 0].value;
     const float f0 = terms[0].factor, f1 = terms[count > 1 ? 1 : 0].factor, f2 = terms[count > 2 ? 2 : 0].factor;

@@ -6,7 +6,7 @@ enum Operation {
     kNormal, kRademacher, kStep, kMeasureLangevin, kPerturb, kDsmLoss, kTimestepEmbedding, kProbeDot, kRkError,
     kDsmLossBackward
 };
-enum Result { kDone, kRowOutOfRange, kWrongDtype };
+enum Result { kDone, kRowOutOfRange, kWrongDtype, kWrongCursor, kWrongTable };
 constexpr int kMaxStages = 16, kMaxTensors = 32;
 
 typedef void (*fastdiff_range)(int64_t begin, int64_t end, void* context);

@@ -12,6 +12,7 @@ template <bool is_sign> int fill(const int64_t* a) {
     const Geometry g(a);
     const Arguments view(a, 1);
     const View out = view(0);
+    if (!view.plain(1, kInt64)) return kWrongCursor;
     const Cursor cursor(view(1).as<const int64_t>());
     const Source source = cursor.source(a[kHeader]);
     const bool wide = out.dtype == kFloat64;
@@ -28,19 +29,15 @@ template <bool is_sign> int fill(const int64_t* a) {
 template <class S> int perturb(const int64_t* a) {
     const Geometry g(a);
     const Arguments view(a, 1);
-    const View x0 = view(1), none = View();
+    const View x0 = view(1);
     if (!view.floating(1, 1)) return kWrongDtype;
     S* out = view(0).as<S>();
     const S *alpha = view(2).as<const S>(), *sigma = view(3).as<const S>();
+    if (!view.plain(4, kInt64)) return kWrongCursor;
     const Cursor cursor(view(4).as<const int64_t>());
     const Source source = cursor.source(a[kHeader]);
     each_tile(g, [&](const Tile& tile) {
-        alignas(64) S buffers[4][kTile];
-        const S* z = noise(buffers[0], none, g, tile, cursor, source);
-        Chain<S> chain;
-        add_per_sample(chain, x0.read(tile.first, tile.n, buffers[1]), tile, alpha, 1, buffers[2]);
-        add_per_sample(chain, z, tile, sigma, 1, buffers[3]);
-        chain.run(out + tile.first, tile.n);
+        perturbed(out + tile.first, x0, alpha, sigma, g, tile, cursor, source);
     });
     return 0;
 }
@@ -49,23 +46,21 @@ template <class S> int perturb(const int64_t* a) {
 template <class S> int dsm_loss(const int64_t* a) {
     const Geometry g(a);
     const Arguments view(a, 1);
-    const View output = view(2), x0 = view(3), none = View();
+    const View output = view(2), x0 = view(3);
     if (!view.floating(2, 3)) return kWrongDtype;
     S *loss = view(0).as<S>(), *error = view(1).as<S>();
     const S *r = view(4).as<const S>(), *w = view(5).as<const S>(), *weight = view(6).as<const S>();
+    if (!view.plain(7, kInt64)) return kWrongCursor;
     const Cursor cursor(view(7).as<const int64_t>());
     const Source source = cursor.source(a[kHeader]);
     Sums sums(g, 1);
     each_tile(g, [&](const Tile& tile) {
-        alignas(64) S buffers[5][kTile];
-        const S* z = noise(buffers[0], none, g, tile, cursor, source);
-        Chain<S> chain;
-        add_per_sample(chain, x0.read(tile.first, tile.n, buffers[1]), tile, r, 1, buffers[2]);
-        add_per_sample(chain, z, tile, w, 1, buffers[3]);
-        S *target = buffers[4], *place = error + tile.first;
-        chain.run(target, tile.n);
-        const S* m = output.read(tile.first, tile.n, buffers[1]);
-        for (int i = 0; i < tile.n; ++i) place[i] = m[i] - target[i];
+        alignas(64) S buffer[kTile];
+        S* place = error + tile.first;
+        perturbed(place, x0, r, w, g, tile, cursor, source);
+        const S* m = output.read(tile.first, tile.n, buffer);
+FASTDIFF_INDEPENDENT
+        for (int i = 0; i < tile.n; ++i) place[i] = m[i] - place[i];
         sums.add(tile, 0, [&](int i) { return double(place[i]) * double(place[i]); });
     });
     for (int64_t i = 0; i < g.samples; ++i) {
@@ -104,6 +99,7 @@ template <class S> int probe_dot(const int64_t* a) {
     const View value = view(1), probe = view(3);
     if (!view.floating(1, 1) || !view.floating(3, 3)) return kWrongDtype;
     double* total = view(0).as<double>();
+    if (!view.plain(2, kInt64)) return kWrongCursor;
     const Cursor cursor(view(2).as<const int64_t>());
     const Source source = cursor.source(a[kHeader]);
     Sums sums(g, 1);

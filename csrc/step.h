@@ -19,6 +19,25 @@ template <class S> const S* noise(
     return buffer;
 }
 
+// first_i·x0 + second_i·ε of a tile, in `out`.
+template <class S> void perturbed(
+    S* out, const View& x0, const S* first, const S* second, const Geometry& g, const Tile& tile, const Cursor& cursor,
+    const Source& source) {
+    alignas(64) S buffers[4][kTile];
+    const S* clean = x0.read(tile.first, tile.n, buffers[1]);
+    if constexpr (sizeof(S) == 4) {
+        if (in_one_loop(g, tile)) {
+            const Term<S> term = {clean, first[tile.sample], nullptr};
+            add_noise<1>(out, &term, second[tile.sample], nullptr, 1, tile, cursor, source);
+            return;
+        }
+    }
+    Chain<S> chain;
+    add_per_sample(chain, clean, tile, first, 1, buffers[2]);
+    add_per_sample(chain, noise(buffers[0], View(), g, tile, cursor, source), tile, second, 1, buffers[3]);
+    chain.run(out, tile.n);
+}
+
 // A row's numbers, in the order of fastdiff.table.COLUMNS.
 template <class S> struct Row {
     S a, e, b[4], c, p, q, low, high, next_scale, guidance, log_slope, log_mid, known_alpha, known_sigma, gain, cap;
@@ -101,6 +120,8 @@ template <class S> int step(const int64_t* a) {
                guide = view(9), v = view(10), base = view(11), given = view(12), known = view(13), mask = view(14);
     const View history[4] = {view(15), view(16), view(17), view(18)};
     if (!view.floating(3, 5) || !view.floating(9, 13) || !view.floating(15, 18) || (mask && mask.dtype != kBool)) return kWrongDtype;
+    if (!view.plain(2, kInt64)) return kWrongCursor;
+    if (!view.plain(1, sizeof(S) == 4 ? kFloat32 : kFloat64)) return kWrongTable;
     int64_t* first_bad = view(6).as<int64_t>();
     const Cursor cursor(view(2).as<const int64_t>());
     const Row<S>* found = row_of<S>(view(1), cursor, a[kHeader]);
@@ -138,7 +159,7 @@ template <class S> int step(const int64_t* a) {
             if (history[j] && row.b[k] != S(0)) chain.add(history[j].read(tile.first, n, buffers[7 + j]), row.b[k]);
         S* result = out.as<S>() + tile.first;
         if constexpr (sizeof(S) == 4) {
-            if (noisy && !given && !v && !mask && tile.samples == 1 && g.numel >= 16 * Vector::lanes && chain.count) {
+            if (noisy && !given && !v && !mask && in_one_loop(g, tile) && chain.count) {
                 if (chain.count > 3) {
                     chain.run(result, n);
                     chain.count = 0;
@@ -148,8 +169,7 @@ template <class S> int step(const int64_t* a) {
                 const auto add = chain.count == 1 ? add_noise<1> : chain.count == 2 ? add_noise<2> : add_noise<3>;
                 const bool good = add(
                     result, chain.terms, measured ? per_sample[2 * tile.sample + 1] : row.c,
-                    direct ? net_input.as<float>() + tile.first : nullptr, row.next_scale, n, uint32_t(tile.element / 4),
-                    cursor.first_sample + uint32_t(tile.sample), source);
+                    direct ? net_input.as<float>() + tile.first : nullptr, row.next_scale, tile, cursor, source);
                 if (first_bad && !good) flag(first_bad, result, tile, cursor.row);
                 if (net_input && !direct) write_scaled(net_input, tile, result, row.next_scale, buffers[0]);
                 return;
@@ -186,6 +206,8 @@ template <class S> int measure_langevin(const int64_t* a) {
     const Arguments view(a, 3);
     const View x = view(3), m = view(4), guide = view(5), given = view(6), kept = view(7);
     if (!view.floating(3, 6)) return kWrongDtype;
+    if (!view.plain(2, kInt64)) return kWrongCursor;
+    if (!view.plain(1, sizeof(S) == 4 ? kFloat32 : kFloat64)) return kWrongTable;
     S* measured = view(0).as<S>();
     const Cursor cursor(view(2).as<const int64_t>());
     const Row<S>* found = row_of<S>(view(1), cursor, a[kHeader]);

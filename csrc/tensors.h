@@ -13,7 +13,7 @@ namespace {
 constexpr int kTile = 2048;
 constexpr int kMaxDims = 16;
 
-enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16, kBool };
+enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16, kBool, kInt64 };
 
 inline float from_bfloat16(uint16_t v) {
     const uint32_t bits = uint32_t(v) << 16;
@@ -121,13 +121,13 @@ struct View {
     explicit operator bool() const { return data != nullptr; }
     template <class T> T* as() const { return reinterpret_cast<T*>(data); }
 
-    // Of three numbers of the call: address, dtype, and how far behind the shape its strides stand (0: contiguous).
-    static View of(const int64_t* numbers, int64_t ndim, const int64_t* shape) {
+    // Its strides stand `behind` numbers behind the shape (0: it is contiguous).
+    static View of(char* data, int64_t dtype, int64_t behind, int64_t ndim, const int64_t* shape) {
         View view;
-        view.data = reinterpret_cast<char*>(numbers[0]);
-        view.dtype = numbers[1];
-        if (numbers[2] == 0) return view;
-        const int64_t* strides = shape + numbers[2];
+        view.data = data;
+        view.dtype = dtype;
+        if (behind == 0) return view;
+        const int64_t* strides = shape + behind;
         for (int64_t axis = 0; axis < ndim; ++axis) {
             if (shape[axis] == 1) continue;
             const int last = view.dims - 1;

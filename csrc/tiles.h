@@ -52,21 +52,28 @@ struct Cursor {
 };
 
 constexpr int kHeader = 4;  // the geometry's numbers
-// The tensors of a call: after its geometry and `scalars` numbers, four for each that is present.
+// The tensors of a call: after its geometry and `scalars` numbers, two for each that is present: its address, and
+// slot + 2^8·dtype + 2^16·(how far behind the shape its strides stand, 0 if it is contiguous).
 struct Arguments {
     const int64_t* entry[kMaxTensors] = {};
     Geometry g;
 
     Arguments(const int64_t* a, int scalars) : g(a) {
-        for (const int64_t* e = a + kHeader + scalars; e < a + a[0]; e += 4) entry[e[0]] = e;
+        for (const int64_t* e = a + kHeader + scalars; e < a + a[0]; e += 2) entry[e[1] & 255] = e;
     }
-    View operator()(int i) const { return entry[i] ? View::of(entry[i] + 1, g.ndim, g.shape) : View(); }
+    int64_t dtype(int i) const { return entry[i][1] >> 8 & 255; }
+    View operator()(int i) const {
+        if (!entry[i]) return View();
+        return View::of(reinterpret_cast<char*>(entry[i][0]), dtype(i), entry[i][1] >> 16, g.ndim, g.shape);
+    }
     // Whether tensors from … to that are present have a floating dtype.
     bool floating(int from, int to) const {
         for (int i = from; i <= to; ++i)
-            if (entry[i] && entry[i][2] > kFloat16) return false;
+            if (entry[i] && dtype(i) > kFloat16) return false;
         return true;
     }
+    // Whether tensor i is contiguous and of this dtype.
+    bool plain(int i, int64_t wanted) const { return entry[i][1] >> 8 == wanted; }
 };
 
 template <class Body> struct Range {

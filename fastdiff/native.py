@@ -37,12 +37,15 @@ class _Codes(dict[torch.dtype, int]):
         raise DTypeError(f"operands must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
-_CODES = _Codes(
-    {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.int64: 5}
-)
+_CODES = _Codes()
+for _code, _dtype in enumerate((torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.int64)):
+    _CODES[_dtype] = _code << 8
+_CURSOR = "cursor must be int64 [3]: use fastdiff.ops.cursor"
 _FAULTS = {
     1: (ConfigError, "cursor names a row that the table does not have"),
     2: (DTypeError, "operands must be float16, bfloat16, float32 or float64, and a mask bool"),
+    3: (ShapeError, _CURSOR),
+    4: (DTypeError, "table must be contiguous and of the state's dtype"),
 }
 _ORDERS = {"sin_cos": 0, "cos_sin": 1, "interleaved": 2}
 
@@ -108,8 +111,11 @@ def _packer(n: int) -> Callable[..., bytes]:
 
 def _call(operation: int, wide: bool, shape: torch.Size, scalars: Sequence[int], tensors: Any) -> None:
     """Run an operation on tensors of this shape [B, *] (those of others must be contiguous), absent ones None."""
+    ndim = len(shape)
+    if not ndim:
+        raise ShapeError("a state must have an axis of samples, got a scalar")
     samples = shape[0]
-    packed = [0, samples, shape.numel() // samples if samples else 0, len(shape), *scalars]
+    packed = [0, samples, shape.numel() // samples if samples else 0, ndim, *scalars]
     tail: list[int] = []
     own = []  # copies, which must live until the library is done
     for slot, tensor in enumerate(tensors):
@@ -122,18 +128,16 @@ def _call(operation: int, wide: bool, shape: torch.Size, scalars: Sequence[int],
             tensor = tensor.clone()
             own.append(tensor)
             address = tensor.data_ptr()
-        if tensor.is_contiguous():
-            packed += (slot, address, _CODES[tensor.dtype], 0)
-        elif len(shape) > MAX_DIMS:
-            raise ShapeError(f"tensors of more than {MAX_DIMS} axes must be contiguous, got {len(shape)}")
-        else:
-            packed += (slot, address, _CODES[tensor.dtype], len(shape) + len(tail))
+        slot += _CODES[tensor.dtype]
+        if not tensor.is_contiguous():
+            if ndim > MAX_DIMS:
+                raise ShapeError(f"tensors of more than {MAX_DIMS} axes must be contiguous, got {ndim}")
+            slot += ndim + len(tail) << 16
             tail += tensor.stride()
+        packed += (address, slot)
     packed[0] = len(packed)
     packed += shape
     packed += tail
-    if len(shape) < 1:
-        raise ShapeError("a state must have an axis of samples, got a scalar")
     fault = _run(operation, _packer(len(packed))(*packed), wide)
     if fault:
         error, words = _FAULTS[fault]
@@ -175,7 +179,7 @@ def step(
 ) -> None:
     _check_out(out)
     dtype, shape = out.dtype, out.shape
-    _check_table(table, cursor, dtype)
+    _check_cursor(cursor)
     if x.dtype is not dtype:
         raise DTypeError(f"x must have the state's dtype, {dtype}, got {x.dtype}: use x.to({dtype})")
     if x.shape != shape:
@@ -197,7 +201,7 @@ def step(
             _check_column("measured", measured, (shape[0], 2), dtype)
         others = [_like(value, shape) for value in (guide, v, base, z, known, mask)]
         tensors += (measured, pushed, *others, *h)
-    _call(2, dtype is torch.float64, shape, (table.shape[0], -1 if stream is None else stream), tensors)
+    _call(2, dtype is torch.float64, shape, (_rows(table), -1 if stream is None else stream), tensors)
 
 
 def measure_langevin(
@@ -213,22 +217,22 @@ def measure_langevin(
     kept: Tensor | None = None,
 ) -> None:
     shape = x.shape
-    _check_table(table, cursor, table.dtype)
+    _check_cursor(cursor)
     _check_column("measured", measured, (len(x), 2), table.dtype)
     if z is None and stream is None:
         raise ConfigError("measure_langevin needs noise: give z or a stream")
     if kept is not None:
         _check_out(kept, shape, table.dtype)
-    scalars = (table.shape[0], -1 if stream is None else stream, int(batch))
+    scalars = (_rows(table), -1 if stream is None else stream, int(batch))
     m, guide, z = (_like(value, shape) for value in (m, guide, z))
     _call(3, table.dtype == torch.float64, shape, scalars, (measured, table, cursor, x, m, guide, z, kept))
 
 
 def perturb(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor, stream: int) -> Tensor:
     _check_cursor(cursor)
-    out = x0.new_empty(x0.shape)
-    columns = [_column(value, x0) for value in (alpha, sigma)]
-    _call(4, x0.dtype == torch.float64, x0.shape, (stream,), (_check_out(out), x0, *columns, cursor))
+    wide, shape = _is_wide(x0), x0.shape
+    out = x0.new_empty(shape)
+    _call(4, wide, shape, (stream,), (out, x0, *_columns(x0, alpha, sigma), cursor))
     return out
 
 
@@ -236,18 +240,16 @@ def dsm_loss(
     output: Tensor, x0: Tensor, r: Tensor, w: Tensor, weight: Tensor, cursor: Tensor, stream: int
 ) -> tuple[Tensor, Tensor]:
     _check_cursor(cursor)
-    loss, error = x0.new_empty(len(x0)), x0.new_empty(x0.shape)
-    columns = [_column(value, x0) for value in (r, w, weight)]
-    tensors = (loss, _check_out(error), _like(output, x0.shape), x0, *columns, cursor)
-    _call(5, x0.dtype == torch.float64, x0.shape, (stream,), tensors)
+    wide, shape = _is_wide(x0), x0.shape
+    loss, error = x0.new_empty(shape[0]), x0.new_empty(shape)
+    _call(5, wide, shape, (stream,), (loss, error, _like(output, shape), x0, *_columns(x0, r, w, weight), cursor))
     return loss, error
 
 
 def dsm_loss_backward(grad: Tensor, error: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    _check_out(error.new_empty(error.shape))
-    out = error.new_empty(error.shape, dtype=dtype)
-    tensors = (out, error, _column(grad, error), _column(weight, error))
-    _call(9, error.dtype is torch.float64, error.shape, (), tensors)
+    wide, shape = _is_wide(error), error.shape
+    out = error.new_empty(shape, dtype=dtype)
+    _call(9, wide, shape, (), (out, error, *_columns(error, grad, weight)))
     return out
 
 
@@ -256,19 +258,10 @@ def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: i
     half = channels // 2
     if t.ndim != 1 or frequencies.shape != (half,):
         raise ShapeError(f"t must be [B] and frequencies [{half}], got {tuple(t.shape)} and {tuple(frequencies.shape)}")
-    tensors = (
-        _check_out(out),
-        _column(t, t),
-        frequencies.to(t.dtype).contiguous(),
-        torch.tensor(scale, dtype=torch.float64),
-    )
-    _call(
-        6,
-        t.dtype == torch.float64,
-        out.shape,
-        (channels, half, _ORDERS[choose("order", order, _ORDERS)], *_bits(scale)),
-        tensors,
-    )
+    if frequencies.dtype is not t.dtype or not frequencies.is_contiguous():
+        frequencies = frequencies.to(t.dtype).contiguous()
+    which = _ORDERS[choose("order", order, _ORDERS)]
+    _call(6, _is_wide(out), out.shape, (channels, half, which, *_bits(scale)), (out, t.contiguous(), frequencies))
     return out
 
 
@@ -292,9 +285,10 @@ def rk_error(
 ) -> tuple[Tensor, Tensor]:
     if not len(stages) == len(b) == len(e) <= MAX_STAGES:
         raise ShapeError(f"as many stages as weights, at most {MAX_STAGES}: got {len(stages)}, {len(b)}, {len(e)}")
-    after, norm = x.new_empty(x.shape), x.new_empty(len(x))
-    tensors = (_check_out(after), norm, x, _column(h, x), *(_like(k, x.shape) for k in stages))
-    _call(8, x.dtype == torch.float64, x.shape, (len(stages), *_bits(*b, *e, rtol, atol)), tensors)
+    wide, shape = _is_wide(x), x.shape
+    after, norm = x.new_empty(shape), x.new_empty(shape[0])
+    tensors = (after, norm, x, *_columns(x, h), *(_like(k, shape) for k in stages))
+    _call(8, wide, shape, (len(stages), *_bits(*b, *e, rtol, atol)), tensors)
     return after, norm
 
 
@@ -306,7 +300,14 @@ def _bits(*values: float) -> tuple[int, ...]:
 _STATES = (torch.float32, torch.float64)
 
 
-def _check_out(out: Tensor, shape: Any = None, dtype: Any = None) -> Tensor:
+def _is_wide(state: Tensor) -> bool:
+    dtype = state.dtype
+    if dtype not in _STATES or state.ndim < 2:
+        raise ShapeError(f"a state must be float32 or float64 [B, *], got {dtype} {tuple(state.shape)}")
+    return dtype is torch.float64
+
+
+def _check_out(out: Tensor, shape: Any = None, dtype: Any = None) -> None:
     """What the library writes as it stands: contiguous, float32 or float64, of at least two axes."""
     if not out.is_contiguous() or out.dtype not in _STATES or out.ndim < 2:
         raise ShapeError(
@@ -314,20 +315,19 @@ def _check_out(out: Tensor, shape: Any = None, dtype: Any = None) -> Tensor:
         )
     if (shape is not None and out.shape != shape) or (dtype is not None and out.dtype != dtype):
         raise ShapeError(f"expected {dtype} {tuple(shape)}, got {out.dtype} {tuple(out.shape)}")
-    return out
 
 
 def _check_cursor(cursor: Tensor) -> None:
-    if cursor.numel() != 3 or cursor.dtype is not torch.int64 or not cursor.is_contiguous():
-        raise ShapeError(f"cursor must be int64 [3], got {cursor.dtype} {tuple(cursor.shape)}: use fastdiff.ops.cursor")
+    """Its numbers; the library looks at the rest."""
+    if cursor.numel() != 3:
+        raise ShapeError(_CURSOR)
 
 
-def _check_table(table: Tensor, cursor: Tensor, dtype: torch.dtype) -> None:
-    _check_cursor(cursor)
-    if table.dtype is not dtype or table.ndim != 2 or table.shape[1] != len(COLUMNS) or not table.is_contiguous():
-        raise ShapeError(
-            f"table must be contiguous {dtype} [rows, {len(COLUMNS)}], got {table.dtype} {tuple(table.shape)}"
-        )
+def _rows(table: Tensor) -> int:
+    shape = table.shape
+    if len(shape) != 2 or shape[1] != len(COLUMNS):
+        raise ShapeError(f"table must be [rows, {len(COLUMNS)}], got {tuple(shape)}")
+    return shape[0]
 
 
 def _check_column(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -339,10 +339,14 @@ def _like(value: Tensor | None, shape: torch.Size) -> Tensor | None:
     return value if value is None or value.shape == shape else value.expand(shape)
 
 
-def _column(value: Tensor, like: Tensor) -> Tensor:
-    """One number a sample, in the state's dtype (rounded once)."""
-    if value.ndim != 1 or value.shape[0] != like.shape[0]:
-        raise ShapeError(f"expected one number for each of {len(like)} samples, got {tuple(value.shape)}")
-    if value.dtype is not like.dtype:
-        value = value.to(like.dtype)
-    return value if value.is_contiguous() else value.contiguous()
+def _columns(state: Tensor, *values: Tensor) -> list[Tensor]:
+    """One number a sample each, in the state's dtype (rounded once)."""
+    shape, dtype = state.shape[:1], state.dtype
+    columns = []
+    for value in values:
+        if value.shape != shape:
+            raise ShapeError(f"expected one number for each of {shape[0]} samples, got {tuple(value.shape)}")
+        if value.dtype is not dtype or not value.is_contiguous():
+            value = value.to(dtype).contiguous()
+        columns.append(value)
+    return columns
