@@ -267,8 +267,10 @@ def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: i
 
 def probe_dot(value: Tensor, cursor: Tensor, stream: int, kind: str, probe: Tensor | None = None) -> Tensor:
     _check_cursor(cursor)
+    if probe is not None and probe.dtype is torch.float64:
+        value = value.double()  # which is what the library reads both as
     total = value.new_empty(len(value), dtype=torch.float64)
-    wide = value.dtype == torch.float64
+    wide = value.dtype is torch.float64
     tensors = (total, value, cursor, _like(probe, value.shape))
     _call(
         7,

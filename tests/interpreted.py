@@ -314,7 +314,7 @@ def test_the_columns_are_the_tables():
 # Noise
 
 
-SIZES = [(1,), (3,), (127,), (128,), (513,), (1023,), (1025,), (2049,), (4096,)]
+SIZES = [(1,), (3,), (127,), (128,), (513,), (1023,), (1025,), (2049,), (4096,), (9000,)]
 
 
 @pytest.mark.parametrize("shape", SIZES)
@@ -463,7 +463,7 @@ def test_perturb_and_dsm_loss(shape, batch):
 
 
 @pytest.mark.parametrize("kind", ["normal", "rademacher", "given"])
-@pytest.mark.parametrize(("shape", "batch"), [*SUMS, ((600,), 2), ((1500,), 2)])
+@pytest.mark.parametrize(("shape", "batch"), [*SUMS, ((600,), 2), ((1500,), 2), ((9000,), 1)])
 def test_probe_dot(shape, batch, kind):
     value, probe = operands(shape, batch, 2)
     value = value.half() if batch == 3 else value

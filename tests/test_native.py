@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -391,9 +394,10 @@ def test_training_operations_are_the_reference_to_the_bit(instructions, shape, d
 def test_probe_dots_are_the_reference_to_the_bit(instructions, shape, dtype):
     for layout, kind, given in itertools.product(LAYOUTS, ("rademacher", "normal"), (False, True)):
         value = draws(shape, dtype, 0, layout)
-        probe = draws(shape, torch.float32, 1, layout) if given else None
-        ours, theirs = (f.probe_dot(value, ops.cursor(1, 2, 3), 3, kind, probe) for f in (native, row))
-        assert torch.equal(ours, theirs)
+        for width in (torch.float32, torch.float64) if given else (torch.float32,):
+            probe = draws(shape, width, 1, layout) if given else None
+            ours, theirs = (f.probe_dot(value, ops.cursor(1, 2, 3), 3, kind, probe) for f in (native, row))
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("shape", OTHERS, ids=str)
@@ -440,6 +444,29 @@ def test_tensors_of_very_many_axes():
         assert torch.equal(out, expected)
     with pytest.raises(ShapeError, match="more than 16 axes"):
         native.rk_error(x, stages, torch.ones(2), [1.0] * 16, [1.0] * 16, 1e-3, 1e-3)
+
+
+THREADS = """
+import os, torch
+from fastdiff import native, ops
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+z, cursor = torch.empty(8, 65536), ops.cursor(0, 0, 0)
+torch.set_num_threads(1)
+native.normal(z, cursor, 1)
+alone = threads()
+torch.set_num_threads(3)
+native.normal(z, cursor, 1)
+print(threads() - alone)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux lists them")
+def test_work_is_shared_with_torchs_threads():
+    ran = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.strip() == "2", ran.stdout + ran.stderr
 
 
 # --- large -----------------------------------------------------------------------------------------------------------
