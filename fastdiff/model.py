@@ -95,11 +95,15 @@ def like(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
-def call(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Any:
-    """net(x, time), with a condition as third argument (a tensor) or as keywords (a dict of tensors)."""
+def call(net: Any, x: Tensor, time: Tensor, cond: Condition, features: Tensor | None = None) -> Any:
+    """net(x, time), with a condition as third argument (a tensor) or as keywords (a dict of tensors).
+
+    features  what net.time_features made of the time
+    """
+    known = {} if features is None else {"features": features}
     if cond is None:
-        return net(x, time)
-    return net(x, time, **cond) if isinstance(cond, dict) else net(x, time, cond)
+        return net(x, time, **known)
+    return net(x, time, **cond, **known) if isinstance(cond, dict) else net(x, time, cond, **known)
 
 
 def single_tensor(output: Any) -> Tensor:

@@ -63,7 +63,7 @@ def _load() -> tuple[Any, str, str]:
         return None, "", f"{LIBRARY.name} does not load: {error}"
     library.fastdiff_start.restype = ctypes.c_char_p
     library.fastdiff_sources.restype = ctypes.c_char_p
-    library.fastdiff_run.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+    library.fastdiff_run.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
     try:
         name = _start(library, asked)
     except (OSError, AttributeError) as error:
@@ -111,13 +111,19 @@ def _packer(n: int) -> Callable[..., bytes]:
 
 def _call(operation: int, wide: bool, shape: torch.Size, scalars: Sequence[int], tensors: Any) -> None:
     """Run an operation on tensors of this shape [B, *] (those of others must be contiguous), absent ones None."""
+    own: list[Tensor] = []
+    packed = _packed(shape, scalars, tensors, own)
+    _check(_run(operation, _packer(len(packed))(*packed), wide))
+
+
+def _packed(shape: torch.Size, scalars: Sequence[int], tensors: Any, own: list[Tensor]) -> list[int]:
+    """A call's numbers, as csrc/tiles.h reads them. `own` takes copies that must live until the library is done."""
     ndim = len(shape)
     if not ndim:
         raise ShapeError("a state must have an axis of samples, got a scalar")
     samples = shape[0]
     packed = [0, samples, shape.numel() // samples if samples else 0, ndim, *scalars]
     tail: list[int] = []
-    own = []  # copies, which must live until the library is done
     for slot, tensor in enumerate(tensors):
         if tensor is None:
             continue
@@ -138,7 +144,10 @@ def _call(operation: int, wide: bool, shape: torch.Size, scalars: Sequence[int],
     packed[0] = len(packed)
     packed += shape
     packed += tail
-    fault = _run(operation, _packer(len(packed))(*packed), wide)
+    return packed
+
+
+def _check(fault: int) -> None:
     if fault:
         error, words = _FAULTS[fault]
         raise error(words)
@@ -177,9 +186,22 @@ def step(
     net_input: Tensor | None = None,
     first_bad: Tensor | None = None,
 ) -> None:
+    shape = out.shape
+    operands = _step_operands(
+        out, table, cursor, x, m, history, guide, v, base, z, measured, known, mask, pushed, net_input, first_bad
+    )
+    _call(2, out.dtype is torch.float64, shape, (_rows(table), -1 if stream is None else stream), operands)
+
+
+def _step_operands(
+    out: Tensor, table: Tensor, cursor: Tensor, x: Tensor, m: Tensor | None, history: Sequence[Tensor] | None,
+    guide: Tensor | None, v: Tensor | None, base: Tensor | None, z: Tensor | None, measured: Tensor | None,
+    known: Tensor | None, mask: Tensor | None, pushed: Tensor | None, net_input: Tensor | None, first_bad: Tensor | None,
+) -> Any:  # fmt: skip
+    """A step's tensors, checked, by their slots in csrc/step.h."""
     _check_out(out)
-    dtype, shape = out.dtype, out.shape
     _check_cursor(cursor)
+    dtype, shape = out.dtype, out.shape
     if x.dtype is not dtype:
         raise DTypeError(f"x must have the state's dtype, {dtype}, got {x.dtype}: use x.to({dtype})")
     if x.shape != shape:
@@ -190,18 +212,44 @@ def step(
         raise ShapeError(f"net_input must have shape {tuple(shape)}, got {tuple(net_input.shape)} {net_input.stride()}")
     if first_bad is not None:
         _check_column("first_bad", first_bad, shape[:1], torch.int64)
-    tensors: Any = (out, table, cursor, x, m, net_input, first_bad)
-    if not (history is guide is v is base is z is measured is mask is pushed is None):
-        h = [_like(value, shape) for value in history or ()]
-        if len(h) > 4 - (m is not None):
-            raise ShapeError(f"a row reads at most four predictions, got m and {len(h)} earlier ones")
-        if pushed is not None:
-            _check_out(pushed, shape, dtype)
-        if measured is not None:
-            _check_column("measured", measured, (shape[0], 2), dtype)
-        others = [_like(value, shape) for value in (guide, v, base, z, known, mask)]
-        tensors += (measured, pushed, *others, *h)
-    _call(2, dtype is torch.float64, shape, (_rows(table), -1 if stream is None else stream), tensors)
+    if history is guide is v is base is z is measured is mask is pushed is None:
+        return out, table, cursor, x, m, net_input, first_bad
+    h = [_like(value, shape) for value in history or ()]
+    if len(h) > 4 - (m is not None):
+        raise ShapeError(f"a row reads at most four predictions, got m and {len(h)} earlier ones")
+    if pushed is not None:
+        _check_out(pushed, shape, dtype)
+    if measured is not None:
+        _check_column("measured", measured, (shape[0], 2), dtype)
+    others = [_like(value, shape) for value in (guide, v, base, z, known, mask)]
+    return out, table, cursor, x, m, net_input, first_bad, measured, pushed, *others, *h
+
+
+def fixed_step(
+    out: Tensor, table: Tensor, stream: int | None, x: Tensor, **operands: Any
+) -> Callable[[Tensor, Tensor, object], None]:
+    """(cursor, m, None) -> None: `step` on tensors that are the same each time but for these two, checked and packed once."""
+    cursor = torch.zeros(3, dtype=torch.int64)
+    absent = dict.fromkeys(("history", "guide", "v", "base", "z", "measured", "known", "mask", "pushed", "net_input"))
+    tensors = _step_operands(out, table, cursor, x, x, **{**absent, "first_bad": None, **operands})
+    scalars = (_rows(table), -1 if stream is None else stream)
+    shape, wide, own = out.shape, out.dtype is torch.float64, list[Tensor]()
+    numbers = _packed(shape, scalars, tensors, own)
+    packed = (ctypes.c_int64 * len(numbers))(*numbers)
+    at = ctypes.addressof(packed)
+    of_cursor, of_m = (4 + len(scalars) + 2 * slot for slot in (2, 4))
+    keep = (packed, tensors, own)  # what the addresses stand for
+
+    def run(cursor: Tensor, m: Tensor, _: object = None) -> None:
+        address = m.data_ptr()
+        if m.shape != shape or not m.is_contiguous() or not address:
+            step(out, table, cursor, stream, x, m, **operands)
+            return
+        packed[of_cursor], packed[of_m], packed[of_m + 1] = cursor.data_ptr(), address, 4 + _CODES[m.dtype]
+        _check(_run(2, at, wide))
+
+    run.keep = keep  # type: ignore[attr-defined]
+    return run
 
 
 def measure_langevin(

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checks, grids, inputs, ops, processes, runner, samplers
+from . import checks, grids, inputs, marks, ops, processes, runner, samplers
 from .errors import ConfigError, DataError, DTypeError, choose, names_keywords
-from .model import ScoreModel, call, check_output, evaluating, single_tensor
+from .model import Condition, ScoreModel, call, check_output, evaluating, single_tensor
+from .models.layers import TimeConditioned
 from .plan import MAX_STEPS, default_time_input, plan
 from .reference import noise as fdn1
 from .table import StepTable
+
+MAX_FEATURES = 2**28  # bytes of what a network makes of all times of a run; beyond, it is asked in each row
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def sample(
     """Draw samples [num_samples, *shape] from a score-based model, in the units of its `data_range` (not clamped to it).
 
     model         a ScoreModel, or any callable (x [B, *shape], t [B]) -> [B, *shape]: then `sde` and `shape` are needed,
-                  `prediction` is "score" and t the process time unless said otherwise
+                  `prediction` is "score" and t the process time unless said otherwise. x and t are the run's own buffers,
+                  overwritten for the next call: a model that keeps them must clone them
     sde           "ve", "vp", "subvp", "ddpm", "ncsn", "edm", "ou" or a process; default the model's own. A discrete
                   chain whose levels lie on the model's path (DDPM on VP, NCSN on VE) runs on it
     steps         predictor steps (annealed Langevin: levels × steps per level); default 1000, all steps of a chain, or
@@ -244,6 +248,7 @@ class _Run:
         index = subject.time_input == "index"
         self.times: list[Any] = [0 if not row.calls else round(row.time) if index else row.time for row in table.rows]
         self.time_dtype = torch.int64 if index else dtype
+        self.loops: dict[int, runner.Loop] = {}
         self.variance = subject.variance
         parameter = next((p for p in _parameters(subject.net) if p.is_floating_point()), None)
         self.net_dtype = dtype if parameter is None else parameter.dtype
@@ -261,9 +266,11 @@ class _Run:
         bounds = [(lo, min(lo + batch, self.full[0])) for lo in range(0, self.full[0], batch)]
         # a noise callable is asked once for each row, so then all batches walk the rows together
         groups = [bounds] if callable(self.noise) else [[bound] for bound in bounds]
-        with evaluating(self.subject.net), torch.no_grad(), _bar(progress, len(self.table) * len(bounds)) as bar:
+        total = len(self.table) * len(bounds)
+        with evaluating(self.subject.net), torch.no_grad(), marks.range("sample"), _bar(progress, total) as bar:
+            features = self.features()
             for group in groups:
-                chains = [self.chain(lo, hi) for lo, hi in group]
+                chains = [self.chain(lo, hi, features, len(group) > 1) for lo, hi in group]
                 for k, now in enumerate(zip(*chains), start=-1):
                     for (lo, hi), x in zip(group, now):
                         for slot in keep.get(k, ()):
@@ -276,31 +283,53 @@ class _Run:
                     bar.update(len(group) if k >= 0 else 0)
         return result, states, self.table.calls * len(bounds)
 
-    def chain(self, lo: int, hi: int) -> Iterator[Tensor]:
-        """The states of samples lo … hi − 1: the start, then one after each row; the next overwrites it."""
-        shape = (hi - lo, *self.full[1:])
+    def chain(self, lo: int, hi: int, features: Tensor | None, beside: bool) -> Iterator[Tensor]:
+        """The states of samples lo … hi − 1: the start, then one after each row; the next overwrites it.
+
+        beside  whether other chains run at the same time, so that this one needs buffers of its own
+        """
+        loop = None if beside else self.loops.get(hi - lo)
+        if loop is None:
+            loop = self.loops[hi - lo] = self.loop(hi - lo, features)
         if self.x_init is not None:
-            x = torch.empty(shape, dtype=self.dtype, device=self.device).copy_(self.x_init[lo:hi].detach())
+            loop.start.copy_(self.x_init[lo:hi].detach())
         else:
-            x = torch.empty(shape, dtype=self.dtype, device=self.device)
-            self.operations.normal(x, ops.cursor(0, self.first_sample + lo, self.seed, self.device), fdn1.PRIOR)
-            x *= self.table.prior_std
-        yield x
-        cond = _slice(self.cond, lo, hi)
+            self.operations.normal(
+                loop.start, ops.cursor(0, self.first_sample + lo, self.seed, self.device), fdn1.PRIOR
+            )
+            loop.start.mul_(self.table.prior_std)
+        yield loop.start
+        shape = loop.start.shape
+
+        def network(x: Tensor, time: Tensor, known: Tensor | None, cond: Condition) -> tuple[Tensor, Tensor | None]:
+            output = call(self.subject.net, x, time, cond, known)
+            output = (output if isinstance(output, Tensor) else single_tensor(output)).detach()
+            return check_output(output, shape, self.device, self.variance)
+
+        noise = None if self.noise is None else lambda k: self.draw(k, lo, hi)
+        yield from loop.run(network, _slice(self.cond, lo, hi), self.first_sample + lo, noise)
+
+    def loop(self, count: int, features: Tensor | None) -> runner.Loop:
+        """Buffers for `count` samples at a time."""
+        shape = (count, *self.full[1:])
         net_input = torch.empty(
             shape, dtype=self.net_dtype, device=self.device, memory_format=_layout(self.subject.net, len(shape))
         )
-        net_input.copy_(x * self.table.rows[0].in_scale)
-
-        def network(k: int, x_in: Tensor) -> tuple[Tensor, Tensor | None]:
-            time = torch.full((hi - lo,), self.times[k], dtype=self.time_dtype, device=self.device)
-            output = single_tensor(call(self.subject.net, x_in, time, cond)).detach()
-            return check_output(output, shape, self.device, self.variance)
-
-        yield from runner.run(
-            self.table, self.operations, network, x, net_input, seed=self.seed, first_sample=self.first_sample + lo,
-            noise=None if self.noise is None else lambda k: self.draw(k, lo, hi), check=self.check,
+        return runner.Loop(
+            self.table, self.operations, torch.empty(shape, dtype=self.dtype, device=self.device), net_input,
+            torch.empty(count, dtype=self.time_dtype, device=self.device), self.times, features,
+            seed=self.seed, check=self.check,
         )  # fmt: skip
+
+    def features(self) -> Tensor | None:
+        """What the network makes of each row's time, [rows, *], if it can do so beforehand."""
+        net = self.subject.net
+        if not isinstance(net, TimeConditioned):
+            return None
+        times = torch.tensor(self.times, dtype=self.time_dtype, device=self.device)
+        if net.time_features(times[:1]).nbytes * len(times) > MAX_FEATURES:
+            return None
+        return net.time_features(times)
 
     def draw(self, k: int, lo: int, hi: int) -> Tensor:
         """The noise that the caller gives row k for samples lo … hi − 1."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastdiff
 import fastdiff.errors as errors
 from fastdiff.models import MLP, MODELS, TimeEmbedding, UNet, build, describe
 
@@ -297,3 +298,51 @@ def test_an_mlp_learns_a_posterior_mean(kind):
         optimizer.step()
     assert untrained > 0.5
     assert error() < 0.1, "a network blind to t is left with 0.25"
+
+
+# --- times evaluated ahead -------------------------------------------------------------------------------------------
+
+
+def test_a_run_asks_the_time_features_once(monkeypatch):
+    """And every kind of call, with one time's features for all samples or one for each, agrees with the plain one."""
+    for net in (
+        MLP((5,), hidden=16), MLP((5,), hidden=16, num_classes=3), UNet((1, 8, 8), channels=8, multipliers=(1, 2)),
+        UNet((1, 8, 8), channels=8, multipliers=(1,), num_classes=3),
+    ):  # fmt: skip
+        awake(net)
+        model = fastdiff.ScoreModel(net, "vp", data_shape=net.shape)
+        x, times = torch.randn(4, *net.shape), torch.tensor([0.2, 0.7])
+        labels = (None,) if net.num_classes is None else (None, torch.tensor([0, 3, 1, 2]))
+        for y in labels:
+            features = net.time_features(times)
+            for k, t in enumerate(times):
+                t = t.expand(4)
+                expected = net(x, t, y)
+                for given in (features[k : k + 1], features[[k] * 4]):
+                    assert torch.allclose(net(x, t, y, features=given), expected, atol=1e-5)
+            cond = None if y is None else {"y": y}
+            calls, of_time = [], type(net).time_features
+
+            def counted(self, t, calls=calls, of_time=of_time):
+                calls.append(len(t))
+                return of_time(self, t)
+
+            monkeypatch.setattr(type(net), "time_features", counted)
+            ours = fastdiff.sample(model, steps=6, num_samples=4, cond=cond, batch_size=2)
+            assert calls == [1, 6]  # one to see how much room they need
+            plain = torch.nn.Module()
+            plain.forward = lambda x, t, y=None, net=net: net(x, t, y)
+            theirs = fastdiff.sample(
+                fastdiff.ScoreModel(plain, "vp", data_shape=net.shape), steps=6, num_samples=4, cond=cond
+            )
+            assert torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3)
+            monkeypatch.undo()
+
+
+def test_too_many_time_features_are_made_row_by_row(monkeypatch):
+    net = MLP((5,), hidden=16)
+    model = fastdiff.ScoreModel(net, "vp", data_shape=(5,))
+    ours = fastdiff.sample(model, steps=6, num_samples=4)
+    monkeypatch.setattr(fastdiff.sampling, "MAX_FEATURES", 100)
+    monkeypatch.setattr(MLP, "forward", lambda self, x, t, y=None: torch.zeros_like(x))  # takes no features
+    assert torch.equal(fastdiff.sample(model, steps=6, num_samples=4), ours)  # the last layer starts at zero

@@ -71,6 +71,16 @@ class TimeEmbedding(nn.Module):
         return ops.timestep_embedding(t, frequencies, scale, self.channels, "sin_cos")
 
 
+class TimeConditioned(nn.Module):
+    """A network whose use of the time is a function of the time alone, which can be evaluated ahead: the samples of a run
+    are all at the same times, so `net(x, t, y, features=net.time_features(times)[k : k + 1])` spares each call that work.
+    """
+
+    def time_features(self, t: Tensor) -> Tensor:
+        """What the network makes of times t [n] before it looks at x or y: [n, width]."""
+        raise NotImplementedError
+
+
 class Conditioning(nn.Module):
     """What a network knows besides `x`: `t` [B] and the labels `y` [B] to one vector, [B, width].
 
@@ -84,8 +94,11 @@ class Conditioning(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, width))
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, width)
 
-    def forward(self, t: Tensor, y: Tensor | None) -> Tensor:
-        out = self.mlp(self.time(t).to(self.mlp[0].weight.dtype))
+    def of_time(self, t: Tensor) -> Tensor:
+        return self.mlp(self.time(t).to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return]
+
+    def forward(self, t: Tensor, y: Tensor | None, features: Tensor | None = None) -> Tensor:
+        out = self.of_time(t) if features is None else features
         if self.label is None:
             return out
         if y is None:

@@ -6,15 +6,16 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
 from ..errors import ConfigError
-from .layers import LARGEST, Conditioning, check_call, common_config, integers, zeroed
+from .layers import LARGEST, Conditioning, TimeConditioned, check_call, common_config, integers, zeroed
 
 
-class MLP(nn.Module):
+class MLP(TimeConditioned):
     """A perceptron on the flattened sample: `x` [B, *shape], `t` [B] to [B, *shape].
 
     `h ← dropout(silu(linear(h) + time_i(t)))` at each of `layers` hidden layers, where `time_i` is layer i's part of a
@@ -65,9 +66,14 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(self.config["dropout"]) if dropout else nn.Identity()
         self.out = zeroed(nn.Linear(width, math.prod(self.out_shape)))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def time_features(self, t: Tensor) -> Tensor:
+        return self.conditioning.of_time(t)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, features: Tensor | None = None) -> Tensor:
         check_call(self, x, t, y)
         h = x.flatten(1)
-        for linear, time in zip(self.hidden, self.conditioning(t, y).chunk(len(self.hidden), dim=1)):
-            h = self.dropout(F.silu(linear(h) + time))
+        is_bias = features is not None and len(features) == 1 and y is None  # one time and label for all samples
+        for linear, time in zip(self.hidden, self.conditioning(t, y, features).chunk(len(self.hidden), dim=1)):
+            h = F.linear(h, linear.weight, linear.bias + time[0]) if is_bias else linear(h) + time
+            h = self.dropout(F.silu(h, inplace=not torch.is_grad_enabled()))
         return self.out(h).view(len(x), *self.out_shape)

@@ -15,6 +15,7 @@ from .layers import (
     LARGEST,
     Conditioning,
     ResidualBlock,
+    TimeConditioned,
     check_call,
     common_config,
     group_norm,
@@ -23,7 +24,7 @@ from .layers import (
 )
 
 
-class UNet(nn.Module):
+class UNet(TimeConditioned):
     """A convolutional network of the sample's own shape: `x` [B, C, *spatial], `t` [B] to [B, out_channels, *spatial].
 
     Ho et al. 2020, appendix B, with BigGAN's residual blocks (Song et al. 2021; Dhariwal & Nichol 2021, §3): level `l`
@@ -95,10 +96,19 @@ class UNet(nn.Module):
         self.norm = group_norm(widths[0])
         self.out = zeroed(conv(widths[0], config["out_channels"] or self.shape[0], 3, 1, 1))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        check_call(self, x, t, y)
+    def time_features(self, t: Tensor) -> Tensor:
+        hidden = self.conditioning.of_time(t)
+        return hidden if self.num_classes is not None else self._modulations(hidden)
+
+    def _modulations(self, hidden: Tensor) -> Tensor:
         # One product gives every block its scale and shift: one small operation instead of a dozen smaller ones.
-        scales, shifts = self.modulation(F.silu(self.conditioning(t, y))).chunk(2, dim=1)
+        return self.modulation(F.silu(hidden))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        check_call(self, x, t, y)
+        if features is None or self.num_classes is not None:
+            features = self._modulations(self.conditioning(t, y, features))
+        scales, shifts = features.expand(len(x), -1).chunk(2, dim=1)
         modulations = zip((1 + scales).split(self.widths, dim=1), shifts.split(self.widths, dim=1))
         h, levels = x, []
         for enter, *blocks in self.down:
