@@ -84,7 +84,7 @@ def shipped() -> list[Operands]:
         found.add(Operands(m is not None, min(read, 3 if m is not None else 4), *present))
 
     noting = types.SimpleNamespace(step=step, measure_langevin=lambda *args: None, KEEPS_NOISE=False)
-    network = lambda k, x: (x, x)  # noqa: E731
+    network = lambda x, *_: (x, x)  # noqa: E731
     for process in ("ve", "vp", "subvp", "edm", "ddpm", "ncsn"):
         for sampler in (*samplers.SAMPLERS.values(), *_EXTRA):
             try:
@@ -92,8 +92,9 @@ def shipped() -> list[Operands]:
             except ValueError:  # a sampler that does not go with the process: plan() says so
                 continue
             x = torch.zeros(1, 4)
-            rows = runner.run(table, noting, network, x, x.clone(), seed=0, first_sample=0, noise=None, check="off")
-            for _ in rows:
+            times = [0.0] * len(table)
+            loop = runner.Loop(table, noting, x, x.clone(), x[:, 0].clone(), times, None, seed=0, check="off")
+            for _ in loop.run(network, None, 0):
                 pass
     return sorted(found)
 
