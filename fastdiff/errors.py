@@ -47,6 +47,10 @@ class ModelOutputTypeError(ModelOutputError, TypeError):
     """The network returned something that is not one tensor."""
 
 
+class GraphError(FastdiffError, RuntimeError):
+    """A loop that cannot be captured as a CUDA graph."""
+
+
 class NonFiniteError(FastdiffError, FloatingPointError):
     """A run left the finite numbers: `row`, `t` and the global indices of the `samples` concerned."""
 

@@ -48,24 +48,38 @@ SCHEMAS = {
 }
 
 
-def resolve(backend: str, engine: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str, str]:
-    """The backend and engine that will run a state of this dtype on this device, and a sentence saying why."""
+def resolve(
+    backend: str, engine: str, device: torch.device, dtype: torch.dtype, uncaptured: str | None = "no loop is run"
+) -> tuple[str, str, str]:
+    """The backend and engine that will run a state of this dtype on this device, and a sentence saying why.
+
+    uncaptured  why the loop cannot be captured, for reasons of its own (fastdiff.graphs.obstacle), or None
+    """
     choose("backend", backend, BACKENDS)
     choose("engine", engine, ENGINES)
-    if engine == "graph":
-        raise ConfigError("engine='graph' is not built in this version: use 'auto' or 'eager'")
-    eager = "loops are not captured in this version"
     fastest, obstacle = _serves(device, dtype)
     if backend in obstacle:
         raise ConfigError(
             f"backend={backend!r} cannot run here: {obstacle[backend]}; use backend='auto' or 'reference'"
         )
+    used = fastest if backend == "auto" else backend
+    if used == "reference" and uncaptured is None:
+        uncaptured = "the reference reads its row's number on the host"
+    if engine == "graph" and uncaptured is not None:
+        raise ConfigError(f"engine='graph' cannot run here: {uncaptured}; use engine='auto' or 'eager'")
+    loop = "eager"
+    if engine == "eager":
+        manner = "engine='eager' was asked for"
+    elif uncaptured is not None:
+        manner = f"its loop runs eagerly: {uncaptured}"
+    else:
+        loop, manner = "graph", "its rows replay as CUDA graphs"
     if backend != "auto":
-        return backend, "eager", f"backend={backend!r} was asked for; {eager}"
-    if fastest == "reference":
+        return used, loop, f"backend={backend!r} was asked for; {manner}"
+    if used == "reference":
         reasons = [f"not {name!r}: {reason}" for name, reason in obstacle.items()]
-        return fastest, "eager", "; ".join([*reasons, eager])
-    return fastest, "eager", f"{fastest!r} has fused kernels for {device.type} tensors; {eager}"
+        return used, loop, "; ".join([*reasons, manner])
+    return used, loop, f"{used!r} has fused kernels for {device.type} tensors; {manner}"
 
 
 def _serves(device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:

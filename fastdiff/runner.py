@@ -20,7 +20,7 @@ from .reference.noise import SAMPLER
 from .table import Row, StepTable
 
 Condition = Tensor | dict[str, Tensor] | None
-# (input already scaled [B, *], time [B], what the network made of the row's time beforehand or None, condition)
+# (input already scaled [B, *], time [B], or instead of it what the network made of it beforehand, condition)
 #     -> prediction [B, *], and the second half of its channels where the variance is learned
 Network = Callable[[Tensor, Tensor, Tensor | None, Condition], tuple[Tensor, Tensor | None]]
 # (row number) -> noise like the state
@@ -96,16 +96,26 @@ class Loop:
         self, table: StepTable, operations: ModuleType, start: Tensor, net_input: Tensor, time: Tensor,
         times: Sequence[float], features: Tensor | None, *, seed: int, check: str,
     ) -> None:  # fmt: skip
-        self.table, self.operations, self.net_input, self.time, self.times = table, operations, net_input, time, times
-        self.kinds = kinds(table, operations.KEEPS_NOISE)
-        numbers = [n for kind in set(self.kinds) for n in (kind.x, kind.out, kind.pushed, kind.kept) if n is not None]
-        self.buffers = [start, *(torch.empty_like(start) for _ in range(max(numbers)))]
-        self.matrix = torch.from_numpy(table.matrix).to(start.device, start.dtype)
-        self.features, self.seed, self.check = features, seed, check
+        self.operations, self.net_input, self.time, self.check = operations, net_input, time, check
+        self.buffers = [start]
         self.measured = start.new_empty((len(start), 2))
         self.first_bad = None if check == "off" else torch.empty(len(start), dtype=torch.int64, device=start.device)
         self._measure = marks.marked("measure_langevin", operations.measure_langevin)
         self._steps: dict[Kind, Callable[[Tensor, Tensor | None, Tensor | None], None]] = {}
+        self.load(table, times, features, seed)
+
+    def load(self, table: StepTable, times: Sequence[float], features: Tensor | None, seed: int) -> None:
+        """What the next runs are of."""
+        self.table, self.times, self.seed = table, times, seed
+        self.kinds = kinds(table, self.operations.KEEPS_NOISE)
+        numbers = [n for kind in set(self.kinds) for n in (kind.x, kind.out, kind.pushed, kind.kept) if n is not None]
+        self.buffers += [torch.empty_like(self.start) for _ in range(max(numbers) + 1 - len(self.buffers))]
+        self.matrix = self.placed("matrix", torch.from_numpy(table.matrix).to(self.start.dtype))
+        self.features = None if features is None else self.placed("features", features)
+
+    def placed(self, name: str, values: Tensor) -> Tensor:
+        """The values on the device."""
+        return values.to(self.start.device)
 
     @property
     def start(self) -> Tensor:
@@ -121,7 +131,7 @@ class Loop:
         network, row = marks.marked("network", network), marks.marked("row", self.row)
         cursors = self.cursors(first_sample)
         for k, (kind, cursor, time, features) in enumerate(zip(self.kinds, cursors, self.times, self._features())):
-            if kind.calls:
+            if kind.calls and features is None:
                 self.time.fill_(time)
             z = noise(k) if noise is not None and kind.draws else None
             row(kind, network, cond, cursor, features, z)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checks, grids, inputs, marks, ops, processes, runner, samplers
-from .errors import ConfigError, DataError, DTypeError, choose, names_keywords
+from . import checks, graphs, grids, inputs, marks, ops, processes, runner, samplers
+from .errors import ConfigError, DataError, DTypeError, GraphError, choose, names_keywords
 from .model import Condition, ScoreModel, call, check_output, evaluating, single_tensor
 from .models.layers import TimeConditioned
 from .plan import MAX_STEPS, default_time_input, plan
@@ -98,6 +100,8 @@ def sample(
     trajectory    k > 0 adds k states [k, num_samples, *shape], evenly spaced from the start to the end
     backend       "auto": the device's fused kernels where there are any ("cpu": compiled, "triton": GPU), else "reference",
                   plain PyTorch; all make the same bits. `fastdiff doctor` says what there is
+    engine        "auto": rows replay as CUDA graphs where they can be captured, else run eagerly (`return_info` says why);
+                  a module's graphs are kept and see its parameters change, but no plain attribute: fastdiff.graphs.clear()
     return_info   adds a SampleInfo
 
     Returns x, or a tuple x[, states][, info]. Inputs, the model's mode and every global state are left as they were.
@@ -132,17 +136,19 @@ def sample(
         )
     dtype, state_dtype = _dtypes(dtype, x_init)
     place = _place(device, x_init, subject.net)
-    used_backend, used_engine, why = ops.resolve(backend, engine, place, state_dtype)
+    uncaptured = graphs.obstacle(subject.net, place, len(table), noise, engine == "graph")
+    used_backend, used_engine, why = ops.resolve(backend, engine, place, state_dtype, uncaptured)
     run = _Run(
         subject, table, (num_samples, *subject.shape), seed=seed, first_sample=first_sample, noise=noise, cond=cond,
-        x_init=x_init, dtype=state_dtype, device=place, check=check, operations=ops.backend_module(used_backend),
+        x_init=x_init, dtype=state_dtype, device=place, check=check, backend=used_backend, engine=used_engine, why=why,
+        may_fall_back=engine == "auto",
     )  # fmt: skip
     x, states, calls = run.execute(batch, trajectory, callback, progress)
     x = _like_start(_narrowed(x, dtype, check), x_init)
     if states is None and not return_info:
         return x
     seconds = time.perf_counter() - began
-    info = SampleInfo(seed, calls, len(table), seconds, used_backend, used_engine, why, table)
+    info = SampleInfo(seed, calls, len(table), seconds, used_backend, run.engine, run.why, table)
     return (x, *([] if states is None else [_narrowed(states, dtype, check)]), *([info] if return_info else []))
 
 
@@ -228,7 +234,8 @@ class _Run:
 
     def __init__(
         self, subject: _Subject, table: StepTable, full: tuple[int, ...], *, seed: int, first_sample: int, noise: Any,
-        cond: Any, x_init: Tensor | None, dtype: torch.dtype, device: torch.device, check: str, operations: ModuleType,
+        cond: Any, x_init: Tensor | None, dtype: torch.dtype, device: torch.device, check: str, backend: str, engine: str,
+        why: str, may_fall_back: bool,
     ) -> None:  # fmt: skip
         finite = check != "off"
         if x_init is not None:
@@ -244,7 +251,8 @@ class _Run:
         self.subject, self.table, self.full, self.seed, self.first_sample = subject, table, full, seed, first_sample
         self.noise, self.cond, self.x_init = noise, cond, x_init
         self.dtype, self.device, self.check = dtype, device, check
-        self.operations = operations
+        self.backend, self.operations = backend, ops.backend_module(backend)
+        self.engine, self.why, self.may_fall_back = engine, why, may_fall_back
         index = subject.time_input == "index"
         self.times: list[Any] = [0 if not row.calls else round(row.time) if index else row.time for row in table.rows]
         self.time_dtype = torch.int64 if index else dtype
@@ -267,10 +275,13 @@ class _Run:
         # a noise callable is asked once for each row, so then all batches walk the rows together
         groups = [bounds] if callable(self.noise) else [[bound] for bound in bounds]
         total = len(self.table) * len(bounds)
-        with evaluating(self.subject.net), torch.no_grad(), marks.range("sample"), _bar(progress, total) as bar:
+        with contextlib.ExitStack() as stack:
+            for context in (evaluating(self.subject.net), torch.no_grad(), marks.range("sample")):
+                stack.enter_context(context)
+            bar = stack.enter_context(_bar(progress, total))
             features = self.features()
             for group in groups:
-                chains = [self.chain(lo, hi, features, len(group) > 1) for lo, hi in group]
+                chains = [self.chain(lo, hi, features, len(group) > 1, stack) for lo, hi in group]
                 for k, now in enumerate(zip(*chains), start=-1):
                     for (lo, hi), x in zip(group, now):
                         for slot in keep.get(k, ()):
@@ -283,20 +294,22 @@ class _Run:
                     bar.update(len(group) if k >= 0 else 0)
         return result, states, self.table.calls * len(bounds)
 
-    def chain(self, lo: int, hi: int, features: Tensor | None, beside: bool) -> Iterator[Tensor]:
+    def chain(
+        self, lo: int, hi: int, features: Tensor | None, beside: bool, stack: contextlib.ExitStack
+    ) -> Iterator[Tensor]:
         """The states of samples lo … hi − 1: the start, then one after each row; the next overwrites it.
 
         beside  whether other chains run at the same time, so that this one needs buffers of its own
+        stack   where to leave what must be given back after the run
         """
+        cond, first = _slice(self.cond, lo, hi), self.first_sample + lo
         loop = None if beside else self.loops.get(hi - lo)
         if loop is None:
-            loop = self.loops[hi - lo] = self.loop(hi - lo, features)
+            loop = self.loops[hi - lo] = self.loop(hi - lo, features, cond, stack)
         if self.x_init is not None:
             loop.start.copy_(self.x_init[lo:hi].detach())
         else:
-            self.operations.normal(
-                loop.start, ops.cursor(0, self.first_sample + lo, self.seed, self.device), fdn1.PRIOR
-            )
+            self.operations.normal(loop.start, ops.cursor(0, first, self.seed, self.device), fdn1.PRIOR)
             loop.start.mul_(self.table.prior_std)
         yield loop.start
         shape = loop.start.shape
@@ -307,19 +320,54 @@ class _Run:
             return check_output(output, shape, self.device, self.variance)
 
         noise = None if self.noise is None else lambda k: self.draw(k, lo, hi)
-        yield from loop.run(network, _slice(self.cond, lo, hi), self.first_sample + lo, noise)
+        try:
+            yield from loop.run(network, cond, first, noise)
+        except GraphError as error:  # before the first row
+            self.fall_back(str(error))
+            start, loop = loop.start, self.loop(hi - lo, features, cond, stack)
+            self.loops[hi - lo] = loop
+            loop.start.copy_(start)
+            yield from loop.run(network, cond, first, noise)
 
-    def loop(self, count: int, features: Tensor | None) -> runner.Loop:
-        """Buffers for `count` samples at a time."""
-        shape = (count, *self.full[1:])
-        net_input = torch.empty(
-            shape, dtype=self.net_dtype, device=self.device, memory_format=_layout(self.subject.net, len(shape))
+    def fall_back(self, reason: str) -> None:
+        """From here on, and for this network in later runs, eager loops."""
+        graphs.refuse(self.subject.net, f"the network cannot be captured ({reason})")
+        if not self.may_fall_back:
+            raise GraphError(f"the network cannot be captured as a CUDA graph ({reason}): use engine='auto' or 'eager'")
+        warnings.warn(
+            f"the network cannot be captured as a CUDA graph, so its loop runs eagerly ({reason}); engine='eager' says "
+            "nothing",
+            RuntimeWarning,
+            stacklevel=2,
         )
-        return runner.Loop(
-            self.table, self.operations, torch.empty(shape, dtype=self.dtype, device=self.device), net_input,
-            torch.empty(count, dtype=self.time_dtype, device=self.device), self.times, features,
-            seed=self.seed, check=self.check,
+        self.engine, self.why = "eager", f"{self.why}, but it could not be captured: {reason}"
+
+    def loop(self, count: int, features: Tensor | None, cond: Condition, stack: contextlib.ExitStack) -> runner.Loop:
+        """A loop for `count` samples at a time."""
+        shape, layout = (count, *self.full[1:]), _layout(self.subject.net, len(self.full))
+
+        def make(kind: Callable[..., Any] = runner.Loop) -> Any:
+            net_input = torch.empty(shape, dtype=self.net_dtype, device=self.device, memory_format=layout)
+            return kind(
+                self.table, self.operations, torch.empty(shape, dtype=self.dtype, device=self.device), net_input,
+                torch.empty(count, dtype=self.time_dtype, device=self.device), self.times, features,
+                seed=self.seed, check=self.check,
+            )  # fmt: skip
+
+        if self.engine == "eager":
+            return make()  # type: ignore[no-any-return]
+        capacity = max(1024, 1 << (len(self.table) - 1).bit_length())
+        parts = cond if isinstance(cond, dict) else {"": cond}
+        of_cond = [(name, value.shape, value.dtype) for name, value in parts.items() if value is not None]
+        key = (
+            shape, layout, self.dtype, self.device, self.net_dtype, self.time_dtype, self.check, self.variance, self.backend,
+            None if features is None else (features.shape[1:], features.dtype), tuple(of_cond),
+            capacity, graphs.surroundings(self.device),
         )  # fmt: skip
+        kept = graphs.borrowed(self.subject.net, key, lambda: make(functools.partial(graphs.GraphLoop, capacity)))
+        loop = stack.enter_context(kept)
+        loop.load(self.table, self.times, features, self.seed)
+        return loop
 
     def features(self) -> Tensor | None:
         """What the network makes of each row's time, [rows, *], if it can do so beforehand."""

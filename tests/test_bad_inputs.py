@@ -111,7 +111,7 @@ CONFIGURATION = [
     ({"backend": "cuda"}, ConfigError, "backend must be one of"),
     ({"backend": "cpu", "device": "nowhere"}, DeviceError, "device"),
     ({"backend": "triton"}, ConfigError, "runs CUDA tensors"),
-    ({"engine": "graph"}, ConfigError, "not built in this version"),
+    ({"engine": "graph"}, ConfigError, "CUDA graphs need a CUDA device"),
     ({"engine": "graphs"}, ConfigError, "did you mean 'graph'"),
     ({"guidance": 2.0}, ConfigError, "guidance"),
     ({"dtype": torch.int64}, DTypeError, "dtype"),

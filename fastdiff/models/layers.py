@@ -73,7 +73,8 @@ class TimeEmbedding(nn.Module):
 
 class TimeConditioned(nn.Module):
     """A network whose use of the time is a function of the time alone, which can be evaluated ahead: the samples of a run
-    are all at the same times, so `net(x, t, y, features=net.time_features(times)[k : k + 1])` spares each call that work.
+    are all at the same times, so `net(x, t, y, features=net.time_features(times)[k : k + 1])` spares each call that work;
+    t [B] then holds nothing.
     """
 
     def time_features(self, t: Tensor) -> Tensor:
