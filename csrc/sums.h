@@ -35,8 +35,9 @@ struct Sums {
 
     // Adds the tile's elements, given by `element(i)`, to sum number `which`.
     template <class Element> void add(const Tile& tile, int which, Element element) {
-        alignas(64) double v[kBlock];
         const int each = int(tile.n / tile.samples);
+        if (each <= 4) return add_small(tile, which, element, each);
+        alignas(64) double v[kBlock];
         for (int64_t s = 0; s < tile.samples; ++s)
             for (int from = 0; from < each; from += kBlock) {
                 const int length = each - from < kBlock ? each - from : kBlock, offset = int(s) * each + from;
@@ -55,7 +56,19 @@ struct Sums {
                 partial[((tile.sample + s) * count + which) * blocks + block] = halve(v, left);
             }
     }
-    double total(int64_t sample, int which) { return halve(partial + (sample * count + which) * blocks, blocks); }
+    // The same tree over samples of so few elements that its loops would cost more than its sums.
+    template <class Element> void add_small(const Tile& tile, int which, Element element, int each) {
+        double* to = partial + tile.sample * count + which;
+        for (int64_t s = 0; s < tile.samples; ++s, to += count) {
+            const int at = int(s) * each;
+            const double a = element(at);
+            if (each == 1) *to = a;
+            if (each == 2) *to = a + element(at + 1);
+            if (each == 3) *to = (a + element(at + 2)) + element(at + 1);
+            if (each == 4) *to = (a + element(at + 2)) + (element(at + 1) + element(at + 3));
+        }
+    }
+    double total(int64_t sample, int which) { return blocks == 1 ? partial[sample * count + which] : halve(partial + (sample * count + which) * blocks, blocks); }
 };
 
 }  // namespace
