@@ -2,17 +2,19 @@
 
 A replay reads its row's number, its coefficients, its times and the seed from device memory, so one graph serves every row
 of its kind, every seed, grid and condition, and sees parameters that are updated in place. Graphs are kept for a module
-and reused while its parameters stay where they are. What a capture bakes in and nobody can see changing are a module's
-plain Python attributes: call `clear()` after changing one.
+and reused while it is made of the same parts and its tensors stay where they are (`fingerprint`). What a capture bakes in
+and nobody can see changing is a network's Python: counters, plain attributes, what a callable closes over. Call `clear()`
+after changing an attribute; run a network that counts its calls with engine="eager".
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +24,21 @@ from .errors import ConfigError, GraphError
 from .runner import Condition, Draw, Kind, Loop, Network, raise_if_bad
 from .table import StepTable
 
-LIMIT = 8  # loops kept; one more retires all of them, as graphs that were captured together share workspaces
+LIMIT = 8  # loops kept while nobody runs them; one more retires all of them
 WORTHWHILE = 100  # rows that pay for capturing a callable whose graphs cannot be kept
 
-_lock = threading.RLock()
-_here = threading.local()  # .held: how many loops this thread has borrowed
-_kept: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[Any, GraphLoop]]] = weakref.WeakKeyDictionary()
-_refused: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+class _Kept(NamedTuple):
+    """A module's loops that nobody is running, by what they were captured under."""
+
+    fingerprint: Any
+    loops: dict[Any, list[GraphLoop]]
+
+
+_lock = threading.Lock()  # of these two
+_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+_refused: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_capturing = threading.Lock()  # torch takes one capture at a time
 
 
 def obstacle(net: Any, device: torch.device, rows: int, noise: Any, asked: bool) -> str | None:
@@ -40,25 +50,21 @@ def obstacle(net: Any, device: torch.device, rows: int, noise: Any, asked: bool)
             "sample() cannot run while the current stream is capturing, as it copies its table to the device: call it "
             "outside, it captures its own rows"
         )
-    if torch.compiler.is_compiling():
-        return "it is being compiled"
     if noise is not None:
         return "the noise comes from the caller"
     if not isinstance(net, nn.Module) and rows < WORTHWHILE and not asked:
         return f"a plain callable is captured anew for each run, and this one has {rows} rows"
-    return refusal(net)
-
-
-def refusal(net: Any) -> str | None:
-    """Why this network's capture failed before, or None."""
-    return _refused.get(net) if isinstance(net, nn.Module) else None
+    try:
+        return _refused.get(net)
+    except TypeError:  # a callable without weak references
+        return None
 
 
 def refuse(net: Any, reason: str) -> None:
-    """Remember that a module cannot be captured."""
-    if isinstance(net, nn.Module):
-        with _lock:
-            _refused[net] = reason
+    """Remember that a network cannot be captured."""
+    with _lock, contextlib.suppress(TypeError):
+        _refused[net] = reason
+        _kept.pop(net, None)
 
 
 def clear() -> None:
@@ -70,54 +76,70 @@ def clear() -> None:
 
 @contextlib.contextmanager
 def borrowed(net: Any, key: Any, make: Callable[[], GraphLoop]) -> Iterator[GraphLoop]:
-    """The loop kept for a module under this key, or a new one, for this thread alone.
+    """A loop that was captured for this network under this key, or a new one, for the caller alone.
 
-    key   all that a capture bakes in, but for the module's parameters: these are compared here
+    key   all that a capture bakes in, but for the network itself
     """
-    loop = _found(net, key, make) if isinstance(net, nn.Module) else make()
-    held = getattr(_here, "held", 0)
-    # a thread that holds a loop already waits for no other, or two threads might wait for each other
-    if not loop.lock.acquire(blocking=not held):
-        loop = make()
-        loop.lock.acquire()
-    _here.held = held + 1
+    kept, loop = None, None
+    if isinstance(net, nn.Module):
+        now = fingerprint(net)
+        with _lock:
+            kept = _kept.get(net)
+            if kept is None or kept.fingerprint != now:
+                kept = _kept[net] = _Kept(now, {})
+            free = kept.loops.get(key)
+            loop = free.pop() if free else None
+    loop = make() if loop is None else loop
+    loop.follow()
     try:
-        loop.follow()
         yield loop
-        loop.leave()
     finally:
-        _here.held = held
-        loop.lock.release()
+        loop.leave()
+        if kept is not None and loop.graphs:
+            _keep(net, kept, key, loop)
 
 
-def _found(net: nn.Module, key: Any, make: Callable[[], GraphLoop]) -> GraphLoop:
-    now = tuple((p.data_ptr(), p.dtype, p.shape, p.stride()) for p in [*net.parameters(), *net.buffers()])
+def _keep(net: nn.Module, kept: _Kept, key: Any, loop: GraphLoop) -> None:
     with _lock:
-        before, loops = _kept.get(net, (now, {}))
-        if before != now or (key not in loops and sum(len(own) for _, own in _kept.values()) >= LIMIT):
+        if _kept.get(net) is not kept:  # retired, or the module has changed, while the loop ran
+            return
+        if sum(len(free) for own in _kept.values() for free in own.loops.values()) >= LIMIT:
             _kept.clear()
-            loops = {}
-        if key not in loops:
-            loops[key] = make()
-            _kept[net] = (now, loops)
-        return loops[key]
+            kept = _kept[net] = _Kept(kept.fingerprint, {})
+        kept.loops.setdefault(key, []).append(loop)
+
+
+def fingerprint(net: nn.Module) -> Any:
+    """What a module is made of, and where its tensors lie. Raises GraphError where that cannot be told."""
+    modules = list(net.modules())
+    loose = [v for module in modules for v in vars(module).values() if isinstance(v, Tensor)]
+    try:
+        tensors = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in [*net.parameters(), *net.buffers(), *loose]]
+    except (RuntimeError, ValueError) as error:
+        raise GraphError(f"a tensor of its has no place in memory: {_first_line(error)}") from error
+    if any(not address and shape.numel() for address, _, shape, _ in tensors):
+        raise GraphError("a tensor of its does not tell where it lies in memory")
+    parts = [
+        (id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules
+    ]
+    return parts, tensors
 
 
 class GraphLoop(Loop):
     """A runner.Loop that replays. Everything that its graphs touch is made once and stays where it is.
 
     capacity  rows of the longest table that it takes
+    net       of whose graphs these are; not held
     """
 
-    def __init__(self, capacity: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, capacity: int, net: Any, *args: Any, **kwargs: Any) -> None:
         self.capacity = capacity
+        self.net = weakref.ref(net) if isinstance(net, nn.Module) else lambda: None
         self.graphs: dict[Kind, Any] = {}
         self.static: dict[str, Tensor] = {}
-        self.lock = threading.Lock()
         self.pool: Any = None
         self.done: Any = None
         super().__init__(*args, **kwargs)
-        self.home = torch.cuda.current_stream(self.start.device) if self.start.is_cuda else None
         self.cursor = torch.zeros(3, dtype=torch.int64, device=self.start.device)
 
     def load(self, table: StepTable, times: Sequence[float], features: Tensor | None, seed: int) -> None:
@@ -132,26 +154,19 @@ class GraphLoop(Loop):
         return self.static[name]
 
     def run(self, network: Network, cond: Condition, first_sample: int, noise: Draw | None = None) -> Iterator[Tensor]:
-        """As Loop.run. Raises GraphError before the first row, and leaves `start` as it was, where capture fails."""
-        if noise is not None:
-            raise GraphError("a captured row draws its own noise")
-        own = self._conditioned(cond)
+        """As Loop.run, without noise of the caller's. Raises GraphError before the first row, and leaves `start` as it
+        was, where capture fails."""
         if not self.graphs.keys() >= set(self.kinds):
-            start = self.start.clone()
-            try:
-                for kind in dict.fromkeys(self.kinds):
-                    if kind not in self.graphs:
-                        self._capture(kind, network, own, first_sample)
-            finally:
-                self.start.copy_(start)
+            self._capture_kinds(network, self._conditioned(cond), first_sample)
+        self._conditioned(cond)  # a network may have changed it in the warm-up
         self.begin()
         self._stand_at(0, first_sample)
-        every = self.check == "every" and self.first_bad is not None
+        every = self.check == "every"
         replay = marks.marked("row", lambda kind: self.graphs[kind].replay())
         for kind in self.kinds:
             replay(kind)
-            if every:
-                raise_if_bad(self.table, self.first_bad, first_sample)  # type: ignore[arg-type]
+            if every and self.first_bad is not None:
+                raise_if_bad(self.table, self.first_bad, first_sample)
             yield self.buffers[kind.out]
         if self.first_bad is not None:
             raise_if_bad(self.table, self.first_bad, first_sample)
@@ -162,11 +177,15 @@ class GraphLoop(Loop):
             torch.cuda.current_stream(self.start.device).wait_event(self.done)
 
     def leave(self) -> None:
-        """Note, on the current stream, where this run ends."""
+        """Note where on the current stream this run ends: the next one, and whoever gets the memory after, waits for it."""
         if self.start.is_cuda:
+            stream = torch.cuda.current_stream(self.start.device)
             self.done = torch.cuda.Event()
-            self.done.record(torch.cuda.current_stream(self.start.device))
-            self.home.wait_event(self.done)  # whoever gets this memory next, gets it on that stream
+            self.done.record(stream)
+            own = (self.net_input, self.time, self.measured, self.cursor, self.first_bad)
+            for tensor in (*self.buffers, *self.static.values(), *own):
+                if tensor is not None:
+                    tensor.record_stream(stream)
 
     def _stand_at(self, row: int, first_sample: int) -> None:
         seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed
@@ -175,13 +194,29 @@ class GraphLoop(Loop):
     def _conditioned(self, cond: Condition) -> Condition:
         """The condition in memory of the loop's own, which the graphs read."""
         if isinstance(cond, dict):
-            return {name: self._keep(f"cond {name}", value) for name, value in cond.items()}
-        return None if cond is None else self._keep("cond", cond)
+            return {name: self._kept_at(f"cond {name}", value) for name, value in cond.items()}
+        return None if cond is None else self._kept_at("cond", cond)
 
-    def _keep(self, name: str, value: Tensor) -> Tensor:
+    def _kept_at(self, name: str, value: Tensor) -> Tensor:
         if name not in self.static:
             self.static[name] = torch.empty_like(value)
         return self.static[name].copy_(value)
+
+    def _capture_kinds(self, network: Network, cond: Condition, first_sample: int) -> None:
+        start, net = self.start.clone(), self.net()
+        before = None if net is None else fingerprint(net)
+        try:
+            for kind in dict.fromkeys(self.kinds):
+                if kind not in self.graphs:
+                    self._capture(kind, network, cond, first_sample)
+            if net is not None and fingerprint(net) != before:
+                raise GraphError("its forward puts other tensors in the place of its own")
+        except GraphError:
+            self.graphs.clear()
+            self.pool = None
+            raise
+        finally:
+            self.start.copy_(start)
 
     def _capture(self, kind: Kind, network: Network, cond: Condition, first_sample: int) -> None:
         at, device = self.kinds.index(kind), self.start.device
@@ -201,30 +236,80 @@ class GraphLoop(Loop):
             self._stand_at(at, first_sample)
             body()
 
-        with _lock, _uncached_casts(device):
+        # casts of the weights as part of the graph: one that autocast had kept from before would be stale in a replay
+        cast = torch.get_autocast_dtype(device.type)
+        enabled = torch.is_autocast_enabled(device.type)
+        with torch.autocast(device.type, dtype=cast, enabled=enabled, cache_enabled=False):
             self.graphs[kind], self.pool = capture(warm, body, device, self.pool)
 
 
 def capture(warm: Callable[[], None], body: Callable[[], None], device: torch.device, pool: Any) -> tuple[Any, Any]:
     """A CUDA graph of `body`, after some calls of `warm` (libraries set up, kernels compile), and its memory pool."""
-    with torch.cuda.device(device):
+    # (the inner context restores the caller's stream: torch leaves another after a capture that failed)
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         stream, current = _stream(device), torch.cuda.current_stream()
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                warm()
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        pool = torch.cuda.graph_pool_handle() if pool is None else pool
+
+        def warm_up() -> None:
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    warm()
+
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                body()
-        except RuntimeError as error:  # what worked in the warm-up cannot be captured
-            graph.reset()
-            torch.cuda.synchronize()
+            warm_up()
+        except torch.OutOfMemoryError:  # graphs that nobody runs may hold what is lacking
+            with _lock:
+                _kept.clear()
             torch.cuda.empty_cache()
-            raise GraphError(str(error).partition("\n")[0]) from error
+            warm_up()
+        finally:
+            current.wait_stream(stream)
+        graph, first = torch.cuda.CUDAGraph(), None
+        pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        with _capturing, _no_collection():
+            _clear_workspaces()  # so that the graph's own lie in its own pool, and not where others' do
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    try:
+                        body()
+                    except Exception as error:
+                        first = error  # which says more than what the end of the capture raises
+                        raise
+            except Exception as error:  # what worked in the warm-up cannot be captured
+                _recover(graph, pool, stream, device)
+                raise GraphError(_first_line(first or error)) from (first or error)
+            finally:
+                _clear_workspaces()
     return graph, pool
+
+
+def _recover(graph: Any, pool: Any, stream: Any, device: torch.device) -> None:
+    """Bring torch back from a capture that failed, of which it leaves the allocator and the generator in the midst."""
+    graph.reset()
+    with contextlib.suppress(RuntimeError):  # where torch has done so itself
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    # the generator is told of the end of a capture only by one that succeeds
+    again = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local")
+    with contextlib.suppress(RuntimeError), again:
+        torch.zeros(1, device=device)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+def _clear_workspaces() -> None:
+    torch._C._cuda_clearCublasWorkspaces()
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """A collection during a capture might free another graph."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 _streams: dict[torch.device, Any] = {}
@@ -233,19 +318,26 @@ _streams: dict[torch.device, Any] = {}
 def _stream(device: torch.device) -> Any:
     """The stream of all captures on a device: what libraries keep for a stream is then made once."""
     if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
+        # of high priority, of which users ask for few: torch hands out the same streams again and again
+        _streams[device] = torch.cuda.Stream(device, priority=-1)
     return _streams[device]
 
 
 def surroundings(device: torch.device) -> tuple[Any, ...]:
     """The caller's settings that a capture bakes in."""
-    kind = device.type
-    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return cast, torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    kind, cuda, cudnn = device.type, torch.backends.cuda, torch.backends.cudnn
+    return (
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        (cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision),
+        (cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction),
+        cuda.matmul.allow_fp16_accumulation,
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+    )
 
 
-def _uncached_casts(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast's casts of the weights as part of the graph: one that was cached outside would be stale in a replay."""
-    if not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=False)
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -63,8 +63,10 @@ def resolve(
             f"backend={backend!r} cannot run here: {obstacle[backend]}; use backend='auto' or 'reference'"
         )
     used = fastest if backend == "auto" else backend
-    if used == "reference" and uncaptured is None:
-        uncaptured = "the reference reads its row's number on the host"
+    if uncaptured is None:
+        unfit = {"reference": "the reference reads its row's number on the host"}
+        unfit |= {"triton": "TRITON_INTERPRET=1 runs the kernels on the host"} if INTERPRETED else {}
+        uncaptured = unfit.get(used)
     if engine == "graph" and uncaptured is not None:
         raise ConfigError(f"engine='graph' cannot run here: {uncaptured}; use engine='auto' or 'eager'")
     loop = "eager"

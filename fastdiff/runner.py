@@ -107,6 +107,7 @@ class Loop:
     def load(self, table: StepTable, times: Sequence[float], features: Tensor | None, seed: int) -> None:
         """What the next runs are of."""
         self.table, self.times, self.seed = table, times, seed
+        self._steps.clear()
         self.kinds = kinds(table, self.operations.KEEPS_NOISE)
         numbers = [n for kind in set(self.kinds) for n in (kind.x, kind.out, kind.pushed, kind.kept) if n is not None]
         self.buffers += [torch.empty_like(self.start) for _ in range(max(numbers) + 1 - len(self.buffers))]

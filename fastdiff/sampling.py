@@ -42,6 +42,19 @@ class SampleInfo:
     table: StepTable
 
 
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, left out of what torch.compile traces: of a loop's host code it could make nothing."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_untraced
 @names_keywords
 def sample(
     model: Any,
@@ -100,8 +113,9 @@ def sample(
     trajectory    k > 0 adds k states [k, num_samples, *shape], evenly spaced from the start to the end
     backend       "auto": the device's fused kernels where there are any ("cpu": compiled, "triton": GPU), else "reference",
                   plain PyTorch; all make the same bits. `fastdiff doctor` says what there is
-    engine        "auto": rows replay as CUDA graphs where they can be captured, else run eagerly (`return_info` says why);
-                  a module's graphs are kept and see its parameters change, but no plain attribute: fastdiff.graphs.clear()
+    engine        "auto": rows replay as CUDA graphs where they can be captured, else run eagerly (`return_info` says why).
+                  A module's graphs are kept and see its parameters change, but none of its Python runs in a replay: a
+                  network that counts its calls wants "eager"; after a change of an attribute, fastdiff.graphs.clear()
     return_info   adds a SampleInfo
 
     Returns x, or a tuple x[, states][, info]. Inputs, the model's mode and every global state are left as they were.
@@ -135,20 +149,17 @@ def sample(
             f"grid starts at t = {table.rows[0].level.t:g}, where the data still show: give x_init, or start at T"
         )
     dtype, state_dtype = _dtypes(dtype, x_init)
-    place = _place(device, x_init, subject.net)
-    uncaptured = graphs.obstacle(subject.net, place, len(table), noise, engine == "graph")
-    used_backend, used_engine, why = ops.resolve(backend, engine, place, state_dtype, uncaptured)
     run = _Run(
         subject, table, (num_samples, *subject.shape), seed=seed, first_sample=first_sample, noise=noise, cond=cond,
-        x_init=x_init, dtype=state_dtype, device=place, check=check, backend=used_backend, engine=used_engine, why=why,
-        may_fall_back=engine == "auto",
+        x_init=x_init, dtype=state_dtype, device=_place(device, x_init, subject.net), check=check, backend=backend,
+        engine=engine,
     )  # fmt: skip
     x, states, calls = run.execute(batch, trajectory, callback, progress)
     x = _like_start(_narrowed(x, dtype, check), x_init)
     if states is None and not return_info:
         return x
     seconds = time.perf_counter() - began
-    info = SampleInfo(seed, calls, len(table), seconds, used_backend, run.engine, run.why, table)
+    info = SampleInfo(seed, calls, len(table), seconds, run.backend, run.engine, run.why, table)
     return (x, *([] if states is None else [_narrowed(states, dtype, check)]), *([info] if return_info else []))
 
 
@@ -235,8 +246,11 @@ class _Run:
     def __init__(
         self, subject: _Subject, table: StepTable, full: tuple[int, ...], *, seed: int, first_sample: int, noise: Any,
         cond: Any, x_init: Tensor | None, dtype: torch.dtype, device: torch.device, check: str, backend: str, engine: str,
-        why: str, may_fall_back: bool,
     ) -> None:  # fmt: skip
+        self.asked = (backend, engine)
+        uncaptured = graphs.obstacle(subject.net, device, len(table), noise, engine == "graph")
+        self.backend, self.engine, self.why = ops.resolve(backend, engine, device, dtype, uncaptured)
+        self.operations = ops.backend_module(self.backend)
         finite = check != "off"
         if x_init is not None:
             inputs.check_tensor("x_init", x_init, full, device, finite)
@@ -251,8 +265,6 @@ class _Run:
         self.subject, self.table, self.full, self.seed, self.first_sample = subject, table, full, seed, first_sample
         self.noise, self.cond, self.x_init = noise, cond, x_init
         self.dtype, self.device, self.check = dtype, device, check
-        self.backend, self.operations = backend, ops.backend_module(backend)
-        self.engine, self.why, self.may_fall_back = engine, why, may_fall_back
         index = subject.time_input == "index"
         self.times: list[Any] = [0 if not row.calls else round(row.time) if index else row.time for row in table.rows]
         self.time_dtype = torch.int64 if index else dtype
@@ -323,24 +335,27 @@ class _Run:
         try:
             yield from loop.run(network, cond, first, noise)
         except GraphError as error:  # before the first row
-            self.fall_back(str(error))
+            self.fall_back(error)
             start, loop = loop.start, self.loop(hi - lo, features, cond, stack)
             self.loops[hi - lo] = loop
             loop.start.copy_(start)
             yield from loop.run(network, cond, first, noise)
 
-    def fall_back(self, reason: str) -> None:
+    def fall_back(self, error: GraphError) -> None:
         """From here on, and for this network in later runs, eager loops."""
-        graphs.refuse(self.subject.net, f"the network cannot be captured ({reason})")
-        if not self.may_fall_back:
-            raise GraphError(f"the network cannot be captured as a CUDA graph ({reason}): use engine='auto' or 'eager'")
+        reason = f"the network cannot be captured as CUDA graphs ({error})"
+        if not isinstance(error.__cause__, torch.OutOfMemoryError):  # which a smaller batch need not meet
+            graphs.refuse(self.subject.net, reason)
+        backend, engine = self.asked
+        if engine == "graph":
+            raise GraphError(f"{reason}: use engine='auto' or 'eager'") from error
+        _, self.engine, self.why = ops.resolve(backend, engine, self.device, self.dtype, reason)
         warnings.warn(
-            f"the network cannot be captured as a CUDA graph, so its loop runs eagerly ({reason}); engine='eager' says "
-            "nothing",
+            f"{reason}, so its loop runs eagerly, slower where the network is small; engine='eager' does so without this "
+            "warning",
             RuntimeWarning,
             stacklevel=2,
         )
-        self.engine, self.why = "eager", f"{self.why}, but it could not be captured: {reason}"
 
     def loop(self, count: int, features: Tensor | None, cond: Condition, stack: contextlib.ExitStack) -> runner.Loop:
         """A loop for `count` samples at a time."""
@@ -354,20 +369,28 @@ class _Run:
                 seed=self.seed, check=self.check,
             )  # fmt: skip
 
-        if self.engine == "eager":
-            return make()  # type: ignore[no-any-return]
-        capacity = max(1024, 1 << (len(self.table) - 1).bit_length())
-        parts = cond if isinstance(cond, dict) else {"": cond}
-        of_cond = [(name, value.shape, value.dtype) for name, value in parts.items() if value is not None]
-        key = (
-            shape, layout, self.dtype, self.device, self.net_dtype, self.time_dtype, self.check, self.variance, self.backend,
-            None if features is None else (features.shape[1:], features.dtype), tuple(of_cond),
-            capacity, graphs.surroundings(self.device),
-        )  # fmt: skip
-        kept = graphs.borrowed(self.subject.net, key, lambda: make(functools.partial(graphs.GraphLoop, capacity)))
-        loop = stack.enter_context(kept)
-        loop.load(self.table, self.times, features, self.seed)
-        return loop
+        if self.engine == "graph":
+            parts = cond if isinstance(cond, dict) else {None: cond}
+            of_cond = tuple((name, value.shape, value.dtype) for name, value in parts.items() if value is not None)
+            # what follows from the network's own tensors, such as its dtype, is in its fingerprint
+            key = (
+                shape, self.dtype, self.device, self.time_dtype, self.check, self.backend, of_cond, self.capacity,
+                graphs.surroundings(self.device),
+            )  # fmt: skip
+            kind = functools.partial(graphs.GraphLoop, self.capacity, self.subject.net)
+            try:
+                loop = stack.enter_context(graphs.borrowed(self.subject.net, key, lambda: make(kind)))
+            except GraphError as error:
+                self.fall_back(error)
+            else:
+                loop.load(self.table, self.times, features, self.seed)
+                return loop
+        return make()  # type: ignore[no-any-return]
+
+    @property
+    def capacity(self) -> int:
+        """Rows that a loop makes room for."""
+        return len(self.table) if self.engine == "eager" else max(1024, 1 << (len(self.table) - 1).bit_length())
 
     def features(self) -> Tensor | None:
         """What the network makes of each row's time, [rows, *], if it can do so beforehand."""
@@ -375,7 +398,7 @@ class _Run:
         if not isinstance(net, TimeConditioned):
             return None
         times = torch.tensor(self.times, dtype=self.time_dtype, device=self.device)
-        if net.time_features(times[:1]).nbytes * len(times) > MAX_FEATURES:
+        if net.time_features(times[:1]).nbytes * self.capacity > MAX_FEATURES:
             return None
         return net.time_features(times)
 

@@ -131,7 +131,9 @@ def test_habits():
             assert not isinstance(node, ast.Assert), f"{name}: assert vanishes under -O"
             if isinstance(node, ast.ExceptHandler):
                 assert node.type is not None, f"{name}: bare except"
-                assert not (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")), name
+                if isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException"):
+                    # whatever it is, it goes on as an exception
+                    assert isinstance(node.body[-1], ast.Raise), name
         text = path.read_text()
         for word in ("weights_only", "pickle.load", "TODO", "FIXME", "XXX"):
             assert word not in text, f"{name}: {word}"

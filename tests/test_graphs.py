@@ -13,6 +13,7 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo.testing
 from test_runner import dispatched
 from test_sample import every_run
 from torch import nn
@@ -65,7 +66,7 @@ def captures(request, monkeypatch):
         try:
             with tape:
                 body()
-        except RuntimeError as error:
+        except Exception as error:
             raise GraphError(str(error).partition("\n")[0]) from error
         return tape, pool
 
@@ -94,8 +95,13 @@ class Net(nn.Module):
 
     def forward(self, x, t, cond=None, label=None):
         out = x * self.weight + self.shift + 0.1 * t.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-        out = out if cond is None else out + cond
-        return out if label is None else out + label
+        out = out if t.is_floating_point() else out * 0.9
+        out = out if cond is None else out + (cond if cond.is_floating_point() else cond * 0.5 - 0.25)
+        return out if label is None else out * (1 + label * 0.1)
+
+
+def kept_loops():
+    return [loop for kept in graphs._kept.values() for free in kept.loops.values() for loop in free]
 
 
 def draw(net, **options):
@@ -182,9 +188,7 @@ def test_graphs_go_with_their_network(captures):
     """(f)"""
     net = Net(captures.device)
     draw(net, engine="graph", place=captures.device)
-    ((_, loops),) = graphs._kept.values()
-    (loop,) = (weakref.ref(loop) for loop in loops.values())
-    del loops
+    loop = weakref.ref(kept_loops()[0])
     assert loop() is not None
     del net
     gc.collect()
@@ -201,9 +205,29 @@ def test_a_whole_generation_retires_at_once(captures):
     both(net, captures, num_samples=1)  # all are kept
     assert len(captures) == 2 * graphs.LIMIT
     assert torch.equal(*both(net, captures, num_samples=graphs.LIMIT + 1))
-    ((_, loops),) = graphs._kept.values()
-    assert len(loops) == 1
+    assert len(kept_loops()) == 1
     assert torch.equal(*both(net, captures, num_samples=1))
+
+
+def test_a_generation_is_of_all_networks(captures):
+    """(g)"""
+    nets = [Net(captures.device) for _ in range(3)]
+    for count in range(1, 4):
+        for net in nets:
+            both(net, captures, num_samples=count)
+    assert len(captures) == 2 * 9
+    assert len(kept_loops()) == 1
+    inner = []
+
+    def callback(row, t, x):  # nine others come while a loop is in use, and it goes on
+        if row == 3:
+            inner.extend(both(nets[0], captures, num_samples=count)[0] for count in range(5, 14))
+
+    options = {"num_samples": 2, "place": captures.device}
+    x = draw(nets[1], engine="graph", callback=callback, **options)
+    assert torch.equal(x, draw(nets[1], engine="eager", **options))
+    assert len(inner) == 9
+    assert len(kept_loops()) <= graphs.LIMIT
 
 
 def test_a_result_is_the_callers_own(captures):
@@ -225,11 +249,11 @@ class Reading(Net):
 def test_a_network_that_cannot_be_captured_runs_eagerly_with_one_warning(captures):
     """(a), (b)"""
     net = Reading(captures.device)
-    with pytest.warns(RuntimeWarning, match="cannot be captured as a CUDA graph") as warned:
+    with pytest.warns(RuntimeWarning, match="cannot be captured as CUDA graphs") as warned:
         ours, info = draw(net, return_info=True, place=captures.device)
     assert len(warned) == 1
     assert info.engine == "eager"
-    assert "could not be captured" in info.why
+    assert "its loop runs eagerly: the network cannot be captured as CUDA graphs (operation not permitted" in info.why
     tried = len(captures)
     again, info = draw(net, return_info=True, place=captures.device)  # no second warning, which would be an error
     assert len(captures) == tried
@@ -239,7 +263,7 @@ def test_a_network_that_cannot_be_captured_runs_eagerly_with_one_warning(capture
     assert torch.equal(again, eager)
     with pytest.raises(ConfigError, match="engine='graph' cannot run here: the network cannot be captured"):
         draw(net, engine="graph", place=captures.device)
-    with pytest.raises(GraphError, match=r"cannot be captured as a CUDA graph \(.*\): use engine='auto'"):
+    with pytest.raises(GraphError, match=r"cannot be captured as CUDA graphs \(.*\): use engine='auto'"):
         draw(Reading(captures.device), engine="graph", place=captures.device)
     assert torch.equal(*both(Net(captures.device), captures))  # the device is in order
 
@@ -254,28 +278,6 @@ def test_plain_callables_are_captured_for_their_run_alone(captures):
     for steps, engine in ((graphs.WORTHWHILE - 1, "eager"), (graphs.WORTHWHILE, "graph")):
         _, info = draw(lambda x, t: -x, steps=steps, place=captures.device, return_info=True)
         assert info.engine == engine
-
-
-def test_two_threads_that_each_need_the_others_loop_do_not_wait_for_each_other(captures):
-    """A run within a callback borrows a loop while its thread holds another; the other thread does so in reverse."""
-    net, meet, results = Net(captures.device), threading.Barrier(2, timeout=60), {}
-
-    def work(outer, inner):
-        def callback(row, t, x):
-            if row == 0:
-                meet.wait()
-                results[inner, "inner"] = draw(net, num_samples=inner, engine="graph", place=captures.device)
-
-        results[outer, "outer"] = draw(net, num_samples=outer, engine="graph", place=captures.device, callback=callback)
-
-    threads = [threading.Thread(target=work, args=sizes, daemon=True) for sizes in ((3, 4), (4, 3))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(results) == 4
-    for (count, _), x in results.items():
-        assert torch.equal(x, draw(net, num_samples=count, engine="eager", place=captures.device))
 
 
 def test_the_callers_noise_is_not_captured(captures):
@@ -305,23 +307,45 @@ def test_runs_within_a_callback_and_broken_runs_do_no_harm(captures):
     assert torch.equal(draw(net, engine="graph", place=captures.device), expected)
 
 
-def test_threads_take_turns(captures):
-    """(i)"""
-    net, results = Net(captures.device), {}
+def test_threads_and_streams_have_loops_of_their_own(captures):
+    """(i) One thread within its callback waits for the others: nobody waits for a loop."""
+    nets, results, meet = [Net(captures.device), nn_of_products(captures.device)], {}, threading.Barrier(4, timeout=60)
 
-    def work(seed):
+    def work(which, seed):
+        def callback(row, t, x):
+            if row == 2:
+                meet.wait()
+
         stream = torch.cuda.Stream() if captures.device.type == "cuda" else None
         with torch.cuda.stream(stream):
-            results[seed] = draw(net, engine="graph", seed=seed, place=captures.device)
+            options = {"engine": "graph", "seed": seed, "place": captures.device}
+            for _ in range(3):
+                results[which, seed] = draw(nets[which], callback=callback if seed < 2 else None, **options)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    threads = [threading.Thread(target=work, args=(k % 2, k // 2), daemon=True) for k in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
-    for seed, x in results.items():
-        assert torch.equal(x, draw(net, engine="eager", seed=seed, place=captures.device))
-    assert len(results) == 4
+        thread.join(120)
+    assert len(results) == 8
+    for (which, seed), x in results.items():
+        expected = draw(nets[which], engine="eager", seed=seed, place=captures.device)
+        assert torch.equal(x, expected) if which == 0 else torch.allclose(x, expected, rtol=1e-4, atol=1e-4)
+
+
+def nn_of_products(device):
+    """A network with a matrix product, for which libraries keep workspaces."""
+    torch.manual_seed(0)
+
+    class Products(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(15, 15)
+
+        def forward(self, x, t):
+            return self.last(x.flatten(1)).view_as(x) * 0.1
+
+    return Products().to(device)
 
 
 def test_a_run_that_is_not_finite_is_found(captures):
@@ -329,9 +353,15 @@ def test_a_run_that_is_not_finite_is_found(captures):
     both(net, captures)
     with torch.no_grad():
         net.weight.fill_(float("inf"))
-    for check in ("final", "every"):
+    for check, seen in (("final", 13), ("every", 1)):  # the start is one more state
+        states = []
+
+        def callback(row, t, x, states=states):
+            states.append(row)
+
         with pytest.raises(NonFiniteError, match="from row 0 "):
-            draw(net, engine="graph", check=check, place=captures.device)
+            draw(net, engine="graph", check=check, place=captures.device, callback=callback)
+        assert len(states) == seen - 1
     x = draw(net, engine="graph", check="off", place=captures.device)
     assert not x.isfinite().all()
 
@@ -366,6 +396,268 @@ def test_autocast_is_part_of_the_key(captures):
     assert len(captures) == 4
 
 
+def test_what_a_capture_bakes_in_is_part_of_the_key(captures):
+    """Each pair differs in one thing; the same network is asked for one after the other, and both answers are right."""
+    net, g = Net(captures.device), torch.Generator().manual_seed(0)
+
+    def fresh(*shape):
+        return torch.randn(shape, generator=g).to(captures.device)
+
+    pairs = [
+        (lambda: {"cond": fresh(4, 3, 5)}, lambda: {"cond": {"cond": fresh(4, 3, 5)}}),
+        (lambda: {"cond": fresh(4, 1, 1)}, lambda: {"cond": fresh(4, 3, 5)}),
+        (lambda: {"cond": fresh(4, 3, 5)}, lambda: {"cond": (3 * fresh(4, 3, 5)).round().long()}),
+        (lambda: {"cond": {"cond": fresh(4, 3, 5)}}, lambda: {"cond": {"label": fresh(4, 3, 5)}}),
+        (lambda: {"cond": fresh(4, 3, 5)}, lambda: {}),
+        (
+            lambda: {"time_input": "t"},
+            lambda: {"time_input": "index", "sde": "ddpm", "prediction": "eps", "steps": 1000},
+        ),
+        (lambda: {"steps": 1000, "sampler": "ddim"}, lambda: {"steps": 1100, "sampler": "ddim"}),
+        (lambda: {"check": "final"}, lambda: {"check": "off"}),
+    ]
+    for pair in pairs:
+        graphs.clear()
+        for options in (*pair, *pair):
+            given = options()
+            ours, theirs = both(net, captures, **given)
+            assert torch.equal(ours, theirs), given
+    graphs.clear()
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            assert torch.equal(*both(net, captures))
+    graphs.clear()
+    default, tried = torch.get_default_dtype(), len(captures)
+    for dtype in (torch.float64, default, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(*both(net, captures))
+        finally:
+            torch.set_default_dtype(default)
+    assert len(captures) == tried + 4
+
+
+def test_tables_longer_than_a_loop_has_room_for(captures):
+    net = Net(captures.device)
+    for steps in (1500, 12, 1500):
+        assert torch.equal(*both(net, captures, steps=steps, sde="vp", sampler="ddim"))
+
+
+def test_weights_loaded_averaged_or_replaced_are_seen(captures):
+    """(e)"""
+    net, other = Net(captures.device), Net(captures.device)
+    with torch.no_grad():
+        other.weight.fill_(-0.7)
+    both(net, captures)
+    net.load_state_dict(other.state_dict())
+    assert torch.equal(*both(net, captures))
+    assert len(captures) == 2
+    net.register_buffer("shift", torch.tensor(0.3, device=captures.device))
+    assert torch.equal(*both(net, captures))
+    assert len(captures) == 4
+    net.register_forward_hook(lambda module, args, out: out * 0.5)
+    assert torch.equal(*both(net, captures))
+    assert len(captures) == 6
+
+
+def test_parts_that_are_replaced_are_noticed(captures):
+    class Shell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.Tanh()
+            self.loose = torch.tensor(0.5, device=captures.device)  # no parameter, no buffer
+
+        def forward(self, x, t):
+            return self.act(x) * self.loose
+
+    net = Shell()
+    both(net, captures)
+    net.act = nn.ReLU()
+    assert torch.equal(*both(net, captures))
+    net.loose = torch.tensor(0.1, device=captures.device)
+    assert torch.equal(*both(net, captures))
+
+
+class Moving(Net):
+    """Puts another tensor in a buffer's place at each call."""
+
+    def forward(self, x, t):
+        self.shift = self.shift.clone()
+        return super().forward(x, t)
+
+
+def test_networks_whose_tensors_cannot_be_followed_run_eagerly(captures):
+    lazy = nn.Sequential()
+    lazy.add_module("unused", nn.LazyLinear(3))
+
+    class Lazy(Net):
+        def __init__(self, device):
+            super().__init__(device)
+            self.lazy = lazy
+
+    class Sparse(Net):
+        def __init__(self, device):
+            super().__init__(device)
+            self.register_buffer("graph", torch.eye(3, device=device).to_sparse())
+
+    for kind, reason in ((Moving, "other tensors"), (Lazy, "no place in memory"), (Sparse, "no place in memory")):
+        with pytest.warns(RuntimeWarning, match=f"cannot be captured as CUDA graphs .*{reason}"):
+            ours = draw(kind(captures.device), place=captures.device)
+        assert torch.equal(ours, draw(kind(captures.device), engine="eager", place=captures.device)), kind
+
+
+def test_any_failure_in_a_capture_ends_in_an_eager_run(captures):
+    """(a) Not all that goes wrong there is an error of CUDA's."""
+    tries = []
+
+    def network(x, t):
+        tries.append(1)
+        if len(tries) == 4:  # after three calls to warm up
+            raise AssertionError("not while capturing")
+        return x * -0.3
+
+    with pytest.warns(RuntimeWarning, match="not while capturing"):
+        x = draw(network, steps=120, place=captures.device)
+    assert torch.equal(x, draw(lambda x, t: x * -0.3, steps=120, engine="eager", place=captures.device))
+    _, info = draw(network, steps=120, place=captures.device, return_info=True)  # functions are remembered too
+    assert info.engine == "eager"
+
+
+def test_memory_that_runs_out_in_a_capture_is_not_held_against_the_network(captures, monkeypatch):
+    """(j)"""
+    net, capture = Net(captures.device), graphs.capture
+
+    def lacking(*args):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError as error:
+            raise GraphError(str(error)) from error
+
+    monkeypatch.setattr(graphs, "capture", lacking)
+    with pytest.warns(RuntimeWarning, match="CUDA out of memory"):
+        draw(net, place=captures.device)
+    monkeypatch.setattr(graphs, "capture", capture)
+    assert torch.equal(*both(net, captures))
+
+
+def test_a_condition_that_the_network_changes_starts_afresh(captures):
+    class Counting(Net):
+        def forward(self, x, t, cond):
+            return super().forward(x, t) + cond.add_(0.01)
+
+    cond = torch.zeros(4, 3, 5, device=captures.device)
+    net = Counting(captures.device)
+    for _ in range(2):
+        ours = draw(net, engine="graph", cond=cond.clone(), place=captures.device)
+        assert torch.equal(ours, draw(net, engine="eager", cond=cond.clone(), place=captures.device))
+
+
+def test_learned_variances_and_answers_that_are_the_input(captures):
+    class Double(Net):
+        def forward(self, x, t):
+            return torch.cat([super().forward(x, t), 0.5 * x.tanh()], 1)
+
+    options = {"sde": "ddpm", "steps": 1000, "prediction": "eps", "num_samples": 2}
+    sampler = fastdiff.samplers.Ancestral(variance="learned_range")
+    net = Double(captures.device)
+    ours, theirs = both(net, captures, sampler=sampler, check="off", **options)
+    assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+    class Same(nn.Module):
+        def forward(self, x, t):
+            return x
+
+    assert torch.equal(*both(Same(), captures, prediction="x0", sampler="ddim"))
+
+
+def test_autocast_within_the_network_is_not_cached(captures):
+    """(j) Its cast of a weight belongs to the graph, or a replay would read that of the weight before."""
+    kind = captures.device.type
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(5, 5, device=captures.device)
+
+        def forward(self, x, t):
+            with torch.autocast(kind, dtype=torch.bfloat16):
+                return self.net(x)
+
+    net = Inner()
+    for outer in (None, False, True):
+        context = torch.autocast(kind, dtype=torch.bfloat16, enabled=bool(outer)) if outer is not None else None
+        for _ in range(2):
+            if context is None:
+                assert torch.equal(*both(net, captures))
+            else:
+                with torch.autocast(kind, dtype=torch.bfloat16, enabled=bool(outer)):
+                    assert torch.equal(*both(net, captures))
+            with torch.no_grad():
+                net.net.weight.mul_(0.5)
+
+
+def test_sample_is_left_out_of_a_compiled_function(captures):
+    """(j)"""
+    net = Net(captures.device)
+    counted = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(backend=counted)
+    def use(scale):
+        return draw(net, engine="graph", place=captures.device) * scale
+
+    assert torch.equal(
+        use(torch.tensor(2.0, device=captures.device)), 2 * draw(net, engine="eager", place=captures.device)
+    )
+    assert counted.frame_count <= 6
+
+
+@pytest.mark.gpu
+def test_the_device_is_in_order_after_a_capture_that_failed(captures):
+    """(b)"""
+    if captures.device.type != "cuda":
+        pytest.skip("needs a device")
+    before, memory = torch.cuda.current_stream(), torch.cuda.memory_reserved()
+    for kind in (Reading, Moving):
+        with pytest.warns(RuntimeWarning, match="cannot be captured"):
+            draw(kind(captures.device), place=captures.device)
+        assert torch.cuda.current_stream() == before
+        assert not torch.cuda.is_current_stream_capturing()
+        assert torch.rand(3, device="cuda").isfinite().all()
+    graphs.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= memory + 2**25
+
+
+@pytest.mark.gpu
+def test_memory_goes_with_the_network(captures):
+    """(f)"""
+    if captures.device.type != "cuda":
+        pytest.skip("needs a device")
+    draw(nn_of_products(captures.device), engine="graph", place=captures.device)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        draw(nn_of_products(captures.device), engine="graph", num_samples=64, place=captures.device)
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+@pytest.mark.gpu
+def test_graphs_that_go_leave_the_others_whole(captures):
+    """(g) Libraries keep workspaces for a stream: those of a graph must be its own."""
+    if captures.device.type != "cuda":
+        pytest.skip("needs a device")
+    net, weight = nn_of_products(captures.device), torch.randn(5, 5, device="cuda")
+    x = draw(net, engine="graph", place=captures.device)
+    for _ in range(3):
+        draw(lambda x, t: x @ weight * 0.1, steps=120, place=captures.device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.full((2**24,), float("nan"), device="cuda")
+        assert torch.equal(x, draw(net, engine="graph", place=captures.device))
+
+
 @pytest.mark.gpu
 def test_the_callers_own_capture_is_refused(captures):
     """(j)"""
@@ -373,8 +665,11 @@ def test_the_callers_own_capture_is_refused(captures):
         pytest.skip("needs a capture of the device's")
     net, graph = Net(captures.device), torch.cuda.CUDAGraph()
     draw(net, place=captures.device)
-    with pytest.raises(ConfigError, match="while the current stream is capturing"), torch.cuda.graph(graph):
-        draw(net, place=captures.device)
+    with torch.cuda.graph(graph):
+        kept = net.weight + 1  # a capture of nothing is an error of its own
+        with pytest.raises(ConfigError, match="while the current stream is capturing"):
+            draw(net, place=captures.device)
+    del kept
     torch.cuda.synchronize()
     assert torch.equal(*both(net, captures))
 

@@ -88,9 +88,10 @@ def test_runs_are_the_loop_by_hand(operations, ahead):
 
 @pytest.mark.parametrize("operations", [native, row], ids=["cpu", "reference"])
 def test_a_network_may_return_its_input_or_a_view_of_it(operations):
-    rows, x = table(12), torch.randn(3, 4, 6)
+    # large enough for the next input to be written while other parts of this one are still to be read
+    rows, x = table(12), torch.randn(3, 64, 64)
     results = []
-    for answer in (lambda v: v, lambda v: v.flip(1).transpose(1, 2).reshape(v.shape), lambda v: v[:1].expand(v.shape)):
+    for answer in (lambda v: v, lambda v: v.transpose(1, 2), lambda v: v[:1].expand(v.shape)):
         for copies in (False, True):
             loop = loop_on(rows, operations, x)
 
