@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
-.PHONY: demo test check bench sanitize clean
+.PHONY: demo test check bench gpu sanitize clean
 
 # torch first, so that a machine without a CUDA device can choose the CPU build: make TORCH="torch==2.13.0+cpu"
 $(READY): pyproject.toml setup.py $(wildcard csrc/*)
@@ -27,8 +27,18 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests -q -m "not slow"
 
-bench: $(READY)
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+# every operation and loop against its opponents, about ten minutes; SCORE_SDE_PYTORCH may name a checkout of score_sde_pytorch
+bench: $(VENV)/.peers
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-quiet --save-results -rs
+	$(BIN)/python benchmarks/report.py
+
+$(VENV)/.peers: benchmarks/peers.txt $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps -r benchmarks/peers.txt
+	touch $(VENV)/.peers
+
+# on a CUDA machine, whose own python3 has torch: the GPU's tests and benchmarks, under ten minutes; installs nothing
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 # the C++ code under the address and undefined-behaviour sanitizers
 SANITIZED = $(CURDIR)/build/sanitize/libfastdiff.so

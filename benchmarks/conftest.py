@@ -26,7 +26,12 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     terminalreporter.section("fastdiff against its opponents: their time in units of ours, median [p20-p80], our time")
     terminalreporter.write_line(f"{paired.device()}, {paired.commit()}, torch {torch.__version__}")
-    terminalreporter.write_line(paired.table())
+    for of_operations in (True, False):
+        if any((row["group"] == "ops") == of_operations for row in paired.ROWS):
+            terminalreporter.write_line(paired.table(of_operations))
+    if not any(row["group"] == "ops" for row in paired.ROWS):
+        _save(terminalreporter, config)
+        return
     terminalreporter.section("Triton kernels as compiled for sm_90 (no GPU has timed them): benchmarks/results/aot.csv")
     for row in csv.DictReader((paired.ROOT / "results" / "aot.csv").read_text().splitlines()):
         if row["target"] == "sm_90":
@@ -34,5 +39,9 @@ def pytest_terminal_summary(terminalreporter, config):
                 f"{row['kernel']:22} {row['variant']:48} {row['registers']:>3} registers, {row['spills']} spills, "
                 f"{row['instructions_per_element']:>6} instructions an element"
             )
+    _save(terminalreporter, config)
+
+
+def _save(terminalreporter, config):
     if config.getoption("--save-results"):
         terminalreporter.write_line(f"saved in {paired.save()}")

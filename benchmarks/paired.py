@@ -7,29 +7,54 @@ import gc
 import platform
 import statistics
 import subprocess
-import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
+from cases import Clock, clock
 
 ROOT = Path(__file__).parent
+# One row a measurement. `ours` and `theirs` are medians in the unit that `metric` names; the ratios are theirs by ours.
 COLUMNS = (
-    "device", "threads", "case", "n", "opponent", "ours_us", "theirs_us", "ratio_p20", "ratio_p50", "ratio_p80", "rounds",
-    "commit", "torch", "date",
+    "device", "threads", "group", "case", "opponent", "n", "metric", "ours", "theirs", "ratio_p20", "ratio_p50", "ratio_p80",
+    "rounds", "commit", "torch", "date",
 )  # fmt: skip
-ROWS: list[dict[str, object]] = []
+ROWS: list[dict[str, Any]] = []
+Run = Callable[[], object]
 
 
-def compare(
-    case: str, n: int, ours: Callable[[], object], opponents: dict[str, Callable[[], object]], seconds: float = 1.0
-) -> dict[str, float]:
-    """How many times as long each opponent takes, the median of paired ratios; recorded in ROWS.
+def record(
+    group: str, case: str, opponent: str, n: int, metric: str, ours: Sequence[float], theirs: Sequence[float]
+) -> float:
+    """A row of paired measurements; the median of their ratios."""
+    ratios = [b / a for a, b in zip(ours, theirs)]
+    low, *_, high = statistics.quantiles(ratios, n=5)
+    middle = statistics.median(ratios)
+    note(group, case, opponent, n, metric, statistics.median(ours), statistics.median(theirs))
+    ROWS[-1] |= {
+        "ratio_p20": round(low, 2),
+        "ratio_p50": round(middle, 2),
+        "ratio_p80": round(high, 2),
+        "rounds": len(ratios),
+    }
+    return middle
 
-    One thread: its CPU time, which other processes do not lengthen; more: the clock on the wall.
-    """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+def note(group: str, case: str, opponent: str, n: int, metric: str, ours: float, theirs: float) -> None:
+    """A row of two numbers that a ratio would not tell of, such as counts."""
+    ROWS.append({
+        **dict.fromkeys(COLUMNS, ""), "device": device(), "threads": torch.get_num_threads(), "group": group, "case": case,
+        "opponent": opponent, "n": n, "metric": metric, "ours": f"{ours:.5g}", "theirs": f"{theirs:.5g}", "commit": commit(),
+        "torch": torch.__version__, "date": date.today().isoformat(),
+    })  # fmt: skip
+
+
+def compare(case: str, n: int, ours: Run, opponents: dict[str, Run], seconds: float = 1.0) -> dict[str, float]:
+    """How many times as long each opponent of an operation takes."""
     systems = {"ours": ours, **opponents}
     each, calls = {}, {}
     for name, run in systems.items():
@@ -40,59 +65,111 @@ def compare(
         calls[name] = max(1, int(200e-6 / each[name]))  # the clock is read at most every 0.2 ms
     rounds = min(max(int(seconds / sum(each[name] * calls[name] for name in systems)), 5), 400)
     times: dict[str, list[float]] = {name: [] for name in systems}
-    gc.collect()
-    gc.disable()  # as timeit does: a collection would fall on whoever is at it
-    for turn in range(rounds):
-        for name in list(systems) if turn % 2 else reversed(list(systems)):
-            run, count = systems[name], calls[name]
-            began = clock()
-            for _ in range(count):
+    with _no_collection():
+        for turn in range(rounds):
+            for name in list(systems) if turn % 2 else reversed(list(systems)):
+                run, count = systems[name], calls[name]
+                began = clock()
+                for _ in range(count):
+                    run()
+                times[name].append((clock() - began) / count * 1e6)
+    return {name: record("ops", case, name, n, "us", times["ours"], times[name]) for name in opponents}
+
+
+def compare_runs(
+    group: str,
+    case: str,
+    opponent: str,
+    n: int,
+    steps: int,
+    systems: Sequence[tuple[Run, Clock | None]],
+    seconds: float,
+) -> dict[str, float]:
+    """Whole runs, ours and theirs, with the clocks of their networks: a step's time end to end, and outside the network.
+
+    Without a clock the network is within what they compile, and only the whole is compared.
+    """
+    outside: tuple[list[float], list[float]] = ([], [])
+    whole: tuple[list[float], list[float]] = ([], [])
+    for run, _ in systems:
+        run()
+    spent = 0.0
+    with _no_collection():
+        while len(whole[0]) < 3 or (spent < seconds and len(whole[0]) < 40):
+            order = (0, 1) if len(whole[0]) % 2 else (1, 0)
+            for which in order:
+                run, network = systems[which]
+                before, began = network.seconds if network else 0.0, clock()
                 run()
-            times[name].append((clock() - began) / count)
-    gc.enable()
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    for name in opponents:
-        ratios = [theirs / mine for theirs, mine in zip(times[name], times["ours"])]
-        low, *_, high = statistics.quantiles(ratios, n=5)
-        ROWS.append({
-            "device": device(), "threads": torch.get_num_threads(), "case": case, "n": n, "opponent": name,
-            "ours_us": round(medians["ours"] * 1e6, 3), "theirs_us": round(medians[name] * 1e6, 3),
-            "ratio_p20": round(low, 2), "ratio_p50": round(statistics.median(ratios), 2), "ratio_p80": round(high, 2),
-            "rounds": rounds, "commit": commit(), "torch": torch.__version__, "date": date.today().isoformat(),
-        })  # fmt: skip
-    return {name: statistics.median(a / b for a, b in zip(times[name], times["ours"])) for name in opponents}
+                took = clock() - began
+                spent += took
+                whole[which].append(took / steps * 1e6)
+                outside[which].append((took - (network.seconds if network else 0.0) + before) / steps * 1e6)
+    ratios = {"whole": record(group, case, opponent, n, "us per step", *whole)}
+    if all(network for _, network in systems):
+        ratios["outside"] = record(group, case, opponent, n, "us outside the network per step", *outside)
+    return ratios
 
 
-def table() -> str:
-    """ROWS as text: a line for each case and opponent, a column for each size."""
-    lines, keys = [], dict.fromkeys((r["case"], r["threads"], r["opponent"]) for r in ROWS)
-    sizes = sorted({r["n"] for r in ROWS})
-    head = f"{'case':28} {'threads':>7}  {'against':30}" + "".join(f"{'n = ' + format(n, ','):>30}" for n in sizes)
-    for case, threads, opponent in keys:
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """As timeit does: a collection would fall on whoever is at it."""
+    gc.collect()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the opponents'
+            yield
+    finally:
+        gc.enable()
+
+
+def table(of_operations: bool) -> str:
+    """ROWS of the operations as text, a column for each size; or of the loops, a line for each measurement."""
+    rows = [r for r in ROWS if (r["group"] == "ops") == of_operations]
+    if not of_operations:
+        head = f"{'case':24} {'sampler':28} {'threads':>7}  {'against':28} {'metric':30} {'ours':>10} {'theirs':>10}  ratio"
+        return "\n".join([head, *map(_loop_line, rows)])
+    sizes = sorted({r["n"] for r in rows})
+    lines = [f"{'case':28} {'threads':>7}  {'against':30}" + "".join(f"{'n = ' + format(n, ','):>30}" for n in sizes)]
+    for case, threads, opponent in dict.fromkeys((r["case"], r["threads"], r["opponent"]) for r in rows):
         line = f"{case:28} {threads:>7}  {opponent:30}"
         for n in sizes:
             found = [
-                r for r in ROWS if (r["case"], r["threads"], r["opponent"], r["n"]) == (case, threads, opponent, n)
+                r for r in rows if (r["case"], r["threads"], r["opponent"], r["n"]) == (case, threads, opponent, n)
             ]
-            if found:
-                r = found[0]
-                cell = f"{r['ratio_p50']:.2f}x [{r['ratio_p20']:.1f}-{r['ratio_p80']:.1f}] {r['ours_us']:,.1f} us"
-                line += f"{cell:>30}"
-            else:
-                line += " " * 30
+            line += f"{_ratio(found[0]) + ' ' + found[0]['ours'] + ' us' if found else '':>30}"
         lines.append(line.rstrip())
-    return "\n".join([head, *lines])
+    return "\n".join(lines)
+
+
+def _loop_line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['group']:24} {row['case']:28} {row['threads']:>7}  {row['opponent']:28} {row['metric']:30} "
+        f"{row['ours']:>10} {row['theirs']:>10}  {_ratio(row)}"
+    ).rstrip()
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return f"{row['ratio_p50']:.2f}x [{row['ratio_p20']:.1f}-{row['ratio_p80']:.1f}]" if row["rounds"] else ""
 
 
 def save() -> Path:
-    """ROWS as benchmarks/results/<device>.csv."""
+    """ROWS in benchmarks/results/<device>.csv, instead of what the file had of the same groups."""
     path = ROOT / "results" / f"{device()}.csv"
     path.parent.mkdir(exist_ok=True)
+    measured = {row["group"] for row in ROWS}
+    kept = [row for row in read(path) if row["group"] not in measured] if path.exists() else []
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(ROWS)
+        writer.writerows([*kept, *ROWS])
     return path
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a results file."""
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def device() -> str:

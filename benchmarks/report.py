@@ -1,20 +1,26 @@
-"""The README's table of speeds, from the results that `pytest benchmarks/ --benchmark-only --save-results` left.
+"""The tables and the picture of the speeds, from the results that `make bench` and `make gpu` leave in benchmarks/results/.
 
-python benchmarks/report.py        writes it between the marks in README.md
+    python benchmarks/report.py        writes them between the marks in README.md, in benchmarks/RESULTS.md and docs/pictures/
+
+README.md has the short of one machine, RESULTS.md all that was measured on any.
 """
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent
 README = ROOT.parent / "README.md"
-RESULTS = ROOT / "results" / "AMD-EPYC.csv"
+RESULTS = ROOT / "RESULTS.md"
+PICTURE = ROOT.parent / "docs" / "pictures" / "speeds.png"
+MACHINE = ROOT / "results" / "AMD-EPYC.csv"  # of the README
 BEGIN, END = "<!-- speeds: benchmarks/report.py -->", "<!-- end of speeds -->"
+Row = dict[str, str]
 
 # (case, opponent in the results, what the README calls it)
-LINES = [
+OPERATIONS = [
     ("step", "eager", "a row: `a*x + b*m + c*torch.randn_like(x)`"),
     ("step", "eager, preallocated", "a row: the same with `normal_`, `out=` and no allocation"),
     ("step", "torch.compile of eager", "a row: `torch.compile` of the first"),
@@ -26,29 +32,177 @@ LINES = [
     ("probe_dot, rademacher", "eager", "Hutchinson's ⟨v, Jv⟩, the probe drawn"),
     ("rk_error", "eager", "Dormand–Prince's step and error"),
 ]
+OUTSIDE, WHOLE = "us outside the network per step", "us per step"
+COUNTS = ("large operations per step", "small operations per step", "host reads per step", "states held at once")
 
 
-def table(path: Path = RESULTS) -> str:
-    """Their time in units of ours, the median of paired ratios."""
-    rows = list(csv.DictReader(path.read_text().splitlines()))
-    found = {(r["case"], r["opponent"], r["n"], r["threads"]): r["ratio_p50"] for r in rows}
-    sizes = [("8192", "1"), ("196608", "1"), ("196608", "2"), ("16777216", "1"), ("16777216", "2")]
-    heads = [f"n = {int(n):,}, {'one thread' if t == '1' else 'two'}" for n, t in sizes]
-    lines = [f"| what a user would write instead | {' | '.join(heads)} |", "|---|" + "---|" * len(sizes)]
-    for case, opponent, title in LINES:
-        cells = [found.get((case, opponent, n, t)) for n, t in sizes]
-        lines.append(f"| {title} | " + " | ".join("–" if c is None else f"{float(c):.1f}×" for c in cells) + " |")
-    first = rows[0]
-    provenance = (
-        f"Measured at commit {first['commit']} on {first['date']}: {first['device']} (two cores with AVX-512), torch "
-        f"{first['torch']}; `benchmarks/results/{path.name}` has the spread and the times."
+def read(path: Path) -> list[Row]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(
+        [
+            f"| {' | '.join(heads)} |",
+            "|---|" + "---|" * (len(heads) - 1),
+            *(f"| {' | '.join(line)} |" for line in lines),
+        ]
     )
-    return "\n".join([*lines, "", provenance])
+
+
+def operations(rows: Sequence[Row]) -> str:
+    """Their time in units of ours, the median of paired ratios, by size and threads."""
+    found = {(r["case"], r["opponent"], r["n"], r["threads"]): r["ratio_p50"] for r in rows if r["group"] == "ops"}
+    sizes = [("8192", "1"), ("196608", "1"), ("196608", "2"), ("16777216", "1"), ("16777216", "2")]
+    heads = [
+        "what a user would write instead",
+        *(f"n = {int(n):,}, {'one thread' if t == '1' else 'two'}" for n, t in sizes),
+    ]
+    lines = []
+    for case, opponent, title in OPERATIONS:
+        cells = [found.get((case, opponent, n, t)) for n, t in sizes]
+        lines.append([title, *("–" if c is None else f"{float(c):.1f}×" for c in cells)])
+    return markdown(heads, lines)
+
+
+def loops(rows: Sequence[Row], group: str, metric: str, threads: str = "1") -> str:
+    """A line for each sampler: our microseconds a step, each opponent's time in units of ours (ours from its own pair)."""
+    rows = [r for r in rows if (r["group"], r["metric"], r["threads"]) == (group, metric, threads)]
+    opponents = list(dict.fromkeys(r["opponent"] for r in rows))
+    lines = []
+    for sampler in dict.fromkeys(r["case"] for r in rows):
+        own = [r for r in rows if r["case"] == sampler]
+        ratio = {r["opponent"]: f"{float(r['ratio_p50']):.1f}×" for r in own}
+        lines.append([sampler, f"{min(float(r['ours']) for r in own):.3g} µs", *(ratio.get(o, "–") for o in opponents)])
+    return markdown(["sampler", "fastdiff", *opponents], lines)
+
+
+def counts(rows: Sequence[Row]) -> str:
+    """What a step asks of torch: fastdiff's number, theirs."""
+    rows = [r for r in rows if r["metric"] in COUNTS]
+    found = {
+        (r["case"], r["opponent"], r["metric"]): f"{float(r['ours']):.3g} : {float(r['theirs']):.3g}" for r in rows
+    }
+    keys = dict.fromkeys((r["case"], r["opponent"]) for r in rows)
+    return markdown(
+        ["sampler", "fastdiff : opponent", *COUNTS],
+        [[*key, *(found.get((*key, m), "–") for m in COUNTS)] for key in keys],
+    )
+
+
+def provenance(rows: Sequence[Row], path: Path) -> str:
+    marks = dict.fromkeys((r["commit"], r["date"]) for r in rows)
+    at = ", ".join(f"{commit} on {date}" for commit, date in marks)
+    return (
+        f"Measured at commit {at}: {rows[0]['device']}, torch {rows[0]['torch']}; "
+        f"`benchmarks/results/{path.name}` has the spread and the times."
+    )
+
+
+def summary(path: Path = MACHINE) -> str:
+    """What stands in the README."""
+    rows = read(path)
+    return "\n\n".join([
+        "Whole runs on one thread, 64 states of 3×32×32, the time outside the network; the same levels and draws, and for "
+        "the same noise the same samples, checked before anything is timed:",
+        loops(rows, "analytic 64x3x32x32", OUTSIDE),
+        "The same samplers end to end with a small network, an MLP on 256 vectors, whose time features fastdiff makes once "
+        "for all rows:",
+        loops(rows, "MLP 256x2", WHOLE),
+        f"![microseconds per step outside the network]({PICTURE.relative_to(README.parent)})",
+        "Single operations on eight samples of n numbers in all; the memory's own limit, `torch.add`, is the one row below 1×:",
+        operations(rows),
+        provenance(rows, path) + " [All results](benchmarks/RESULTS.md).",
+    ])  # fmt: skip
+
+
+def results() -> str:
+    """RESULTS.md: every machine that left a file."""
+    parts = [
+        "# Speeds\n\nWritten by `benchmarks/report.py`. Ratios are medians of paired runs in one process: how many times as "
+        "long the other takes. One thread: the thread's CPU time; two: the clock on the wall.",
+        f"![microseconds per step outside the network](../{PICTURE.relative_to(README.parent)})",
+    ]
+    for path in sorted((ROOT / "results").glob("*.csv")):
+        rows = read(path)
+        if path.stem == "aot":
+            continue
+        parts.append(
+            f"## {rows[0]['device']}\n\n{provenance(rows, path)}" if rows[0]["threads"] else f"## {rows[0]['device']}"
+        )
+        groups = list(dict.fromkeys(r["group"] for r in rows))
+        for group in groups:
+            own = [r for r in rows if r["group"] == group]
+            if group == "ops":
+                parts.append(f"### Operations\n\n{operations(rows)}")
+            elif group.startswith("gpu"):
+                parts.append(f"### {group}\n\n{_plain(own)}")
+            else:
+                parts += _of_runs(group, rows, own)
+    parts.append(
+        "## The Triton kernels as compiled for sm_90\n\nNot timed on a GPU: what the compiler makes of them "
+        f"(`benchmarks/aot.py`).\n\n{_compiled()}"
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _of_runs(group: str, rows: Sequence[Row], own: Sequence[Row]) -> list[str]:
+    parts = []
+    for threads in dict.fromkeys(r["threads"] for r in own):
+        for metric, title in ((OUTSIDE, "outside the network"), (WHOLE, "end to end")):
+            title = f"### {group}, {title}, {'one thread' if threads == '1' else threads + ' threads'}"
+            parts.append(f"{title}\n\n{loops(rows, group, metric, threads)}")
+    if any(r["metric"] in COUNTS for r in own):
+        parts.append(f"### {group}, what a step asks of torch\n\n{counts(own)}")
+    return parts
+
+
+def _plain(rows: Sequence[Row]) -> str:
+    columns = ("case", "opponent", "n", "metric", "ours", "theirs", "ratio_p50")
+    return markdown(columns, [[r[c] or "–" for c in columns] for r in rows])
+
+
+def _compiled() -> str:
+    rows = [r for r in read(ROOT / "results" / "aot.csv") if r["target"] == "sm_90"]
+    columns = ("kernel", "variant", "registers", "spills", "instructions_per_element", "loads_128", "stores_128")
+    return markdown(columns, [[r[c] for c in columns] for r in rows])
+
+
+def plot(path: Path = MACHINE, to: Path = PICTURE) -> None:
+    """Microseconds a step outside the network, by sampler and library, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    rows = [
+        r for r in read(path) if (r["group"], r["metric"], r["threads"]) == ("analytic 64x3x32x32", OUTSIDE, "1")
+    ]  # fmt: skip
+    samplers = list(dict.fromkeys(r["case"] for r in rows))
+    names = ["fastdiff", *dict.fromkeys(r["opponent"] for r in rows)]
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    value: Callable[[str, str], list[float]] = lambda sampler, name: [  # noqa: E731
+        float(r["ours"] if name == "fastdiff" else r["theirs"])
+        for r in rows
+        if r["case"] == sampler and name in ("fastdiff", r["opponent"])
+    ]
+    for k, name in enumerate(names):
+        points = [(min(found), i) for i, sampler in enumerate(samplers) if (found := value(sampler, name))]
+        style = {"marker": "D", "s": 90, "zorder": 3} if name == "fastdiff" else {"marker": "o", "s": 45}
+        axes.scatter(*zip(*points), label=name, color=f"C{k}", **style)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(samplers)), samplers)
+    axes.invert_yaxis()
+    axes.set_xlabel("µs per step outside the network, 64×3×32×32, one thread (less is better)")
+    axes.grid(axis="both", alpha=0.3)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    to.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(to, dpi=110)
 
 
 def main() -> None:
     before, rest = README.read_text().split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")
+    README.write_text(f"{before}{BEGIN}\n{summary()}\n{END}{rest.split(END)[1]}")
+    RESULTS.write_text(results())
+    plot()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""What the benchmarks sample: networks from next to nothing to 35 million parameters, each for states of one shape.
+
+A network's meaning is the sampler's: KINDS says what its output and its time are. The analytic networks are exact for data
+of N(0, 1); the others have random weights, which changes no time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import fastdiff
+from fastdiff.models import MLP, UNet
+
+# process -> what the network returns, and what it is told
+KINDS = {"ve": ("score", "sigma"), "vp": ("eps", "t"), "ddpm": ("eps", "index"), "edm": ("x0", "sigma")}
+CHAIN = 1000  # steps of the chain on which DDIM takes a subset
+
+
+def betas(steps: int) -> list[float]:
+    """A chain of so many steps, as long in all as DDPM's of 1000."""
+    return torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64).tolist()
+
+
+class Analytic:
+    """The exact answer for data of N(0, 1), one product of the state's size."""
+
+    def __init__(self, kind: str, chain: int, device: torch.device) -> None:
+        self.kind = kind
+        bars = torch.cumprod(1 - torch.tensor(betas(chain), dtype=torch.float64), 0)
+        self.sigmas = (1 - bars).sqrt().float().to(device)
+
+    def weight(self, t: Tensor) -> Tensor:
+        if self.kind == "ve":
+            return -1 / (1 + t * t)
+        if self.kind == "edm":
+            return 1 / (1 + t * t)
+        if self.kind == "ddpm":
+            return self.sigmas[t]
+        return torch.sqrt(-torch.expm1(-(9.95 * t + 0.1) * t))
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return x * self.weight(t).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+
+class Case(NamedTuple):
+    """`steps`: of the samplers on a CPU. Vectors have the shape (2, 1, 1), as some peers take images only."""
+
+    batch: int
+    shape: tuple[int, ...]
+    steps: int
+    network: Callable[[str, int, torch.device], Any]  # (kind, steps of the chain, device)
+
+    @property
+    def numel(self) -> int:
+        return self.batch * torch.Size(self.shape).numel()
+
+
+def _seeded(make: Callable[[], Any]) -> Callable[[str, int, torch.device], Any]:
+    def network(kind: str, chain: int, device: torch.device) -> Any:
+        torch.manual_seed(0)
+        net = make().to(device).eval().requires_grad_(False)
+        # a last layer of zeros would not show a wrong input; a larger one lets VE's states overflow
+        nn.init.normal_(net.out.weight, std=1e-5)
+        return net
+
+    return network
+
+
+def _mlp() -> MLP:
+    return MLP((2, 1, 1), hidden=128, layers=3, time_embedding="sinusoidal", time_scale=1.0)
+
+
+def _demo_unet() -> UNet:
+    return UNet((1, 8, 8), channels=32, multipliers=(1, 2), blocks=1, time_embedding="sinusoidal", time_scale=1.0)
+
+
+def _cifar_unet() -> UNet:
+    return UNet(
+        (3, 32, 32), channels=128, multipliers=(1, 2, 2, 2), blocks=3, attention=(1, 2), time_embedding="sinusoidal",
+        time_scale=1.0,
+    )  # fmt: skip
+
+
+CASES = {
+    "analytic 64x3x32x32": Case(64, (3, 32, 32), 50, Analytic),
+    "analytic 4096x2": Case(4096, (2, 1, 1), 200, Analytic),
+    "analytic 1x3x4x4": Case(1, (3, 4, 4), 200, Analytic),
+    "MLP 256x2": Case(256, (2, 1, 1), 200, _seeded(_mlp)),
+    "MLP 4096x2": Case(4096, (2, 1, 1), 50, _seeded(_mlp)),
+    "demo U-Net 16x1x8x8": Case(16, (1, 8, 8), 50, _seeded(_demo_unet)),
+    "U-Net 35.4M 2x3x32x32": Case(2, (3, 32, 32), 10, _seeded(_cifar_unet)),
+}
+
+
+class Clock:
+    """A network, called with the time that it takes added up: the rest of a run is the library's."""
+
+    def __init__(self, net: Any) -> None:
+        self.seconds, self.calls = 0.0, 0
+        self._forward = net.forward if isinstance(net, nn.Module) else net
+        self.net: Any = self
+        if isinstance(net, nn.Module):
+            net.forward = self  # the module itself goes to fastdiff, which asks it for its time features
+            self.net = net
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        began = clock()
+        out = self._forward(*args, **kwargs)
+        self.seconds += clock() - began
+        self.calls += 1
+        return out
+
+
+def clock() -> float:
+    """One thread: its CPU time, which other processes do not lengthen; more: the clock on the wall."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def ours(kind: str, net: Any, start: Tensor, **options: Any) -> Callable[..., Tensor]:
+    """fastdiff's run from this start; further options can be given at each call."""
+    prediction, time_input = KINDS[kind]
+    given = {
+        "shape": tuple(start.shape[1:]), "num_samples": len(start), "x_init": start, "prediction": prediction,
+        "time_input": time_input, "device": start.device, "progress": False,
+    }  # fmt: skip
+
+    def run(**more: Any) -> Tensor:
+        return fastdiff.sample(net, **{**given, **options, **more})  # type: ignore[no-any-return]
+
+    return run

@@ -1,0 +1,98 @@
+"""What a sampler asks of torch in a step, network aside: operations, numbers read on the host, the most memory at once."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from fastdiff import ops
+
+READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+
+
+class Count(NamedTuple):
+    large_operations: int  # those that touch a tensor of the state's size: on a GPU each is a kernel
+    small_operations: int
+    host_reads: int  # of a number or a shape, for which the host waits
+    peak: int  # bytes of the tensors that it holds at once
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.large, self.small, self.reads = numel, 0, 0, 0
+        self.held: dict[int, list[int]] = {}  # address of a storage -> [its tensors, its bytes]
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        made = [v for v in tree_leaves(out) if isinstance(v, torch.Tensor)]
+        is_view = bool(made) and not func._schema.is_mutable and all(
+            any(torch._C._is_alias_of(v, w) for w in given) for v in made
+        )  # fmt: skip
+        if func in READS:
+            self.reads += 1
+        elif not is_view and "empty" not in func._schema.name:
+            is_large = any(v.numel() >= self.numel for v in [*given, *made])
+            self.large += is_large
+            self.small += not is_large
+        for value in made:
+            self._hold(value)
+        return out
+
+    def _hold(self, value: torch.Tensor) -> None:
+        storage = value.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if not address:
+            return
+        entry = self.held.setdefault(address, [0, size])
+        if not entry[0]:
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+        entry[0] += 1
+        weakref.finalize(value, self._drop, address)
+
+    def _drop(self, address: int) -> None:
+        entry = self.held.get(address)
+        if entry is None:
+            return
+        entry[0] -= 1
+        if not entry[0]:
+            self.bytes -= entry[1]
+            del self.held[address]
+
+
+def unseen(net: Any) -> Callable[..., Any]:
+    """The network, out of the counter's sight."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return net(*args, **kwargs)
+
+    return call
+
+
+def count(run: Callable[[int], object], numel: int, steps: int) -> Count:
+    """Per step: what a run of 2·steps asks more than one of steps."""
+    counters = []
+    for n in (steps, steps, 2 * steps):  # the first sets up what lasts
+        with torch.no_grad(), _Counter(numel) as counter:
+            run(n)
+        counters.append(counter)
+    _, one, two = counters
+    large, small, reads = (
+        round((getattr(two, name) - getattr(one, name)) / steps) for name in ("large", "small", "reads")
+    )
+    return Count(large, small, reads, one.peak)
+
+
+def dispatched() -> types.SimpleNamespace:
+    """fastdiff's operations as torch's dispatcher sees them; called directly they pass it by."""
+    return types.SimpleNamespace(**{name: getattr(torch.ops.fastdiff, name) for name in ops.SCHEMAS}, KEEPS_NOISE=True)

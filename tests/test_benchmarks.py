@@ -1,0 +1,90 @@
+"""The benchmarks' own honesty: what they compare is the same work, and a result that differs gets no number."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("analytic 1x3x4x4", "MLP 256x2")
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The modules of benchmarks/, as pytest there imports them."""
+    pytest.importorskip("pytest_benchmark")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import counting
+    import paired
+    import peers
+    import test_loops
+
+    monkeypatch.setattr(paired, "ROWS", [])
+    return {"counting": counting, "paired": paired, "peers": peers, "loops": test_loops}
+
+
+def own(bench):
+    """The opponents that need no package."""
+    return [p for p in bench["peers"].PEERS if p.exact and p.opponent in (bench["peers"].PRINTED, "in place, by hand")]
+
+
+def test_the_printed_algorithms_are_the_same_work(bench):
+    assert len(own(bench)) >= 7
+    for name in SMALL:
+        for peer in own(bench):
+            bench["loops"].check_same(bench["loops"].CASES[name], peer, 50)
+
+
+def test_another_result_gets_no_number(bench, monkeypatch):
+    for peer in own(bench):
+        for wrong in (  # a factor; half the steps
+            peer._replace(build=lambda *args, right=peer.build: lambda: 1.001 * right(*args)()),
+            peer._replace(build=lambda net, start, steps, right=peer.build: right(net, start, steps // 2)),
+        ):
+            with pytest.raises(AssertionError, match="gives other samples"):
+                bench["loops"].test_loop(None, monkeypatch, SMALL[0], 1, wrong)
+    biased = own(bench)[0]._replace(exact=False, build=lambda net, start, steps: lambda: start)
+    with pytest.raises(AssertionError):
+        bench["loops"].test_loop(None, monkeypatch, SMALL[0], 1, biased)
+    assert not bench["paired"].ROWS
+
+
+def test_operations_reads_and_memory_are_counted(bench):
+    def run(n):
+        x, kept = torch.zeros(10, 100), []
+        for _ in range(n):
+            x.mul_(2)
+            y = x + 1
+            kept.append(y[:, :1].clone())
+            float(y[0, 0])
+        return x
+
+    found = bench["counting"].count(run, 1000, 5)
+    assert found.large_operations == 2
+    assert found.small_operations == 1  # of a column
+    assert found.host_reads == 1
+    assert 4000 * 2 <= found.peak <= 4000 * 3 + 5 * 40
+
+
+def test_results_of_other_groups_are_kept(bench, tmp_path, monkeypatch):
+    paired = bench["paired"]
+    monkeypatch.setattr(paired, "ROOT", tmp_path)
+    monkeypatch.setattr(paired, "commit", lambda: "abc")
+    paired.record("ops", "step", "eager", 8, "us", [1.0, 2.0, 4.0], [2.0, 6.0, 4.0])
+    path = paired.save()
+    paired.ROWS.clear()
+    paired.note("a case", "DDIM", "somebody", 8, "host reads per step", 0, 13)
+    paired.save()
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [(r["group"], r["ours"], r["theirs"], r["ratio_p50"]) for r in rows] == [
+        ("ops", "2", "4", "2.0"),
+        ("a case", "0", "13", ""),
+    ]
+    paired.ROWS.clear()
+    paired.record("ops", "step", "eager", 8, "us", [1.0, 1.0], [3.0, 3.0])
+    paired.save()
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [(r["group"], r["ratio_p50"]) for r in rows] == [("a case", ""), ("ops", "3.0")]

@@ -1,0 +1,64 @@
+"""`make gpu` without a GPU: the same motions on small numbers."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = (
+    "device threads group case opponent n metric ours theirs ratio_p20 ratio_p50 ratio_p80 rounds commit torch date"
+)
+OPERATIONS = {
+    "step, fp32", "step, mixed", "step, mixed, flagged", "normal", "perturb", "dsm_loss", "probe_dot, rademacher",
+    "probe_dot, normal", "rk_error",
+}  # fmt: skip
+NETWORKS = {
+    "MLP 256x2x1x1 float32", "MLP 256x2x1x1 bfloat16", "demo U-Net 16x1x8x8 float32", "demo U-Net 16x1x8x8 bfloat16",
+    "analytic 64x3x32x32 float32",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_part_leaves_its_numbers_or_says_why_not(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "gpu.py", "--device", "cpu", "--quick", "--out", tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd="/", capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    (table,), (log,) = tmp_path.glob("*.csv"), tmp_path.glob("*.log")
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert list(rows[0]) == COLUMNS.split()
+    assert {row["group"] for row in rows} == {"gpu ops", "gpu loops"}
+    assert {row["threads"] for row in rows} == {"1"}
+
+    checks = [row for row in rows if row["metric"] == "numbers unlike the reference's"]
+    assert len(checks) == 4
+    assert {row["ours"] for row in checks} == {"0"}
+    timed = [row for row in rows if row["metric"] in ("us", "us per step")]
+    assert {row["case"] for row in timed} == OPERATIONS | NETWORKS
+    for row in timed:
+        assert float(row["ours"]) > 0
+        assert float(row["theirs"]) > 0
+        assert float(row["ratio_p20"]) <= float(row["ratio_p50"]) <= float(row["ratio_p80"])
+        assert int(row["rounds"]) >= 4
+    for case in OPERATIONS:
+        ours = {row["metric"]: float(row["ours"]) for row in rows if row["case"] == case}
+        copied = 100 * ours["GB/s"] / ours["percent of copy"]
+        assert math.isclose(copied, float(next(row["ours"] for row in rows if row["case"] == "copy_")), rel_tol=1e-3)
+
+    told = log.read_text()
+    assert " skipped" in told.partition("== bits")[0] or " passed" in told.partition("== bits")[0]
+    for part in ("tests marked gpu", "bits", "operations", "loops", "profile"):
+        assert f"== {part} (" in told
+        assert f"-- {part}: " in told
+    assert "left out of a quick run: torch.compile" in told
+    assert "left out of a quick run, and without a GPU: the compiled loops" in told
+    assert "FAILED" not in told
+    assert "aten::addmm" in told.partition("== profile")[2]
