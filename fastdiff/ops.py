@@ -138,6 +138,10 @@ def doctor() -> str:
         why = "; ".join(reasons) or "every operation has its own kernel there"
         absent = "" if here or device == "cpu" else " (if there were such a device)"
         lines.append(f"{device:4} {str(dtype).removeprefix('torch.'):9} {name}{absent}: {why}")
+    captured = "CUDA graphs on CUDA tensors" if here else "CUDA graphs need a CUDA device"
+    lines.append(
+        f"loops          eager on the CPU; {captured}, and a network that can be captured: return_info=True says why not"
+    )
     return "\n".join(lines)
 
 
