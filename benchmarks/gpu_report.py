@@ -15,7 +15,7 @@ from pathlib import Path
 import paired
 import torch
 
-from fastdiff import graphs
+from fastdiff import capture
 
 Run = Callable[[], object]
 OPS, LOOPS = GROUPS = ("gpu ops", "gpu loops")
@@ -173,7 +173,7 @@ def replayed(run: Run, calls: int, device: torch.device) -> Run:
         for _ in range(calls):
             run()
 
-    graph, _ = graphs.capture(run, body, device, None)
+    graph, _ = capture.capture(run, body, device, None)
 
     def replay() -> None:
         graph.replay()

@@ -10,7 +10,6 @@ after changing an attribute; run a network that counts its calls with engine="ea
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import marks
+from .capture import capture, first_line
 from .errors import ConfigError, GraphError
 from .runner import Condition, Draw, Kind, Loop, Network, raise_if_bad
 from .table import StepTable
@@ -38,7 +38,6 @@ class _Kept(NamedTuple):
 _lock = threading.Lock()  # of these two
 _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 _refused: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-_capturing = threading.Lock()  # torch takes one capture at a time
 
 
 def obstacle(net: Any, device: torch.device, rows: int, noise: Any, asked: bool) -> str | None:
@@ -69,9 +68,14 @@ def refuse(net: Any, reason: str) -> None:
 
 def clear() -> None:
     """Forget all graphs (those in use go when their run ends) and all refusals."""
+    _retire()
+    with _lock:
+        _refused.clear()
+
+
+def _retire() -> None:
     with _lock:
         _kept.clear()
-        _refused.clear()
 
 
 @contextlib.contextmanager
@@ -116,7 +120,7 @@ def fingerprint(net: nn.Module) -> Any:
     try:
         tensors = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in [*net.parameters(), *net.buffers(), *loose]]
     except (RuntimeError, ValueError) as error:
-        raise GraphError(f"a tensor of its has no place in memory: {_first_line(error)}") from error
+        raise GraphError(f"a tensor of its has no place in memory: {first_line(error)}") from error
     if any(not address and shape.numel() for address, _, shape, _ in tensors):
         raise GraphError("a tensor of its does not tell where it lies in memory")
     parts = [
@@ -240,104 +244,9 @@ class GraphLoop(Loop):
         cast = torch.get_autocast_dtype(device.type)
         enabled = torch.is_autocast_enabled(device.type)
         with torch.autocast(device.type, dtype=cast, enabled=enabled, cache_enabled=False):
-            self.graphs[kind], self.pool = capture(warm, body, device, self.pool)
-
-
-def capture(warm: Callable[[], None], body: Callable[[], None], device: torch.device, pool: Any) -> tuple[Any, Any]:
-    """A CUDA graph of `body`, after some calls of `warm` (libraries set up, kernels compile), and its memory pool."""
-    # (the inner context restores the caller's stream: torch leaves another after a capture that failed)
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-        stream, current = _stream(device), torch.cuda.current_stream()
-        stream.wait_stream(current)
-
-        def warm_up() -> None:
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    warm()
-
-        try:
-            warm_up()
-        except torch.OutOfMemoryError:  # graphs that nobody runs may hold what is lacking
-            with _lock:
-                _kept.clear()
-            torch.cuda.empty_cache()
-            warm_up()
-        finally:
-            current.wait_stream(stream)
-        graph, first = torch.cuda.CUDAGraph(), None
-        pool = torch.cuda.graph_pool_handle() if pool is None else pool
-        with _capturing, _no_collection():
-            _clear_workspaces()  # so that the graph's own lie in its own pool, and not where others' do
             try:
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    try:
-                        body()
-                    except Exception as error:
-                        first = error  # which says more than what the end of the capture raises
-                        raise
-            except Exception as error:  # what worked in the warm-up cannot be captured
-                _recover(graph, pool, stream, device)
-                raise GraphError(_first_line(first or error)) from (first or error)
-            finally:
-                _clear_workspaces()
-    return graph, pool
-
-
-def _recover(graph: Any, pool: Any, stream: Any, device: torch.device) -> None:
-    """Bring torch back from a capture that failed, of which it leaves the allocator and the generator in the midst."""
-    graph.reset()
-    with contextlib.suppress(RuntimeError):  # where torch has done so itself
-        torch._C._cuda_endAllocateToPool(device.index, pool)
-    # the generator is told of the end of a capture only by one that succeeds
-    again = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local")
-    with contextlib.suppress(RuntimeError), again:
-        torch.zeros(1, device=device)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-
-
-def _clear_workspaces() -> None:
-    torch._C._cuda_clearCublasWorkspaces()
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """A collection during a capture might free another graph."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-_streams: dict[torch.device, Any] = {}
-
-
-def _stream(device: torch.device) -> Any:
-    """The stream of all captures on a device: what libraries keep for a stream is then made once."""
-    if device not in _streams:
-        # of high priority, of which users ask for few: torch hands out the same streams again and again
-        _streams[device] = torch.cuda.Stream(device, priority=-1)
-    return _streams[device]
-
-
-def surroundings(device: torch.device) -> tuple[Any, ...]:
-    """The caller's settings that a capture bakes in."""
-    kind, cuda, cudnn = device.type, torch.backends.cuda, torch.backends.cudnn
-    return (
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
-        torch.is_inference_mode_enabled(),
-        torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(),
-        (cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision),
-        (cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction),
-        cuda.matmul.allow_fp16_accumulation,
-        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
-        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+                self.graphs[kind], self.pool = capture(warm, body, device, self.pool)
+            except torch.OutOfMemoryError:  # graphs that nobody runs may hold what is lacking
+                _retire()
+                torch.cuda.empty_cache()
+                self.graphs[kind], self.pool = capture(warm, body, device, self.pool)

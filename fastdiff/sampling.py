@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checks, graphs, grids, inputs, marks, ops, processes, runner, samplers
+from . import capture, checks, graphs, grids, inputs, marks, ops, processes, runner, samplers
 from .errors import ConfigError, DataError, DTypeError, GraphError, choose, names_keywords
 from .model import Condition, ScoreModel, call, check_output, evaluating, single_tensor
 from .models.layers import TimeConditioned
@@ -375,7 +375,7 @@ class _Run:
             # what follows from the network's own tensors, such as its dtype, is in its fingerprint
             key = (
                 shape, self.dtype, self.device, self.time_dtype, self.check, self.backend, of_cond, self.capacity,
-                graphs.surroundings(self.device),
+                capture.surroundings(self.device),
             )  # fmt: skip
             kind = functools.partial(graphs.GraphLoop, self.capacity, self.subject.net)
             try:

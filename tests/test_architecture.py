@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastdiff"
 HOST = {"checks", "errors", "table", "processes", "schedules", "grids", "predictions", "samplers", "solvers", "plan"}
-TENSOR = {"ops", "runner", "graphs", "reference.row", "reference.noise", "kernels"}
+TENSOR = {"ops", "runner", "graphs", "capture", "reference.row", "reference.noise", "kernels"}
 
 
 def modules():
