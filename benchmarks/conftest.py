@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-
 import paired
 import pytest
 import torch
@@ -21,7 +19,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
     if not paired.ROWS:
         return
     terminalreporter.section("fastdiff against its opponents: their time in units of ours, median [p20-p80], our time")
@@ -29,19 +27,8 @@ def pytest_terminal_summary(terminalreporter, config):
     for of_operations in (True, False):
         if any((row["group"] == "ops") == of_operations for row in paired.ROWS):
             terminalreporter.write_line(paired.table(of_operations))
-    if not any(row["group"] == "ops" for row in paired.ROWS):
-        _save(terminalreporter, config)
-        return
-    terminalreporter.section("Triton kernels as compiled for sm_90 (no GPU has timed them): benchmarks/results/aot.csv")
-    for row in csv.DictReader((paired.ROOT / "results" / "aot.csv").read_text().splitlines()):
-        if row["target"] == "sm_90":
-            terminalreporter.write_line(
-                f"{row['kernel']:22} {row['variant']:48} {row['registers']:>3} registers, {row['spills']} spills, "
-                f"{row['instructions_per_element']:>6} instructions an element"
-            )
-    _save(terminalreporter, config)
-
-
-def _save(terminalreporter, config):
     if config.getoption("--save-results"):
-        terminalreporter.write_line(f"saved in {paired.save()}")
+        if exitstatus:
+            terminalreporter.write_line("not saved: a test failed, or the run was interrupted")
+        else:
+            terminalreporter.write_line(f"saved in {paired.save()}")

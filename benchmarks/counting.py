@@ -13,20 +13,22 @@ from torch.utils._pytree import tree_leaves
 
 from fastdiff import ops
 
+DRAWS = {torch.ops.aten.normal_.default, torch.ops.aten.randn.default, torch.ops.aten.randn_like.default}
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
 
 
 class Count(NamedTuple):
-    large_operations: int  # those that touch a tensor of the state's size: on a GPU each is a kernel
+    large_operations: int  # those that touch a tensor of the state's size: on a GPU each is a kernel or more
     small_operations: int
-    host_reads: int  # of a number or a shape, for which the host waits
+    host_reads: int  # of a number or a shape: where it lies on a GPU, the host waits
+    draws: int  # tensors of normal numbers
     peak: int  # bytes of the tensors that it holds at once
 
 
 class _Counter(TorchDispatchMode):
     def __init__(self, numel: int) -> None:
         super().__init__()
-        self.numel, self.large, self.small, self.reads = numel, 0, 0, 0
+        self.numel, self.large, self.small, self.reads, self.draws = numel, 0, 0, 0, 0
         self.held: dict[int, list[int]] = {}  # address of a storage -> [its tensors, its bytes]
         self.bytes = self.peak = 0
 
@@ -37,9 +39,13 @@ class _Counter(TorchDispatchMode):
         is_view = bool(made) and not func._schema.is_mutable and all(
             any(torch._C._is_alias_of(v, w) for w in given) for v in made
         )  # fmt: skip
+        if func in DRAWS or (
+            func.namespace == "fastdiff" and args[3] is not None
+        ):  # the stream of a step, a measurement
+            self.draws += max(v.numel() for v in [*given, *made]) >= self.numel
         if func in READS:
             self.reads += 1
-        elif not is_view and "empty" not in func._schema.name:
+        elif not is_view and not any(word in func._schema.name for word in ("empty", "resize")):
             is_large = any(v.numel() >= self.numel for v in [*given, *made])
             self.large += is_large
             self.small += not is_large
@@ -74,7 +80,8 @@ def unseen(net: Any) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes():
-            return net(*args, **kwargs)
+            out = net(*args, **kwargs)
+        return out.detach()  # in its sight: the answer is held, by whoever asked
 
     return call
 
@@ -87,10 +94,10 @@ def count(run: Callable[[int], object], numel: int, steps: int) -> Count:
             run(n)
         counters.append(counter)
     _, one, two = counters
-    large, small, reads = (
-        round((getattr(two, name) - getattr(one, name)) / steps) for name in ("large", "small", "reads")
+    large, small, reads, draws = (
+        round((getattr(two, name) - getattr(one, name)) / steps) for name in ("large", "small", "reads", "draws")
     )
-    return Count(large, small, reads, one.peak)
+    return Count(large, small, reads, draws, one.peak)
 
 
 def dispatched() -> types.SimpleNamespace:

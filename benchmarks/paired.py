@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gc
+import importlib.metadata
+import os
 import platform
+import re
+import shutil
 import statistics
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,7 @@ ROOT = Path(__file__).parent
 # One row a measurement. `ours` and `theirs` are medians in the unit that `metric` names; the ratios are theirs by ours.
 COLUMNS = (
     "device", "threads", "group", "case", "opponent", "n", "metric", "ours", "theirs", "ratio_p20", "ratio_p50", "ratio_p80",
-    "rounds", "commit", "torch", "date",
+    "rounds", "commit", "torch", "version", "date",
 )  # fmt: skip
 ROWS: list[dict[str, Any]] = []
 Run = Callable[[], object]
@@ -32,7 +37,7 @@ def record(
 ) -> float:
     """A row of paired measurements; the median of their ratios."""
     ratios = [b / a for a, b in zip(ours, theirs)]
-    low, *_, high = statistics.quantiles(ratios, n=5)
+    low, *_, high = statistics.quantiles(ratios, n=5, method="inclusive")
     middle = statistics.median(ratios)
     note(group, case, opponent, n, metric, statistics.median(ours), statistics.median(theirs))
     ROWS[-1] |= {
@@ -49,7 +54,7 @@ def note(group: str, case: str, opponent: str, n: int, metric: str, ours: float,
     ROWS.append({
         **dict.fromkeys(COLUMNS, ""), "device": device(), "threads": torch.get_num_threads(), "group": group, "case": case,
         "opponent": opponent, "n": n, "metric": metric, "ours": f"{ours:.5g}", "theirs": f"{theirs:.5g}", "commit": commit(),
-        "torch": torch.__version__, "date": date.today().isoformat(),
+        "torch": torch.__version__, "version": version(opponent), "date": date.today().isoformat(),
     })  # fmt: skip
 
 
@@ -87,15 +92,20 @@ def compare_runs(
 ) -> dict[str, float]:
     """Whole runs, ours and theirs, with the clocks of their networks: a step's time end to end, and outside the network.
 
-    Without a clock the network is within what they compile, and only the whole is compared.
+    Without a clock the network is within what they compile, and only the whole is compared. Refused where one of them calls
+    the network more often than the other (but for a call at an end).
     """
     outside: tuple[list[float], list[float]] = ([], [])
     whole: tuple[list[float], list[float]] = ([], [])
     for run, _ in systems:
         run()
+    asked, theirs = (network.calls if network else None for _, network in systems)
+    assert theirs is None or abs(asked - theirs) <= 2 + 0.01 * asked, (
+        f"{opponent} calls the network {theirs} times, not {asked}"
+    )
     spent = 0.0
     with _no_collection():
-        while len(whole[0]) < 3 or (spent < seconds and len(whole[0]) < 40):
+        while len(whole[0]) < (7 if seconds < 3 else 3) or (spent < seconds and len(whole[0]) < 40):
             order = (0, 1) if len(whole[0]) % 2 else (1, 0)
             for which in order:
                 run, network = systems[which]
@@ -155,15 +165,15 @@ def _ratio(row: dict[str, Any]) -> str:
 
 
 def save() -> Path:
-    """ROWS in benchmarks/results/<device>.csv, instead of what the file had of the same groups."""
+    """ROWS in benchmarks/results/<device>.csv, in the place of what the file had of the same measurements."""
     path = ROOT / "results" / f"{device()}.csv"
     path.parent.mkdir(exist_ok=True)
-    measured = {row["group"] for row in ROWS}
-    kept = [row for row in read(path) if row["group"] not in measured] if path.exists() else []
+    names = ("group", "case", "opponent", "threads", "n", "metric")
+    rows = {tuple(str(row[name]) for name in names): row for row in [*(read(path) if path.exists() else []), *ROWS]}
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows([*kept, *ROWS])
+        writer.writerows(rows.values())
     return path
 
 
@@ -172,16 +182,25 @@ def read(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
+@functools.cache
 def device() -> str:
     """The processor, as a file name."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name().replace(" ", "-")
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return name.replace(" ", "-")
+    return re.sub(r"[^\w.-]+", "-", name)
 
 
+@functools.cache
 def commit() -> str:
+    if not shutil.which("git"):
+        return ""
     shown = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return shown.stdout.strip()
+
+
+def version(opponent: str) -> str:
+    """The opponent's, where it is a package; else the machine's Python and cores."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(opponent)
+    return f"Python {platform.python_version()}, {os.cpu_count()} cores"

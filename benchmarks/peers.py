@@ -1,4 +1,6 @@
-"""The other libraries' samplers, each with the options that give fastdiff.sample the same work: levels, draws, network calls.
+"""The other libraries' samplers, each with the options that give fastdiff.sample the same levels and network calls.
+
+Some draw noise that their scheme does not use (DDIM and Heun of some libraries, last steps): that is theirs, and counted.
 
 Used as their documentation says; what a library lacks (a network of another meaning, a schedule of the user's own) is
 written as a user of it would. They are not needed to run anything: who is missing is left out. `pip install
@@ -49,6 +51,11 @@ class Peer(NamedTuple):
     exact: bool = True
     from_prior: bool = False
 
+
+MODULES = {
+    "diffusers": "diffusers", "k-diffusion": "k_diffusion.sampling", "azula": "azula.sample", "torchsde": "torchsde",
+    "denoising-diffusion-pytorch": "denoising_diffusion_pytorch.denoising_diffusion_pytorch",
+}  # fmt: skip
 
 # --- loading them ----------------------------------------------------------------------------------------------------
 
@@ -115,9 +122,13 @@ def missing(opponent: str) -> str | None:
         if not (Path(root) / "sde_lib.py").is_file() or not root:
             return "SCORE_SDE_PYTORCH does not name a checkout of score_sde_pytorch"
         return None
-    package = opponent.replace("-", "_")
-    if package in ("diffusers", "k_diffusion", "denoising_diffusion_pytorch", "azula", "torchsde"):
-        return None if importlib.util.find_spec(package) else f"{opponent} is not installed"
+    module = MODULES.get(opponent)
+    if module is None:
+        return None
+    try:
+        load(module)
+    except ImportError as error:
+        return f"{opponent} is not installed ({error})"
     return None
 
 
@@ -163,7 +174,7 @@ def in_place(net: Any, start: Tensor, steps: int) -> Run:
 
 
 def compiled(net: Any, start: Tensor, steps: int) -> Run:
-    """The same, network and noise within torch.compile."""
+    """The same, network and noise within torch.compile; the noise torch's own, as the compiler's is ten times slower."""
     times, rates, level = _vp(steps)
     columns = zip(*(
         (t, 1 + b / (2 * steps), -b / (steps * level(t).sigma), math.sqrt(b / steps) if k < steps - 1 else 0.0)
@@ -171,7 +182,7 @@ def compiled(net: Any, start: Tensor, steps: int) -> Run:
     ))  # fmt: skip
     rows = [torch.tensor(column, device=start.device) for column in columns]
 
-    @torch.compile
+    @torch.compile(options={"fallback_random": True})
     def step(x: Tensor, t: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         return a * x + b * net(x, t.expand(len(x))) + c * torch.randn_like(x)  # type: ignore[no-any-return]
 
@@ -468,7 +479,7 @@ PEERS = [
          reference("ve", "reverse_diffusion", "langevin", 1e-5), from_prior=True),
     Peer("VE predictor-corrector, ald", "score_sde_pytorch", "ve", _ALD,
          reference("ve", "reverse_diffusion", "ald", 1e-5), from_prior=True),
-    Peer("VE predictor-corrector, ald", "azula", "ve", _ALD, azula("PCSampler", "ve"), exact=False),
+    Peer("VE predictor-corrector, azula's", "azula", "ve", _ALD, azula("PCSampler", "ve"), exact=False),
     Peer("VP Euler-Maruyama", "in place, by hand", "vp", _VP, in_place),
     Peer("VP Euler-Maruyama", "torch.compile", "vp", _VP, compiled, exact=False),
     Peer("VP Euler-Maruyama", PRINTED, "vp", _VP, _score_sde_as_printed("vp", "euler_maruyama", "none", 1e-3)),

@@ -8,6 +8,7 @@ README.md has the short of one machine, RESULTS.md all that was measured on any.
 from __future__ import annotations
 
 import csv
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,7 +24,8 @@ Row = dict[str, str]
 OPERATIONS = [
     ("step", "eager", "a row: `a*x + b*m + c*torch.randn_like(x)`"),
     ("step", "eager, preallocated", "a row: the same with `normal_`, `out=` and no allocation"),
-    ("step", "torch.compile of eager", "a row: `torch.compile` of the first"),
+    ("step", "torch.compile of eager", "a row: `torch.compile` of the first, its own noise"),
+    ("step", "torch.compile, fallback_random", "a row: `torch.compile` of the first, torch's noise"),
     ("step", "memory floor (torch.add)", "a row: `torch.add`, the same memory without the noise"),
     ("step, bf16 network", "eager", "a row with a bfloat16 network, its next input and the finiteness flag"),
     ("normal", "torch.randn", "normals: `torch.randn`"),
@@ -33,7 +35,9 @@ OPERATIONS = [
     ("rk_error", "eager", "Dormand–Prince's step and error"),
 ]
 OUTSIDE, WHOLE = "us outside the network per step", "us per step"
-COUNTS = ("large operations per step", "small operations per step", "host reads per step", "states held at once")
+COUNTS = (
+    "large operations per step", "small operations per step", "host reads per step", "draws per step", "states held at once",
+)  # fmt: skip
 
 
 def read(path: Path) -> list[Row]:
@@ -50,9 +54,19 @@ def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     )
 
 
+def ratio(row: Row | None) -> str:
+    """Their time in units of ours, if its pairs agree to a factor of two."""
+    if row is None:
+        return "–"
+    if float(row["ratio_p80"]) > 2 * float(row["ratio_p20"]):
+        return "unsteady"
+    value = float(row["ratio_p50"])
+    return f"{value:.1f}×" if value >= 2 else f"{value:.2f}×"
+
+
 def operations(rows: Sequence[Row]) -> str:
     """Their time in units of ours, the median of paired ratios, by size and threads."""
-    found = {(r["case"], r["opponent"], r["n"], r["threads"]): r["ratio_p50"] for r in rows if r["group"] == "ops"}
+    found = {(r["case"], r["opponent"], r["n"], r["threads"]): r for r in rows if r["group"] == "ops"}
     sizes = [("8192", "1"), ("196608", "1"), ("196608", "2"), ("16777216", "1"), ("16777216", "2")]
     heads = [
         "what a user would write instead",
@@ -60,20 +74,21 @@ def operations(rows: Sequence[Row]) -> str:
     ]
     lines = []
     for case, opponent, title in OPERATIONS:
-        cells = [found.get((case, opponent, n, t)) for n, t in sizes]
-        lines.append([title, *("–" if c is None else f"{float(c):.1f}×" for c in cells)])
+        lines.append([title, *(ratio(found.get((case, opponent, n, t))) for n, t in sizes)])
     return markdown(heads, lines)
 
 
 def loops(rows: Sequence[Row], group: str, metric: str, threads: str = "1") -> str:
-    """A line for each sampler: our microseconds a step, each opponent's time in units of ours (ours from its own pair)."""
+    """A line for each sampler: our microseconds a step, the median over the pairs with all opponents, and each opponent's
+    time in units of ours, by its own pairs."""
     rows = [r for r in rows if (r["group"], r["metric"], r["threads"]) == (group, metric, threads)]
     opponents = list(dict.fromkeys(r["opponent"] for r in rows))
     lines = []
     for sampler in dict.fromkeys(r["case"] for r in rows):
-        own = [r for r in rows if r["case"] == sampler]
-        ratio = {r["opponent"]: f"{float(r['ratio_p50']):.1f}×" for r in own}
-        lines.append([sampler, f"{min(float(r['ours']) for r in own):.3g} µs", *(ratio.get(o, "–") for o in opponents)])
+        own = {r["opponent"]: r for r in rows if r["case"] == sampler}
+        ours = statistics.median(float(r["ours"]) for r in own.values())
+        shown = f"{ours:,.0f} µs" if ours >= 100 else f"{ours:.1f} µs"
+        lines.append([sampler, shown, *(ratio(own.get(name)) for name in opponents)])
     return markdown(["sampler", "fastdiff", *opponents], lines)
 
 
@@ -92,9 +107,14 @@ def counts(rows: Sequence[Row]) -> str:
 
 def provenance(rows: Sequence[Row], path: Path) -> str:
     marks = dict.fromkeys((r["commit"], r["date"]) for r in rows)
-    at = ", ".join(f"{commit} on {date}" for commit, date in marks)
+    at = ", ".join(f"{commit or 'an unknown commit'} on {date}" for commit, date in marks)
+    packages = dict.fromkeys(
+        f"{r['opponent']} {r['version']}" for r in rows if r["version"] and "Python" not in r["version"]
+    )
+    here = next((r["version"] for r in rows if "Python" in r["version"]), "")
+    against = f"; against {', '.join(packages)}" if packages else ""
     return (
-        f"Measured at commit {at}: {rows[0]['device']}, torch {rows[0]['torch']}; "
+        f"Measured at commit {at}: {', '.join(filter(None, (rows[0]['device'], here)))}, torch {rows[0]['torch']}{against}. "
         f"`benchmarks/results/{path.name}` has the spread and the times."
     )
 
@@ -103,14 +123,18 @@ def summary(path: Path = MACHINE) -> str:
     """What stands in the README."""
     rows = read(path)
     return "\n\n".join([
-        "Whole runs on one thread, 64 states of 3×32×32, the time outside the network; the same levels and draws, and for "
-        "the same noise the same samples, checked before anything is timed:",
+        "Whole runs on one thread, 64 states of 3×32×32, the time outside the network. Both sides stand on the same levels and "
+        "call the network as often, and for the same noise the samples are the same, checked before anything is timed; some "
+        "libraries draw noise that DDIM or Heun do not use. \"As printed\" is our transcription of the papers in plain PyTorch.",
         loops(rows, "analytic 64x3x32x32", OUTSIDE),
-        "The same samplers end to end with a small network, an MLP on 256 vectors, whose time features fastdiff makes once "
-        "for all rows:",
+        "The same samplers end to end with a small network of `fastdiff.models`, an MLP on 256 vectors, whose time features "
+        "fastdiff makes once for all rows:",
         loops(rows, "MLP 256x2", WHOLE),
+        "The same network as a module of the user's own, of whose time features fastdiff knows nothing:",
+        loops(rows, "own MLP 256x2", WHOLE),
         f"![microseconds per step outside the network]({PICTURE.relative_to(README.parent)})",
-        "Single operations on eight samples of n numbers in all; the memory's own limit, `torch.add`, is the one row below 1×:",
+        "Single operations on eight samples of n numbers in all. The memory's own limit is `torch.add`; at 16,777,216 most of "
+        "the first line is fresh memory's page faults, which the second avoids:",
         operations(rows),
         provenance(rows, path) + " [All results](benchmarks/RESULTS.md).",
     ])  # fmt: skip
@@ -120,7 +144,11 @@ def results() -> str:
     """RESULTS.md: every machine that left a file."""
     parts = [
         "# Speeds\n\nWritten by `benchmarks/report.py`. Ratios are medians of paired runs in one process: how many times as "
-        "long the other takes. One thread: the thread's CPU time; two: the clock on the wall.",
+        "long the other takes; `unsteady` where the pairs differ by more than a factor of two. One thread: the thread's CPU "
+        "time; two: the clock on the wall. Whole runs: set-up is within the time, ours with the table that an earlier run "
+        "planned (a new one costs 0.5 to 5 ms more); the making of time features counts as outside the network; the heap keeps "
+        "its memory (glibc's default adds page faults to whoever allocates in a step). Outside a large network fastdiff's "
+        "figure is mostly set-up, as the run has ten steps.",
         f"![microseconds per step outside the network](../{PICTURE.relative_to(README.parent)})",
     ]
     for path in sorted((ROOT / "results").glob("*.csv")):
@@ -170,8 +198,11 @@ def _compiled() -> str:
 
 def plot(path: Path = MACHINE, to: Path = PICTURE) -> None:
     """Microseconds a step outside the network, by sampler and library, on a logarithmic axis."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no picture: matplotlib is missing")
+        return
     rows = [
         r for r in read(path) if (r["group"], r["metric"], r["threads"]) == ("analytic 64x3x32x32", OUTSIDE, "1")
     ]  # fmt: skip
@@ -185,7 +216,9 @@ def plot(path: Path = MACHINE, to: Path = PICTURE) -> None:
         if r["case"] == sampler and name in ("fastdiff", r["opponent"])
     ]
     for k, name in enumerate(names):
-        points = [(min(found), i) for i, sampler in enumerate(samplers) if (found := value(sampler, name))]
+        points = [
+            (statistics.median(found), i) for i, sampler in enumerate(samplers) if (found := value(sampler, name))
+        ]
         style = {"marker": "D", "s": 90, "zorder": 3} if name == "fastdiff" else {"marker": "o", "s": 45}
         axes.scatter(*zip(*points), label=name, color=f"C{k}", **style)
     axes.set_xscale("log")

@@ -47,12 +47,14 @@ def _dsm_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _dsm_backward(ctx: Any, grad: Tensor | None, grad_error: Tensor | None) -> Any:
     r, weight, error = ctx.saved_tensors
     _, needs_x0, _, _, needs_weight, *_ = ctx.needs_input_grad
-    total = None
+    served, total = getattr(ctx, "served", torch.ops.fastdiff), None
+    if grad is not None and grad_error is None and not (needs_x0 or needs_weight or torch.is_grad_enabled()):
+        return served.dsm_loss_backward(grad, error, weight, ctx.dtype), None, None, None, None, None, None
     if grad is not None and torch.is_grad_enabled():  # a gradient of the gradient is wanted
         total = error * _wide(2 / max(error[:1].numel(), 1) * weight.to(error.dtype) * grad, error)
     elif grad is not None:
         dtype = error.dtype if needs_x0 else ctx.dtype
-        total = getattr(ctx, "served", torch.ops.fastdiff).dsm_loss_backward(grad, error, weight, dtype)
+        total = served.dsm_loss_backward(grad, error, weight, dtype)
     if grad_error is not None:
         total = grad_error if total is None else total + grad_error
     of_x0 = -_wide(r.to(error.dtype), error) * total if needs_x0 and total is not None else None

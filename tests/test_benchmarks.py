@@ -20,10 +20,10 @@ def bench(monkeypatch):
     import counting
     import paired
     import peers
-    import test_loops
+    import test_runs
 
     monkeypatch.setattr(paired, "ROWS", [])
-    return {"counting": counting, "paired": paired, "peers": peers, "loops": test_loops}
+    return {"counting": counting, "paired": paired, "peers": peers, "runs": test_runs}
 
 
 def own(bench):
@@ -35,7 +35,7 @@ def test_the_printed_algorithms_are_the_same_work(bench):
     assert len(own(bench)) >= 7
     for name in SMALL:
         for peer in own(bench):
-            bench["loops"].check_same(bench["loops"].CASES[name], peer, 50)
+            bench["runs"].check_same(bench["runs"].CASES[name], peer, 50)
 
 
 def test_another_result_gets_no_number(bench, monkeypatch):
@@ -45,10 +45,25 @@ def test_another_result_gets_no_number(bench, monkeypatch):
             peer._replace(build=lambda net, start, steps, right=peer.build: right(net, start, steps // 2)),
         ):
             with pytest.raises(AssertionError, match="gives other samples"):
-                bench["loops"].test_loop(None, monkeypatch, SMALL[0], 1, wrong)
+                bench["runs"].test_run(None, monkeypatch, SMALL[0], 1, wrong)
+    net_of = bench["runs"].network
+    for peer in own(bench):  # the network's own time, and what is made of it beforehand
+        frozen = peer._replace(build=lambda net, *args, right=peer.build: right(lambda x, t: net(x, t * 0), *args))
+        with pytest.raises(AssertionError, match="gives other samples"):
+            bench["runs"].check_same(bench["runs"].CASES["MLP 256x2"], frozen, 50)
+
+        def features_of_the_first_row(*args):
+            net = net_of(*args)
+            net.time_features = lambda t, right=net.time_features: right(t[:1]).expand(len(t), -1)
+            return net
+
+        with monkeypatch.context() as patch:
+            patch.setattr(bench["runs"], "network", features_of_the_first_row)
+            with pytest.raises(AssertionError, match="gives other samples"):
+                bench["runs"].check_same(bench["runs"].CASES["MLP 256x2"], peer, 50)
     biased = own(bench)[0]._replace(exact=False, build=lambda net, start, steps: lambda: start)
     with pytest.raises(AssertionError):
-        bench["loops"].test_loop(None, monkeypatch, SMALL[0], 1, biased)
+        bench["runs"].test_run(None, monkeypatch, SMALL[0], 1, biased)
     assert not bench["paired"].ROWS
 
 
@@ -69,7 +84,27 @@ def test_operations_reads_and_memory_are_counted(bench):
     assert 4000 * 2 <= found.peak <= 4000 * 3 + 5 * 40
 
 
-def test_results_of_other_groups_are_kept(bench, tmp_path, monkeypatch):
+def test_more_network_calls_get_no_number(bench):
+    from cases import Clock
+
+    class Twice:
+        def __init__(self, count):
+            self.clock = Clock(lambda x: x)
+            self.count = count
+
+        def __call__(self):
+            for _ in range(self.count):
+                self.clock(0)
+
+    one, two = Twice(100), Twice(200)
+    with pytest.raises(AssertionError, match="calls the network 200 times"):
+        bench["paired"].compare_runs("g", "c", "o", 1, 100, [(one, one.clock), (two, two.clock)], 0.1)
+    assert not bench["paired"].ROWS
+    bench["paired"].compare_runs("g", "c", "o", 1, 100, [(one, one.clock), (one, one.clock)], 0.1)
+    assert {row["metric"] for row in bench["paired"].ROWS} == {"us per step", "us outside the network per step"}
+
+
+def test_results_of_other_measurements_are_kept(bench, tmp_path, monkeypatch):
     paired = bench["paired"]
     monkeypatch.setattr(paired, "ROOT", tmp_path)
     monkeypatch.setattr(paired, "commit", lambda: "abc")
@@ -87,4 +122,4 @@ def test_results_of_other_groups_are_kept(bench, tmp_path, monkeypatch):
     paired.record("ops", "step", "eager", 8, "us", [1.0, 1.0], [3.0, 3.0])
     paired.save()
     rows = list(csv.DictReader(path.read_text().splitlines()))
-    assert [(r["group"], r["ratio_p50"]) for r in rows] == [("a case", ""), ("ops", "3.0")]
+    assert [(r["group"], r["ratio_p50"]) for r in rows] == [("ops", "3.0"), ("a case", "")]

@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COLUMNS = (
-    "device threads group case opponent n metric ours theirs ratio_p20 ratio_p50 ratio_p80 rounds commit torch date"
-)
+COLUMNS = "device threads group case opponent n metric ours theirs ratio_p20 ratio_p50 ratio_p80 rounds commit torch version date"
 OPERATIONS = {
     "step, fp32", "step, mixed", "step, mixed, flagged", "normal", "perturb", "dsm_loss", "probe_dot, rademacher",
     "probe_dot, normal", "rk_error",
