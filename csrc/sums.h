@@ -36,7 +36,7 @@ struct Sums {
     // Adds the tile's elements, given by `element(i)`, to sum number `which`.
     template <class Element> void add(const Tile& tile, int which, Element element) {
         const int each = int(tile.n / tile.samples);
-        if (each <= 4) return add_small(tile, which, element, each);
+        if (each <= 4 && blocks == 1) return add_small(tile, which, element, each);
         alignas(64) double v[kBlock];
         for (int64_t s = 0; s < tile.samples; ++s)
             for (int from = 0; from < each; from += kBlock) {
