@@ -82,7 +82,7 @@ def check_same(case: Case, peer: Peer, steps: int) -> None:
     with noise_from(draws(case, z if peer.from_prior else None)):
         y = run().view_as(x)
     assert x.dtype == y.dtype
-    assert (x - y).abs().max() <= 1e-5 * x.abs().max(), f"{peer.opponent} gives other samples"
+    assert (x - y).abs().max() <= case.tolerance * x.abs().max(), f"{peer.opponent} gives other samples"
 
 
 def check_statistics(peer: Peer) -> None:

@@ -134,6 +134,8 @@ def _packed(shape: torch.Size, scalars: Sequence[int], tensors: Any, own: list[T
             tensor = tensor.clone()
             own.append(tensor)
             address = tensor.data_ptr()
+            if not address and tensor.numel():
+                raise DTypeError(f"a {type(tensor).__name__} has no memory of its own: make it a plain tensor first")
         slot += _CODES[tensor.dtype]
         if not tensor.is_contiguous():
             if ndim > MAX_DIMS:
@@ -229,7 +231,7 @@ def fixed_step(
     out: Tensor, table: Tensor, stream: int | None, x: Tensor, **operands: Any
 ) -> Callable[[Tensor, Tensor, object], None]:
     """(cursor, m, None) -> None: `step` on tensors that are the same each time but for these two, checked and packed once."""
-    cursor = torch.zeros(3, dtype=torch.int64)
+    cursor = torch.zeros(3, dtype=torch.int64, device="cpu")
     absent = dict.fromkeys(("history", "guide", "v", "base", "z", "measured", "known", "mask", "pushed", "net_input"))
     tensors = _step_operands(out, table, cursor, x, x, **{**absent, "first_bad": None, **operands})
     scalars = (_rows(table), -1 if stream is None else stream)

@@ -156,7 +156,8 @@ class Loop:
         """One row. `cursor`: see fastdiff.reference.row."""
         m = v = None
         if kind.calls:
-            m, v = network(self.net_input, self.time, features, cond)
+            # tensors of their own, so that what a network does to them (grad, shape, data) is gone with them
+            m, v = network(self.net_input.detach(), self.time.detach(), features, cond)
             # a network may return its input, which this row overwrites
             if kind.feeds and torch._C._is_alias_of(m, self.net_input):
                 m, v = m.clone(), None if v is None else v.clone()
@@ -191,8 +192,10 @@ class Loop:
         if z is None and kind.calls and not kind.learned and hasattr(self.operations, "fixed_step"):
             return marks.marked("step", self.operations.fixed_step(out, self.matrix, stream, x, **operands))
 
+        matrix = self.matrix  # not self, which would then hold itself and its buffers until a collection
+
         def run(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
-            step(out, self.matrix, cursor, stream, x, m, v=v if kind.learned else None, **operands)
+            step(out, matrix, cursor, stream, x, m, v=v if kind.learned else None, **operands)
 
         return run
 

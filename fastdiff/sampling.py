@@ -294,7 +294,7 @@ class _Run:
             features = self.features()
             for group in groups:
                 chains = [self.chain(lo, hi, features, len(group) > 1, stack) for lo, hi in group]
-                for k, now in enumerate(zip(*chains), start=-1):
+                for k, now in enumerate(zip(*chains, strict=True), start=-1):
                     for (lo, hi), x in zip(group, now):
                         for slot in keep.get(k, ()):
                             states[slot, lo:hi] = x  # type: ignore[index]
@@ -395,7 +395,7 @@ class _Run:
     def features(self) -> Tensor | None:
         """What the network makes of each row's time, [rows, *], if it can do so beforehand."""
         net = self.subject.net
-        if not isinstance(net, TimeConditioned):
+        if not isinstance(net, TimeConditioned) or not _takes_features(net):
             return None
         times = torch.tensor(self.times, dtype=self.time_dtype, device=self.device)
         if net.time_features(times[:1]).nbytes * self.capacity > MAX_FEATURES:
@@ -411,6 +411,13 @@ class _Run:
             inputs.check_tensor(f"noise({k})", noise, self.full, self.device, self.check != "off")
             self.given = (k, noise)
         return self.given[1][lo:hi].to(self.dtype).resolve_neg()
+
+
+def _takes_features(net: TimeConditioned) -> bool:
+    """Whether a call runs the forward that belongs to its time_features: no subclass's, no instance's, no hook first."""
+    owner = next(c for c in type(net).__mro__ if "forward" in vars(c))
+    hooked = net._forward_hooks or net._forward_pre_hooks
+    return "time_features" in vars(owner) and "forward" not in vars(net) and not hooked
 
 
 def _layout(net: Any, rank: int) -> torch.memory_format:

@@ -346,3 +346,35 @@ def test_too_many_time_features_are_made_row_by_row(monkeypatch):
     monkeypatch.setattr(fastdiff.sampling, "MAX_FEATURES", 100)
     monkeypatch.setattr(MLP, "forward", lambda self, x, t, y=None: torch.zeros_like(x))  # takes no features
     assert torch.equal(fastdiff.sample(model, steps=6, num_samples=4), ours)  # the last layer starts at zero
+
+
+class Changed(MLP):
+    def forward(self, x, t, y=None):
+        return super().forward(x, t, y) + t.view(-1, 1).to(x.dtype)
+
+
+def test_networks_that_are_not_quite_ours_get_their_times():
+    """A subclass's own forward, one put on the instance, hooks, layers that are not plain: nothing is made ahead of them."""
+    torch.manual_seed(0)
+
+    def opened(net):
+        torch.nn.init.normal_(net.out.weight, std=0.1)
+        return net
+
+    hooked, patched, lora = (opened(MLP((3,), hidden=8, layers=2)) for _ in range(3))
+    hooked.register_forward_pre_hook(lambda module, args: (args[0], args[1] * 0.5))
+    patched.forward = lambda x, t, right=patched.forward: right(x, t) + t[:, None]
+
+    class Lora(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.weight, self.bias = inner, inner.weight, inner.bias
+
+        def forward(self, h):
+            return self.inner(h) * 2
+
+    lora.hidden[1] = Lora(lora.hidden[1])
+    for net in (opened(Changed((3,), hidden=8, layers=2)), hooked, patched, lora):
+        options = {"sde": "vp", "steps": 6, "shape": (3,), "num_samples": 4}
+        ours = fastdiff.sample(net, **options)
+        assert torch.allclose(ours, fastdiff.sample(lambda x, t, net=net: net(x, t), **options), rtol=1e-4, atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -101,6 +103,67 @@ def test_a_network_may_return_its_input_or_a_view_of_it(operations):
             results.append([state.clone() for state in loop.run(network, None, 0)])
         for ours, theirs in zip(*results[-2:]):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("operations", [native, row], ids=["cpu", "reference"])
+def test_what_a_network_does_to_its_input_tensor_is_gone_with_the_call(operations):
+    rows, x = table(12), torch.randn(3, 4, 6)
+
+    def plain(given, *_):
+        return given * -0.5, None
+
+    def replacing(given, *_):
+        given.data = given.data * 2
+        return given * -0.25, None
+
+    def differentiating(given, *_):
+        with torch.enable_grad():
+            given.requires_grad_(True)
+            (-0.25 * given.square()).sum().backward()
+        return given.grad, None
+
+    def reshaping(given, *_):
+        return given.unsqueeze_(1).squeeze_(1) * -0.5, None
+
+    results = []
+    for network in (plain, replacing, differentiating, reshaping):
+        with torch.no_grad():
+            results.append([state.clone() for state in loop_on(rows, operations, x).run(network, None, 0)])
+    for other in results[1:]:
+        for ours, theirs in zip(results[0], other):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("operations", [native, row], ids=["cpu", "reference"])
+def test_buffers_go_with_the_loop(operations):
+    rows, x = table(12), torch.randn(3, 4, 6)
+    gc.disable()
+    try:
+        loop = loop_on(rows, operations, x)
+        for _ in loop.run(lambda given, *_: (given * -0.5, None), None, 0):
+            pass
+        gone = weakref.ref(loop)
+        del loop
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_base_may_be_read_first_several_rows_later():
+    lines = [
+        Row(Level(1 - k / 12, 1.0, 1.0), "late", a=0.6, e=0.2 if k % 5 == 4 else 0.0, b=(0.1,), calls=True, time=0.0,
+            pushes=True, opens=k % 5 == 0, q=1.0)
+        for k in range(12)
+    ]  # fmt: skip
+    rows, x = StepTable("late", tuple(lines), Level(0.0, 1.0, 0.0), 1.0), torch.randn(3, 4, dtype=torch.float64)
+    states, base, y = [], x, x
+    for line in lines:
+        base = y if line.opens else base
+        y = line.a * y + line.e * base + 0.1 * (y * 0.5)
+        states.append(y)
+    loop = loop_on(rows, native, x)
+    for ours, theirs in zip(loop.run(lambda given, *_: (given * 0.5, None), None, 0), states, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12)
 
 
 def test_buffers_are_few_and_never_hold_two_things():

@@ -593,3 +593,21 @@ def test_a_models_own_error_passes_through():
 
     with pytest.raises(Own, match="mine"):
         draw(model=model)
+
+
+def test_every_batch_is_checked_when_the_noise_is_a_callable():
+    def network(x, t):
+        return torch.where(x.new_tensor(seen.append(1) or len(seen) % 2 == 0, dtype=torch.bool), torch.nan, -x)
+
+    seen = []
+    with pytest.raises(fastdiff.errors.NonFiniteError, match="4 samples"):
+        fastdiff.sample(
+            network,
+            "vp",
+            6,
+            shape=(3,),
+            num_samples=8,
+            batch_size=4,
+            noise=lambda row: torch.zeros(8, 3),
+            check="final",
+        )

@@ -74,6 +74,7 @@ class MLP(TimeConditioned):
         h = x.flatten(1)
         is_bias = features is not None and len(features) == 1 and y is None  # one time and label for all samples
         for linear, time in zip(self.hidden, self.conditioning(t, y, features).chunk(len(self.hidden), dim=1)):
-            h = F.linear(h, linear.weight, linear.bias + time[0]) if is_bias else linear(h) + time
+            plain = is_bias and type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+            h = F.linear(h, linear.weight, linear.bias + time[0]) if plain else linear(h) + time
             h = self.dropout(F.silu(h, inplace=not torch.is_grad_enabled()))
         return self.out(h).view(len(x), *self.out_shape)
