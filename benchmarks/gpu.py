@@ -54,13 +54,6 @@ def build() -> str:
     return f"{LIBRARY.name}: built"
 
 
-def commit() -> str:
-    if not shutil.which("git"):
-        return ""
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
 def describe(device: Any, report: Report) -> None:
     import torch
 
@@ -168,6 +161,7 @@ def main() -> int:
     built = build()  # before fastdiff is imported, which loads the library
     import gpu_loops
     import gpu_ops
+    import paired
     import torch
     from gpu_report import Report, Stopwatch
 
@@ -175,7 +169,7 @@ def main() -> int:
         parser.error(f"--device {asked.device}: there is no CUDA device here; --device cpu --quick tries the script")
     device = torch.empty(0, device=asked.device).device
     torch.manual_seed(0)
-    report = Report(asked.out or HERE / "results", device, asked.commit or commit(), began + SECONDS)
+    report = Report(asked.out or HERE / "results", device, asked.commit or paired.commit(), began + SECONDS)
     watch = Stopwatch(device)
     cutter = threading.Timer(CUT - (time.monotonic() - began), cut, [report])
     cutter.daemon = True

@@ -28,9 +28,8 @@ class Report:
     """
 
     def __init__(self, folder: Path, device: torch.device, commit: str, end: float) -> None:
-        # on a machine with a GPU, paired.device() is the GPU's name
         of_gpu = device.type == "cuda"
-        name = paired.device() if of_gpu == torch.cuda.is_available() else "cpu"
+        name = paired.file_name(torch.cuda.get_device_name(device)) if of_gpu else paired.device()
         self.end = self.part_end = end
         self.failures: list[str] = []
         self.fixed = {
@@ -99,7 +98,7 @@ class Report:
             shown += f" against {told['theirs']}"
         if theirs is not None and len(ours) > 1:
             ratios = [b / a for a, b in zip(ours, theirs)]
-            low, *_, high = statistics.quantiles(ratios, n=5)
+            low, *_, high = statistics.quantiles(ratios, n=5, method="inclusive")
             value = statistics.median(ratios)
             told |= {"ratio_p20": round(low, 2), "ratio_p50": round(value, 2), "ratio_p80": round(high, 2)}
             shown += f": {value:.2f}x [{low:.2f}-{high:.2f}]"

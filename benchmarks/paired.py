@@ -187,7 +187,12 @@ def device() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return re.sub(r"[^\w.-]+", "-", name)
+    return file_name(name)
+
+
+def file_name(device: str) -> str:
+    """A device's name without what a file's may not hold."""
+    return re.sub(r"[^\w.-]+", "-", device)
 
 
 @functools.cache

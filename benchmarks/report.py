@@ -146,7 +146,7 @@ def results() -> str:
         "# Speeds\n\nWritten by `benchmarks/report.py`. Ratios are medians of paired runs in one process: how many times as "
         "long the other takes; `unsteady` where the pairs differ by more than a factor of two. One thread: the thread's CPU "
         "time; two: the clock on the wall. Whole runs: set-up is within the time, ours with the table that an earlier run "
-        "planned (a new one costs 0.5 to 5 ms more); the making of time features counts as outside the network; the heap keeps "
+        "planned; the making of time features counts as outside the network; the heap keeps "
         "its memory (glibc's default adds page faults to whoever allocates in a step). Outside a large network fastdiff's "
         "figure is mostly set-up, as the run has ten steps.",
         f"![microseconds per step outside the network](../{PICTURE.relative_to(README.parent)})",
