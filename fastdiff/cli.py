@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, required=True)
     sub.add_argument("--network", choices=["unet", "mlp"], help="default: unet for images and signals, mlp for vectors")
     sub.add_argument("--prediction", default="edm")
-    sub.add_argument("--loss", default="simple")
+    sub.add_argument("--loss", default="simple", help="dsm, simple (default), likelihood, ism, ssm or ssm_vr")
     sub.add_argument("--batch-size", type=int, default=128)
     sub.add_argument("--lr", type=float, default=1e-3)
     sub.add_argument("--ema", type=float, default=0.999)

@@ -2,43 +2,121 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import ops, predictions
-from .errors import choose
-from .model import Condition, ScoreModel
-from .processes import Process
-from .reference.noise import PERTURBATION
+from . import checks, inputs, ops, predictions
+from .errors import ConfigError, ModelOutputError, choose
+from .model import Condition, ScoreModel, like
+from .processes import Process, require_linear
+from .reference import row
+from .reference.noise import PERTURBATION, PROBES
 
-LOSSES = ("dsm", "simple", "likelihood")
+DENOISING = ("dsm", "simple", "likelihood")
+SLICED = ("ssm", "ssm_vr")
+LOSSES = (*DENOISING, "ism", *SLICED)
+PROBE_KINDS = ("rademacher", "normal")
 
 # The shortest time that continuous training sees (score_sde: t ~ U[1e-5, 1] for every process).
 SHORTEST = 1e-5
+# An exact trace is one backward pass for each number of a sample, and all of them stay for the gradient.
+LONGEST_TRACE = 1024
+# Draw k of a simulated x_t has the stream PERTURBATION + 256 k: streams with a name of their own are below 256.
+DRAWS_APART, MOST_DRAWS = 256, 2**20
 
 
 def perturb(process: Process, x0: Tensor, t: Tensor, cursor: Tensor) -> Tensor:
-    """x_t = α(t) x0 + σ(t) ε for x0 [B, *] and times t [B]; ε is the noise that `cursor` names (fastdiff.ops.cursor)."""
-    return ops.perturb(x0, process.alpha(t), process.sigma(t), cursor, PERTURBATION)
+    """x_t for x0 [B, *] and times t [B]: α(t) x0 + σ(t) ε, or what the `sample` of a process that is not linear makes.
+
+    ε, and the first draw of `sample`, is the noise that `cursor` names (fastdiff.ops.cursor).
+    """
+    if process.linear:
+        return ops.perturb(x0, process.alpha(t), process.sigma(t), cursor, PERTURBATION)
+
+    def noise(k: int) -> Tensor:
+        stream = PERTURBATION + DRAWS_APART * checks.integer("k", k, 0, MOST_DRAWS - 1)
+        out = torch.empty(x0.shape, dtype=x0.dtype, device=x0.device)
+        torch.ops.fastdiff.normal(out, cursor, stream)
+        return out
+
+    with torch.no_grad():
+        x = process.sample(x0.detach().clone(), t, noise)
+    inputs.check_tensor(f"{type(process).__name__}.sample(x0, t, noise)", x, tuple(x0.shape), x0.device, finite=False)
+    return x.to(x0.dtype)
 
 
-def per_sample(model: ScoreModel, x0: Tensor, t: Tensor, cursor: Tensor, loss: str, cond: Condition = None) -> Tensor:
-    """The loss of each sample, [B]: the mean over its elements of λ(t) (m − r·x0 − w·ε)², m the network's output.
+def check(model: ScoreModel, loss: str, probe: str | None = None) -> str:
+    """The kind of probe, or a ConfigError: the loss must suit the process and the size of a sample."""
+    choose("loss", loss, LOSSES)
+    kind = choose("probe", "rademacher" if probe is None else probe, PROBE_KINDS)
+    if probe is not None and loss not in SLICED:
+        raise ConfigError(f"probe={probe!r} belongs to the losses 'ssm' and 'ssm_vr', not to {loss!r}: leave it out")
+    if loss in DENOISING:
+        require_linear(model.process, f"loss={loss!r}", "use loss='ssm_vr'")
+    if loss == "likelihood" and not model.process.defines("diffusion"):
+        raise ConfigError(f"loss='likelihood' needs diffusion(t), which {type(model.process).__name__} does not define")
+    numbers = math.prod(model.data_shape)
+    if loss == "ism" and numbers > LONGEST_TRACE:
+        raise ConfigError(
+            f"loss='ism' takes a backward pass through the network for each number of a sample and keeps them all, "
+            f"at most {LONGEST_TRACE}, got {numbers}: use loss='ssm_vr'"
+        )
+    return kind
 
-    (r, w) is what the network predicts (fastdiff.predictions), so the target of any prediction is one line; ε is the noise
-    that `cursor` names (fastdiff.ops.cursor), made where it is needed and never stored.
+
+def per_sample(
+    model: ScoreModel,
+    x0: Tensor,
+    t: Tensor,
+    cursor: Tensor,
+    loss: str,
+    cond: Condition = None,
+    probe: str | None = None,
+) -> Tensor:
+    """The loss of each sample, [B], for x0 [B, *] and times t [B]; all noise is what `cursor` names (fastdiff.ops.cursor).
+
+    The denoising losses are means over the elements of λ(t) (m − r·x0 − w·ε)², m the network's output and (r, w) what it
+    predicts (fastdiff.predictions), so that the target of any prediction is one line; ε is never stored.
 
     "dsm"         denoising score matching with λ = σ²: ‖σ·score + ε‖², i.e. ε-matching whatever the network predicts
                   (Song et al. 2021, eq. 7; Ho et al. 2020, eq. 14 for an ε network)
     "simple"      λ = 1 on the network's own target: the DDPM targets as they stand; for "edm" Karras et al. 2022, eq. 8
     "likelihood"  λ = g²: the bound on the likelihood (Song, Durkan, Murray & Ermon 2021, eq. 7)
+
+    The others need no transition density, only x_t (`perturb`), and the network's derivatives: with s the score, D elements,
+    λ = σ², or 1 on a process that is not linear, and v a probe ("rademacher" ±1, unless "normal"), 2λ/D times
+
+    "ism"         implicit score matching: tr ∇s + ½‖s‖², an exact trace by D products (Hyvärinen 2005, Theorem 1)
+    "ssm"         sliced score matching: vᵀ∇s v + ½(vᵀs)² (Song, Garg, Shi & Ermon 2019, eq. 7)
+    "ssm_vr"      its variance-reduced form: vᵀ∇s v + ½‖s‖² (the same, eq. 8)
+
+    On a linear process the expectation of each of the three is that of "dsm" less 1, at every t and for every network.
+
+    Raises ConfigError (`check`), ModelOutputError where the network gives no gradient with respect to x.
     """
-    choose("loss", loss, LOSSES)
+    kind = check(model, loss, probe)
+    clean = x0 if x0.dtype in (torch.float32, torch.float64) else x0.float()
+    if loss in DENOISING:
+        return _denoising(model, clean, x0.dtype, t, cursor, loss, cond)
+    trained = torch.is_grad_enabled()
+    # the derivatives in x are needed whether or not the caller wants those in the parameters
+    with torch.inference_mode(False), torch.enable_grad():
+        value = _with_trace(model, clean, x0.dtype, t.clone(), cursor.clone(), loss, cond, kind, trained)
+    return value if trained else value.detach()
+
+
+def _denoising(
+    model: ScoreModel, clean: Tensor, dtype: torch.dtype, t: Tensor, cursor: Tensor, loss: str, cond: Condition
+) -> Tensor:
     process = model.process
     alpha, sigma = process.alpha(t), process.sigma(t)
     r, w = predictions.coordinates(model.prediction, process, t, alpha, sigma)
-    clean = x0 if x0.dtype in (torch.float32, torch.float64) else x0.float()
-    output = model(ops.perturb(clean, alpha, sigma, cursor, PERTURBATION).to(x0.dtype), t, cond)
+    output = model(ops.perturb(clean, alpha, sigma, cursor, PERTURBATION).to(dtype), t, cond)
     weight = torch.ones_like(w)
     if loss != "simple":
         _, q = predictions.convert((r, w), (0.0 * r, 0.0 * w + 1.0), alpha, sigma)  # of the error on the scale of ε
@@ -46,15 +124,81 @@ def per_sample(model: ScoreModel, x0: Tensor, t: Tensor, cursor: Tensor, loss: s
     return ops.dsm_loss(output, clean, r, w, weight, cursor, PERTURBATION)[0]
 
 
+def _with_trace(
+    model: ScoreModel, clean: Tensor, dtype: torch.dtype, t: Tensor, cursor: Tensor, loss: str, cond: Condition,
+    kind: str, trained: bool,
+) -> Tensor:  # fmt: skip
+    """ "ism", "ssm" and "ssm_vr" by h = √λ s: 2√λ tr ∇h + ‖h‖² over D, and their slices."""
+    x = perturb(model.process, clean, t, cursor).detach().clone().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no second derivative
+        output = model(x.to(dtype), t, cond).to(x.dtype)
+    p, q, root = _scaled_score(model, t)
+    part = like(q, x) * output  # what of h passes through the network; the rest is p·x
+    h = like(p, x) * x.detach() + part
+    size, p, root = max(x[:1].numel(), 1), p.double(), root.double()
+    if loss == "ism":
+        trace = p * size
+        for j in range(x[:1].numel()):
+            trace = trace + _gradient(part.flatten(1)[:, j].sum(), x, trained, loss).flatten(1)[:, j]
+    else:
+        v = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        (torch.ops.fastdiff.rademacher if kind == "rademacher" else torch.ops.fastdiff.normal)(v, cursor, PROBES)
+        along = lambda value: ops.probe_dot(value, cursor, PROBES, kind, v)  # noqa: E731
+        trace = p * along(v) + along(_gradient(along(part).sum(), x, trained, loss))
+    square = along(h) ** 2 if loss == "ssm" else row.tree_sum(h.double() ** 2)
+    return ((2 * root * trace + square) / size).to(x.dtype)
+
+
+def _scaled_score(model: ScoreModel, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, q, √λ), each [B], such that √λ·score = p·x + q·output."""
+    process = model.process
+    if not process.linear:
+        return 0.0 * t, 0.0 * t + 1.0, 0.0 * t + 1.0
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    source, target = (
+        predictions.coordinates(name, process, t, alpha, sigma) for name in (model.prediction, "scaled_score")
+    )
+    return *predictions.convert(source, target, alpha, sigma), sigma
+
+
+def _gradient(value: Tensor, x: Tensor, trained: bool, loss: str) -> Tensor:
+    """∂value/∂x, itself differentiable if the network is `trained` on it."""
+    found = None
+    if value.requires_grad:
+        (found,) = torch.autograd.grad(value, x, create_graph=trained, retain_graph=True, allow_unused=True)
+    if found is None:
+        raise ModelOutputError(
+            f"loss={loss!r} needs gradients through the model, and its output has none with respect to x: look in it for "
+            "no_grad, detach, argmax or numpy"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def differentiating(loss: str) -> Iterator[None]:
+    """Around the backward pass: a network without second derivatives is named as the cause."""
+    try:
+        yield
+    except RuntimeError as error:
+        absent = any(words in str(error) for words in ("once_differentiable", "is not implemented", "double backward"))
+        if loss in DENOISING or not absent:
+            raise
+        raise ModelOutputError(
+            f"loss={loss!r} needs gradients through the model's own gradients, and a part of it has none ({error}): "
+            "give a network that is not compiled, of operations that can be differentiated twice"
+        ) from error
+
+
 def training_times(process: Process, u: Tensor) -> Tensor:
     """Times [B] from uniform numbers u [B] in [0, 1).
 
-    Continuous processes: uniform on [1e-5, T]; chains: uniform on their steps; EDM: ln σ ~ N(−1.2, 1.2²) (Karras et al.
-    2022, Table 1).
+    Continuous processes: uniform on [1e-5, T], or from their own t_min if they are not linear; chains: uniform on their
+    steps; EDM: ln σ ~ N(−1.2, 1.2²) (Karras et al. 2022, Table 1).
     """
     if process.name == "edm":
         quantile = torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))
         return torch.exp(-1.2 + 1.2 * quantile).to(u.dtype)
     if process.discrete:
         return (u * process.T).floor().clamp(max=process.T - 1) + 1
-    return SHORTEST + (process.T - SHORTEST) * u
+    first = SHORTEST if process.linear else process.t_min
+    return first + (process.T - first) * u

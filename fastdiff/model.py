@@ -22,7 +22,7 @@ class ScoreModel(nn.Module):
     """A network, the process it was trained on, and what its input and output mean.
 
     net          callable (x [B, *data_shape], time [B], cond) -> [B, *data_shape]
-    sde          a process or its name
+    sde          a process or its name; one known by its sampler alone (fastdiff.processes.Process) takes "score" only
     prediction   "score", "eps", "x0", "v", "scaled_score", "prev_mean", "increment" or "edm" (see fastdiff.predictions)
     time_input   what `time` is: "t", "index", "sigma", "log_sigma", "t*999" or "c_noise" (EDM's, its default)
     data_range   the range of its training data, and so of its samples (which are not clamped to it)
@@ -54,15 +54,20 @@ class ScoreModel(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """The network's own output at process times t [B] (or one for all), its input scaled and its time converted."""
         t = self.times(t, x)
-        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        scale = predictions.input_scale(self.prediction, self.process, alpha, sigma)
+        alpha, sigma = (self.process.alpha(t), self.process.sigma(t)) if self.process.linear else (None, None)
+        if self.prediction == "edm":
+            x = like(predictions.input_scale(self.prediction, self.process, alpha, sigma), x) * x
         time = predictions.network_time(self.time_input, self.process, t, alpha, sigma)
         time = time.round().long() if self.time_input == "index" else time
-        output = single_tensor(call(self.net, like(scale, x) * x if self.prediction == "edm" else x, time, cond))
+        output = single_tensor(call(self.net, x, time, cond))
         return check_output(output, x.shape, x.device, self.variance)[0]
 
     def predict(self, kind: str, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """The network's opinion as "score", "x0", "eps" or any other prediction at process times t [B] (or one)."""
+        if not self.process.linear:
+            if kind != "score":
+                processes.require_linear(self.process, f"a prediction of {kind!r}", "ask for 'score'")
+            return self(x, t, cond)
         t = self.times(t, x)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         source, target = (
@@ -79,10 +84,13 @@ class ScoreModel(nn.Module):
             raise ShapeError(f"t must be one time or one for each of {len(x)} samples, got shape {tuple(given.shape)}")
         # on other devices a look at the values would stall them, in a compiled graph it would break it
         if given.device.type == "cpu" and not torch.compiler.is_compiling():
-            bad = ~((given >= 0) & (given <= self.process.T * 1.000001) & (self.process.sigma(given) > 0))
+            bad = ~((given >= 0) & (given <= self.process.T * 1.000001))
+            if self.process.linear:
+                bad |= ~(self.process.sigma(given) > 0)
             if bool(bad.any()):
-                value = float(given[bad].flatten()[0])
-                raise ConfigError(f"t must lie in (0, {self.process.T:g}], where sigma > 0, got {value:g}")
+                value, top = float(given[bad].flatten()[0]), f"{self.process.T:g}]"
+                allowed = f"(0, {top}, where sigma > 0" if self.process.linear else f"[0, {top}"
+                raise ConfigError(f"t must lie in {allowed}, got {value:g}")
         return given.expand(len(x))
 
     def score(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from . import checks
 from .errors import ConfigError, choose
-from .processes import Process, lib
+from .processes import Process, lib, require_linear
 
 Pair = tuple[Any, Any]
 
@@ -130,7 +131,27 @@ def network_time(time_input: str, process: Process, t: Any, alpha: Any, sigma: A
 
 
 def check(prediction: str, time_input: str, process: Process) -> None:
-    """Refuse a prediction or time input that the process cannot carry."""
+    """Refuse a prediction or time input that the process cannot carry, and a process that is none."""
+    checks.number("T", getattr(process, "T", None), 0, above=True)
+    if not process.linear:
+        _check_sampled(prediction, time_input, process)
+        return
     t = np.array([float(process.T)])
     coordinates(prediction, process, t, process.alpha(t), process.sigma(t))
     network_time(time_input, process, t, process.alpha(t), process.sigma(t))
+
+
+def _check_sampled(prediction: str, time_input: str, process: Process) -> None:
+    """The same for a process that is known by its sampler alone."""
+    choose("prediction", prediction, PREDICTIONS)
+    choose("time_input", time_input, TIME_INPUTS)
+    if not process.defines("sample"):
+        raise ConfigError(
+            f"sde must define alpha(t) and sigma(t), or sample(x0, t, noise), and {type(process).__name__} has neither"
+        )
+    checks.number("t_min", process.t_min, 0, process.T, below=True)
+    if prediction != "score":
+        require_linear(process, f"prediction={prediction!r}", "use prediction='score'")
+    if time_input in ("sigma", "log_sigma", "c_noise"):
+        require_linear(process, f"time_input={time_input!r}", "use time_input='t'")
+    network_time(time_input, process, np.array([float(process.T)]), None, None)

@@ -1,4 +1,5 @@
-"""Forward processes dx = f(t) x dt + g(t) dw, each known by its perturbation kernel x_t = α(t) x_0 + σ(t) ε.
+"""Forward processes dx = f(t) x dt + g(t) dw, each known by its perturbation kernel x_t = α(t) x_0 + σ(t) ε, and how to
+write others, known by a sampler of x_t alone.
 
 A process takes its functions from its argument's own library, so that one formula serves floats, numpy arrays and
 device tensors. `time` is the inverse of the noise ratio σ/α, which is what different clocks on one path share.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -24,12 +25,34 @@ _LARGEST = math.sqrt(float(np.finfo(np.float32).max))
 
 
 class Process:
-    """dx = f(t) x dt + g(t) dw on 0 ≤ t ≤ T: α(t), σ(t), f(t) = `drift`, g(t) = `diffusion`, prior N(0, prior_std²)."""
+    """dx = f(t) x dt + g(t) dw on 0 ≤ t ≤ T: α(t), σ(t), f(t) = `drift`, g(t) = `diffusion`, prior N(0, prior_std²).
+
+    A subclass, best a frozen dataclass of plain numbers, is a process of one's own. With `alpha` and `sigma` (of floats,
+    arrays and tensors, see `lib`) it is linear: it trains on every loss ("likelihood" needs `diffusion`), and samplers run
+    on it once it defines what they ask for. With `T`, `t_min` and `sample` alone it may be any process whatever, say a
+    simulated nonlinear SDE, and trains a "score" network on the losses that need no transition density, "ism", "ssm" and
+    "ssm_vr".
+    """
 
     name: ClassVar[str]
     T: float
-    t_min: ClassVar[float]
+    t_min: ClassVar[float] = 1e-5
     discrete: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__.lower()
+
+    def defines(self, method: str) -> bool:
+        """Whether this process has the method, which here only says that it is missing."""
+        found = getattr(self, method, None)
+        return callable(found) and getattr(found, "__func__", found) is not getattr(Process, method)
+
+    @property
+    def linear(self) -> bool:
+        """Whether x_t = α(t) x_0 + σ(t) ε, with both known."""
+        return self.defines("alpha") and self.defines("sigma")
 
     @property
     def prior_std(self) -> float:
@@ -54,9 +77,18 @@ class Process:
         """The t at which σ(t)/α(t) equals `ratio`."""
         raise AttributeError(f"{type(self).__name__} does not define time(ratio)")
 
+    def sample(self, x0: Any, t: Any, noise: Any) -> Any:
+        """x_t [B, *] for x0 [B, *] and times t [B] in [t_min, T], on x0's device: asked of processes that are not linear.
+
+        `noise(k)` gives the k-th draw of standard normals [B, *], k = 0 … 2**20 − 1; all randomness must come from there,
+        so that a seed repeats a run. Gradients are off.
+        """
+        raise AttributeError(f"{type(self).__name__} does not define sample(x0, t, noise)")
+
     def config(self) -> dict[str, Any]:
         """What `from_config` needs to build this process again."""
-        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}  # type: ignore[arg-type]
+        names: list[str] = [option.name for option in fields(self)] if is_dataclass(self) else []
+        return {"name": self.name, **{name: getattr(self, name) for name in names}}
 
 
 @dataclass(frozen=True)
@@ -373,6 +405,15 @@ def get(sde: object) -> Process:
     if isinstance(sde, Process):
         return sde
     return PROCESSES[choose("sde", sde, PROCESSES)]()
+
+
+def require_linear(process: Process, what: str, way_out: str) -> None:
+    """Refuse what needs α(t) and σ(t) on a process that is known by its sampler alone."""
+    if not process.linear:
+        raise ConfigError(
+            f"{what} needs a linear process, one that defines alpha(t) and sigma(t), and {type(process).__name__} does not: "
+            f"{way_out}"
+        )
 
 
 def from_config(config: dict[str, Any]) -> Process:

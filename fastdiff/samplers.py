@@ -9,7 +9,7 @@ from typing import ClassVar
 from . import checks, schedules, solvers
 from .errors import ConfigError, choose
 from .grids import Grid, Step
-from .processes import Process
+from .processes import Process, require_linear
 from .solvers.draft import Draft, Drafts
 from .table import Level
 
@@ -399,6 +399,7 @@ DEFAULTS: dict[str, type[Sampler]] = {
 
 def get(sampler: object, process: Process) -> Sampler:
     """A sampler from its name, itself, or None: the process's own."""
+    require_linear(process, "sampling", "integrate its reverse SDE on model.score(x, t)")
     if sampler is None:
         return DEFAULTS.get(process.name, EulerMaruyama)()
     if isinstance(sampler, Sampler):

@@ -39,6 +39,14 @@ def test_train_sample_and_plan(tmp_path):
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("loss", fastdiff.losses.LOSSES)
+def test_every_loss_is_trained(loss, tmp_path, capsys):
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).uniform(-1, 1, (40, 2)))
+    data, out = str(tmp_path / "data.npy"), str(tmp_path / "run")
+    assert cli.main(["train", data, "--out", out, "--steps", "2", "--batch-size", "8", "--loss", loss]) == 0
+    assert "step 2" in capsys.readouterr().out
+
+
 def test_doctor_says_which_backend_serves_what():
     shown = run("doctor").stdout
     for words in (
@@ -93,6 +101,7 @@ def test_without_the_library_everything_runs_on_plain_pytorch_and_says_so_once(t
         (["demo", "--workers", "-1"], "workers must be an integer"),
         (["train", "digits", "--out", "/dev/null/x", "--steps", "1"], "cannot be a directory"),
         (["train", "nothing.npy", "--out", "run", "--steps", "1"], "nothing.npy"),
+        (["train", "digits", "--out", "run", "--steps", "1", "--loss", "sms"], "did you mean 'ssm'"),
     ],
 )
 def test_mistakes_end_in_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):

@@ -578,6 +578,30 @@ def heun_general(velocity: Model, x: Tensor, times: Schedule) -> list[Tensor]:
     return out
 
 
+# ---- Score matching without a transition density ---------------------------------------------------------------------
+
+
+def _jacobians(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The Jacobian of each sample's score, `[B, D, D]`, for a score that keeps samples apart."""
+    jacobian = [torch.autograd.functional.jacobian(score, one[None]).reshape(one.numel(), -1) for one in x]
+    return torch.stack(jacobian)
+
+
+def implicit_score_matching(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Hyvarinen 2005, Theorem 1: `sum_i (d_i s_i(x) + s_i(x)^2 / 2)`. `x` `[B, *]`, returns `[B]`."""
+    return _jacobians(score, x).diagonal(dim1=1, dim2=2).sum(1) + score(x).square().flatten(1).sum(1) / 2
+
+
+def sliced_score_matching(score: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, reduced: bool = False) -> Tensor:
+    """Song, Garg, Shi & Ermon 2019, eqs. 7 and (`reduced`) 8: `v' ds v + (v' s)^2 / 2`, `v' ds v + |s|^2 / 2`.
+
+    `x`, `v` `[B, *]`; returns `[B]`.
+    """
+    v, s = v.flatten(1), score(x).flatten(1)
+    square = s.square().sum(1) if reduced else (v * s).sum(1).square()
+    return torch.einsum("bi,bij,bj->b", v, _jacobians(score, x), v) + square / 2
+
+
 # ---- Markov chain Monte Carlo on a density proportional to exp(-energy) --------------------------------------------
 
 

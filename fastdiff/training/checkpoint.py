@@ -36,13 +36,16 @@ def save(model: ScoreModel, path: str | os.PathLike[str]) -> Path:
     return write(path, {"net." + name: value for name, value in model.net.state_dict().items()}, header)
 
 
-def load(path_or_name: str | os.PathLike[str], *, net: nn.Module | None = None) -> ScoreModel:
+def load(
+    path_or_name: str | os.PathLike[str], *, net: nn.Module | None = None, sde: processes.Process | None = None
+) -> ScoreModel:
     """The ScoreModel of a file written by `save`, of a training directory (its EMA weights), or of a shipped name.
 
     `net`: the network to fill, needed for one that is not of fastdiff.models (the tensors' names must be its own).
+    `sde`: the process it was trained on, needed for one that is not of fastdiff.processes (its options must be the file's).
     Refused by CorruptCheckpointError, CheckpointVersionError or CheckpointMismatchError; nothing is half-loaded.
     """
-    path = _find(path_or_name)
+    path, own = _find(path_or_name), None if sde is None else processes.get(sde)
     header, tensors = read(path, "net.")
     try:
         config = header["model"]
@@ -51,13 +54,36 @@ def load(path_or_name: str | os.PathLike[str], *, net: nn.Module | None = None) 
                 f"{path} holds a network that is not of fastdiff.models: give it as load(net=...)"
             )
         network = models.build(config["net"]) if net is None else net
-        process = processes.from_config(config["process"])
+        process = _process(config["process"], own, path)
         options = {name: config[name] for name in ("prediction", "time_input", "data_shape", "data_range", "variance")}
         model = ScoreModel(network, process, **options)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptCheckpointError(f"{path} does not describe a model: {error!r:.120}") from error
     fill(network, tensors, path)
     return model.eval()
+
+
+def _process(config: dict[str, Any], own: processes.Process | None, path: Path) -> processes.Process:
+    """The process of a file: fastdiff's by its name, or the caller's own if it is the one described."""
+    if own is not None:
+        if json.loads(as_json(own.config())) != config:
+            raise CheckpointMismatchError(f"{path} was trained on {config!r:.120}, got sde={own!r:.120}: give that one")
+        return own
+    if config["name"] not in processes.PROCESSES:
+        raise CheckpointMismatchError(
+            f"{path} was trained on {config['name']!r}, a process that is not of fastdiff.processes: give it as load(sde=...)"
+        )
+    return processes.from_config(config)
+
+
+def as_json(header: dict[str, Any]) -> str:
+    """The header as JSON, which numbers, strings and lists of them have."""
+    try:
+        return json.dumps(header)
+    except TypeError as error:
+        raise ConfigError(
+            f"a checkpoint describes its model in JSON, and {error}: make the process a dataclass of plain numbers"
+        ) from error
 
 
 def describe(model: ScoreModel) -> dict[str, Any]:
@@ -86,7 +112,7 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     # clones: tied weights are written twice, which safetensors would refuse as shared memory
     own = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    text = json.dumps({"format": FORMAT, **header})
+    text = as_json({"format": FORMAT, **header})
     try:
         # written here and not by safetensors' own save_file, which leaves files that only their owner may read
         with open(temporary, "wb") as handle:

@@ -51,6 +51,7 @@ def train(
     *,
     steps: int,
     loss: str = "dsm",
+    probe: str | None = None,
     batch_size: int = 128,
     lr: float = 2e-4,
     warmup: int = 1000,
@@ -69,7 +70,8 @@ def train(
 
     data          a Data, or what fastdiff.training.load_data takes: arrays, .npy, .npz, IDX files, folders of images,
                   "digits"; scaled from its own range to the model's data_range; labels are used if the network has classes
-    loss          "dsm", "simple" or "likelihood" (fastdiff.losses)
+    loss          "dsm", "simple" or "likelihood"; without a transition density "ism", "ssm" or "ssm_vr", the last two with
+                  `probe` "rademacher" (default) or "normal" (fastdiff.losses.per_sample)
     lr, warmup    Adam (β 0.9, 0.999, ε 1e-8), linear warm-up over `warmup` steps; `decay`: half a cosine to 0 at `steps`
     ema           θ' ← m θ' + (1 − m) θ with m = min(ema, (1 + n)/(10 + n))
     dequantize    add uniform noise of one bin to discrete data (Theis et al. 2016)
@@ -87,8 +89,12 @@ def train(
     described = files.describe(model)
     source = load_data(data)
     _check_data(source, model)
+    kind = losses.check(model, options["loss"], probe)
+    options |= {"probe": kind} if options["loss"] in losses.SLICED else {}
     state = _State(model.net, options["lr"], options["ema"])
     options |= {"data": source.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
+    if checkpoint is not None:
+        files.as_json(described)  # what cannot be written is refused before any step
     folder = _folder(checkpoint)
     if folder is not None and resume and (folder / files.FILE).exists():
         state.read(folder / files.FILE, options, described)
@@ -131,8 +137,9 @@ def _loop(
     for step in range(first, steps):
         torch.manual_seed((options["seed"] * 1_000_003 + step) % 2**63)
         x0, t, cursor, cond = batches(step)
-        value = losses.per_sample(model, x0, t, cursor, options["loss"], cond).mean()
-        norm = state.update(value, _rate(step, steps, options), options["grad_clip"])
+        value = losses.per_sample(model, x0, t, cursor, options["loss"], cond, options.get("probe")).mean()
+        with losses.differentiating(options["loss"]):
+            norm = state.update(value, _rate(step, steps, options), options["grad_clip"])
         recorded[step - first] = value.detach() + 0 * norm
         last = step + 1 == steps
         save_now = folder is not None and ((step + 1) % checkpoint_every == 0 or last)
