@@ -274,6 +274,8 @@ def test_draws_of_a_sampler_are_apart():
     x = losses.perturb(Watched(), x0, t, CURSOR)
     assert torch.equal(x, fastdiff.normal(4, (6,), seed=3, draw=5, stream=noise.PERTURBATION))
     assert torch.equal(x0, torch.ones(4, 6))
+    for k, z in seen.items():
+        assert torch.equal(z, noise.normal(4, (6,), seed=3, draw=5, stream=noise.PERTURBATION + 256 * k))
     for a, b in itertools.combinations(seen.values(), 2):
         assert (a != b).all()
 
