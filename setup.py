@@ -112,6 +112,7 @@ if __name__ == "__main__":
             "fastdiff.kernels",
             "fastdiff.models",
             "fastdiff.reference",
+            "fastdiff.samplers",
             "fastdiff.solvers",
             "fastdiff.training",
         ],

@@ -72,7 +72,7 @@ def kinds(table: StepTable, keeps_noise: bool) -> list[Kind]:
         pushed = spare() if row.pushes and table.memory else None
         feeds = k + 1 < len(rows) and rows[k + 1].calls
         found.append(Kind(
-            x, out, base if row.e != 0 else None, history, pushed, kept, row.calls, row.draws,
+            x, out, base if row.e != 0 else None, history[: len(row.b) - row.calls], pushed, kept, row.calls, row.draws,
             None if row.measure is None else row.measure.norm, row.log_variance is not None, feeds,
         ))  # fmt: skip
         x = out

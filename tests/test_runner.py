@@ -166,6 +166,24 @@ def test_a_base_may_be_read_first_several_rows_later():
         assert torch.allclose(ours, theirs, rtol=1e-12)
 
 
+@pytest.mark.parametrize("operations", [native, row], ids=["cpu", "reference"])
+def test_a_row_is_given_the_predictions_it_reads(operations):
+    """Four are remembered, which only a row without a prediction of its own can take."""
+    lines = [
+        Row(Level(1.0, 1.0, 1.0), "calls", a=0.5, b=(0.3, *(0.1,) * min(k, 1)), calls=True, pushes=True, time=1.0)
+        for k in range(5)
+    ]
+    lines.insert(4, Row(Level(1.0, 1.0, 1.0), "does not", a=0.7, b=(0.4, 0.3, -0.2, 0.1)))
+    rows, x = StepTable("by hand", tuple(lines), Level(0.0, 1.0, 0.0), 1.0), torch.randn(2, 5, dtype=torch.float64)
+    assert [len(kind.history) for kind in runner.kinds(rows, False)] == [0, 1, 1, 1, 4, 1]
+    y, history = x, []
+    for line in lines:
+        h = [0.5 * y] if line.calls else []
+        y, history = line.a * y + sum(b * v for b, v in zip(line.b, h + history)), h + history
+    *_, ours = loop_on(rows, operations, x).run(lambda given, *_: (given * 0.5, None), None, 0)
+    assert torch.allclose(ours, y, rtol=1e-12)
+
+
 def test_buffers_are_few_and_never_hold_two_things():
     """Each kind of row writes what nobody still needs: followed through by names of contents instead of numbers."""
     measured = [
@@ -179,7 +197,7 @@ def test_buffers_are_few_and_never_hold_two_things():
         for k, (line, kind) in enumerate(zip(rows.rows, runner.kinds(rows, True), strict=True)):
             base = x if line.opens else base
             assert holds[kind.x] == x
-            assert [holds[n] for n in kind.history] == history
+            assert [holds[n] for n in kind.history] == history[: len(line.b) - line.calls]
             if line.e != 0:
                 assert holds[kind.base] == base
             written = [n for n in (kind.out, kind.pushed, kind.kept) if n is not None]
