@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from . import capture, checks, graphs, grids, inputs, marks, ops, processes, runner, samplers
 from .errors import ConfigError, DataError, DTypeError, GraphError, choose, names_keywords
-from .model import Condition, ScoreModel, call, check_output, evaluating, single_tensor
+from .model import Condition, call, check_output, evaluating, single_tensor
 from .models.layers import TimeConditioned
-from .plan import MAX_STEPS, default_time_input, plan
+from .plan import MAX_STEPS, plan
 from .reference import noise as fdn1
+from .subject import Subject, layout_of, parameters, place_of, sliced, subject_of, takes_features
 from .table import StepTable
 
 MAX_FEATURES = 2**28  # bytes of what a network makes of all times of a run; beyond, it is asked in each row
@@ -133,7 +134,7 @@ def sample(
     batch = max(num_samples, 1) if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
     trajectory = checks.integer("trajectory", trajectory, 0, 10**7)
     checks.function("callback", callback)
-    subject = _subject(model, sde, shape, prediction, time_input, samplers.variance_of(sampler))
+    subject = subject_of(model, sde, shape, prediction, time_input, samplers.variance_of(sampler))
     table = _table(subject, sde, steps, sampler, grid, t_min, clip, denoise)
     if table.couples_batch and batch < num_samples:
         raise ConfigError(
@@ -151,7 +152,7 @@ def sample(
     dtype, state_dtype = _dtypes(dtype, x_init)
     run = _Run(
         subject, table, (num_samples, *subject.shape), seed=seed, first_sample=first_sample, noise=noise, cond=cond,
-        x_init=x_init, dtype=state_dtype, device=_place(device, x_init, subject.net), check=check, backend=backend,
+        x_init=x_init, dtype=state_dtype, device=place_of(device, x_init, subject.net), check=check, backend=backend,
         engine=engine,
     )  # fmt: skip
     x, states, calls = run.execute(batch, trajectory, callback, progress)
@@ -163,44 +164,8 @@ def sample(
     return (x, *([] if states is None else [_narrowed(states, dtype, check)]), *([info] if return_info else []))
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """A network and what its numbers mean, whether a ScoreModel said so or the caller did."""
-
-    net: Any
-    process: processes.Process
-    prediction: str
-    time_input: str
-    shape: tuple[int, ...]
-    variance: str | None
-
-
-def _subject(
-    model: Any, sde: Any, shape: Any, prediction: str | None, time_input: str | None, variance: str | None
-) -> _Subject:
-    if isinstance(model, ScoreModel):
-        own = {"prediction": model.prediction, "time_input": model.time_input, "shape": model.data_shape}
-        given = {"prediction": prediction, "time_input": time_input, "shape": shape and inputs.shape_of(shape)}
-        for name, value in given.items():
-            if value is not None and value != own[name]:
-                raise ConfigError(f"{name}={value!r} contradicts the model's own {own[name]!r}: leave it out")
-        return _Subject(
-            model.net, model.process, model.prediction, model.time_input, model.data_shape, model.variance or variance
-        )
-    if not callable(model):
-        raise ConfigError(f"model must be a ScoreModel or a callable (x, t) -> tensor, got {type(model).__name__}")
-    if sde is None:
-        raise ConfigError(f"sde must be given with a plain callable: one of {', '.join(processes.PROCESSES)}")
-    if shape is None:
-        raise ConfigError("shape must be given with a plain callable: one sample's shape, such as shape=(2,)")
-    kind = prediction or "score"
-    return _Subject(
-        model, processes.get(sde), kind, time_input or default_time_input(kind), inputs.shape_of(shape), variance
-    )
-
-
 def _table(
-    subject: _Subject, sde: Any, steps: int | None, sampler: Any, grid: Any, t_min: Any, clip: Any, denoise: bool
+    subject: Subject, sde: Any, steps: int | None, sampler: Any, grid: Any, t_min: Any, clip: Any, denoise: bool
 ) -> StepTable:
     process, chosen = _process_and_sampler(subject, sde, steps, sampler)
     if subject.variance is not None:
@@ -212,7 +177,7 @@ def _table(
 
 
 def _process_and_sampler(
-    subject: _Subject, sde: Any, steps: int | None, sampler: Any
+    subject: Subject, sde: Any, steps: int | None, sampler: Any
 ) -> tuple[processes.Process, samplers.Sampler]:
     """The process to run on the model's path, by the rules of `sample`'s `sde`."""
     own = subject.process
@@ -244,7 +209,7 @@ class _Run:
     """One run: its inputs checked, its batches, its noise."""
 
     def __init__(
-        self, subject: _Subject, table: StepTable, full: tuple[int, ...], *, seed: int, first_sample: int, noise: Any,
+        self, subject: Subject, table: StepTable, full: tuple[int, ...], *, seed: int, first_sample: int, noise: Any,
         cond: Any, x_init: Tensor | None, dtype: torch.dtype, device: torch.device, check: str, backend: str, engine: str,
     ) -> None:  # fmt: skip
         self.asked = (backend, engine)
@@ -270,7 +235,7 @@ class _Run:
         self.time_dtype = torch.int64 if index else dtype
         self.loops: dict[int, runner.Loop] = {}
         self.variance = subject.variance
-        parameter = next((p for p in _parameters(subject.net) if p.is_floating_point()), None)
+        parameter = next((p for p in parameters(subject.net) if p.is_floating_point()), None)
         self.net_dtype = dtype if parameter is None else parameter.dtype
         self.given: tuple[int, Tensor] | None = None  # the last row's noise from a callable
 
@@ -314,7 +279,7 @@ class _Run:
         beside  whether other chains run at the same time, so that this one needs buffers of its own
         stack   where to leave what must be given back after the run
         """
-        cond, first = _slice(self.cond, lo, hi), self.first_sample + lo
+        cond, first = sliced(self.cond, lo, hi), self.first_sample + lo
         loop = None if beside else self.loops.get(hi - lo)
         if loop is None:
             loop = self.loops[hi - lo] = self.loop(hi - lo, features, cond, stack)
@@ -359,7 +324,7 @@ class _Run:
 
     def loop(self, count: int, features: Tensor | None, cond: Condition, stack: contextlib.ExitStack) -> runner.Loop:
         """A loop for `count` samples at a time."""
-        shape, layout = (count, *self.full[1:]), _layout(self.subject.net, len(self.full))
+        shape, layout = (count, *self.full[1:]), layout_of(self.subject.net, len(self.full))
 
         def make(kind: Callable[..., Any] = runner.Loop) -> Any:
             net_input = torch.empty(shape, dtype=self.net_dtype, device=self.device, memory_format=layout)
@@ -395,7 +360,7 @@ class _Run:
     def features(self) -> Tensor | None:
         """What the network makes of each row's time, [rows, *], if it can do so beforehand."""
         net = self.subject.net
-        if not isinstance(net, TimeConditioned) or not _takes_features(net):
+        if not isinstance(net, TimeConditioned) or not takes_features(net):
             return None
         times = torch.tensor(self.times, dtype=self.time_dtype, device=self.device)
         if net.time_features(times[:1]).nbytes * self.capacity > MAX_FEATURES:
@@ -413,27 +378,6 @@ class _Run:
         return self.given[1][lo:hi].to(self.dtype).resolve_neg()
 
 
-def _takes_features(net: TimeConditioned) -> bool:
-    """Whether a call runs the forward that belongs to its time_features: no subclass's, no instance's, no hook first."""
-    owner = next(c for c in type(net).__mro__ if "forward" in vars(c))
-    hooked = net._forward_hooks or net._forward_pre_hooks
-    return "time_features" in vars(owner) and "forward" not in vars(net) and not hooked
-
-
-def _layout(net: Any, rank: int) -> torch.memory_format:
-    """The memory format that a network's convolutions have, for inputs of this rank."""
-    wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(rank)
-    if wanted is not None:
-        for p in _parameters(net):
-            if p.ndim == rank and p.is_contiguous(memory_format=wanted) and not p.is_contiguous():
-                return wanted
-    return torch.contiguous_format
-
-
-def _parameters(net: Any) -> Iterator[Tensor]:
-    return net.parameters() if isinstance(net, nn.Module) else iter(())
-
-
 def _dtypes(dtype: torch.dtype | None, x_init: Any) -> tuple[torch.dtype, torch.dtype]:
     """The result's dtype and the state's."""
     if x_init is not None:
@@ -442,23 +386,6 @@ def _dtypes(dtype: torch.dtype | None, x_init: Any) -> tuple[torch.dtype, torch.
     if asked not in inputs.DTYPES:
         raise DTypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
     return asked, torch.float64 if asked == torch.float64 else torch.float32
-
-
-def _place(device: Any, x_init: Tensor | None, net: Any) -> torch.device:
-    """Where the run happens: what `device`, x_init and the model's parameters agree on."""
-    known = [("x_init", x_init), ("model", next(_parameters(net), None))]
-    found = next((tensor.device for _, tensor in known if tensor is not None), None)
-    place = inputs.device_of(device if device is not None else found)
-    for name, tensor in known:
-        if tensor is not None:
-            inputs.check_device(name, tensor, place)
-    return place
-
-
-def _slice(cond: Any, lo: int, hi: int) -> Any:
-    if isinstance(cond, dict):
-        return {key: value[lo:hi] for key, value in cond.items()}
-    return None if cond is None else cond[lo:hi]
 
 
 def _kept_rows(count: int, rows: int) -> dict[int, list[int]]:

@@ -1,0 +1,93 @@
+"""What a run is about: a network and what its numbers mean, where it lives and how it wants its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import inputs, processes
+from .errors import ConfigError
+from .model import ScoreModel
+from .models.layers import TimeConditioned
+from .plan import default_time_input
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network and what its numbers mean, whether a ScoreModel said so or the caller did."""
+
+    net: Any
+    process: processes.Process
+    prediction: str
+    time_input: str
+    shape: tuple[int, ...]
+    variance: str | None
+
+
+def subject_of(
+    model: Any, sde: Any, shape: Any, prediction: str | None, time_input: str | None, variance: str | None
+) -> Subject:
+    """A ScoreModel's own word on what its numbers mean, which the caller may repeat; a plain callable's is the caller's."""
+    if isinstance(model, ScoreModel):
+        own = {"prediction": model.prediction, "time_input": model.time_input, "shape": model.data_shape}
+        given = {"prediction": prediction, "time_input": time_input, "shape": shape and inputs.shape_of(shape)}
+        for name, value in given.items():
+            if value is not None and value != own[name]:
+                raise ConfigError(f"{name}={value!r} contradicts the model's own {own[name]!r}: leave it out")
+        return Subject(
+            model.net, model.process, model.prediction, model.time_input, model.data_shape, model.variance or variance
+        )
+    if not callable(model):
+        raise ConfigError(f"model must be a ScoreModel or a callable (x, t) -> tensor, got {type(model).__name__}")
+    if sde is None:
+        raise ConfigError(f"sde must be given with a plain callable: one of {', '.join(processes.PROCESSES)}")
+    if shape is None:
+        raise ConfigError("shape must be given with a plain callable: one sample's shape, such as shape=(2,)")
+    kind = prediction or "score"
+    return Subject(
+        model, processes.get(sde), kind, time_input or default_time_input(kind), inputs.shape_of(shape), variance
+    )
+
+
+def takes_features(net: TimeConditioned) -> bool:
+    """Whether a call runs the forward that belongs to its time_features: no subclass's, no instance's, no hook first."""
+    owner = next(c for c in type(net).__mro__ if "forward" in vars(c))
+    hooked = net._forward_hooks or net._forward_pre_hooks
+    return "time_features" in vars(owner) and "forward" not in vars(net) and not hooked
+
+
+def layout_of(net: Any, rank: int) -> torch.memory_format:
+    """The memory format that a network's convolutions have, for inputs of this rank."""
+    wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(rank)
+    if wanted is not None:
+        for p in parameters(net):
+            if p.ndim == rank and p.is_contiguous(memory_format=wanted) and not p.is_contiguous():
+                return wanted
+    return torch.contiguous_format
+
+
+def parameters(net: Any) -> Iterator[Tensor]:
+    """The network's, if it is a module."""
+    return net.parameters() if isinstance(net, nn.Module) else iter(())
+
+
+def place_of(device: Any, x_init: Tensor | None, net: Any) -> torch.device:
+    """Where the run happens: what `device`, x_init and the model's parameters agree on."""
+    known = [("x_init", x_init), ("model", next(parameters(net), None))]
+    found = next((tensor.device for _, tensor in known if tensor is not None), None)
+    place = inputs.device_of(device if device is not None else found)
+    for name, tensor in known:
+        if tensor is not None:
+            inputs.check_device(name, tensor, place)
+    return place
+
+
+def sliced(cond: Any, lo: int, hi: int) -> Any:
+    """Entries lo … hi − 1 of a condition: a tensor, a dict of tensors, or None."""
+    if isinstance(cond, dict):
+        return {key: value[lo:hi] for key, value in cond.items()}
+    return None if cond is None else cond[lo:hi]
