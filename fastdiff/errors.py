@@ -62,6 +62,19 @@ class NonFiniteError(FastdiffError, FloatingPointError):
         return type(self), (str(self), self.row, self.t, self.samples)  # so that a worker process can raise it
 
 
+class SolverError(FastdiffError, RuntimeError):
+    """An adaptive solver cannot go on: `reason`, the global index of the `sample`, its `t`, `nfe` and `last_step`."""
+
+    def __init__(self, reason: str, sample: int, t: float, nfe: int, last_step: float) -> None:
+        super().__init__(
+            f"{reason} at t = {t:.6g} after {nfe} evaluations of sample {sample} (last step {last_step:.3g})"
+        )
+        self.reason, self.sample, self.t, self.nfe, self.last_step = reason, sample, t, nfe, last_step
+
+    def __reduce__(self) -> tuple[type[SolverError], tuple[str, int, float, int, float]]:
+        return type(self), (self.reason, self.sample, self.t, self.nfe, self.last_step)
+
+
 class CheckpointError(FastdiffError, RuntimeError):
     """A checkpoint that cannot be read or written as asked."""
 
