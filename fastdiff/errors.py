@@ -116,4 +116,6 @@ def choose(argument: str, given: object, valid: Iterable[str]) -> str:
         raise ConfigError(f"{argument} must be an object or a name, got the class itself: write {given.__name__}()")
     near = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ConfigError(f"{argument} must be one of {', '.join(map(repr, names))}, got {given!r}{hint}")
+    shown = names if len(names) <= 12 else difflib.get_close_matches(str(given), names, n=6, cutoff=0.0)
+    more = "" if len(shown) == len(names) else f" or {len(names) - len(shown)} others"
+    raise ConfigError(f"{argument} must be one of {', '.join(map(repr, shown))}{more}, got {given!r}{hint}")

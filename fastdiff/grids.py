@@ -159,7 +159,12 @@ def build(spec: object, process: Process, n: int | None, t_min: float | None) ->
 
 def level_at(process: Process, ratio: float) -> Level:
     """The level of `process` at the noise ratio σ̂ = σ/α."""
-    return _levels_of_ratios(process, np.array([ratio]))[0]
+    return levels_at(process, np.array([ratio]))[0]
+
+
+def levels_at(process: Process, ratios: Array) -> list[Level]:
+    """The levels of `process` at the noise ratios σ̂ = σ/α [n]."""
+    return _levels_of_ratios(process, ratios) if len(ratios) else []
 
 
 def step_between(process: Process, level: Level, following: Level) -> Step:

@@ -138,7 +138,7 @@ def _rows(drafts: Drafts, prediction: str, time_input: str, clip: Clip, process:
     A prediction that only its own row reads is used as the network gives it (p = 0, q = 1) with the conversion in a
     and b; one that later rows read, or that is clipped, is converted by p and q.
     """
-    flat = [draft for step in drafts for draft in step]
+    flat = [_without_zeros(draft) for step in drafts for draft in step]
     read = _read_later(flat)
     asked = [draft.level for draft in flat if draft.meaning is not None]
     told = dict(zip(asked, _network_columns(asked, prediction, time_input, process, clock)))
@@ -172,12 +172,20 @@ def _rows(drafts: Drafts, prediction: str, time_input: str, clip: Clip, process:
     return rows
 
 
+def _without_zeros(draft: Draft) -> Draft:
+    """The draft without zero weights on its oldest predictions."""
+    b = draft.b
+    while len(b) > (draft.meaning is not None) and b[-1] == 0:
+        b = b[:-1]
+    return draft if b is draft.b else replace(draft, b=b)
+
+
 def _read_later(flat: list[Draft]) -> set[int]:
-    """Which drafts' predictions some later draft reads."""
+    """Which drafts' predictions some later draft reads, or are between those and it: a history has no gaps."""
     pushed, read = list[int](), set[int]()
     for k, draft in enumerate(flat):
         older = draft.b if draft.meaning is None else draft.b[1:]
-        read.update(pushed[-1 - j] for j, b in enumerate(older) if b != 0)
+        read.update(pushed[len(pushed) - len(older) :])
         if draft.meaning is not None and draft.pushes:
             pushed.append(k)
     return read

@@ -19,13 +19,18 @@ from fastdiff.processes import PROCESSES, get
 from fastdiff.reference import papers
 from fastdiff.samplers import (
     DDIM,
+    DEIS,
+    DPM2,
+    SA,
     ULA,
     Ancestral,
     AnnealedLangevin,
+    DPMSolver,
     EulerMaruyama,
     Heun,
     PredictorCorrector,
     ReverseDiffusion,
+    UniPC,
 )
 
 B, D = 5, 3
@@ -456,6 +461,12 @@ SAMPLERS = [
     PredictorCorrector("ancestral", "langevin", norm="sample", order="predictor_first"),
     PredictorCorrector("heun"),
     PredictorCorrector("none"),
+    PredictorCorrector("dpmpp_3m"),
+    DEIS(4, "lambda"),
+    DPM2(s_churn=4.0, s_max=20.0),
+    DPMSolver(3),
+    SA(3, 4, 0.5),
+    UniPC(3, "bh1", "eps"),
 ]
 
 
@@ -484,7 +495,24 @@ def test_every_process_sampler_and_prediction_runs_or_is_refused(name, sampler):
 
 @pytest.mark.parametrize("name", ["vp", "ve", "ddpm", "edm", "subvp"])
 @pytest.mark.parametrize(
-    "sampler", ["ancestral", DDIM(0.5), "euler_maruyama", "reverse_diffusion", "heun", "ode", Heun(s_churn=2.0)]
+    "sampler",
+    [
+        "ancestral",
+        DDIM(0.5),
+        "euler_maruyama",
+        "reverse_diffusion",
+        "heun",
+        "ode",
+        Heun(s_churn=2.0),
+        "dpm_2",
+        "dpm_solver",
+        DPMSolver(3),
+        "dpmpp_sde",
+        "dpmpp_2m",
+        "dpmpp_3m_sde",
+        "unipc",
+        SA(3, 4),
+    ],
 )
 def test_clip_is_a_clipped_network(name, sampler):
     """Clipping x0 in the table equals a network that clips its own x0; a corrector's score stays unclipped."""

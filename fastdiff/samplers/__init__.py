@@ -9,23 +9,32 @@ from ..errors import choose
 from ..processes import Process, require_linear
 from .base import Sampler
 from .langevin import ULA, AnnealedLangevin
+from .multistep import DEIS, LMS, SA, DPMSolverPP, UniPC
 from .one_step import DDIM, ODE, Ancestral, EulerMaruyama, ReverseDiffusion
 from .predictor_corrector import PREDICTORS, PredictorCorrector
-from .stages import Heun
+from .stages import DPM2, DPMSolver, DPMSolverPP2S, Heun
 
 __all__ = [
     "DDIM",
+    "DEIS",
+    "DPM2",
+    "LMS",
     "ODE",
     "PREDICTORS",
+    "SA",
     "SAMPLERS",
     "ULA",
     "Ancestral",
     "AnnealedLangevin",
+    "DPMSolver",
+    "DPMSolverPP",
+    "DPMSolverPP2S",
     "EulerMaruyama",
     "Heun",
     "PredictorCorrector",
     "ReverseDiffusion",
     "Sampler",
+    "UniPC",
     "get",
     "variance_of",
     "with_variance",
@@ -36,6 +45,8 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "annealed_langevin": AnnealedLangevin,
     "ula": ULA,
     "pc": PredictorCorrector,
+    "unipc": UniPC,
+    "sa": SA,
 }
 # each process's own sampler; any other's is Euler-Maruyama
 DEFAULTS: dict[str, type[Sampler]] = {

@@ -51,6 +51,13 @@ class Sampler:
         raise ConfigError(f"sampler {self.name!r} cannot serve as a predictor: use another, such as reverse_diffusion")
 
 
+class FewSteps(Sampler):
+    """Samplers made for few steps: on the Karras grid unless another is named, or on a chain's own times."""
+
+    def default_grid(self, process: Process, steps: int, t_min: float) -> str:
+        return super().default_grid(process, steps, t_min) if process.discrete else "karras"
+
+
 def last_noisy(process: Process) -> float:
     """The lowest time at which a network can be asked: a chain's first step where t_min is the data itself."""
     return process.t_min if process.t_min > 0 else 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from .. import checks, solvers
@@ -13,8 +14,9 @@ from ..processes import Process
 from ..solvers.draft import Draft, Drafts
 from ..table import Level
 from .base import Sampler, drop_last_noise, last_noisy
+from .multistep import DEIS, LMS, DPMSolverPP
 from .one_step import DDIM, ODE, Ancestral, EulerMaruyama, ReverseDiffusion
-from .stages import Heun
+from .stages import DPM2, DPMSolver, DPMSolverPP2S, Heun
 
 PREDICTORS: dict[str, Callable[[], Sampler]] = {
     "ancestral": Ancestral,
@@ -23,6 +25,19 @@ PREDICTORS: dict[str, Callable[[], Sampler]] = {
     "reverse_diffusion": ReverseDiffusion,
     "ode": ODE,
     "heun": Heun,
+    "euler_ancestral": partial(DDIM, eta=1.0),
+    "dpm_2": DPM2,
+    "dpm_2_ancestral": partial(DPM2, eta=1.0),
+    "dpm_solver": DPMSolver,
+    "dpmpp_2s": DPMSolverPP2S,
+    "dpmpp_2s_ancestral": partial(DPMSolverPP2S, eta=1.0),
+    "dpmpp_sde": partial(DPMSolverPP2S, eta=1.0, sde=True),
+    "dpmpp_2m": DPMSolverPP,
+    "dpmpp_2m_sde": partial(DPMSolverPP, eta=1.0),
+    "dpmpp_3m": partial(DPMSolverPP, order=3),
+    "dpmpp_3m_sde": partial(DPMSolverPP, order=3, eta=1.0),
+    "lms": LMS,
+    "deis": DEIS,
 }
 
 

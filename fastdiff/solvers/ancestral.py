@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ..grids import Step
+from ..table import Level
 from .draft import EPS, Draft, Drafts, score
 
 
@@ -45,3 +46,10 @@ def ddim(steps: Sequence[Step], eta: float = 0.0) -> Drafts:
         b = math.sqrt(max(step.next.sigma**2 - c * c, 0.0)) - ratio * step.level.sigma
         drafts.append([Draft(step.level, "ddim", ratio, (b,), EPS, c=c)])
     return drafts
+
+
+def split(here: Level, there: Level, eta: float) -> tuple[float, float]:
+    """(c, σ_↓) of a step down to `there`: DDIM's noise c = η σ' √(1 − σ̂'²/σ̂²), σ̂ = σ/α, and σ_↓² = σ'² − c²."""
+    fall = there.sigma / there.alpha * here.alpha / here.sigma
+    c = eta * there.sigma * math.sqrt((1 - fall) * (1 + fall))
+    return c, there.sigma * math.hypot(math.sqrt((1 - eta) * (1 + eta)), eta * fall)
