@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
-IMAGE_STEPS = 12  # the operands of the shipped samplers' steps: a new sampler may add one
+IMAGE_STEPS = 25  # the operands of the shipped samplers' steps: a new sampler may add one
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux")
 
@@ -76,7 +76,8 @@ def test_every_float_operation_is_ieees(lines):
 
 
 def test_few_steps_serve_all_samplers(lines):
-    assert len(list(image_steps(lines, "sm_90"))) <= 15
+    """Histories of no, one, two or three predictions, with what a row draws, opens and pushes."""
+    assert len(list(image_steps(lines, "sm_90"))) <= 26
     assert len(list(image_steps(lines, "sm_90"))) >= IMAGE_STEPS
 
 
@@ -87,7 +88,8 @@ def test_a_state_is_moved_128_bits_at_a_time(lines, target):
         assert line["loads_128"] == 2 * read, line
         assert line["stores_128"] == 2 * written, line
         assert line["stores_32"] == 0, line
-        assert line["loads_32"] <= 14, line
+        earlier = int(line["variant"].partition("history")[2] or 0)
+        assert line["loads_32"] <= 13 + max(earlier, 1), line  # each has its weight in the table
     for name, read, written in (
         ("normal_kernel", 0, 1),
         ("perturb_kernel", 1, 1),
