@@ -26,12 +26,14 @@ def weights(
     u = (low + high) / 2 + (high - low) / 2 * _POINTS
     measure = (high - low) / 2 * _WEIGHTS * density(u)
     v = u if variable is None else variable(u)
+    factors = [v - node for node in nodes]
     found = []
     for j, node in enumerate(nodes):
-        values = measure
-        for other in (*nodes[:j], *nodes[j + 1 :]):
-            values = values * ((v - other) / (node - other))
-        found.append(float(values.sum()))
+        values, scale = measure, 1.0
+        for k, other in enumerate(nodes):
+            if k != j:
+                values, scale = values * factors[k], scale * (node - other)
+        found.append(float(values.sum()) / scale)
     return found
 
 
