@@ -39,7 +39,8 @@ Run = Callable[[], Tensor]
 class Peer(NamedTuple):
     """`build(net, start, steps)` makes their run; `options(steps)` are fastdiff's for the same work.
 
-    exact       fed the same noise, the two give the same samples; else the statistics of N(0, 1) data are compared
+    exact       fed the same noise, the two give the same samples; else the statistics of N(0, 1) data are compared (also where
+                roundings grow: LMS's formula multiplies the network's, and diffusers' DEIS has its weights in float32)
     from_prior  they draw the start themselves, and so do not take ours
     """
 
@@ -240,6 +241,11 @@ def _ddim_times(steps: int) -> list[int]:
     return [k * (CHAIN // steps) + 1 for k in reversed(range(steps))]
 
 
+def _linspace_times(steps: int) -> list[int]:
+    """diffusers' "linspace" subset of a chain, as process times, without its end."""
+    return [round((CHAIN - 1) * k / steps) + 1 for k in range(steps, 0, -1)]
+
+
 def _ddim_as_printed(network: Any, start: Tensor, steps: int, noise: Any) -> list[Tensor]:
     bars = torch.cumprod(1 - torch.tensor(betas(CHAIN), dtype=torch.float64), 0).tolist()
     times = _ddim_times(steps)
@@ -337,11 +343,14 @@ def diffusers_chain(name: str, chain: int | None, **options: Any) -> Callable[[A
 # --- k-diffusion, denoising-diffusion-pytorch ------------------------------------------------------------------------
 
 
-def k_heun(net: Any, start: Tensor, steps: int) -> Run:
-    sampling = load("k_diffusion.sampling")
-    return lambda: sampling.sample_heun(
-        net, start, sampling.get_sigmas_karras(steps, 0.002, 80.0, device=start.device), disable=True
-    )
+def k_diffusion(name: str) -> Callable[[Any, Tensor, int], Run]:
+    def build(net: Any, start: Tensor, steps: int) -> Run:
+        sampling = load("k_diffusion.sampling")
+        return lambda: getattr(sampling, f"sample_{name}")(
+            net, start, sampling.get_sigmas_karras(steps, 0.002, 80.0, device=start.device), disable=True
+        )
+
+    return build
 
 
 def lucidrains(subset: bool) -> Callable[[Any, Tensor, int], Run]:
@@ -500,6 +509,16 @@ PEERS = [
     Peer("DDIM", "azula", "vp", _named(sde="vp", sampler="ddim"), azula("DDIMSampler", "vp")),
     Peer("Heun", PRINTED, "edm", _HEUN,
          printed("edm", lambda net, start, steps, noise: papers.edm_deterministic(net, start, papers.karras_sigmas(steps)))),
-    Peer("Heun", "k-diffusion", "edm", _HEUN, k_heun),
+    Peer("Heun", "k-diffusion", "edm", _HEUN, k_diffusion("heun")),
     Peer("Heun", "azula", "ve", _ve_heun, azula("HeunSampler", "ve")),
+    Peer("DPM-2", "k-diffusion", "edm", _named(sde="edm", sampler="dpm_2"), k_diffusion("dpm_2")),
+    Peer("LMS", "k-diffusion", "edm", _named(sde="edm", sampler="lms"), k_diffusion("lms"), exact=False),
+    Peer("DPM-Solver++(2M)", "k-diffusion", "edm",
+         _named(sde="edm", sampler=samplers.DPMSolverPP(lower_order_final=False)), k_diffusion("dpmpp_2m")),
+    Peer("DPM-Solver++(2M)", "diffusers", "ddpm", _subset(lambda n: [*_linspace_times(n), 0], sampler="dpmpp_2m"),
+         diffusers_chain("DPMSolverMultistepScheduler", CHAIN)),
+    Peer("UniPC", "diffusers", "ddpm", _subset(lambda n: [*_linspace_times(n), 0], sampler="unipc"),
+         diffusers_chain("UniPCMultistepScheduler", CHAIN)),
+    Peer("DEIS", "diffusers", "ddpm", _subset(lambda n: [*_linspace_times(n), 1], sampler=samplers.DEIS(2, "lambda")),
+         diffusers_chain("DEISMultistepScheduler", CHAIN), exact=False),
 ]  # fmt: skip

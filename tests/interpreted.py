@@ -732,6 +732,7 @@ RUNS = [
     ("ncsn", samplers.AnnealedLangevin(steps_per_level=4), 8),
     ("ve", samplers.PredictorCorrector(corrector="langevin", norm="sample"), 4),
     ("subvp", samplers.PredictorCorrector(corrector="langevin", norm="batch"), 4),
+    ("edm", "lms", 6), ("vp", samplers.SA(3, 4), 6), ("vp", samplers.DPMSolver(3), 3), ("ve", "dpmpp_sde", 4),
 ]  # fmt: skip
 
 
