@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .errors import SolverError, choose
+from .errors import ConfigError, SolverError, choose
 from .reference.row import tree_sum
 
 # (y [B, *]) -> dy/du [B, *], and the rates [B, K] of what is only integrated (K = 0: None)
@@ -126,7 +126,7 @@ def integrate(
     rtol, atol   a step's error is at most atol + rtol·|y|, root mean square over a sample's numbers, and over its integrals
     couple       one step size for the whole batch, by the root mean square over it (what other libraries do)
     integrals    K of the rates that the field returns beside dy/du; float64
-    times        asked times between start and end: there y is interpolated
+    times        asked times from start to end, in any order: there y is interpolated
     operations   the backend's (fastdiff.ops.backend_module)
 
     Raises SolverError where the field is not finite, a step gets too small for float64, or a sample spends max_nfe.
@@ -136,6 +136,9 @@ def integrate(
     # below this the state's own rounding would be taken for the method's error
     floor = 4 * torch.finfo(y.dtype).eps
     rtol, atol = checks.number("rtol", rtol, floor), checks.number("atol", atol, floor)
+    outside = [time for time in times if not min(start, end) <= time <= max(start, end)]
+    if outside:
+        raise ConfigError(f"times must lie between {start:g} and {end:g}, got {outside[0]:g}")
     run = _Run(field, y, start, end, operations, METHODS[method], rtol, atol, couple, max_nfe, integrals, times)
     if start != end and len(y):
         run.begin()
@@ -163,6 +166,7 @@ class _Run:
         for m, time in enumerate(times):
             if time == start:
                 self.states[m] = y
+        self.nodes = torch.tensor(tableau.c[1:], **wide)[:, None]
         self.samples = torch.arange(count, device=y.device)
         self.u = torch.full((count,), float(start), **wide)
         self.before = torch.ones(count, **wide)
@@ -176,7 +180,7 @@ class _Run:
         scale = self.atol + self.rtol * self.y.abs()
         size, slope = self._norm(self.y / scale), self._norm(self.k / scale)
         first = torch.where((size < 1e-5) | (slope < 1e-5), 1e-6 * self.span, 0.01 * size / slope).clamp(max=self.span)
-        trial = self._combine([self.k], self.sign * first, (1.0,))
+        trial = self._combine(self.y, [self.k], self.sign * first, (1.0,))
         k, _ = self._evaluate(self.field.at((self.u + self.sign * first)[None], self.samples)[0], trial)
         bend = torch.maximum(self._norm((k - self.k) / scale) / first, slope)
         second = torch.where(bend <= 1e-15, (1e-3 * first).clamp(min=1e-6), (0.01 / bend) ** (1 / self.tableau.order))
@@ -190,11 +194,11 @@ class _Run:
         t, left = self.tableau, (self.sign * (self.end - self.u)).clamp(min=0)
         last = self.running & (self.h >= left * (1 - 1e-10))
         size = torch.where(self.running, torch.where(last, left, self.h), 0.0)
-        h, nodes = self.sign * size, torch.tensor(t.c[1:], dtype=torch.float64, device=self.u.device)
-        u = torch.where(last & (nodes[:, None] == 1), self.end, self.u + nodes[:, None] * h)
+        h = self.sign * size
+        u = torch.where(last & (self.nodes == 1), self.end, self.u + self.nodes * h)
         ks, rates, after, error = [self.k], [self.rate], self.y, self.u
         for i, stage in enumerate(self.field.at(u, self.samples)):
-            after = self._combine(ks, h, t.a[i])
+            after = self._combine(self.y, ks, h, t.a[i])
             k, rate = self._evaluate(stage, after)
             ks.append(k)
             rates.append(rate)
@@ -231,15 +235,15 @@ class _Run:
             (SAFETY * small ** (-0.7 / order) * self.before ** (0.4 / order)).float().double().clamp(SLOWEST, FASTEST)
         )
         shrink = torch.where(finite, (SAFETY * small ** (-1 / order)).float().double().clamp(SLOWEST, 1.0), 0.1)
+        reached = torch.where(last, self.end, self.u + h)
         if len(self.times):
-            self._interpolate(ks, h, after, accepted)
+            self._interpolate(ks, h, after, reached, accepted)
         for name, new in (("y", after), ("k", ks[-1]), ("q", q), ("rate", rate)):
             old = getattr(self, name)
             setattr(self, name, torch.where(accepted.view(-1, *[1] * (old.ndim - 1)), new, old))
-        self.u = torch.where(accepted, torch.where(last, self.end, self.u + h), self.u)
+        self.u = torch.where(accepted, reached, self.u)
         self.before = torch.where(accepted, error.clamp(min=1e-4), self.before)
         self.strikes = torch.where(finite | ~self.running, 0, self.strikes + 1)
-        # a last step is as short as the end wants: that says nothing of what would have been possible
         self.h = torch.where(self.running, size * torch.where(accepted, grow, shrink), self.h)
         self.running = self.running & ~(accepted & last)
         self.steps += 1
@@ -260,17 +264,17 @@ class _Run:
         for name in ("samples", "u", "y", "k", "q", "rate", "h", "before", "strikes", "running"):
             setattr(self, name, getattr(self, name)[keep])
 
-    def _interpolate(self, ks: list[Tensor], h: Tensor, after: Tensor, accepted: Tensor) -> None:
+    def _interpolate(self, ks: list[Tensor], h: Tensor, after: Tensor, reached: Tensor, accepted: Tensor) -> None:
         """y at the asked times within this step: Hairer, Nørsett & Wanner, Solving ODEs I, eq. II.6.7 and DOPRI5's `contd5`."""
         shape = (-1, *[1] * (after.ndim - 1))
         rise, first = after - self.y, h.to(after.dtype).view(shape) * ks[0]
         end = h.to(after.dtype).view(shape) * ks[-1]
-        bend, fourth = rise - end - first + rise, self.operations.rk_error
-        dense = self.tableau.dense
-        high = fourth(torch.zeros_like(after), ks, h, dense, (0.0,) * len(ks), 1.0, 1.0)[0] if dense else 0.0
+        bend, dense = rise - end - first + rise, self.tableau.dense
+        high = self._combine(torch.zeros_like(after), ks, h, dense) if dense else 0.0
         for m, time in enumerate(self.times):
+            # by the ends themselves, which are the next step's start: by θ a time at one could fall between two steps
+            inside = accepted & (self.sign * (time - self.u) > 0) & (self.sign * (time - reached) <= 0)
             theta = (time - self.u) / torch.where(h == 0, 1.0, h)
-            inside = accepted & (theta > 0) & (theta <= 1)
             s = theta.to(after.dtype).view(shape)
             value = self.y + s * (rise + (1 - s) * ((first - rise) + s * (bend + (1 - s) * high)))
             mask = inside.view(shape)
@@ -281,9 +285,9 @@ class _Run:
         self.nfe[self.samples] += self.running
         return k, self.q.new_empty((len(y), 0)) if rate is None else rate.double()
 
-    def _combine(self, ks: list[Tensor], h: Tensor, weights: Sequence[float]) -> Tensor:
+    def _combine(self, y: Tensor, ks: list[Tensor], h: Tensor, weights: Sequence[float]) -> Tensor:
         """y + h Σ w_j k_j."""
-        after: Tensor = self.operations.rk_error(self.y, ks, h, weights, (0.0,) * len(ks), self.rtol, self.atol)[0]
+        after: Tensor = self.operations.rk_error(y, ks, h, weights, (0.0,) * len(ks), self.rtol, self.atol)[0]
         return after
 
     @staticmethod

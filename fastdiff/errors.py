@@ -63,7 +63,7 @@ class NonFiniteError(FastdiffError, FloatingPointError):
 
 
 class SolverError(FastdiffError, RuntimeError):
-    """An adaptive solver cannot go on: `reason`, the global index of the `sample`, its `t`, `nfe` and `last_step`."""
+    """An adaptive solver cannot go on: `reason`, the index of the `sample`, its `t`, `nfe` and `last_step`."""
 
     def __init__(self, reason: str, sample: int, t: float, nfe: int, last_step: float) -> None:
         super().__init__(

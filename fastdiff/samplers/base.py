@@ -41,10 +41,7 @@ class Sampler:
 
     def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[Drafts, Level]:
         """One list of rows for each step, and the level on which the run ends."""
-        drafts = self.predict(process, grid)
-        if denoise:
-            drop_last_noise(drafts)
-        return drafts, grid.steps[-1].next
+        return finished(self.predict(process, grid), grid, denoise)
 
     def predict(self, process: Process, grid: Grid) -> Drafts:
         """One list of rows for each step of the grid."""
@@ -61,6 +58,13 @@ class FewSteps(Sampler):
 def last_noisy(process: Process) -> float:
     """The lowest time at which a network can be asked: a chain's first step where t_min is the data itself."""
     return process.t_min if process.t_min > 0 else 1.0
+
+
+def finished(drafts: Drafts, grid: Grid, denoise: bool) -> tuple[Drafts, Level]:
+    """The rows, with `denoise` without the last one's noise, and the level on which they end."""
+    if denoise:
+        drop_last_noise(drafts)
+    return drafts, grid.steps[-1].next
 
 
 def drop_last_noise(drafts: Drafts) -> None:

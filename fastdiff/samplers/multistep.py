@@ -1,7 +1,8 @@
 """Samplers of one network call a step that remember predictions.
 
 `lower_order_final` ends with steps of order …, 2, 1; None: in runs of fewer than 15 steps, as in DPM-Solver's code. A step
-into σ = 0 is of order 1 in any case, except LMS's, whose variable is finite there.
+into σ = 0 is of order 1 in any case, except LMS's, whose variable is finite there. UniPC and SA, whose row corrects the
+step before, do not `predict` for another corrector, which would move x in between.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..grids import Grid
 from ..processes import Process
 from ..solvers.draft import Drafts
 from ..table import Level
-from .base import FewSteps, drop_last_noise
+from .base import FewSteps, finished
 
 
 def _lowers(lower_order_final: bool | None, grid: Grid) -> bool:
@@ -79,21 +80,8 @@ class DPMSolverPP(FewSteps):
         return solvers.dpmpp_multistep(grid.steps, self.order, self.eta, _lowers(self.lower_order_final, grid))
 
 
-class _Corrected(FewSteps):
-    """A sampler whose row corrects the step before: no predictor for another corrector, which would move x in between."""
-
-    def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[Drafts, Level]:
-        drafts = self._drafts(grid)
-        if denoise:
-            drop_last_noise(drafts)
-        return drafts, grid.steps[-1].next
-
-    def _drafts(self, grid: Grid) -> Drafts:
-        raise NotImplementedError
-
-
 @dataclass(frozen=True)
-class UniPC(_Corrected):
+class UniPC(FewSteps):
     """UniPC of `order` 1 to 3 (Zhao et al. 2023); corrected, it converges as `order` + 1. Defaults are diffusers'.
 
     `variant`: B(h), "bh1" or "bh2". `predicts`: polynomials of "x0" or of "eps".
@@ -111,12 +99,13 @@ class UniPC(_Corrected):
         choose("predicts", self.predicts, ("x0", "eps"))
         checks.flag("lower_order_final", self.lower_order_final)
 
-    def _drafts(self, grid: Grid) -> Drafts:
-        return solvers.unipc(grid.steps, self.order, self.variant, self.predicts, self.lower_order_final)
+    def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[Drafts, Level]:
+        drafts = solvers.unipc(grid.steps, self.order, self.variant, self.predicts, self.lower_order_final)
+        return finished(drafts, grid, denoise)
 
 
 @dataclass(frozen=True)
-class SA(_Corrected):
+class SA(FewSteps):
     """SA-Solver (Xue et al. 2023): stochastic Adams, `predictor` predictions (1 to 3), corrected with `corrector` (0 to 4,
     0: not), the new one among them. `tau`: the noise, 0 the ODE, 1 the reverse SDE; the orders are diffusers'."""
 
@@ -132,8 +121,9 @@ class SA(_Corrected):
         checks.number("tau", self.tau, 0)
         checks.flag("lower_order_final", self.lower_order_final)
 
-    def _drafts(self, grid: Grid) -> Drafts:
-        return solvers.sa(grid.steps, self.predictor, self.corrector, self.tau, self.lower_order_final)
+    def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[Drafts, Level]:
+        drafts = solvers.sa(grid.steps, self.predictor, self.corrector, self.tau, self.lower_order_final)
+        return finished(drafts, grid, denoise)
 
 
 def _check_final(value: bool | None) -> None:

@@ -45,7 +45,7 @@ PREDICTORS: dict[str, Callable[[], Sampler]] = {
 class PredictorCorrector(Sampler):
     """Predictor–corrector sampling (Song et al. 2021, Alg. 1), by default in the authors' order, corrector first.
 
-    `predictor`: a name, "none", or any one-step sampler object. `corrector`: "ald" steps by δ = 2α (snr·σ)², a plain row
+    `predictor`: a name, "none", or any sampler object that can predict. `corrector`: "ald" steps by δ = 2α (snr·σ)², a plain row
     that is the same for every sample; "langevin" by 2α (snr·‖z‖/‖score‖)², with `norm="batch"` means (the reference's;
     they couple the samples of a batch, so `batch_size < num_samples` is refused) or `norm="sample"`, each sample's own
     norms, at most twice ald's step. α = 1 (VE) or the step's α_t²/α_s².
