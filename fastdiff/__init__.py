@@ -1,6 +1,7 @@
 """fastdiff: score-based diffusion models (DDPM, NCSN, SDE), every sampler one table of affine rows."""
 
 from . import errors, grids, losses, mcmc, models, predictions, processes, samplers, schedules, training
+from .likelihood import LogLikelihood, bits_per_dim, decode, dequantize, encode, interpolate, log_likelihood
 from .model import ScoreModel
 from .ops import normal
 from .plan import plan
@@ -19,15 +20,22 @@ __all__ = [
     "VE",
     "VP",
     "Data",
+    "LogLikelihood",
     "SampleInfo",
     "ScoreModel",
     "StepTable",
     "SubVP",
     "Training",
+    "bits_per_dim",
+    "decode",
+    "dequantize",
+    "encode",
     "errors",
     "grids",
+    "interpolate",
     "load",
     "load_data",
+    "log_likelihood",
     "losses",
     "mcmc",
     "models",

@@ -1,16 +1,16 @@
-"""Embedded Runge–Kutta with a step size for each sample: dy/du = field(u, y), each sample on its own way from `start` to `end`.
+"""Solvers with a step size for each sample: each goes its own way from `start` to `end`, in steps h_i that are accepted where
+its own error norm is at most 1.
 
-A step is h_i for sample i, accepted where its own error norm is at most 1; whoever is done idles and is then left out, so
-that a stiff sample costs the others nothing. Nothing is read back within a step; who is done is looked up every few steps.
+Whoever is done idles and is then left out, so that a stiff sample costs the others nothing. Nothing is read back within a
+step; who is done is looked up every few steps, by one read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from types import ModuleType
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from . import checks
 from .errors import ConfigError, SolverError, choose
 from .reference.row import tree_sum
+from .tableaus import METHODS, Tableau
 
 # (y [B, *]) -> dy/du [B, *], and the rates [B, K] of what is only integrated (K = 0: None)
 Stage = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -29,81 +30,32 @@ class Field(Protocol):
     def at(self, u: Tensor, samples: Tensor) -> Sequence[Stage]: ...
 
 
-@dataclass(frozen=True)
-class Tableau:
-    """An embedded pair whose last stage is the next step's first: nodes c, rows a (the last are the weights b), b − b̂.
+class NoisyField(Field, Protocol):
+    """The same with a noise term g(u) dw: g [S, B], and standard normals [B, *], those of attempt k of each sample."""
 
-    `order` of b; b̂ has one less. `dense`: weights of the fourth-order term of the interpolant (none: cubic Hermite).
-    """
+    def diffusion(self, u: Tensor) -> Tensor: ...
 
-    order: int
-    c: tuple[float, ...]
-    a: tuple[tuple[float, ...], ...]
-    e: tuple[float, ...]
-    dense: tuple[float, ...] = ()
+    def noise(self, attempt: int, samples: Tensor) -> Tensor: ...
 
-
-def _exact(*values: str) -> tuple[float, ...]:
-    return tuple(float(Fraction(value)) for value in values)
-
-
-METHODS = {
-    # Bogacki & Shampine 1989
-    "bosh3": Tableau(
-        3,
-        _exact("0", "1/2", "3/4", "1"),
-        (_exact("1/2"), _exact("0", "3/4"), _exact("2/9", "1/3", "4/9")),
-        _exact("-5/72", "1/12", "1/9", "-1/8"),
-    ),
-    # Dormand & Prince 1980; the interpolant: Hairer, Nørsett & Wanner, Solving ODEs I, II.6, as in their DOPRI5
-    "dopri5": Tableau(
-        5,
-        _exact("0", "1/5", "3/10", "4/5", "8/9", "1", "1"),
-        (
-            _exact("1/5"),
-            _exact("3/40", "9/40"),
-            _exact("44/45", "-56/15", "32/9"),
-            _exact("19372/6561", "-25360/2187", "64448/6561", "-212/729"),
-            _exact("9017/3168", "-355/33", "46732/5247", "49/176", "-5103/18656"),
-            _exact("35/384", "0", "500/1113", "125/192", "-2187/6784", "11/84"),
-        ),
-        _exact("71/57600", "0", "-71/16695", "71/1920", "-17253/339200", "22/525", "-1/40"),
-        _exact(
-            "-12715105075/11282082432", "0", "87487479700/32700410799", "-10690763975/1880347072",
-            "701980252875/199316789632", "-1453857185/822651844", "69997945/29380423",
-        ),
-    ),
-    # Tsitouras 2011
-    "tsit5": Tableau(
-        5,
-        (0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0),
-        (
-            (0.161,),
-            (-0.008480655492356989, 0.335480655492357),
-            (2.8971530571054935, -6.359448489975075, 4.3622954328695815),
-            (5.325864828439257, -11.748883564062828, 7.4955393428898365, -0.09249506636175525),
-            (5.86145544294642, -12.92096931784711, 8.159367898576159, -0.071584973281401, -0.028269050394068383),
-            (0.09646076681806523, 0.01, 0.4798896504144996, 1.379008574103742, -3.290069515436081, 2.324710524099774),
-        ),
-        (
-            0.00178001105222577714, 0.0008164344596567469, -0.007880878010261995, 0.1447110071732629,
-            -0.5823571654525552, 0.45808210592918697, -0.015151515151515152,
-        ),
-    ),
-}  # fmt: skip
 
 SAFETY, SLOWEST, FASTEST = 0.9, 0.2, 10.0
 POLL = 4  # steps between looks at who is done, where a look stalls the device
 
+Progress = Callable[[float], None]
+
 
 @dataclass(frozen=True)
 class Solution:
-    """y [B, *] at the end, the integrals [B, K], evaluations [B] of each sample, the states [M, B, *] at the asked times."""
+    """y [B, *] at the end, the integrals [B, K], evaluations [B] of each sample, the states [M, B, *] at the asked times.
+
+    `calls` of the field: as many as the slowest sample has evaluations.
+    """
 
     y: Tensor
     integrals: Tensor
     nfe: Tensor
     states: Tensor | None
+    calls: int
 
 
 def integrate(
@@ -120,59 +72,171 @@ def integrate(
     max_nfe: int = 100_000,
     integrals: int = 0,
     times: Sequence[float] = (),
+    progress: Progress | None = None,
 ) -> Solution:
-    """Integrate from `start` to `end` (in either direction); y [B, *] is left as it is.
+    """dy/du = field(u, y) from `start` to `end` (in either direction) by an embedded Runge–Kutta pair; y [B, *] is left as it is.
 
     rtol, atol   a step's error is at most atol + rtol·|y|, root mean square over a sample's numbers, and over its integrals
     couple       one step size for the whole batch, by the root mean square over it (what other libraries do)
     integrals    K of the rates that the field returns beside dy/du; float64
     times        asked times from start to end, in any order: there y is interpolated
     operations   the backend's (fastdiff.ops.backend_module)
+    progress     told, now and then, by how many samples' worth of the way the run has moved
 
     Raises SolverError where the field is not finite, a step gets too small for float64, or a sample spends max_nfe.
     """
-    choose("method", method, METHODS)
-    max_nfe = checks.integer("max_nfe", max_nfe, 1, 2**62)
-    # below this the state's own rounding would be taken for the method's error
-    floor = 4 * torch.finfo(y.dtype).eps
-    rtol, atol = checks.number("rtol", rtol, floor), checks.number("atol", atol, floor)
+    tableau = METHODS[choose("method", method, METHODS)]
     outside = [time for time in times if not min(start, end) <= time <= max(start, end)]
     if outside:
         raise ConfigError(f"times must lie between {start:g} and {end:g}, got {outside[0]:g}")
-    run = _Run(field, y, start, end, operations, METHODS[method], rtol, atol, couple, max_nfe, integrals, times)
-    if start != end and len(y):
-        run.begin()
-        while len(run.samples):
-            run.step()
-            run.poll()
-    return Solution(run.final, run.totals, run.nfe, run.states if len(times) else None)
+    run = _RungeKutta(
+        field, y, start, end, operations, rtol, atol, max_nfe, progress, tableau, couple, integrals, times
+    )
+    return run.solve()
+
+
+def integrate_sde(
+    field: NoisyField,
+    y: Tensor,
+    start: float,
+    end: float,
+    *,
+    operations: ModuleType,
+    rtol: float = 0.05,
+    atol: float = 0.01,
+    max_nfe: int = 100_000,
+    progress: Progress | None = None,
+) -> Solution:
+    """dy = field(u, y) du + g(u) dw from `start` to `end` (Jolicoeur-Martineau et al. 2021, Alg. 1, with extrapolation):
+
+        y' = y + h f(u, y) + √|h| g(u) z,   ỹ = y + h f(u + h, y') + √|h| g(u + h) z,   y'' = (y' + ỹ)/2
+
+    accepted where √mean(((y' − y'')/δ)²) = E ≤ 1, δ = max(atol, rtol·max(|y'|, |y'_before|)); h ← 0.9 h E^{−0.9}. Each
+    attempt draws anew. Raises as `integrate`.
+    """
+    return _Stochastic(field, y, start, end, operations, rtol, atol, max_nfe, progress).solve()
 
 
 class _Run:
-    """The samples that still run: where each stands (u, y, first stage k), its step h, its last accepted error."""
+    """The samples that still run: where each stands (u, y), its step h, what it has spent; done ones are left out."""
+
+    carried: ClassVar[tuple[str, ...]] = ("samples", "u", "y", "h", "spent", "strikes", "running")
+    cost: int  # evaluations of a step
 
     def __init__(
-        self, field: Field, y: Tensor, start: float, end: float, operations: ModuleType, tableau: Tableau, rtol: float,
-        atol: float, couple: bool, max_nfe: int, integrals: int, times: Sequence[float],
+        self, field: Field, y: Tensor, start: float, end: float, operations: ModuleType, rtol: float, atol: float,
+        max_nfe: int, progress: Progress | None,
     ) -> None:  # fmt: skip
-        self.field, self.operations, self.tableau, self.end, self.max_nfe = field, operations, tableau, end, max_nfe
-        self.rtol, self.atol, self.couple, self.times = rtol, atol, couple, times
-        count, wide = len(y), {"dtype": torch.float64, "device": y.device}
+        # below this the state's own rounding would be taken for the method's error
+        floor = 4 * torch.finfo(y.dtype).eps
+        self.rtol, self.atol = checks.number("rtol", rtol, floor), checks.number("atol", atol, floor)
+        self.max_nfe = checks.integer("max_nfe", max_nfe, 1, 2**62)
+        self.operations, self.start, self.end, self.progress = operations, start, end, progress
         self.span, self.sign = abs(end - start), 1.0 if end >= start else -1.0
+        count, self.wide = len(y), {"dtype": torch.float64, "device": y.device}
         self.final, self.y = y.clone(), y.clone()
-        self.totals, self.q = torch.zeros(count, integrals, **wide), torch.zeros(count, integrals, **wide)
         self.nfe = torch.zeros(count, dtype=torch.int64, device=y.device)
+        self.samples = torch.arange(count, device=y.device)
+        self.u = torch.full((count,), float(start), **self.wide)
+        self.h = torch.full((count,), 0.01 * self.span, **self.wide)
+        self.running = torch.ones(count, dtype=torch.bool, device=y.device)
+        self.spent, self.strikes = torch.zeros_like(self.nfe), torch.zeros_like(self.nfe)
+        self.steps, self.calls, self.told = 0, 0, 0.0
+
+    def solve(self) -> Solution:
+        if self.start != self.end and len(self.final):
+            self.begin()
+            while len(self.samples):
+                self.step()
+                self.spent += self.cost * self.running_before
+                self.steps += 1
+                self.calls += self.cost
+                if self.u.device.type == "cpu" or self.steps % POLL == 0:
+                    self.poll()
+        return self.solution()
+
+    def begin(self) -> None:
+        """Before the first step."""
+
+    def step(self) -> None:
+        """One trial step of every running sample."""
+        raise NotImplementedError
+
+    def solution(self) -> Solution:
+        return Solution(self.final, torch.zeros(len(self.final), 0, **self.wide), self.nfe, None, self.calls)
+
+    def trial(self) -> tuple[Tensor, Tensor, Tensor]:
+        """This step's signed h, |h| (0 for who idles), and whether it ends at the end."""
+        self.running_before = self.running
+        left = (self.sign * (self.end - self.u)).clamp(min=0)
+        last = self.running & (self.h >= left * (1 - 1e-10))
+        size = torch.where(self.running, torch.where(last, left, self.h), 0.0)
+        return self.sign * size, size, last
+
+    def settle(
+        self, accepted: Tensor, finite: Tensor, last: Tensor, reached: Tensor, h: Tensor, new: dict[str, Tensor]
+    ) -> None:
+        """Take over what was accepted; `h` is the next step."""
+        for name, value in new.items():
+            old = getattr(self, name)
+            setattr(self, name, torch.where(accepted.view(-1, *[1] * (old.ndim - 1)), value, old))
+        self.u = torch.where(accepted, reached, self.u)
+        self.strikes = torch.where(finite | ~self.running, 0, self.strikes + 1)
+        self.h = torch.where(self.running, h, self.h)
+        self.running = self.running & ~(accepted & last)
+
+    def poll(self) -> None:
+        """Leave out who is done; refuse to go on where a sample cannot."""
+        tiny = 8 * torch.finfo(torch.float64).eps * self.u.abs().clamp(min=self.span)
+        troubles = {
+            "the field is not finite": self.strikes >= 2,
+            "step size underflow": self.running & (self.h < tiny),
+            f"max_nfe = {self.max_nfe} is spent": self.running & (self.spent >= self.max_nfe),
+        }
+        *troubled, finished = torch.stack([*troubles.values(), ~self.running]).any(1).tolist()
+        for (reason, bad), found in zip(troubles.items(), troubled):
+            if found:
+                self.refuse(bad, reason)
+        if self.progress is not None:
+            way = float((len(self.final) - len(self.u)) + ((self.u - self.start).abs() / self.span).sum())
+            self.progress(way - self.told)
+            self.told = way
+        if finished:
+            self.leave(torch.nonzero(~self.running).flatten())
+            keep = torch.nonzero(self.running).flatten()
+            for name in self.carried:
+                setattr(self, name, getattr(self, name)[keep])
+
+    def leave(self, done: Tensor) -> None:
+        """Put the results of who is done in their places."""
+        places = self.samples[done]
+        self.final[places], self.nfe[places] = self.y[done], self.spent[done]
+
+    def refuse(self, bad: Tensor, reason: str) -> None:
+        i = int(torch.nonzero(bad)[0])
+        raise SolverError(reason, int(self.samples[i]), float(self.u[i]), int(self.spent[i]), float(self.h[i]))
+
+
+class _RungeKutta(_Run):
+    """Also carried: the first stage k with its rates, the integrals q, the last accepted error."""
+
+    carried = (*_Run.carried, "k", "rate", "q", "before")
+
+    def __init__(
+        self, field: Field, y: Tensor, start: float, end: float, operations: ModuleType, rtol: float, atol: float,
+        max_nfe: int, progress: Progress | None, tableau: Tableau, couple: bool, integrals: int, times: Sequence[float],
+    ) -> None:  # fmt: skip
+        super().__init__(field, y, start, end, operations, rtol, atol, max_nfe, progress)
+        self.field, self.tableau, self.couple, self.times = field, tableau, couple, times
+        self.cost = len(tableau.a)
+        self.q = torch.zeros(len(y), integrals, **self.wide)
+        self.totals = torch.zeros_like(self.q)
         self.states = y.new_empty((len(times), *y.shape))
         for m, time in enumerate(times):
             if time == start:
                 self.states[m] = y
-        self.nodes = torch.tensor(tableau.c[1:], **wide)[:, None]
-        self.samples = torch.arange(count, device=y.device)
-        self.u = torch.full((count,), float(start), **wide)
-        self.before = torch.ones(count, **wide)
-        self.running = torch.ones(count, dtype=torch.bool, device=y.device)
-        self.strikes = torch.zeros(count, dtype=torch.int64, device=y.device)
-        self.steps = 0
+        self.nodes = torch.tensor(tableau.c[1:], **self.wide)[:, None]
+        self.before = torch.ones(len(y), **self.wide)
 
     def begin(self) -> None:
         """The first stage, and a first step by Hairer, Nørsett & Wanner, Solving ODEs I, II.4."""
@@ -182,21 +246,21 @@ class _Run:
         first = torch.where((size < 1e-5) | (slope < 1e-5), 1e-6 * self.span, 0.01 * size / slope).clamp(max=self.span)
         trial = self._combine(self.y, [self.k], self.sign * first, (1.0,))
         k, _ = self._evaluate(self.field.at((self.u + self.sign * first)[None], self.samples)[0], trial)
+        self.spent += 2
+        self.calls += 2
         bend = torch.maximum(self._norm((k - self.k) / scale) / first, slope)
         second = torch.where(bend <= 1e-15, (1e-3 * first).clamp(min=1e-6), (0.01 / bend) ** (1 / self.tableau.order))
         second = second.float().double()  # as in _advance
         self.h = torch.minimum(100 * first, second).clamp(max=self.span)
         self.h = self.h.min().expand_as(self.h).clone() if self.couple else self.h
-        self._refuse(~(slope + bend).isfinite(), "the field is not finite")
+        bad = ~(slope + bend).isfinite()
+        if bool(bad.any()):
+            self.refuse(bad, "the field is not finite")
 
     def step(self) -> None:
-        """One trial step of every running sample."""
-        t, left = self.tableau, (self.sign * (self.end - self.u)).clamp(min=0)
-        last = self.running & (self.h >= left * (1 - 1e-10))
-        size = torch.where(self.running, torch.where(last, left, self.h), 0.0)
-        h = self.sign * size
+        t, (h, size, last) = self.tableau, self.trial()
         u = torch.where(last & (self.nodes == 1), self.end, self.u + self.nodes * h)
-        ks, rates, after, error = [self.k], [self.rate], self.y, self.u
+        ks, rates, after = [self.k], [self.rate], self.y
         for i, stage in enumerate(self.field.at(u, self.samples)):
             after = self._combine(self.y, ks, h, t.a[i])
             k, rate = self._evaluate(stage, after)
@@ -213,56 +277,28 @@ class _Run:
         if self.couple:
             mean = torch.where(self.running, error, 0.0).square().sum() / self.running.sum()
             error = mean.sqrt().expand_as(error)
-        self._advance(ks, h, size, last, after, q, rates[-1], error)
-
-    def _advance(
-        self,
-        ks: list[Tensor],
-        h: Tensor,
-        size: Tensor,
-        last: Tensor,
-        after: Tensor,
-        q: Tensor,
-        rate: Tensor,
-        error: Tensor,
-    ) -> None:
-        """Accept where the error allows, and choose the next step by PI control (Hairer & Wanner, Solving ODEs II, IV.2)."""
-        finite, order = error.isfinite(), self.tableau.order
-        accepted = self.running & (error <= 1)
-        small = error.clamp(min=1e-10)
-        # rounded to float32, so that a power's last bit, which depends on the batch's length, is not handed on
-        grow = (
-            (SAFETY * small ** (-0.7 / order) * self.before ** (0.4 / order)).float().double().clamp(SLOWEST, FASTEST)
-        )
-        shrink = torch.where(finite, (SAFETY * small ** (-1 / order)).float().double().clamp(SLOWEST, 1.0), 0.1)
         reached = torch.where(last, self.end, self.u + h)
+        accepted = self.running & (error <= 1)
         if len(self.times):
             self._interpolate(ks, h, after, reached, accepted)
-        for name, new in (("y", after), ("k", ks[-1]), ("q", q), ("rate", rate)):
-            old = getattr(self, name)
-            setattr(self, name, torch.where(accepted.view(-1, *[1] * (old.ndim - 1)), new, old))
-        self.u = torch.where(accepted, reached, self.u)
-        self.before = torch.where(accepted, error.clamp(min=1e-4), self.before)
-        self.strikes = torch.where(finite | ~self.running, 0, self.strikes + 1)
-        self.h = torch.where(self.running, size * torch.where(accepted, grow, shrink), self.h)
-        self.running = self.running & ~(accepted & last)
-        self.steps += 1
+        finite, factor = self._factor(error, accepted)
+        new = {"y": after, "k": ks[-1], "q": q, "rate": rates[-1], "before": error.clamp(min=1e-4)}
+        self.settle(accepted, finite, last, reached, size * factor, new)
 
-    def poll(self) -> None:
-        """Leave out who is done; refuse to go on where a sample cannot."""
-        if self.u.device.type != "cpu" and self.steps % POLL:
-            return
-        self._refuse(self.strikes >= 2, "the field is not finite")
-        tiny = 8 * torch.finfo(torch.float64).eps * torch.maximum(self.u.abs(), torch.full_like(self.u, self.span))
-        self._refuse(self.running & (self.h < tiny), "step size underflow")
-        self._refuse(self.running & (self.nfe[self.samples] >= self.max_nfe), f"max_nfe = {self.max_nfe} is spent")
-        done = torch.nonzero(~self.running).flatten()
-        if not len(done):
-            return
-        self.final[self.samples[done]], self.totals[self.samples[done]] = self.y[done], self.q[done]
-        keep = torch.nonzero(self.running).flatten()
-        for name in ("samples", "u", "y", "k", "q", "rate", "h", "before", "strikes", "running"):
-            setattr(self, name, getattr(self, name)[keep])
+    def _factor(self, error: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether the error is finite, and what multiplies h: PI control (Hairer & Wanner, Solving ODEs II, IV.2)."""
+        finite, order, small = error.isfinite(), self.tableau.order, error.clamp(min=1e-10)
+        # rounded to float32, so that a power's last bit, which depends on the batch's length, is not handed on
+        grow = (SAFETY * small ** (-0.7 / order) * self.before ** (0.4 / order)).float().double()
+        shrink = (SAFETY * small ** (-1 / order)).float().double().clamp(SLOWEST, 1.0)
+        return finite, torch.where(accepted, grow.clamp(SLOWEST, FASTEST), torch.where(finite, shrink, 0.1))
+
+    def leave(self, done: Tensor) -> None:
+        super().leave(done)
+        self.totals[self.samples[done]] = self.q[done]
+
+    def solution(self) -> Solution:
+        return Solution(self.final, self.totals, self.nfe, self.states if len(self.times) else None, self.calls)
 
     def _interpolate(self, ks: list[Tensor], h: Tensor, after: Tensor, reached: Tensor, accepted: Tensor) -> None:
         """y at the asked times within this step: Hairer, Nørsett & Wanner, Solving ODEs I, eq. II.6.7 and DOPRI5's `contd5`."""
@@ -282,8 +318,7 @@ class _Run:
 
     def _evaluate(self, stage: Stage, y: Tensor) -> tuple[Tensor, Tensor]:
         k, rate = stage(y)
-        self.nfe[self.samples] += self.running
-        return k, self.q.new_empty((len(y), 0)) if rate is None else rate.double()
+        return k, self.q.new_empty((len(y), 0)) if rate is None else rate
 
     def _combine(self, y: Tensor, ks: list[Tensor], h: Tensor, weights: Sequence[float]) -> Tensor:
         """y + h Σ w_j k_j."""
@@ -294,11 +329,34 @@ class _Run:
     def _norm(values: Tensor) -> Tensor:
         return (tree_sum(values.double().square()) / max(values[:1].numel(), 1)).sqrt()
 
-    def _refuse(self, bad: Tensor, reason: str) -> None:
-        if bool(bad.any()):
-            i = int(torch.nonzero(bad)[0])
-            sample, t, step = int(self.samples[i]), float(self.u[i]), float(self.h[i])
-            raise SolverError(reason, sample, t, int(self.nfe[sample]), step)
+
+class _Stochastic(_Run):
+    """Also carried: y' of the last accepted step."""
+
+    carried = (*_Run.carried, "before")
+    cost = 2
+
+    def __init__(self, field: NoisyField, y: Tensor, *args: object) -> None:
+        super().__init__(field, y, *args)  # type: ignore[arg-type]
+        self.field, self.before = field, self.y
+
+    def step(self) -> None:
+        h, size, last = self.trial()
+        reached = torch.where(last, self.end, self.u + h)
+        ends = torch.stack((self.u, reached))
+        first, second = self.field.at(ends, self.samples)
+        shape = (-1, *[1] * (self.y.ndim - 1))
+        length = h.to(self.y.dtype).view(shape)
+        z = self.field.noise(self.steps, self.samples)
+        kicks = [kick.to(z.dtype).view(shape) * z for kick in size.sqrt() * self.field.diffusion(ends)]
+        trial = self.y + length * first(self.y)[0] + kicks[0]
+        after = 0.5 * (trial + (self.y + length * second(trial)[0] + kicks[1]))
+        tolerance = (self.rtol * torch.maximum(trial.abs(), self.before.abs())).clamp(min=self.atol)
+        error = (tree_sum(((trial - after) / tolerance).double().square()) / max(after[:1].numel(), 1)).sqrt()
+        finite, accepted = error.isfinite(), self.running & (error <= 1)
+        factor = (0.9 * error.clamp(min=1e-10) ** -0.9).float().double()  # rounded: see _RungeKutta
+        next_h = size * torch.where(finite, factor, 0.1)
+        self.settle(accepted, finite, last, reached, next_h.clamp(max=self.span), {"y": after, "before": trial})
 
 
 def _weighted(weights: Sequence[float], stages: Tensor) -> Tensor:

@@ -330,12 +330,7 @@ class DDPM(Process):
         return lib(t).sqrt(-2 * self.drift(t))
 
     def time(self, ratio: Any) -> Any:
-        if lib(ratio) is not np:
-            return lib(ratio).as_tensor(self.time(ratio.double().cpu().numpy()), dtype=ratio.dtype, device=ratio.device)
-        # past the last level the last rate goes on, so that the caller sees by how much a level overshoots
-        target, table = -0.5 * np.log1p(np.square(ratio)), self._log_alpha
-        beyond = np.maximum(table[-1] - target, 0.0) / (table[-2] - table[-1])
-        return np.interp(-target, -table, np.arange(len(table))) + beyond
+        return _position(0.5 * lib(ratio).log1p(ratio * ratio), -self._log_alpha, 0)
 
 
 @dataclass(frozen=True)
@@ -388,13 +383,7 @@ class NCSN(Process):
         return self.sigma(t) * lib(t).sqrt(2 * _slope(t, self._log_sigma, 1))
 
     def time(self, ratio: Any) -> Any:
-        if lib(ratio) is not np:
-            return lib(ratio).as_tensor(self.time(ratio.double().cpu().numpy()), dtype=ratio.dtype, device=ratio.device)
-        # past the ladder's ends its last ratio goes on, as in DDPM
-        target, table = np.log(ratio), self._log_sigma
-        beyond = np.maximum(target - table[-1], 0.0) / (table[-1] - table[-2])
-        below = np.maximum(table[0] - target, 0.0) / (table[1] - table[0])
-        return np.interp(target, table, np.arange(1, len(table) + 1.0)) + beyond - below
+        return _position(lib(ratio).log(ratio), self._log_sigma, 1)
 
 
 PROCESSES: dict[str, type[Process]] = {c.name: c for c in (VE, VP, SubVP, DDPM, NCSN, EDM, OU)}
@@ -436,6 +425,15 @@ def _interpolate(t: Any, table: NDArray[np.float64], first: int) -> Any:
     values = torch.as_tensor(table, dtype=t.dtype, device=t.device)
     k = (t - first).floor().long().clamp(0, len(table) - 2)
     return values[k] + (t - first - k) * (values[k + 1] - values[k])
+
+
+def _position(value: Any, table: NDArray[np.float64], first: int) -> Any:
+    """The inverse of `_interpolate` for a rising table, whose end intervals go on beyond it: so that the caller sees by how
+    much a level overshoots."""
+    library = lib(value)
+    values = table if library is np else library.as_tensor(table, dtype=value.dtype, device=value.device)
+    k = library.searchsorted(values, value).clip(1, len(table) - 1)
+    return first + k - 1 + (value - values[k - 1]) / (values[k] - values[k - 1])
 
 
 def _slope(t: Any, table: NDArray[np.float64], first: int) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import inputs, processes
-from .errors import ConfigError
+from . import grids, inputs, processes
+from .errors import ConfigError, choose
 from .model import ScoreModel
 from .models.layers import TimeConditioned
 from .plan import default_time_input
@@ -86,8 +86,25 @@ def place_of(device: Any, x_init: Tensor | None, net: Any) -> torch.device:
     return place
 
 
-def sliced(cond: Any, lo: int, hi: int) -> Any:
-    """Entries lo … hi − 1 of a condition: a tensor, a dict of tensors, or None."""
+def picked(cond: Any, which: slice | Tensor) -> Any:
+    """Some samples' entries of a condition: a tensor, a dict of tensors, or None."""
     if isinstance(cond, dict):
-        return {key: value[lo:hi] for key, value in cond.items()}
-    return None if cond is None else cond[lo:hi]
+        return {key: value[which] for key, value in cond.items()}
+    return None if cond is None else cond[which]
+
+
+def check_path(process: Any, own: processes.Process) -> None:
+    """Refuse a process, or the name of one, that is not on the model's path: its own, or a chain on it."""
+    if process is None or process in (own, own.name):
+        return
+    if isinstance(process, str):
+        choose("sde", process, processes.PROCESSES)
+        if type(own) is grids.CHAINS.get(process):
+            return
+    elif not isinstance(process, processes.Process):
+        raise ConfigError(f"sde must be a name or a process such as fastdiff.VP(), got {type(process).__name__}")
+    elif grids.on_path(process, own):
+        return
+    raise ConfigError(
+        f"sde={process!r:.60} is not the process of this model, {own!r:.60}: leave sde out, or use sde={own.name!r}"
+    )

@@ -11,8 +11,9 @@ import torch
 from oracles import measured_order
 
 from fastdiff import ops
-from fastdiff.adaptive import METHODS, integrate
+from fastdiff.adaptive import integrate
 from fastdiff.errors import ConfigError, SolverError
+from fastdiff.tableaus import METHODS
 
 KINDS = pytest.mark.parametrize("backend", ["reference", "cpu"])
 

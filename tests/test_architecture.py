@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastdiff"
-HOST = {"checks", "errors", "table", "processes", "schedules", "grids", "predictions", "samplers", "solvers", "plan"}
+HOST = {"checks", "errors", "table", "processes", "schedules", "grids", "predictions", "samplers", "solvers", "plan", "tableaus", "charts"}
 TENSOR = {"ops", "runner", "graphs", "capture", "reference.row", "reference.noise", "kernels"}
 
 

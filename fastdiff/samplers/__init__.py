@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..errors import choose
 from ..processes import Process, require_linear
+from .adaptive import Adaptive, AdaptiveSDE
 from .base import Sampler
 from .langevin import ULA, AnnealedLangevin
 from .multistep import DEIS, LMS, SA, DPMSolverPP, UniPC
@@ -24,6 +25,8 @@ __all__ = [
     "SA",
     "SAMPLERS",
     "ULA",
+    "Adaptive",
+    "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
     "DPMSolver",
@@ -47,6 +50,8 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "pc": PredictorCorrector,
     "unipc": UniPC,
     "sa": SA,
+    "rk45": Adaptive,
+    "adaptive_sde": AdaptiveSDE,
 }
 # each process's own sampler; any other's is Euler-Maruyama
 DEFAULTS: dict[str, type[Sampler]] = {

@@ -1,0 +1,260 @@
+"""A network as the adaptive runner's right-hand side: the probability-flow ODE in a chart, and the reverse SDE in time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import marks, ops, predictions
+from .adaptive import Progress, Solution, Stage, integrate, integrate_sde
+from .charts import Chart, Place
+from .errors import ConfigError, SolverError
+from .model import Condition, call, check_output, evaluating, single_tensor
+from .models.layers import TimeConditioned
+from .predictions import Pair
+from .processes import Process
+from .progress import bar
+from .reference.noise import SAMPLER
+from .samplers import Adaptive, AdaptiveSDE
+from .subject import Subject, layout_of, parameters, picked, takes_features
+
+# (network, its input [B, *], which samples) -> its output, and the traces [B, K] of its Jacobian
+Trace = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
+
+MAX_FEATURES = 2**26  # bytes of what a network makes of the times of one step; beyond, it is asked in each stage
+
+
+class Flow:
+    """dy/du of the probability-flow ODE in a chart, and with a trace the divergence of that, for one batch.
+
+    With x = s·y, every prediction m and every chart it is P·y + q·m, and its divergence P·D + q·i·tr ∂m/∂(input), where
+    the network sees i·y: one call of the network for both.
+    """
+
+    def __init__(
+        self, subject: Subject, chart: Chart, shape: Sequence[int], cond: Condition, dtype: torch.dtype,
+        device: torch.device, trace: Trace | None = None,
+    ) -> None:  # fmt: skip
+        net = subject.net
+        self.subject, self.chart, self.cond, self.device, self.trace = subject, chart, cond, device, trace
+        self.shape, self.dtype = tuple(shape), dtype
+        parameter = next((p for p in parameters(net) if p.is_floating_point()), None)
+        self.net_dtype = dtype if parameter is None else parameter.dtype
+        self.layout = layout_of(net, len(shape) + 1)
+        self.knows_times = isinstance(net, TimeConditioned) and takes_features(net)
+        self.numbers = math.prod(shape)
+        self.last: tuple[Tensor, Condition] | None = None
+
+    def target(self, place: Place) -> Pair:
+        """(r, w) of what moves y: r·x̂0 + w·ε̂."""
+        return place.slopes
+
+    def at(self, u: Tensor, samples: Tensor) -> list[Stage]:
+        subject, process, place = self.subject, self.subject.process, self.chart.place(u)
+        t, alpha, sigma = place.t, place.alpha, place.sigma
+        source = predictions.coordinates(subject.prediction, process, t, alpha, sigma)
+        p, q = predictions.convert(source, self.target(place), alpha, sigma)
+        own = p * place.scale
+        inner = predictions.input_scale(subject.prediction, process, alpha, sigma) * place.scale
+        times = predictions.network_time(subject.time_input, process, t, alpha, sigma).to(self.dtype)
+        features = self._features(times)
+        columns = torch.stack((inner, own, q)).to(self.dtype).view(3, *u.shape, *[1] * len(self.shape))
+        cond = self._condition(samples)
+
+        def stage(k: int) -> Stage:
+            scale, mine, theirs = columns[:, k].unbind()
+
+            def network(x: Tensor) -> Tensor:
+                x = x.to(self.net_dtype).contiguous(memory_format=self.layout)
+                output = call(subject.net, x, times[k], cond, None if features is None else features[k])
+                output = output if isinstance(output, Tensor) else single_tensor(output)
+                return check_output(output, x.shape, self.device, subject.variance)[0].to(self.dtype)
+
+            def rates(y: Tensor) -> tuple[Tensor, Tensor | None]:
+                if self.trace is None:
+                    return torch.addcmul(mine * y, theirs, network(scale * y).detach()), None
+                m, traces = self.trace(network, scale * y, samples)
+                divergence = torch.addcmul((own[k] * self.numbers)[:, None], (q[k] * inner[k])[:, None], traces)
+                return torch.addcmul(mine * y, theirs, m), divergence
+
+            return rates
+
+        return [stage(k) for k in range(len(u))]
+
+    def _features(self, times: Tensor) -> Tensor | None:
+        """What the network makes of the times [S, B], [S, B, *], if it can do so beforehand."""
+        if not self.knows_times:
+            return None
+        one = self.subject.net.time_features(times[0, :1])
+        if one.nbytes * times.numel() > MAX_FEATURES:
+            return None
+        return self.subject.net.time_features(times.flatten()).view(*times.shape, *one.shape[1:])  # type: ignore[no-any-return]
+
+    def _condition(self, samples: Tensor) -> Condition:
+        if self.cond is None:
+            return None
+        if self.last is None or self.last[0] is not samples:
+            self.last = (samples, picked(self.cond, samples))
+        return self.last[1]
+
+
+class ReverseSDE(Flow):
+    """dx = (f x − g² score) dt + g dw, backwards in time (Song et al. 2021, eq. 6)."""
+
+    def __init__(self, operations: ModuleType, first: int, seed: int, *flow: Any) -> None:
+        super().__init__(*flow)
+        self.operations, self.first, self.seed, self.count = operations, first, seed, 0
+
+    def target(self, place: Place) -> Pair:
+        process = self.subject.process
+        f, g = process.drift(place.t), process.diffusion(place.t)
+        return f * place.alpha, f * place.sigma + g**2 / place.sigma
+
+    def diffusion(self, u: Tensor) -> Tensor:
+        return self.subject.process.diffusion(u)  # type: ignore[no-any-return]
+
+    def noise(self, attempt: int, samples: Tensor) -> Tensor:
+        # the counter names consecutive samples: those that are done are drawn for too, and left out
+        z = torch.empty((self.count, *self.shape), dtype=self.dtype, device=self.device)
+        self.operations.normal(z, ops.cursor(attempt, self.first, self.seed, self.device), SAMPLER)
+        return z if len(samples) == self.count else z[samples]
+
+
+def check(subject: Subject, solver: Adaptive | AdaptiveSDE) -> None:
+    """Refuse what cannot be integrated with steps of its own choice, and process without the needed functions."""
+    if subject.time_input == "index":
+        raise ConfigError(
+            "time_input='index' has whole steps only, and an adaptive solver stands between them: use a sampler of fixed "
+            "steps, such as 'ddim', or a network that takes time_input='t'"
+        )
+    if isinstance(solver, AdaptiveSDE):
+        Chart(subject.process, "t", "x")
+    else:
+        solver.chart(subject.process)
+
+
+def follow(
+    subject: Subject,
+    x: Tensor,
+    start: float,
+    end: float,
+    solver: Adaptive | AdaptiveSDE,
+    *,
+    operations: ModuleType,
+    cond: Condition = None,
+    traces: Callable[[int, int], Trace] | None = None,
+    integrals: int = 0,
+    states: int = 0,
+    seed: int = 0,
+    first_sample: int = 0,
+    batch: int = 2**32,
+    progress: bool | None = None,
+    what: str = "integrate",
+    denoise: bool = False,
+) -> Solution:
+    """x [B, *] taken along the flow (or the reverse SDE) from time `start` to `end`, batch by batch.
+
+    traces, integrals  (lo, hi) -> the trace for samples lo … hi − 1, and how many estimates it makes
+    states             so many states, evenly spaced in the solver's variable, from the start to the end
+    denoise            at the end of an SDE the mean of x0 (Tweedie's formula) instead of the sample
+
+    Raises SolverError with the process time and the index of the sample.
+    """
+    total = len(x)
+    found: list[Solution] = []
+    with contextlib.ExitStack() as stack:
+        for context in (evaluating(subject.net), torch.no_grad(), marks.range(what)):
+            stack.enter_context(context)
+        shown = stack.enter_context(bar(progress, total, what, "sample"))
+        for lo in range(0, total, batch):
+            hi = min(lo + batch, total)
+            trace = None if traces is None else traces(lo, hi)
+            leg = _Leg(subject, x[lo:hi], start, end, picked(cond, slice(lo, hi)), trace, operations)
+            try:
+                if isinstance(solver, AdaptiveSDE):
+                    found.append(leg.random(solver, first_sample + lo, seed, shown.update, denoise))
+                else:
+                    found.append(leg.flow(solver, integrals, states, shown.update))
+            except SolverError as error:
+                raise SolverError(error.reason, lo + error.sample, error.t, error.nfe, error.last_step) from None
+    return found[0] if len(found) == 1 else _joined(found, x, integrals, states)
+
+
+class _Leg:
+    """One batch on its way."""
+
+    def __init__(
+        self, subject: Subject, x: Tensor, start: float, end: float, cond: Condition, trace: Trace | None,
+        operations: ModuleType,
+    ) -> None:  # fmt: skip
+        self.subject, self.x, self.start, self.end, self.trace = subject, x, start, end, trace
+        self.operations = operations
+        self.common = (x.shape[1:], cond, x.dtype, x.device)
+
+    def flow(self, solver: Adaptive, integrals: int, states: int, progress: Progress) -> Solution:
+        chart = solver.chart(self.subject.process)
+        a, b = chart.of_time(self.start), chart.of_time(self.end)
+        times = [a + (b - a) * k / max(states - 1, 1) for k in range(states)]
+        if times:
+            times[-1] = b
+        scales = chart.place(torch.tensor([a, b, *times], dtype=torch.float64)).scale.tolist()
+        try:
+            found = integrate(
+                Flow(self.subject, chart, *self.common, self.trace), self.x / scales[0], a, b,
+                operations=self.operations, method=solver.method, rtol=solver.rtol, atol=solver.atol,
+                couple=solver.couple, max_nfe=solver.max_nfe, integrals=integrals, times=times, progress=progress,
+            )  # fmt: skip
+        except SolverError as error:
+            t = float(chart.place(torch.tensor([error.t], dtype=torch.float64)).t)
+            raise SolverError(error.reason, error.sample, t, error.nfe, error.last_step) from None
+        # log p_x = log p_y − D log s
+        shift = math.prod(self.x.shape[1:]) * (math.log(scales[1]) - math.log(scales[0]))
+        kept = found.states
+        for k in range(states):
+            kept[k] *= scales[2 + k]  # type: ignore[index]
+        return Solution(found.y * scales[1], found.integrals + shift, found.nfe, kept, found.calls)
+
+    def random(self, solver: AdaptiveSDE, first: int, seed: int, progress: Progress, denoise: bool) -> Solution:
+        chart = Chart(self.subject.process, "t", "x")
+        field = ReverseSDE(self.operations, first, seed, self.subject, chart, *self.common)
+        field.count = len(self.x)
+        found = integrate_sde(
+            field, self.x, self.start, self.end, operations=self.operations, rtol=solver.rtol, atol=solver.atol,
+            max_nfe=solver.max_nfe, progress=progress,
+        )  # fmt: skip
+        if not denoise:
+            return found
+        every = torch.arange(len(self.x), device=self.x.device)
+        end = torch.full((1, len(self.x)), self.end, dtype=torch.float64, device=self.x.device)
+        mean, _ = _Mean(self.subject, chart, *self.common).at(end, every)[0](found.y)
+        return Solution(mean, found.integrals, found.nfe + 1, None, found.calls + 1)
+
+
+class _Mean(Flow):
+    """x̂0 itself."""
+
+    def target(self, place: Place) -> Pair:
+        return 0.0 * place.sigma + 1.0, 0.0 * place.sigma
+
+
+def _joined(parts: list[Solution], x: Tensor, integrals: int, states: int) -> Solution:
+    if not parts:
+        none = torch.zeros(0, integrals, dtype=torch.float64, device=x.device)
+        kept = x.new_empty((states, *x.shape)) if states else None
+        return Solution(x.clone(), none, torch.zeros(0, dtype=torch.int64, device=x.device), kept, 0)
+    kept = torch.cat([part.states for part in parts], 1) if states else None  # type: ignore[misc]
+    y, q, nfe = (torch.cat([getattr(part, name) for part in parts]) for name in ("y", "integrals", "nfe"))
+    return Solution(y, q, nfe, kept, sum(part.calls for part in parts))
+
+
+def default_t_min(process: Process) -> float:
+    """Where likelihoods and encodings start: 1e-5 on continuous processes (score_sde's), else the lowest noisy level."""
+    if process.discrete:
+        return max(process.t_min, 1.0)
+    return process.t_min if process.name == "edm" else min(1e-5, process.t_min) if process.t_min > 0 else 1e-5

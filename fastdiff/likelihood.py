@@ -1,0 +1,344 @@
+"""What the probability-flow ODE gives: log-likelihoods, bits per dimension, latents and what lies between them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, flow, inputs, ops
+from .adaptive import Solution
+from .errors import ConfigError, DataError, ShapeError, choose, names_keywords
+from .model import ScoreModel
+from .reference.noise import PROBES
+from .reference.row import tree_sum
+from .samplers import Adaptive
+from .subject import check_path, place_of, subject_of
+from .traces import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus
+
+LONGEST_TRACE = 4096  # an exact trace takes that many backward passes in each evaluation
+MOST_PROBES = 10**6
+PASS = 2**17  # numbers of x in one pass of the network where the caller does not say
+HELD = 2**27  # numbers of the probes of one batch
+TRACES = ("hutchinson", "hutch++", "exact")
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """log p(x) of each sample, in nats.
+
+    nats    [B], float64
+    stderr  [B], the standard error of nats from the spread of the probes: NaN for a single one, 0 for the exact trace
+    latent  [B, *], where the flow takes x: about N(0, prior_std²)
+    nfe     [B], evaluations that each sample took
+    x       [B, *], the data themselves
+    """
+
+    nats: Tensor
+    stderr: Tensor
+    latent: Tensor
+    nfe: Tensor
+    x: Tensor | None = None
+
+
+@names_keywords
+def log_likelihood(
+    model: Any,
+    x: Tensor,
+    sde: Any = None,
+    *,
+    trace: str = "hutchinson",
+    probes: int = 1,
+    probe: str = "rademacher",
+    derivative: str = "reverse",
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    method: str = "dopri5",
+    variable: str | None = None,
+    form: str = "v",
+    couple: bool = False,
+    max_nfe: int = 100_000,
+    t_min: float | None = None,
+    prediction: str | None = None,
+    time_input: str | None = None,
+    cond: Any = None,
+    seed: int = 0,
+    first_sample: int = 0,
+    batch_size: int | None = None,
+    backend: str = "auto",
+    progress: bool | None = None,
+) -> LogLikelihood:
+    """log p(x) of data x [B, *shape] under the probability-flow ODE of a model (Song et al. 2021, eqs. 13, 39):
+
+        log p(x) = log N(x_T; 0, prior_std²) + ∫ ∇·(dx/dt) dt  from t_min to T, x_T where the flow takes x
+
+    x is data in the model's units, float32 or float64, which is then the precision of the run (the integral has float64).
+    The density is that of the state at t_min, which is the data up to noise of standard deviation σ(t_min).
+
+    trace         of the Jacobian in the divergence: "hutchinson" (an unbiased estimate), "hutch++" (a third of the `probes`
+                  capture the Jacobian's range, a third the rest: for Jacobians of low rank), "exact" (up to 4096 numbers)
+    probes        how many; each is one more backward pass in each evaluation, whose spread is the standard error
+    probe         "rademacher" (±1) or "normal"; the same probes all along the flow, those of (seed, first_sample + i)
+    derivative    "reverse" (one call of the network in each evaluation, for value and all probes) or "forward" (one for each
+                  probe, without a graph in memory)
+    rtol, atol, method, variable, form, couple, max_nfe    see fastdiff.samplers.Adaptive
+    t_min         default 1e-5 on continuous processes, σ_min on EDM, the first level on chains
+    batch_size    samples in one call of the network; None: about 2**17 numbers. It changes no sample's steps
+    other arguments as in fastdiff.sample
+
+    Raises ConfigError, ShapeError, DTypeError, DeviceError or DataError before any work, ModelOutputError where the network
+    gives no gradient, SolverError where the flow cannot be integrated: nothing half-integrated is returned.
+    """
+    solver = Adaptive(method, rtol, atol, variable, form, couple, max_nfe)
+    run = _Run(model, x, sde, solver, t_min, prediction, time_input, cond, backend, "x")
+    traces, estimates = run.traces(trace, probes, probe, derivative, seed, first_sample)
+    found = run.follow(True, batch_size, progress, "likelihood", traces=traces, integrals=estimates, columns=probes)
+    std, numbers = run.subject.process.prior_std, math.prod(run.subject.shape)
+    prior = -0.5 * (tree_sum((found.y.double() / std) ** 2) + numbers * math.log(2 * math.pi * std**2))
+    spread = found.integrals.std(1) if estimates > 1 else torch.full_like(prior, 0.0 if trace == "exact" else math.nan)
+    nats = prior + found.integrals.mean(1)
+    return LogLikelihood(nats, spread / math.sqrt(estimates), found.y, found.nfe, run.x)
+
+
+@names_keywords
+def encode(
+    model: Any, x: Tensor, sde: Any = None, *, rtol: float = 1e-5, atol: float = 1e-5, method: str = "dopri5",
+    variable: str | None = None, form: str = "v", couple: bool = False, max_nfe: int = 100_000, t_min: float | None = None,
+    prediction: str | None = None, time_input: str | None = None, cond: Any = None, batch_size: int | None = None,
+    backend: str = "auto", progress: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """The latent x_T [B, *] of data x [B, *]: where the probability-flow ODE takes it from t_min to T, about N(0, prior_std²).
+
+    Arguments and errors as in `log_likelihood`; `decode` is the way back.
+    """
+    solver = Adaptive(method, rtol, atol, variable, form, couple, max_nfe)
+    run = _Run(model, x, sde, solver, t_min, prediction, time_input, cond, backend, "x")
+    return run.follow(True, batch_size, progress, "encode").y
+
+
+@names_keywords
+def decode(
+    model: Any, z: Tensor, sde: Any = None, *, temperature: float = 1.0, rtol: float = 1e-5, atol: float = 1e-5,
+    method: str = "dopri5", variable: str | None = None, form: str = "v", couple: bool = False, max_nfe: int = 100_000,
+    t_min: float | None = None, prediction: str | None = None, time_input: str | None = None, cond: Any = None,
+    batch_size: int | None = None, backend: str = "auto", progress: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """Data x [B, *] of a latent z [B, *]: where the probability-flow ODE takes temperature·z from T to t_min.
+
+    temperature   below 1 towards the typical, above 1 towards the rare (Kingma & Dhariwal 2018, §6: of the prior's std)
+
+    Other arguments and errors as in `log_likelihood`.
+    """
+    heat = checks.number("temperature", temperature, 0)
+    solver = Adaptive(method, rtol, atol, variable, form, couple, max_nfe)
+    run = _Run(model, z, sde, solver, t_min, prediction, time_input, cond, backend, "z")
+    run.x = heat * run.x
+    return run.follow(False, batch_size, progress, "decode").y
+
+
+@names_keywords
+def interpolate(
+    model: Any, xa: Tensor, xb: Tensor, weights: Any, *, mode: str = "spherical", cond: Any = None, **options: Any
+) -> Tensor:
+    """Data [W, B, *] between xa and xb [B, *], through their latents: W weights from 0 (xa) to 1 (xb).
+
+    mode      "spherical": sin((1−w)Ω)/sin Ω · za + sin(wΩ)/sin Ω · zb, Ω the angle between the latents, so that what lies
+              between is as long as they are (Shoemake 1985; Song et al. 2021, appendix D.2); "linear": (1−w) za + w zb
+    cond      of both ends, [B, …]
+    options   `temperature` of the way back, and all of `encode`
+
+    Raises as `encode`.
+    """
+    choose("mode", mode, ("spherical", "linear"))
+    share = checks.sequence("weights", weights)
+    if not share:
+        raise ConfigError("weights must hold at least one number, such as torch.linspace(0, 1, 8), got none")
+    if isinstance(xa, Tensor) and isinstance(xb, Tensor) and (xa.shape != xb.shape or xa.dtype != xb.dtype):
+        raise ShapeError(f"xa and xb must be alike, got {tuple(xa.shape)} {xa.dtype} and {tuple(xb.shape)} {xb.dtype}")
+    back = options.pop("temperature", 1.0)
+    checks.number("temperature", back, 0)
+    za, zb = (encode(model, end, cond=cond, **options) for end in (xa, xb))
+    a, b = za.flatten(1).double(), zb.flatten(1).double()
+    w = torch.tensor(share, dtype=torch.float64, device=za.device)[:, None]
+    of_a, of_b = 1 - w, w
+    if mode == "spherical":
+        lengths = a.norm(dim=1) * b.norm(dim=1)
+        angle = torch.acos(((a * b).sum(1) / lengths.clamp(min=1e-300)).clamp(-1, 1))[None]
+        flat = angle.sin() < 1e-6  # along one line there is no arc
+        whole = torch.where(flat, 1.0, angle.sin())
+        of_a, of_b = (torch.where(flat, v, (v * angle).sin() / whole) for v in (of_a, of_b))
+    mixed = (of_a[..., None] * a + of_b[..., None] * b).to(za.dtype).view(len(share), *za.shape)
+    every = {"cond": _repeated(cond, len(share)), **options}
+    return decode(model, mixed.flatten(0, 1), temperature=back, **every).view_as(mixed)
+
+
+def bits_per_dim(ll: LogLikelihood, data_range: tuple[float, float], bins: int = 256) -> Tensor:
+    """−log₂ P of discrete data for each of its D numbers, [B], bounded by the density over its bins (Theis et al. 2016, §3.1):
+
+        −nats/(D ln 2) + log₂ bins − log₂(hi − lo)
+
+    for data dequantised uniformly within its `bins` levels, which fill data_range = (lo, hi); 8 bits add 7 in [−1, 1] and 8
+    in [0, 1]. `fastdiff.dequantize` makes such data.
+
+    Raises DataError where the data leaves its range; warns once where it still stands on levels (a density at points
+    says nothing of bins).
+    """
+    low, high = checks.pair("data_range", data_range)
+    bins = checks.integer("bins", bins, 2, 2**32)
+    if not isinstance(ll, LogLikelihood):
+        raise ConfigError(f"ll must be what fastdiff.log_likelihood returns, got {type(ll).__name__}")
+    numbers = max(math.prod(ll.latent.shape[1:]), 1)
+    if ll.x is not None and ll.x.numel():
+        _check_bins(ll.x, low, high, bins)
+    return -ll.nats / (numbers * math.log(2)) + math.log2(bins) - math.log2(high - low)
+
+
+def dequantize(
+    levels: Tensor,
+    data_range: tuple[float, float],
+    bins: int = 256,
+    *,
+    seed: int = 0,
+    draw: int = 0,
+    first_sample: int = 0,
+) -> Tensor:
+    """lo + (hi − lo)(k + u)/bins, u ~ U[0, 1), for levels k = 0 … bins − 1 [B, *] of any integer dtype; float64.
+
+    Row i's noise is that of (seed, draw, first_sample + i): u is the probability below one of fastdiff's normals.
+    """
+    low, high = checks.pair("data_range", data_range)
+    bins = checks.integer("bins", bins, 2, 2**32)
+    if not isinstance(levels, Tensor) or levels.is_floating_point() or levels.dtype == torch.bool:
+        kind = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__
+        raise DataError(f"levels must be a tensor of integers 0 … {bins - 1}, got {kind}")
+    if levels.ndim < 2:
+        raise ShapeError(f"levels must have shape [B, *], an axis of samples first, got {tuple(levels.shape)}")
+    if levels.numel() and not 0 <= int(levels.min()) <= int(levels.max()) < bins:
+        raise DataError(f"levels must lie in 0 … {bins - 1}, got {int(levels.min())} … {int(levels.max())}")
+    z = ops.normal(
+        len(levels), levels.shape[1:], seed=seed, draw=draw, first_sample=first_sample, stream=PROBES + 256,
+        device=levels.device,
+    )  # fmt: skip
+    inside = torch.special.ndtr(z.double()).clamp(max=1 - 2.0**-53)
+    return low + (high - low) * ((levels.double() + inside) / bins)
+
+
+class _Run:
+    """What the public functions share: their arguments checked, and the way along the flow."""
+
+    def __init__(
+        self, model: Any, x: Any, sde: Any, solver: Adaptive, t_min: float | None, prediction: str | None,
+        time_input: str | None, cond: Any, backend: str, name: str,
+    ) -> None:  # fmt: skip
+        inputs.check_floating(name, x)
+        if x.ndim < 2:
+            raise ShapeError(f"{name} must have shape [B, *shape], an axis of samples first, got {tuple(x.shape)}")
+        shape = None if isinstance(model, ScoreModel) else tuple(x.shape[1:])
+        self.subject = subject_of(model, sde, shape, prediction, time_input, None)
+        check_path(sde, self.subject.process)
+        flow.check(self.subject, solver)
+        self.device = place_of(x.device, x, self.subject.net)
+        inputs.check_tensor(name, x, (len(x), *self.subject.shape), self.device, finite=True)
+        inputs.check_condition(cond, len(x), self.device, finite=True)
+        process = self.subject.process
+        low = flow.default_t_min(process)
+        self.t_min = low if t_min is None else checks.number("t_min", t_min, 0, float(process.T), above=True)
+        if process.discrete and self.t_min < low:
+            raise ConfigError(
+                f"t_min must be at least {low:g}, the first noisy level of {process.name!r}, got {t_min:g}"
+            )
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.backend, _, _ = ops.resolve(backend, "eager", self.device, dtype)
+        self.operations, self.solver, self.cond = ops.backend_module(self.backend), solver, cond
+        with torch.inference_mode(False):
+            self.x = x.detach().to(dtype).clone(memory_format=torch.contiguous_format)
+
+    def traces(
+        self, trace: str, probes: int, probe: str, derivative: str, seed: int, first_sample: int
+    ) -> tuple[Callable[[int, int], flow.Trace], int]:
+        """(lo, hi) -> the trace for samples lo … hi − 1, and how many estimates it makes."""
+        choose("trace", trace, TRACES)
+        choose("probe", probe, ("rademacher", "normal"))
+        kind = DERIVATIVES[choose("derivative", derivative, DERIVATIVES)]
+        count = checks.integer("probes", probes, 1, MOST_PROBES)
+        seed = checks.integer("seed", seed, 0, 2**64 - 1)
+        first = checks.integer("first_sample", first_sample, 0, 2**32 - 1 - len(self.x))
+        numbers = math.prod(self.subject.shape)
+        if trace == "exact":
+            if numbers > LONGEST_TRACE:
+                raise ConfigError(
+                    f"trace='exact' costs {numbers} backward passes in each evaluation for samples of {numbers} numbers, more "
+                    f"than {LONGEST_TRACE}: use trace='hutchinson' with as many probes as the standard error asks for"
+                )
+            return lambda lo, hi: Exact(kind), 1
+        if count * numbers > HELD:
+            raise ConfigError(
+                f"probes={count} of {numbers} numbers would hold more than {HELD} numbers for one sample: average the "
+                "likelihoods of several seeds"
+            )
+        if trace == "hutch++" and (count % 3 or count // 3 >= numbers):
+            raise ConfigError(
+                f"probes must be a multiple of 3, less than 3·{numbers}, with trace='hutch++' on {numbers} numbers, got "
+                f"{count}" + ("" if count % 3 else ": use trace='exact'")
+            )
+
+        def drawn(first_draw: int, how_many: int, lo: int, hi: int) -> Tensor:
+            found = self.x.new_empty((how_many, hi - lo, *self.subject.shape))
+            for k in range(how_many):
+                getattr(self.operations, probe)(
+                    found[k], ops.cursor(first_draw + k, first + lo, seed, self.device), PROBES
+                )
+            return found
+
+        if trace == "hutchinson":
+            return lambda lo, hi: Hutchinson(kind, drawn(0, count, lo, hi)), count
+        third = count // 3
+        return lambda lo, hi: HutchPlusPlus(kind, drawn(third, third, lo, hi), drawn(0, third, lo, hi)), third
+
+    def follow(
+        self, forth: bool, batch_size: int | None, progress: bool | None, what: str, columns: int = 1, **options: Any
+    ) -> Solution:
+        """From t_min to T (`forth`), or back."""
+        numbers = max(math.prod(self.subject.shape), 1)
+        batch = max(1, min(PASS // numbers, HELD // (numbers * columns), 2**22 // columns))
+        batch = batch if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
+        if self.solver.couple and batch < len(self.x):
+            raise ConfigError(
+                f"couple=True takes its step from the whole batch, and batch_size={batch} < {len(self.x)} would change it: "
+                f"use couple=False, or batch_size={len(self.x)}"
+            )
+        ends = (self.t_min, float(self.subject.process.T))
+        with torch.inference_mode(False):
+            return flow.follow(
+                self.subject, self.x, *(ends if forth else ends[::-1]), self.solver, operations=self.operations,
+                cond=self.cond, batch=batch, progress=progress, what=what, **options,
+            )  # fmt: skip
+
+
+def _check_bins(x: Tensor, low: float, high: float, bins: int) -> None:
+    least, most = (float(end) for end in x.aminmax())
+    slack = 1e-4 * (high - low)
+    if least < low - slack or most > high + slack:
+        raise DataError(
+            f"the data must lie in data_range=({low:g}, {high:g}), got {least:g} … {most:g}: scale it, or give its range"
+        )
+    some = x.flatten()[: 2**16].double()
+    # levels are lo + (k + ½)·width or lo + k·width (hi − lo)/(bins − 1): either way few distinct numbers
+    if len(some) > 4 * bins and len(some.unique()) <= bins:
+        warnings.warn(
+            f"the data stand on at most {bins} levels: bits per dimension of discrete data need it dequantised "
+            "(fastdiff.dequantize), as a density at points says nothing of bins",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _repeated(cond: Any, times: int) -> Any:
+    if isinstance(cond, dict):
+        return {key: _repeated(value, times) for key, value in cond.items()}
+    return None if cond is None else cond.repeat(times, *[1] * (cond.ndim - 1))

@@ -1,0 +1,14 @@
+"""Progress bars."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+def bar(progress: bool | None, total: int, what: str, unit: str) -> Any:
+    """A bar on stderr; None: if that is a terminal."""
+    shown = sys.stderr.isatty() if progress is None else progress
+    return tqdm(total=total, desc=what, unit=unit, disable=not shown, leave=False)
