@@ -25,7 +25,10 @@ Stage = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 class Field(Protocol):
-    """The right-hand side: what evaluations at u [S, B] share is made at once, for S stages of the samples [B]."""
+    """The right-hand side: what evaluations at u [S, B] share is made at once, for S stages of the samples [B].
+
+    u is [S, 1] where all samples are at one place.
+    """
 
     def at(self, u: Tensor, samples: Tensor) -> Sequence[Stage]: ...
 
@@ -240,12 +243,13 @@ class _RungeKutta(_Run):
 
     def begin(self) -> None:
         """The first stage, and a first step by Hairer, Nørsett & Wanner, Solving ODEs I, II.4."""
-        self.k, self.rate = self._evaluate(self.field.at(self.u[None], self.samples)[0], self.y)
+        self.k, self.rate = self._evaluate(self._at(self.u[None])[0], self.y)
         scale = self.atol + self.rtol * self.y.abs()
         size, slope = self._norm(self.y / scale), self._norm(self.k / scale)
         first = torch.where((size < 1e-5) | (slope < 1e-5), 1e-6 * self.span, 0.01 * size / slope).clamp(max=self.span)
+        first = first.min().expand_as(first) if self.couple else first
         trial = self._combine(self.y, [self.k], self.sign * first, (1.0,))
-        k, _ = self._evaluate(self.field.at((self.u + self.sign * first)[None], self.samples)[0], trial)
+        k, _ = self._evaluate(self._at((self.u + self.sign * first)[None])[0], trial)
         self.spent += 2
         self.calls += 2
         bend = torch.maximum(self._norm((k - self.k) / scale) / first, slope)
@@ -261,7 +265,7 @@ class _RungeKutta(_Run):
         t, (h, size, last) = self.tableau, self.trial()
         u = torch.where(last & (self.nodes == 1), self.end, self.u + self.nodes * h)
         ks, rates, after = [self.k], [self.rate], self.y
-        for i, stage in enumerate(self.field.at(u, self.samples)):
+        for i, stage in enumerate(self._at(u)):
             after = self._combine(self.y, ks, h, t.a[i])
             k, rate = self._evaluate(stage, after)
             ks.append(k)
@@ -315,6 +319,9 @@ class _RungeKutta(_Run):
             value = self.y + s * (rise + (1 - s) * ((first - rise) + s * (bend + (1 - s) * high)))
             mask = inside.view(shape)
             self.states[m, self.samples] = torch.where(mask, value, self.states[m, self.samples])
+
+    def _at(self, u: Tensor) -> Sequence[Stage]:
+        return self.field.at(u[:, :1] if self.couple else u, self.samples)
 
     def _evaluate(self, stage: Stage, y: Tensor) -> tuple[Tensor, Tensor]:
         k, rate = stage(y)

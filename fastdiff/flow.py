@@ -72,7 +72,7 @@ class Flow:
 
             def network(x: Tensor) -> Tensor:
                 x = x.to(self.net_dtype).contiguous(memory_format=self.layout)
-                output = call(subject.net, x, times[k], cond, None if features is None else features[k])
+                output = call(subject.net, x, times[k].expand(len(x)), cond, None if features is None else features[k])
                 output = output if isinstance(output, Tensor) else single_tensor(output)
                 return check_output(output, x.shape, self.device, subject.variance)[0].to(self.dtype)
 

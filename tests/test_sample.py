@@ -27,8 +27,13 @@ def score(x, t):
     return -x / variance.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
+CHOOSING = ("rk45", "adaptive_sde")  # their steps themselves
+
+
 def draw(**options):
     options = {"model": score, "sde": "vp", "steps": 12, "shape": (5,), "num_samples": 8, **options}
+    if options.get("sampler") in CHOOSING:
+        del options["steps"]
     return fastdiff.sample(**options)
 
 
