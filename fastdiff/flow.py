@@ -15,6 +15,7 @@ from . import marks, ops, predictions
 from .adaptive import Progress, Solution, Stage, integrate, integrate_sde
 from .charts import Chart, Place
 from .errors import ConfigError, SolverError
+from .losses import SHORTEST
 from .model import Condition, call, check_output, evaluating, single_tensor
 from .models.layers import TimeConditioned
 from .predictions import Pair
@@ -22,10 +23,11 @@ from .processes import Process
 from .progress import bar
 from .reference.noise import SAMPLER
 from .samplers import Adaptive, AdaptiveSDE
+from .samplers.base import last_noisy
 from .subject import Subject, layout_of, parameters, picked, takes_features
 
-# (network, its input [B, *], which samples) -> its output, and the traces [B, K] of its Jacobian
-Trace = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
+# (network, its input [B, *], which samples) -> its output, and estimates of the traces of its Jacobian and of 1 (fastdiff.traces)
+Trace = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 MAX_FEATURES = 2**26  # bytes of what a network makes of the times of one step; beyond, it is asked in each stage
 
@@ -33,7 +35,7 @@ MAX_FEATURES = 2**26  # bytes of what a network makes of the times of one step; 
 class Flow:
     """dy/du of the probability-flow ODE in a chart, and with a trace the divergence of that, for one batch.
 
-    With x = s·y, every prediction m and every chart it is P·y + q·m, and its divergence P·D + q·i·tr ∂m/∂(input), where
+    With x = s·y, every prediction m and every chart it is P·y + q·m, and its divergence P·tr 1 + q·i·tr ∂m/∂(input), where
     the network sees i·y: one call of the network for both.
     """
 
@@ -48,7 +50,6 @@ class Flow:
         self.net_dtype = dtype if parameter is None else parameter.dtype
         self.layout = layout_of(net, len(shape) + 1)
         self.knows_times = isinstance(net, TimeConditioned) and takes_features(net)
-        self.numbers = math.prod(shape)
         self.last: tuple[Tensor, Condition] | None = None
 
     def target(self, place: Place) -> Pair:
@@ -56,14 +57,16 @@ class Flow:
         return place.slopes
 
     def at(self, u: Tensor, samples: Tensor) -> list[Stage]:
-        subject, process, place = self.subject, self.subject.process, self.chart.place(u)
+        subject, process = self.subject, self.subject.process
+        place = self.chart.place(_exact(u))
         t, alpha, sigma = place.t, place.alpha, place.sigma
         source = predictions.coordinates(subject.prediction, process, t, alpha, sigma)
         p, q = predictions.convert(source, self.target(place), alpha, sigma)
         own = p * place.scale
         inner = predictions.input_scale(subject.prediction, process, alpha, sigma) * place.scale
-        times = predictions.network_time(subject.time_input, process, t, alpha, sigma).to(self.dtype)
-        features = self._features(times)
+        time = predictions.network_time(subject.time_input, process, t, alpha, sigma)
+        inner, own, q, time = (torch.as_tensor(value, device=self.device) for value in (inner, own, q, time))
+        times, features = time.to(self.dtype), self._features(time.to(self.dtype))
         columns = torch.stack((inner, own, q)).to(self.dtype).view(3, *u.shape, *[1] * len(self.shape))
         cond = self._condition(samples)
 
@@ -79,8 +82,8 @@ class Flow:
             def rates(y: Tensor) -> tuple[Tensor, Tensor | None]:
                 if self.trace is None:
                     return torch.addcmul(mine * y, theirs, network(scale * y).detach()), None
-                m, traces = self.trace(network, scale * y, samples)
-                divergence = torch.addcmul((own[k] * self.numbers)[:, None], (q[k] * inner[k])[:, None], traces)
+                m, traces, of_unit = self.trace(network, scale * y, samples)
+                divergence = torch.addcmul(own[k, :, None] * of_unit, (q[k] * inner[k])[:, None], traces)
                 return torch.addcmul(mine * y, theirs, m), divergence
 
             return rates
@@ -117,13 +120,19 @@ class ReverseSDE(Flow):
         return f * place.alpha, f * place.sigma + g**2 / place.sigma
 
     def diffusion(self, u: Tensor) -> Tensor:
-        return self.subject.process.diffusion(u)  # type: ignore[no-any-return]
+        return torch.as_tensor(self.subject.process.diffusion(_exact(u)), device=self.device)
 
     def noise(self, attempt: int, samples: Tensor) -> Tensor:
         # the counter names consecutive samples: those that are done are drawn for too, and left out
         z = torch.empty((self.count, *self.shape), dtype=self.dtype, device=self.device)
         self.operations.normal(z, ops.cursor(attempt, self.first, self.seed, self.device), SAMPLER)
         return z if len(samples) == self.count else z[samples]
+
+
+def _exact(u: Tensor) -> Any:
+    """u as an array where it is on the host: numpy's functions round alike wherever in a batch a number stands, torch's do
+    not, and no sample's numbers may depend on what is beside it. (A GPU computes each number by itself.)"""
+    return u.numpy() if u.device.type == "cpu" else u
 
 
 def check(subject: Subject, solver: Adaptive | AdaptiveSDE) -> None:
@@ -254,7 +263,7 @@ def _joined(parts: list[Solution], x: Tensor, integrals: int, states: int) -> So
 
 
 def default_t_min(process: Process) -> float:
-    """Where likelihoods and encodings start: 1e-5 on continuous processes (score_sde's), else the lowest noisy level."""
+    """Where likelihoods and encodings start: at 1e-5 (score_sde's), on EDM and chains at their lowest noise."""
     if process.discrete:
-        return max(process.t_min, 1.0)
-    return process.t_min if process.name == "edm" else min(1e-5, process.t_min) if process.t_min > 0 else 1e-5
+        return last_noisy(process)
+    return process.t_min if process.name == "edm" else min(SHORTEST, process.t_min or SHORTEST)

@@ -54,7 +54,7 @@ def log_likelihood(
     *,
     trace: str = "hutchinson",
     probes: int = 1,
-    probe: str = "rademacher",
+    probe: str | None = None,
     derivative: str = "reverse",
     rtol: float = 1e-5,
     atol: float = 1e-5,
@@ -83,7 +83,8 @@ def log_likelihood(
     trace         of the Jacobian in the divergence: "hutchinson" (an unbiased estimate), "hutch++" (a third of the `probes`
                   capture the Jacobian's range, a third the rest: for Jacobians of low rank), "exact" (up to 4096 numbers)
     probes        how many; each is one more backward pass in each evaluation, whose spread is the standard error
-    probe         "rademacher" (±1) or "normal"; the same probes all along the flow, those of (seed, first_sample + i)
+    probe         of "hutchinson": "rademacher" (±1, the default) or "normal"; the same
+                  probes all along the flow, those of (seed, first_sample + i)
     derivative    "reverse" (one call of the network in each evaluation, for value and all probes) or "forward" (one for each
                   probe, without a graph in memory)
     rtol, atol, method, variable, form, couple, max_nfe    see fastdiff.samplers.Adaptive
@@ -100,9 +101,14 @@ def log_likelihood(
     found = run.follow(True, batch_size, progress, "likelihood", traces=traces, integrals=estimates, columns=probes)
     std, numbers = run.subject.process.prior_std, math.prod(run.subject.shape)
     prior = -0.5 * (tree_sum((found.y.double() / std) ** 2) + numbers * math.log(2 * math.pi * std**2))
-    spread = found.integrals.std(1) if estimates > 1 else torch.full_like(prior, 0.0 if trace == "exact" else math.nan)
-    nats = prior + found.integrals.mean(1)
-    return LogLikelihood(nats, spread / math.sqrt(estimates), found.y, found.nfe, run.x)
+    mean = found.integrals.mean(1, keepdim=True)
+    square = (
+        (found.integrals - mean).square().sum(1) / (estimates - 1)
+        if estimates > 1
+        else torch.full_like(prior, math.nan)
+    )
+    stderr = torch.zeros_like(prior) if trace == "exact" else (square / estimates).sqrt()
+    return LogLikelihood(prior + mean[:, 0], stderr, found.y, found.nfe, run.x)
 
 
 @names_keywords
@@ -141,7 +147,6 @@ def decode(
     return run.follow(False, batch_size, progress, "decode").y
 
 
-@names_keywords
 def interpolate(
     model: Any, xa: Tensor, xb: Tensor, weights: Any, *, mode: str = "spherical", cond: Any = None, **options: Any
 ) -> Tensor:
@@ -259,11 +264,13 @@ class _Run:
             self.x = x.detach().to(dtype).clone(memory_format=torch.contiguous_format)
 
     def traces(
-        self, trace: str, probes: int, probe: str, derivative: str, seed: int, first_sample: int
+        self, trace: str, probes: int, probe: str | None, derivative: str, seed: int, first_sample: int
     ) -> tuple[Callable[[int, int], flow.Trace], int]:
         """(lo, hi) -> the trace for samples lo … hi − 1, and how many estimates it makes."""
         choose("trace", trace, TRACES)
-        choose("probe", probe, ("rademacher", "normal"))
+        if probe is not None and trace != "hutchinson":
+            raise ConfigError(f"probe={probe!r} belongs to trace='hutchinson', not to {trace!r}: leave it out")
+        choose("probe", probe or "rademacher", ("rademacher", "normal"))
         kind = DERIVATIVES[choose("derivative", derivative, DERIVATIVES)]
         count = checks.integer("probes", probes, 1, MOST_PROBES)
         seed = checks.integer("seed", seed, 0, 2**64 - 1)
@@ -287,18 +294,19 @@ class _Run:
                 f"{count}" + ("" if count % 3 else ": use trace='exact'")
             )
 
-        def drawn(first_draw: int, how_many: int, lo: int, hi: int) -> Tensor:
-            found = self.x.new_empty((how_many, hi - lo, *self.subject.shape))
-            for k in range(how_many):
-                getattr(self.operations, probe)(
-                    found[k], ops.cursor(first_draw + k, first + lo, seed, self.device), PROBES
-                )
-            return found
+        def drawn(probe: str, draw: int, how_many: int, lo: int, hi: int) -> Tensor:
+            found = self.x.new_empty((hi - lo, how_many, *self.subject.shape))
+            getattr(self.operations, probe)(found, ops.cursor(draw, first + lo, seed, self.device), PROBES)
+            return found.transpose(0, 1).contiguous()
 
         if trace == "hutchinson":
-            return lambda lo, hi: Hutchinson(kind, drawn(0, count, lo, hi)), count
+            return lambda lo, hi: Hutchinson(kind, drawn(probe or "rademacher", 0, count, lo, hi)), count
         third = count // 3
-        return lambda lo, hi: HutchPlusPlus(kind, drawn(third, third, lo, hi), drawn(0, third, lo, hi)), third
+
+        def hutch_plus_plus(lo: int, hi: int) -> flow.Trace:
+            return HutchPlusPlus(kind, drawn("normal", 1, third, lo, hi), drawn("normal", 0, third, lo, hi))
+
+        return hutch_plus_plus, third
 
     def follow(
         self, forth: bool, batch_size: int | None, progress: bool | None, what: str, columns: int = 1, **options: Any

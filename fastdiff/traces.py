@@ -1,13 +1,17 @@
 """Traces of a network's Jacobian J = ∂m/∂x for each sample, from one call of the network: exact, Hutchinson's, Hutch++.
 
-Each is a function (network, x [B, *], samples) -> (m [B, *], estimates [B, K]); the K estimates are independent of each
-other given what they share, so that their spread is the standard error of their mean.
+Each is a function (network, x [B, *], samples) -> (m [B, *], estimates [B, K] of tr J, [B or 1, K or 1] of tr 1); the K
+estimates are independent of each other given what they share, so that their spread is the standard error of their mean.
+Of the unit matrix an estimator makes what suits it: Hutchinson's is |v|² = D for ±1, but for normals the same probe's |v|²,
+so that the estimate is ⟨v, Av⟩ for the whole Jacobian A = P·1 + q·J of a field, which is less spread than that of J alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,9 +21,11 @@ from .errors import ModelOutputError
 
 Network = Callable[[Tensor], Tensor]
 
+AT_ONCE = 2**11  # numbers in one backward pass of many probes; of more, each probe's own pass is as fast and holds less
+
 
 class Reverse:
-    """m, and Jᵀv by a backward pass for each v through the one graph."""
+    """m, and Jᵀv by a backward pass for each v through the one graph: where there are few numbers, for many v at once."""
 
     def __init__(self, network: Network, x: Tensor) -> None:
         with torch.enable_grad():
@@ -27,16 +33,26 @@ class Reverse:
             self.output = network(self.x)
         self.m = self.output.detach()
 
-    def product(self, v: Tensor) -> Tensor:
+    def product(self, v: Tensor, batched: bool = False) -> Tensor:
         found = None
         if self.output.requires_grad:
-            (found,) = torch.autograd.grad(self.output, self.x, v, retain_graph=True, allow_unused=True)
+            (found,) = torch.autograd.grad(
+                self.output, self.x, v, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
         if found is None:
             raise ModelOutputError(
                 "the divergence needs gradients through the model, and its output has none with respect to x: look in it "
                 "for no_grad, detach, argmax or numpy"
             )
         return found
+
+    def products(self, vs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(v, Jᵀv) for vs [n, B, *], as [some, B, *]."""
+        size = max(1, AT_ONCE // max(self.x.numel(), 1))
+        for some in vs.split(size) if size > 1 and len(vs) > 1 else ():
+            yield some, self.product(some, batched=True)
+        for v in vs if size == 1 or len(vs) == 1 else ():
+            yield v[None], self.product(v)[None]
 
 
 class Forward:
@@ -64,6 +80,11 @@ class Forward:
             )
         return tangent
 
+    def products(self, vs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(v, Jv) for vs [n, B, *], as [1, B, *]."""
+        for v in vs:
+            yield v[None], self.product(v)[None]
+
 
 DERIVATIVES: dict[str, type[Reverse] | type[Forward]] = {"reverse": Reverse, "forward": Forward}
 
@@ -74,14 +95,17 @@ class Exact:
 
     derivative: type[Reverse] | type[Forward]
 
-    def __call__(self, network: Network, x: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-        j = self.derivative(network, x)
+    def __call__(self, network: Network, x: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        j, numbers = self.derivative(network, x), x[0].numel()
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        for k in range(x[0].numel()):
-            unit = torch.zeros_like(x)
-            unit.flatten(1)[:, k] = 1
-            total += j.product(unit).flatten(1)[:, k]
-        return j.m, total[:, None]
+        size = max(1, AT_ONCE // max(x.numel(), 1))
+        for first in range(0, numbers, size):
+            which = torch.arange(first, min(first + size, numbers), device=x.device)
+            units = torch.zeros((len(which), *x.shape), dtype=x.dtype, device=x.device)
+            units.flatten(2)[torch.arange(len(which), device=x.device), :, which] = 1
+            for unit, product in j.products(units):
+                total += _dots(unit, product).sum(0)
+        return j.m, total[:, None], total.new_full((1, 1), numbers)
 
 
 @dataclass(frozen=True)
@@ -91,38 +115,47 @@ class Hutchinson:
     derivative: type[Reverse] | type[Forward]
     probes: Tensor
 
-    def __call__(self, network: Network, x: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, network: Network, x: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         j = self.derivative(network, x)
-        found = [_dot(v, j.product(v)) for v in _of(self.probes, samples)]
-        return j.m, torch.stack(found, 1)
+        found = [_dots(v, product) for v, product in j.products(_of(self.probes, samples))]
+        return j.m, torch.cat(found).T, _of(self.squares, samples).T
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """|v|², [K, B]."""
+        return _dots(self.probes, self.probes)
 
 
 @dataclass(frozen=True)
 class HutchPlusPlus:
-    """tr(Qᵀ J Q) + ⟨g, P J P g⟩ for each g of `probes` [K, B, *], P = 1 − QQᵀ, Q an orthonormal basis of J S for the sketch
-    S [K, B, *] (Meyer et al. 2021, Alg. 1, with J for each sample): 3 K products. Given S each estimate is unbiased.
+    """tr(Qᵀ J Q) + ⟨u, J u⟩ for each normal g of `probes` [K, B, *], Q an orthonormal basis of J S for the normal sketch S
+    [K, B, *], u = √(D − K) Pg/|Pg|, P = 1 − QQᵀ (Meyer et al. 2021, Alg. 1, with J for each sample; theirs has Pg itself):
+    3 K products. Given S each estimate is unbiased, as u is uniform on its sphere, and the unit matrix's is exact.
     """
 
     derivative: type[Reverse] | type[Forward]
     sketch: Tensor
     probes: Tensor
 
-    def __call__(self, network: Network, x: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-        j = self.derivative(network, x)
-        seen = torch.stack([j.product(v).flatten(1) for v in _of(self.sketch, samples)], 2)  # [B, D, K]
-        basis = torch.linalg.qr(seen).Q
-        captured = sum(_dot(q, j.product(q.view_as(x))) for q in basis.unbind(2))
-        found = []
-        for g in _of(self.probes, samples):
-            flat = g.flatten(1)[:, :, None]
-            rest = (flat - basis @ (basis.mT @ flat)).view_as(x)
-            found.append(captured + _dot(rest, j.product(rest)))
-        return j.m, torch.stack(found, 1)
+    def __call__(self, network: Network, x: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        j, numbers = self.derivative(network, x), x[0].numel()
+        seen = torch.cat([product for _, product in j.products(_of(self.sketch, samples))]).flatten(2)  # [K, B, D]
+        with torch.autocast(x.device.type, enabled=False):
+            basis = torch.linalg.qr(seen.permute(1, 2, 0)).Q  # [B, D, K]
+            probes = _of(self.probes, samples).flatten(2).permute(1, 2, 0)
+            rest = probes - basis @ (basis.mT @ probes)
+            rest = rest * (math.sqrt(numbers - len(self.sketch)) / torch.linalg.vector_norm(rest, dim=1, keepdim=True))
+        captured, remaining = (
+            torch.cat([_dots(v, product) for v, product in j.products(vs.permute(2, 0, 1).reshape(-1, *x.shape))])
+            for vs in (basis, rest)
+        )
+        return j.m, (captured.sum(0) + remaining).T, captured.new_full((1, 1), numbers)
 
 
 def _of(probes: Tensor, samples: Tensor) -> Tensor:
     return probes if len(samples) == probes.shape[1] else probes[:, samples]
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a.flatten(1) * b.flatten(1)).sum(1, dtype=torch.float64)
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of [n, B, *] for each of n and B, float64."""
+    return (a.flatten(2) * b.flatten(2)).sum(2, dtype=torch.float64)

@@ -11,7 +11,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastdiff"
-HOST = {"checks", "errors", "table", "processes", "schedules", "grids", "predictions", "samplers", "solvers", "plan", "tableaus", "charts"}
+HOST = {
+    "checks",
+    "errors",
+    "table",
+    "processes",
+    "schedules",
+    "grids",
+    "predictions",
+    "samplers",
+    "solvers",
+    "plan",
+    "tableaus",
+    "charts",
+}
 TENSOR = {"ops", "runner", "graphs", "capture", "reference.row", "reference.noise", "kernels"}
 
 
