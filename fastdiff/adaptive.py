@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,8 +115,8 @@ def integrate_sde(
 
         y' = y + h f(u, y) + √|h| g(u) z,   ỹ = y + h f(u + h, y') + √|h| g(u + h) z,   y'' = (y' + ỹ)/2
 
-    accepted where √mean(((y' − y'')/δ)²) = E ≤ 1, δ = max(atol, rtol·max(|y'|, |y'_before|)); h ← 0.9 h E^{−0.9}. Each
-    attempt draws anew. Raises as `integrate`.
+    accepted where √mean(((y' − y'')/δ)²) = E ≤ 1, δ = max(atol, rtol·max(|y'|, |y'_before|)); h ← 0.9 h E^{−0.9}. Theirs
+    draws anew for each attempt; here the noise that a rejected step has seen stays (see _Stochastic). Raises as `integrate`.
     """
     return _Stochastic(field, y, start, end, operations, rtol, atol, max_nfe, progress).solve()
 
@@ -253,13 +254,14 @@ class _RungeKutta(_Run):
         self.spent += 2
         self.calls += 2
         bend = torch.maximum(self._norm((k - self.k) / scale) / first, slope)
-        second = torch.where(bend <= 1e-15, (1e-3 * first).clamp(min=1e-6), (0.01 / bend) ** (1 / self.tableau.order))
-        second = second.float().double()  # as in _advance
+        power = _power(0.01 / bend, 1 / self.tableau.order)
+        second = torch.where(bend <= 1e-15, (1e-3 * first).clamp(min=1e-6), power)
         self.h = torch.minimum(100 * first, second).clamp(max=self.span)
+        # a trial that leaves the finite numbers was too long; a start that is not finite is the end
+        self.h = torch.where(bend.isfinite(), self.h, 0.1 * first)
         self.h = self.h.min().expand_as(self.h).clone() if self.couple else self.h
-        bad = ~(slope + bend).isfinite()
-        if bool(bad.any()):
-            self.refuse(bad, "the field is not finite")
+        if not bool(slope.isfinite().all()):
+            self.refuse(~slope.isfinite(), "the field is not finite")
 
     def step(self) -> None:
         t, (h, size, last) = self.tableau, self.trial()
@@ -292,9 +294,8 @@ class _RungeKutta(_Run):
     def _factor(self, error: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
         """Whether the error is finite, and what multiplies h: PI control (Hairer & Wanner, Solving ODEs II, IV.2)."""
         finite, order, small = error.isfinite(), self.tableau.order, error.clamp(min=1e-10)
-        # rounded to float32, so that a power's last bit, which depends on the batch's length, is not handed on
-        grow = (SAFETY * small ** (-0.7 / order) * self.before ** (0.4 / order)).float().double()
-        shrink = (SAFETY * small ** (-1 / order)).float().double().clamp(SLOWEST, 1.0)
+        grow = SAFETY * _power(small, -0.7 / order) * _power(self.before, 0.4 / order)
+        shrink = (SAFETY * _power(small, -1 / order)).clamp(SLOWEST, 1.0)
         return finite, torch.where(accepted, grow.clamp(SLOWEST, FASTEST), torch.where(finite, shrink, 0.1))
 
     def leave(self, done: Tensor) -> None:
@@ -317,6 +318,7 @@ class _RungeKutta(_Run):
             theta = (time - self.u) / torch.where(h == 0, 1.0, h)
             s = theta.to(after.dtype).view(shape)
             value = self.y + s * (rise + (1 - s) * ((first - rise) + s * (bend + (1 - s) * high)))
+            value = torch.where((reached == time).view(shape), after, value)
             mask = inside.view(shape)
             self.states[m, self.samples] = torch.where(mask, value, self.states[m, self.samples])
 
@@ -338,32 +340,73 @@ class _RungeKutta(_Run):
 
 
 class _Stochastic(_Run):
-    """Also carried: y' of the last accepted step."""
+    """Also carried: y' of the last accepted step, and what is known of the Brownian path ahead.
 
-    carried = (*_Run.carried, "before")
+    An attempt that is rejected has seen its noise, and drawing anew until a step passes would choose the noise: of few
+    numbers, whose error has luck, far too large a variance. So what was drawn stays (Rackauckas & Nie 2017, RSwM1): the
+    path ahead is a stack of pieces (length, increment), of which a shorter step takes a part by a Brownian bridge.
+    """
+
+    carried = (*_Run.carried, "before", "lengths", "pieces", "depth")
     cost = 2
 
     def __init__(self, field: NoisyField, y: Tensor, *args: object) -> None:
         super().__init__(field, y, *args)  # type: ignore[arg-type]
         self.field, self.before = field, self.y
+        self.depth = torch.zeros_like(self.nfe)
+        self.lengths, self.pieces = torch.zeros(len(y), 0, **self.wide), y.new_zeros(len(y), 0, *y.shape[1:])
 
     def step(self) -> None:
-        h, size, last = self.trial()
+        _, size, _ = self.trial()
+        known, every = self.depth > 0, torch.arange(len(self.u), device=self.u.device)
+        self._make_room()
+        top = (self.depth - 1).clamp(min=0)
+        length, piece = self.lengths[every, top], self.pieces[every, top]
+        size = torch.where(known, torch.minimum(size, length), size)
+        left = (self.sign * (self.end - self.u)).clamp(min=0)
+        last = self.running & (size >= left * (1 - 1e-10))
+        shape = (-1, *[1] * (self.y.ndim - 1))
+        part = torch.where(known, size / torch.where(known, length, 1.0), 0.0)
+        spread = torch.where(known, size * (1 - part).clamp(min=0), size).sqrt()
+        z = self.field.noise(self.steps, self.samples)
+        wiener = part.to(z.dtype).view(shape) * piece + spread.to(z.dtype).view(shape) * z
+        split = known & (size < length)
+        self.lengths[every, top] = torch.where(split, length - size, size)
+        self.pieces[every, top] = torch.where(split.view(shape), piece - wiener, wiener)
+        place = torch.where(split, self.depth, top)
+        self.lengths[every, place] = size
+        self.pieces[every, place] = wiener
+        self.depth = torch.where(self.running, place + 1, self.depth)
+
+        h = self.sign * size
         reached = torch.where(last, self.end, self.u + h)
         ends = torch.stack((self.u, reached))
         first, second = self.field.at(ends, self.samples)
-        shape = (-1, *[1] * (self.y.ndim - 1))
-        length = h.to(self.y.dtype).view(shape)
-        z = self.field.noise(self.steps, self.samples)
-        kicks = [kick.to(z.dtype).view(shape) * z for kick in size.sqrt() * self.field.diffusion(ends)]
-        trial = self.y + length * first(self.y)[0] + kicks[0]
-        after = 0.5 * (trial + (self.y + length * second(trial)[0] + kicks[1]))
+        step = h.to(self.y.dtype).view(shape)
+        kicks = [g.to(z.dtype).view(shape) * wiener for g in self.field.diffusion(ends)]
+        trial = self.y + step * first(self.y)[0] + kicks[0]
+        after = 0.5 * (trial + (self.y + step * second(trial)[0] + kicks[1]))
         tolerance = (self.rtol * torch.maximum(trial.abs(), self.before.abs())).clamp(min=self.atol)
         error = (tree_sum(((trial - after) / tolerance).double().square()) / max(after[:1].numel(), 1)).sqrt()
         finite, accepted = error.isfinite(), self.running & (error <= 1)
-        factor = (0.9 * error.clamp(min=1e-10) ** -0.9).float().double()  # rounded: see _RungeKutta
+        factor = 0.9 * _power(error.clamp(min=1e-10), -0.9)
         next_h = size * torch.where(finite, factor, 0.1)
         self.settle(accepted, finite, last, reached, next_h.clamp(max=self.span), {"y": after, "before": trial})
+        self.depth = self.depth - accepted.long()
+
+    def _make_room(self) -> None:
+        """For the pieces of the steps until the next look."""
+        if self.steps % POLL and self.u.device.type != "cpu":
+            return
+        more = int(self.depth.max()) + POLL + 1 - self.lengths.shape[1]
+        if more > 0:
+            self.lengths = torch.cat((self.lengths, self.lengths.new_zeros(len(self.u), more)), 1)
+            self.pieces = torch.cat((self.pieces, self.pieces.new_zeros(len(self.u), more, *self.y.shape[1:])), 1)
+
+
+def _power(values: Tensor, exponent: float) -> Tensor:
+    """On the host by numpy, whose powers, unlike torch's, have the same bits wherever in a batch a number stands."""
+    return torch.from_numpy(np.power(values.numpy(), exponent)) if values.device.type == "cpu" else values**exponent
 
 
 def _weighted(weights: Sequence[float], stages: Tensor) -> Tensor:
