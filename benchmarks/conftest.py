@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import paired
 import pytest
 import torch
@@ -17,6 +20,17 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def kept_memory():
+    """glibc gives large blocks back to the kernel and pays for them again, depending on what ran before: here it keeps them,
+    for everybody. (For the rest of the process; test_likelihood.py and test_ops_speed.py, which come first, have the default.)"""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from cases import Clock, clock
@@ -89,19 +89,72 @@ def compare_runs(
     steps: int,
     systems: Sequence[tuple[Run, Clock | None]],
     seconds: float,
+    unit: str = "step",
 ) -> dict[str, float]:
     """Whole runs, ours and theirs, with the clocks of their networks: a step's time end to end, and outside the network.
 
     Without a clock the network is within what they compile, and only the whole is compared. Refused where one of them calls
-    the network more often than the other (but for a call at an end).
+    the network more often than the other (but for a call at an end). `unit`: what `steps` counts.
     """
-    outside: tuple[list[float], list[float]] = ([], [])
-    whole: tuple[list[float], list[float]] = ([], [])
     for run, _ in systems:
         run()
     asked, theirs = (network.calls if network else None for _, network in systems)
     if theirs is not None and abs(asked - theirs) > 2 + 0.01 * asked:
         raise AssertionError(f"{opponent} calls the network {theirs} times, not {asked}")
+    whole, outside = _in_turns(systems, seconds, 1e6 / steps)
+    ratios = {"whole": record(group, case, opponent, n, f"us per {unit}", *whole)}
+    if all(network for _, network in systems):
+        ratios["outside"] = record(group, case, opponent, n, f"us outside the network per {unit}", *outside)
+    return ratios
+
+
+class Solution(NamedTuple):
+    """A run of a solver that chooses its steps: at which tolerance, and what it gave and took.
+
+    error        measured, against a much finer solution
+    evaluations  of the ODE's right-hand side, the mean over the samples
+    calls        of the network
+    """
+
+    run: Run
+    tolerance: float
+    error: float
+    evaluations: float
+    calls: int
+
+
+def loosest(solve: Callable[[float], Solution], tolerances: Sequence[float], error: float) -> Solution:
+    """Ours at the loosest of the tolerances, tightest first, up to which the measured error is at most `error`."""
+    found = solve(tolerances[0])
+    for tolerance in tolerances[1:]:
+        looser = solve(tolerance)
+        if not looser.error <= error:  # one that is looser still would be within it by luck
+            break
+        found = looser
+    return found
+
+
+def compare_solutions(
+    group: str, case: str, opponent: str, n: int, ours: Solution, theirs: Solution, seconds: float
+) -> float:
+    """Whole runs of solvers that each choose their steps; refused where our measured error is above theirs."""
+    if not ours.error <= theirs.error:
+        raise AssertionError(f"{case}: the error is {ours.error:.3g}, above {opponent}'s {theirs.error:.3g}")
+    for run in (ours.run, theirs.run):
+        run()
+    whole, _ = _in_turns([(ours.run, None), (theirs.run, None)], seconds, 1e3)
+    ratio = record(group, case, opponent, n, "ms", *whole)
+    for metric in ("error", "tolerance", "evaluations", "calls"):
+        note(group, case, opponent, n, metric, getattr(ours, metric), getattr(theirs, metric))
+    return ratio
+
+
+def _in_turns(
+    systems: Sequence[tuple[Run, Clock | None]], seconds: float, scale: float
+) -> tuple[tuple[list[float], list[float]], tuple[list[float], list[float]]]:
+    """The times of both, `scale` units to a second: whole, and outside their networks."""
+    outside: tuple[list[float], list[float]] = ([], [])
+    whole: tuple[list[float], list[float]] = ([], [])
     spent = 0.0
     with _no_collection():
         while len(whole[0]) < (7 if seconds < 3 else 3) or (spent < seconds and len(whole[0]) < 40):
@@ -112,12 +165,9 @@ def compare_runs(
                 run()
                 took = clock() - began
                 spent += took
-                whole[which].append(took / steps * 1e6)
-                outside[which].append((took - (network.seconds if network else 0.0) + before) / steps * 1e6)
-    ratios = {"whole": record(group, case, opponent, n, "us per step", *whole)}
-    if all(network for _, network in systems):
-        ratios["outside"] = record(group, case, opponent, n, "us outside the network per step", *outside)
-    return ratios
+                whole[which].append(took * scale)
+                outside[which].append((took - (network.seconds if network else 0.0) + before) * scale)
+    return whole, outside
 
 
 @contextmanager

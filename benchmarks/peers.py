@@ -106,14 +106,15 @@ def load(name: str) -> Any:
 
 
 @functools.cache
-def score_sde() -> tuple[Any, Any]:
-    """Its `sampling` and `sde_lib`, from the checkout that SCORE_SDE_PYTORCH names."""
+def score_sde() -> tuple[Any, Any, Any]:
+    """Its `sampling`, `sde_lib` and `likelihood`, from the checkout that SCORE_SDE_PYTORCH names."""
     root = os.environ["SCORE_SDE_PYTORCH"]
     sys.path.insert(0, root)
     try:
-        return importlib.import_module("sampling"), importlib.import_module("sde_lib")
+        sampling, sde_lib, likelihood = map(importlib.import_module, ("sampling", "sde_lib", "likelihood"))
     finally:
         sys.path.remove(root)
+    return sampling, sde_lib, likelihood
 
 
 def missing(opponent: str) -> str | None:
@@ -255,21 +256,51 @@ def _ddim_as_printed(network: Any, start: Tensor, steps: int, noise: Any) -> lis
 # --- score_sde_pytorch -----------------------------------------------------------------------------------------------
 
 
+class Labelled:
+    """A network as score_sde_pytorch calls it, whose VP networks get t·999 for the time."""
+
+    def __init__(self, net: Any, sde: str = "vp") -> None:
+        self.net, self.sde = net, sde
+
+    def eval(self) -> None: ...
+
+    def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
+        return self.net(x, labels if self.sde == "ve" else labels / 999)  # type: ignore[no-any-return]
+
+
+def score_sde_flow(
+    net: Any, x: Tensor, start: float, end: float, probe: Tensor | None = None, tolerance: float = 1e-8
+) -> tuple[Tensor, Tensor]:
+    """Its VP flow from x [B, *], float64, by SciPy's eighth-order pair: the end, and its divergence's integral [B]."""
+    from scipy.integrate import solve_ivp
+
+    _, sde_lib, likelihood = score_sde()
+    sde = sde_lib.VPSDE()
+    score = likelihood.mutils.get_score_fn(sde, Labelled(net), train=False, continuous=True)
+    flow = sde.reverse(score, probability_flow=True)
+
+    def rates(t: float, y: Any) -> Any:
+        state, times = torch.from_numpy(y[: x.numel()]).view_as(x), x.new_full((len(x),), t)
+        moved = [flow.sde(state, times)[0].flatten()]
+        if probe is not None:
+            moved.append(likelihood.get_div_fn(lambda state, times: flow.sde(state, times)[0])(state, times, probe))
+        return torch.cat(moved).numpy()
+
+    given = torch.cat((x.flatten(), x.new_zeros(0 if probe is None else len(x))))
+    with torch.no_grad():
+        found = solve_ivp(rates, (start, end), given.numpy(), "DOP853", rtol=tolerance, atol=tolerance).y[:, -1]
+    return torch.from_numpy(found[: x.numel()]).view_as(x), torch.from_numpy(found[x.numel() :])
+
+
 def reference(sde: str, predictor: str, corrector: str, eps: float) -> Callable[[Any, Tensor, int], Run]:
     def build(net: Any, start: Tensor, steps: int) -> Run:
-        sampling, sde_lib = score_sde()
+        sampling, sde_lib, _ = score_sde()
         process = {"ve": sde_lib.VESDE, "vp": sde_lib.VPSDE}[sde](N=steps)
-
-        class Model:  # the time that its VP networks get is t·999
-            def eval(self) -> None: ...
-            def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
-                return net(x, labels if sde == "ve" else labels / 999)  # type: ignore[no-any-return]
-
         sampler = sampling.get_pc_sampler(
             process, tuple(start.shape), sampling.get_predictor(predictor), sampling.get_corrector(corrector),
             lambda x: x, 0.16, continuous=True, eps=eps, device=start.device,
         )  # fmt: skip
-        model = Model()
+        model = Labelled(net, sde)
         return lambda: sampler(model)[0]
 
     return build

@@ -35,6 +35,22 @@ OPERATIONS = [
     ("rk_error", "eager", "Dormand–Prince's step and error"),
 ]
 OUTSIDE, WHOLE = "us outside the network per step", "us per step"
+LIKELIHOOD = (
+    "Trained networks under VP, Hutchinson's estimate with one probe, t from 1e-5 to 1, at equal measured error: "
+    "score_sde_pytorch at its default tolerance, fastdiff at the loosest up to which its mean error in nats is not above that, "
+    "both against a solution at 1e-8 in float64. `couple=True` takes one step size for the batch, as score_sde_pytorch does, and "
+    "shares what the network makes of the time. Pairs are fastdiff : score_sde_pytorch; evaluations are of the ODE's right-hand "
+    "side, the mean over the samples, calls are of the network, forward."
+)
+# group of solvers that choose their steps -> its title, and what is said of it
+CHOOSING = {
+    "likelihood": ("Log-likelihoods at equal error", LIKELIHOOD),
+    "rk45": (
+        "The sampler rk45 at equal error",
+        "As above for samples from t = 1 to 1e-3, against score_sde_pytorch's `get_ode_sampler`; the error is the root mean "
+        "square over the numbers of the samples.",
+    ),
+}
 COUNTS = (
     "large operations per step", "small operations per step", "host reads per step", "draws per step", "states held at once",
 )  # fmt: skip
@@ -92,6 +108,35 @@ def loops(rows: Sequence[Row], group: str, metric: str, threads: str = "1") -> s
     return markdown(["sampler", "fastdiff", *opponents], lines)
 
 
+def solutions(rows: Sequence[Row], group: str) -> str:
+    """A line for each problem: our time, their time in units of ours, and what either took to which error."""
+    rows = [r for r in rows if r["group"] == group]
+    found = {(r["case"], r["metric"]): r for r in rows}
+    lines = []
+    for case in dict.fromkeys(r["case"] for r in rows):
+        time = found[case, "ms"]
+        pairs = [
+            f"{float(row['ours']):{form}} : {float(row['theirs']):{form}}"
+            for metric, form in (("calls", ",.0f"), ("evaluations", ",.0f"), ("error", ".1e"), ("tolerance", ".0e"))
+            for row in [found[case, metric]]
+        ]
+        lines.append([case, f"{float(time['ours']):,.0f} ms", ratio(time), *pairs])
+    heads = ["problem; steps", "fastdiff", "score_sde_pytorch", "calls", "evaluations", "error", "rtol = atol"]
+    return markdown(heads, lines)
+
+
+def solvers(rows: Sequence[Row]) -> str:
+    """A line for each solver: its error by network calls, and its time outside the network."""
+    rows = [r for r in rows if r["group"] == "solvers"]
+    found = {(r["case"], r["metric"]): float(r["ours"]) for r in rows}
+    metrics = dict.fromkeys(r["metric"] for r in rows if r["metric"].startswith("error"))
+    lines = []
+    for case in dict.fromkeys(r["case"] for r in rows):
+        errors = [f"{found[case, metric]:.1e}" if (case, metric) in found else "–" for metric in metrics]
+        lines.append([case, *errors, f"{found[case, 'us outside the network per call']:.1f} µs"])
+    return markdown(["solver", *metrics, "outside the network, per call"], lines)
+
+
 def counts(rows: Sequence[Row]) -> str:
     """What a step asks of torch: fastdiff's number, theirs."""
     rows = [r for r in rows if r["metric"] in COUNTS]
@@ -133,6 +178,8 @@ def summary(path: Path = MACHINE) -> str:
         "The same network as a module of the user's own, of whose time features fastdiff knows nothing:",
         loops(rows, "own MLP 256x2", WHOLE),
         f"![microseconds per step outside the network]({PICTURE.relative_to(README.parent)})",
+        f"Log-likelihoods. {LIKELIHOOD}",
+        solutions(rows, "likelihood"),
         "Single operations on eight samples of n numbers in all. The memory's own limit is `torch.add`; at 16,777,216 most of "
         "the first line is fresh memory's page faults, which the second avoids:",
         operations(rows),
@@ -163,6 +210,16 @@ def results() -> str:
             own = [r for r in rows if r["group"] == group]
             if group == "ops":
                 parts.append(f"### Operations\n\n{operations(rows)}")
+            elif group in CHOOSING:
+                title, said = CHOOSING[group]
+                parts.append(f"### {title}\n\n{said}\n\n{solutions(rows, group)}")
+            elif group == "solvers":
+                parts.append(
+                    "### Deterministic solvers by network calls\n\nA mixture of eight Gaussians with its exact score, 256 "
+                    "samples of 2 numbers, VP from t = 1 to 1e-3 on Karras' levels: the end states' distance from the flow's, "
+                    "root mean square over the numbers. `rk45` chooses its steps, one size for all samples: the least error "
+                    f"of its tolerances within so many calls.\n\n{solvers(rows)}"
+                )
             elif group.startswith("gpu"):
                 parts.append(f"### {group}\n\n{_plain(own)}")
             else:

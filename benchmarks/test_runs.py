@@ -7,8 +7,6 @@ Set-up is within the time, theirs and ours, ours with the table that the first r
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator
 
 import counting
@@ -22,17 +20,7 @@ from fastdiff import ops
 
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _memory_is_kept():
-    """glibc gives large blocks back to the kernel and pays for them again, depending on what ran before: here it keeps them,
-    for everybody. (For the rest of the process; test_ops_speed.py, which comes first, has the default.)"""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0)  # M_MMAP_MAX
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
+pytestmark = pytest.mark.usefixtures("kept_memory")
 
 STATISTICS = "analytic 4096x2"  # the case for those whose samples are not ours
 COMPILED = ("analytic 64x3x32x32", "MLP 256x2", "MLP 4096x2")  # a compilation takes 20 s

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastdiff
+
 ROOT = Path(__file__).parent.parent
 SMALL = ("analytic 1x3x4x4", "MLP 256x2")
 
@@ -102,6 +104,35 @@ def test_more_network_calls_get_no_number(bench):
     assert not bench["paired"].ROWS
     bench["paired"].compare_runs("g", "c", "o", 1, 100, [(one, one.clock), (one, one.clock)], 0.1)
     assert {row["metric"] for row in bench["paired"].ROWS} == {"us per step", "us outside the network per step"}
+
+
+def test_a_larger_error_gets_no_number(bench):
+    paired = bench["paired"]
+
+    def solution(tolerance, error):
+        return paired.Solution(lambda: None, tolerance, error, 10, 10)
+
+    for error in (2e-3, float("nan")):
+        with pytest.raises(AssertionError, match="the error is"):
+            paired.compare_solutions("g", "c", "o", 1, solution(1e-3, error), solution(1e-5, 1e-3), 0.1)
+    assert not paired.ROWS
+    paired.compare_solutions("g", "c", "o", 1, solution(1e-3, 1e-3), solution(1e-5, 1e-3), 0.001)
+    assert [row["metric"] for row in paired.ROWS] == ["ms", "error", "tolerance", "evaluations", "calls"]
+    errors = {1e-5: 0.1, 1e-4: 0.2, 1e-3: 0.9, 1e-2: 0.3}  # the last is within 0.5 by luck
+    assert paired.loosest(lambda t: solution(t, errors[t]), list(errors), 0.5).tolerance == 1e-4
+
+
+def test_the_mixture_is_exact(bench):
+    from oracles import Mixture
+    from problems import CENTRES, SPREAD, exact_eps
+
+    x = torch.randn(50, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.linspace(1e-3, 1, 50, dtype=torch.float64)
+    process = fastdiff.VP()
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    data = Mixture(torch.ones(8), CENTRES, torch.full((8,), SPREAD, dtype=torch.float64))
+    expected = data.eps(x.flatten(1), alpha, sigma).view_as(x)
+    assert torch.allclose(exact_eps(x, t), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_results_of_other_measurements_are_kept(bench, tmp_path, monkeypatch):
