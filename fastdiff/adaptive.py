@@ -239,7 +239,9 @@ class _RungeKutta(_Run):
         for m, time in enumerate(times):
             if time == start:
                 self.states[m] = y
-        self.nodes = torch.tensor(tableau.c[1:], **self.wide)[:, None]
+        distinct = list(dict.fromkeys(tableau.c[1:]))  # two stages may be at one place
+        self.nodes = torch.tensor(distinct, **self.wide)[:, None]
+        self.at_node = [distinct.index(c) for c in tableau.c[1:]]
         self.before = torch.ones(len(y), **self.wide)
 
     def begin(self) -> None:
@@ -267,9 +269,10 @@ class _RungeKutta(_Run):
         t, (h, size, last) = self.tableau, self.trial()
         u = torch.where(last & (self.nodes == 1), self.end, self.u + self.nodes * h)
         ks, rates, after = [self.k], [self.rate], self.y
-        for i, stage in enumerate(self._at(u)):
+        stages = self._at(u)
+        for i, node in enumerate(self.at_node):
             after = self._combine(self.y, ks, h, t.a[i])
-            k, rate = self._evaluate(stage, after)
+            k, rate = self._evaluate(stages[node], after)
             ks.append(k)
             rates.append(rate)
         b = (*t.a[-1], 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,9 +41,9 @@ class LogLikelihood:
 
     nats: Tensor
     stderr: Tensor
-    latent: Tensor
+    latent: Tensor = field(repr=False)
     nfe: Tensor
-    x: Tensor | None = None
+    x: Tensor | None = field(default=None, repr=False)
 
 
 @names_keywords

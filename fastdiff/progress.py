@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 
-def bar(progress: bool | None, total: int, what: str, unit: str) -> Any:
+def bar(progress: bool | None, total: int, what: str, unit: str, first: int = 0) -> Any:
     """A bar on stderr; None: if that is a terminal."""
     shown = sys.stderr.isatty() if progress is None else progress
-    return tqdm(total=total, desc=what, unit=unit, disable=not shown, leave=False)
+    return tqdm(initial=first, total=total, desc=what, unit=unit, disable=not shown, leave=False)

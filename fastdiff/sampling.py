@@ -94,7 +94,8 @@ def sample(
                   chain whose levels lie on the model's path (DDPM on VP, NCSN on VE) runs on it
     steps         predictor steps (annealed Langevin: levels × steps per level); default 1000, all steps of a chain, or
                   what an explicit grid says
-    sampler       a name or an object of fastdiff.samplers; default the process's own
+    sampler       a name or an object of fastdiff.samplers; default the process's own. "rk45" and "adaptive_sde" choose their
+                  steps, and take no steps, grid, clip, noise or callback
     seed          0 … 2**64 − 1, None for a fresh one (`return_info` tells it). Sample i is a function of (seed,
                   first_sample + i) alone: for any batch_size, machine or thread count it meets the same noise
     batch_size    samples in one network call; None: all
@@ -103,7 +104,8 @@ def sample(
     grid, t_min   where the steps stand and end: "uniform" "quadratic" "logsnr" "karras" "trained" "score_sde", decreasing
                   times, or fastdiff.grids.sigmas([...])
     clip          (lo, hi) for the predicted x0
-    denoise       leave out the last predictor row's noise; annealed Langevin adds x + σ² score
+    denoise       leave out the last predictor row's noise; annealed Langevin adds x + σ² score; "adaptive_sde" ends in the mean
+                  of x0
     cond          a tensor or a dict of tensors with a leading num_samples axis, passed to the model
     dtype         of the result; the run is float32, or float64 when that is asked for
     check         "final", "every" row or "off": where a run that is not finite is refused with NonFiniteError
@@ -119,7 +121,8 @@ def sample(
     Returns x, or a tuple x[, states][, info]. Inputs, the model's mode and every global state are left as they were.
 
     Raises ConfigError, ShapeError, DTypeError, DeviceError or DataError before any work, ModelOutputError on what a network
-    returns, NonFiniteError on a run that leaves the finite numbers. The equations and papers are in fastdiff.solvers.
+    returns, NonFiniteError on a run that leaves the finite numbers, SolverError on steps that cannot go on. The equations and
+    papers are in fastdiff.solvers.
     """
     began = time.perf_counter()
     choose("check", check, runner.CHECKS)

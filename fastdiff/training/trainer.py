@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from .. import checks, losses, ops
 from ..errors import (
@@ -28,6 +26,7 @@ from ..errors import (
     names_keywords,
 )
 from ..model import ScoreModel
+from ..progress import bar
 from ..reference import noise
 from ..schedules import ema_decay
 from . import checkpoint as files
@@ -105,11 +104,11 @@ def train(
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-        _bar(progress, first, steps) as bar,
+        bar(progress, steps, "train", "step", first) as shown,
     ):
         try:
             recorded = _loop(state, _Batches(source, model, options), options, steps, model, folder, checkpoint_every,
-                             described, bar, callback)  # fmt: skip
+                             described, shown, callback)  # fmt: skip
             state.average_into(model.net)
         finally:
             for module, training in modes:
@@ -127,7 +126,7 @@ def _loop(
     folder: Path | None,
     checkpoint_every: int,
     described: dict[str, Any],
-    bar: Any,
+    shown: Any,
     callback: Callable[[int, float], object] | None,
 ) -> Tensor:
     """All steps from the state's on; returns their losses, [steps], NaN where a loss or a gradient was not finite."""
@@ -145,12 +144,12 @@ def _loop(
         save_now = folder is not None and ((step + 1) % checkpoint_every == 0 or last)
         if (step + 1) % 100 == 0 or last or save_now:
             recent = _recent(recorded[: step - first + 1], first)
-            bar.set_postfix(loss=f"{recent:.4f}")
+            shown.set_postfix(loss=f"{recent:.4f}")
             if callback is not None and ((step + 1) % 100 == 0 or last):
                 callback(step + 1, recent)
         if save_now:
             state.write(folder / files.FILE, described, options)  # type: ignore[operator]
-        bar.update()
+        shown.update()
     return recorded
 
 
@@ -287,11 +286,6 @@ def _folder(checkpoint: str | os.PathLike[str] | None) -> Path | None:
     except OSError as error:
         raise CheckpointError(f"checkpoint={folder} cannot be a directory: {error}") from error
     return folder
-
-
-def _bar(progress: bool | None, first: int, steps: int) -> Any:
-    shown = sys.stderr.isatty() if progress is None else progress
-    return tqdm(initial=first, total=steps, desc="train", unit="step", disable=not shown, leave=False)
 
 
 def _checked(options: dict[str, Any], steps: Any, checkpoint_every: Any) -> tuple[dict[str, Any], int, int]:
