@@ -1,5 +1,5 @@
 """Solvers with a step size for each sample: each goes its own way from `start` to `end`, in steps h_i that are accepted where
-its own error norm is at most 1.
+its own error norm is at most 1. Here the run that they share, and embedded Runge–Kutta; adaptive_sde is the other.
 
 Whoever is done idles and is then left out, so that a stiff sample costs the others nothing. Nothing is read back within a
 step; who is done is looked up every few steps, by one read.
@@ -32,14 +32,6 @@ class Field(Protocol):
     """
 
     def at(self, u: Tensor, samples: Tensor) -> Sequence[Stage]: ...
-
-
-class NoisyField(Field, Protocol):
-    """The same with a noise term g(u) dw: g [S, B], and standard normals [B, *], those of attempt k of each sample."""
-
-    def diffusion(self, u: Tensor) -> Tensor: ...
-
-    def noise(self, attempt: int, samples: Tensor) -> Tensor: ...
 
 
 SAFETY, SLOWEST, FASTEST = 0.9, 0.2, 10.0
@@ -99,29 +91,7 @@ def integrate(
     return run.solve()
 
 
-def integrate_sde(
-    field: NoisyField,
-    y: Tensor,
-    start: float,
-    end: float,
-    *,
-    operations: ModuleType,
-    rtol: float = 0.05,
-    atol: float = 0.01,
-    max_nfe: int = 100_000,
-    progress: Progress | None = None,
-) -> Solution:
-    """dy = field(u, y) du + g(u) dw from `start` to `end` (Jolicoeur-Martineau et al. 2021, Alg. 1, with extrapolation):
-
-        y' = y + h f(u, y) + √|h| g(u) z,   ỹ = y + h f(u + h, y') + √|h| g(u + h) z,   y'' = (y' + ỹ)/2
-
-    accepted where √mean(((y' − y'')/δ)²) = E ≤ 1, δ = max(atol, rtol·max(|y'|, |y'_before|)); h ← 0.9 h E^{−0.9}. Theirs
-    draws anew for each attempt; here the noise that a rejected step has seen stays (see _Stochastic). Raises as `integrate`.
-    """
-    return _Stochastic(field, y, start, end, operations, rtol, atol, max_nfe, progress).solve()
-
-
-class _Run:
+class Run:
     """The samples that still run: where each stands (u, y), its step h, what it has spent; done ones are left out."""
 
     carried: ClassVar[tuple[str, ...]] = ("samples", "u", "y", "h", "spent", "strikes", "running")
@@ -221,10 +191,10 @@ class _Run:
         raise SolverError(reason, int(self.samples[i]), float(self.u[i]), int(self.spent[i]), float(self.h[i]))
 
 
-class _RungeKutta(_Run):
+class _RungeKutta(Run):
     """Also carried: the first stage k with its rates, the integrals q, the last accepted error."""
 
-    carried = (*_Run.carried, "k", "rate", "q", "before")
+    carried = (*Run.carried, "k", "rate", "q", "before")
 
     def __init__(
         self, field: Field, y: Tensor, start: float, end: float, operations: ModuleType, rtol: float, atol: float,
@@ -256,8 +226,8 @@ class _RungeKutta(_Run):
         self.spent += 2
         self.calls += 2
         bend = torch.maximum(self._norm((k - self.k) / scale) / first, slope)
-        power = _power(0.01 / bend, 1 / self.tableau.order)
-        second = torch.where(bend <= 1e-15, (1e-3 * first).clamp(min=1e-6), power)
+        curved = power(0.01 / bend, 1 / self.tableau.order)
+        second = torch.where(bend <= 1e-15, (1e-3 * first).clamp(min=1e-6), curved)
         self.h = torch.minimum(100 * first, second).clamp(max=self.span)
         # a trial that leaves the finite numbers was too long; a start that is not finite is the end
         self.h = torch.where(bend.isfinite(), self.h, 0.1 * first)
@@ -297,8 +267,8 @@ class _RungeKutta(_Run):
     def _factor(self, error: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
         """Whether the error is finite, and what multiplies h: PI control (Hairer & Wanner, Solving ODEs II, IV.2)."""
         finite, order, small = error.isfinite(), self.tableau.order, error.clamp(min=1e-10)
-        grow = SAFETY * _power(small, -0.7 / order) * _power(self.before, 0.4 / order)
-        shrink = (SAFETY * _power(small, -1 / order)).clamp(SLOWEST, 1.0)
+        grow = SAFETY * power(small, -0.7 / order) * power(self.before, 0.4 / order)
+        shrink = (SAFETY * power(small, -1 / order)).clamp(SLOWEST, 1.0)
         return finite, torch.where(accepted, grow.clamp(SLOWEST, FASTEST), torch.where(finite, shrink, 0.1))
 
     def leave(self, done: Tensor) -> None:
@@ -342,72 +312,7 @@ class _RungeKutta(_Run):
         return (tree_sum(values.double().square()) / max(values[:1].numel(), 1)).sqrt()
 
 
-class _Stochastic(_Run):
-    """Also carried: y' of the last accepted step, and what is known of the Brownian path ahead.
-
-    An attempt that is rejected has seen its noise, and drawing anew until a step passes would choose the noise: of few
-    numbers, whose error has luck, far too large a variance. So what was drawn stays (Rackauckas & Nie 2017, RSwM1): the
-    path ahead is a stack of pieces (length, increment), of which a shorter step takes a part by a Brownian bridge.
-    """
-
-    carried = (*_Run.carried, "before", "lengths", "pieces", "depth")
-    cost = 2
-
-    def __init__(self, field: NoisyField, y: Tensor, *args: object) -> None:
-        super().__init__(field, y, *args)  # type: ignore[arg-type]
-        self.field, self.before = field, self.y
-        self.depth = torch.zeros_like(self.nfe)
-        self.lengths, self.pieces = torch.zeros(len(y), 0, **self.wide), y.new_zeros(len(y), 0, *y.shape[1:])
-
-    def step(self) -> None:
-        _, size, _ = self.trial()
-        known, every = self.depth > 0, torch.arange(len(self.u), device=self.u.device)
-        self._make_room()
-        top = (self.depth - 1).clamp(min=0)
-        length, piece = self.lengths[every, top], self.pieces[every, top]
-        size = torch.where(known, torch.minimum(size, length), size)
-        left = (self.sign * (self.end - self.u)).clamp(min=0)
-        last = self.running & (size >= left * (1 - 1e-10))
-        shape = (-1, *[1] * (self.y.ndim - 1))
-        part = torch.where(known, size / torch.where(known, length, 1.0), 0.0)
-        spread = torch.where(known, size * (1 - part).clamp(min=0), size).sqrt()
-        z = self.field.noise(self.steps, self.samples)
-        wiener = part.to(z.dtype).view(shape) * piece + spread.to(z.dtype).view(shape) * z
-        split = known & (size < length)
-        self.lengths[every, top] = torch.where(split, length - size, size)
-        self.pieces[every, top] = torch.where(split.view(shape), piece - wiener, wiener)
-        place = torch.where(split, self.depth, top)
-        self.lengths[every, place] = size
-        self.pieces[every, place] = wiener
-        self.depth = torch.where(self.running, place + 1, self.depth)
-
-        h = self.sign * size
-        reached = torch.where(last, self.end, self.u + h)
-        ends = torch.stack((self.u, reached))
-        first, second = self.field.at(ends, self.samples)
-        step = h.to(self.y.dtype).view(shape)
-        kicks = [g.to(z.dtype).view(shape) * wiener for g in self.field.diffusion(ends)]
-        trial = self.y + step * first(self.y)[0] + kicks[0]
-        after = 0.5 * (trial + (self.y + step * second(trial)[0] + kicks[1]))
-        tolerance = (self.rtol * torch.maximum(trial.abs(), self.before.abs())).clamp(min=self.atol)
-        error = (tree_sum(((trial - after) / tolerance).double().square()) / max(after[:1].numel(), 1)).sqrt()
-        finite, accepted = error.isfinite(), self.running & (error <= 1)
-        factor = 0.9 * _power(error.clamp(min=1e-10), -0.9)
-        next_h = size * torch.where(finite, factor, 0.1)
-        self.settle(accepted, finite, last, reached, next_h.clamp(max=self.span), {"y": after, "before": trial})
-        self.depth = self.depth - accepted.long()
-
-    def _make_room(self) -> None:
-        """For the pieces of the steps until the next look."""
-        if self.steps % POLL and self.u.device.type != "cpu":
-            return
-        more = int(self.depth.max()) + POLL + 1 - self.lengths.shape[1]
-        if more > 0:
-            self.lengths = torch.cat((self.lengths, self.lengths.new_zeros(len(self.u), more)), 1)
-            self.pieces = torch.cat((self.pieces, self.pieces.new_zeros(len(self.u), more, *self.y.shape[1:])), 1)
-
-
-def _power(values: Tensor, exponent: float) -> Tensor:
+def power(values: Tensor, exponent: float) -> Tensor:
     """On the host by numpy, whose powers, unlike torch's, have the same bits wherever in a batch a number stands."""
     return torch.from_numpy(np.power(values.numpy(), exponent)) if values.device.type == "cpu" else values**exponent
 

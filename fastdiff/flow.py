@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import marks, ops, predictions
-from .adaptive import Progress, Solution, Stage, integrate, integrate_sde
+from .adaptive import Progress, Solution, Stage, integrate
+from .adaptive_sde import integrate_sde
 from .charts import Chart, Place
 from .errors import ConfigError, SolverError
 from .losses import SHORTEST
