@@ -23,7 +23,8 @@ from .traces import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus
 
 LONGEST_TRACE = 4096  # an exact trace takes that many backward passes in each evaluation
 MOST_PROBES = 10**6
-PASS = 2**17  # numbers of x in one pass of the network where the caller does not say
+# numbers of x, and samples, in one pass of the network where the caller does not say: more are no faster, and need memory
+PASS, MOST_AT_ONCE = 2**17, 2048
 HELD = 2**27  # numbers of the probes of one batch
 TRACES = ("hutchinson", "hutch++", "exact")
 
@@ -89,7 +90,7 @@ def log_likelihood(
                   probe, without a graph in memory)
     rtol, atol, method, variable, form, couple, max_nfe    see fastdiff.samplers.Adaptive
     t_min         default 1e-5 on continuous processes, σ_min on EDM, the first level on chains
-    batch_size    samples in one call of the network; None: about 2**17 numbers. It changes no sample's steps
+    batch_size    samples in one call of the network; None: 2048, or fewer of more than 64 numbers. It changes no sample's steps
     other arguments as in fastdiff.sample
 
     Raises ConfigError, ShapeError, DTypeError, DeviceError or DataError before any work, ModelOutputError where the network
@@ -313,7 +314,7 @@ class _Run:
     ) -> Solution:
         """From t_min to T (`forth`), or back."""
         numbers = max(math.prod(self.subject.shape), 1)
-        batch = max(1, min(PASS // numbers, HELD // (numbers * columns), 2**22 // columns))
+        batch = max(1, min(MOST_AT_ONCE, PASS // numbers, HELD // (numbers * columns), 2**22 // columns))
         batch = batch if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
         if self.solver.couple and batch < len(self.x):
             raise ConfigError(
