@@ -59,7 +59,10 @@ def likelihood(
     """log p of at most `num_samples` of the data, from `first_sample` on; sample i's noise is that of (seed, i)."""
     began = time.perf_counter()
     if data.shape != model.data_shape:
-        raise ShapeError(f"data must have the model's shape {list(model.data_shape)}, got {list(data.shape)}")
+        raise ShapeError(
+            f"data must have the model's shape {list(model.data_shape)}, got {list(data.shape)}: give data like those it was "
+            "trained on"
+        )
     first = checks.integer("first_sample", first_sample, 0, len(data) - 1)
     which = range(first, first + min(checks.integer("num_samples", num_samples, 1, 2**32 - 1), len(data) - first))
     x, how = _in_model_units(data, model, which, checks.integer("seed", seed, 0, 2**64 - 1))
