@@ -1,5 +1,7 @@
 """The main job end to end on real data: train three models on handwritten digits, sample them seven ways, look.
 
+`demo_flow` then asks one of them for likelihoods and latents, and compares the solvers on it.
+
 Work is spread over processes of one thread each: on small networks two processes use two cores better than two threads
 do, and they do not stall each other on a busy machine.
 """
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checks, pictures, samplers
+from . import checks, demo_flow, pictures, samplers
 from .model import ScoreModel
 from .models import UNet
 from .processes import VE, VP, Process, SubVP
@@ -83,14 +85,17 @@ def main(out: Path, train_steps: int = 2000, samples: int = 400, workers: int | 
     with _pool(workers, "sampling", sum(_calls(job) for job in JOBS) * -(-samples // BATCH)) as (pool, progress):
         runs = [pool.submit(_sample, job, samples, out, progress) for job in JOBS]
         results = [run.result() for run in runs]
+    with _pool(workers, "probability flow", demo_flow.JOBS) as (pool, progress):
+        flow = demo_flow.run(pool, out / "digits-vp.safetensors", held_out, progress)
     print("drawing")
     for job, result in zip(JOBS, results):
         pictures.grids(out / f"{slug(job)}.png", unseen[:PICTURED], result.samples[:PICTURED], job.title)
     pictures.losses(out / "loss.png", losses)
     pictures.strip(out / "trajectory.png", _trajectory(out), "VE predictor-corrector, from noise to digits")
     pictures.neighbours(out / "nearest.png", results[0].samples[:10], real)
+    demo_flow.draw(out, flow)
     seconds = time.perf_counter() - began
-    text = report(results, real, unseen, train_steps, seconds)
+    text = "\n".join([report(results, real, unseen, train_steps, seconds), *demo_flow.report(flow)])
     (out / "report.md").write_text(text)
     print(text)
     print(f"pictures and report in {out}/, {seconds:.0f} seconds")
@@ -127,8 +132,7 @@ def nearest(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float6
 
 def pixels(x: Tensor, data_range: tuple[float, float]) -> NDArray[np.float64]:
     """Samples or data in their range as rows of 64 numbers in [0, 1]."""
-    low, high = data_range
-    return np.asarray(((x - low) / (high - low)).clamp(0, 1).flatten(1).double().numpy())
+    return pictures.unit(x.flatten(1).double().numpy(), data_range)
 
 
 def slug(job: Job) -> str:

@@ -15,7 +15,7 @@ from . import checks, flow, inputs, ops
 from .adaptive import Solution
 from .errors import ConfigError, DataError, ShapeError, choose, names_keywords
 from .model import ScoreModel
-from .reference.noise import PROBES
+from .reference.noise import AUGMENTATION, PROBES, uniform
 from .reference.row import tree_sum
 from .samplers import Adaptive
 from .subject import check_path, place_of, subject_of
@@ -215,7 +215,7 @@ def dequantize(
 ) -> Tensor:
     """lo + (hi − lo)(k + u)/bins, u ~ U[0, 1), for levels k = 0 … bins − 1 [B, *] of any integer dtype; float64.
 
-    Row i's noise is that of (seed, draw, first_sample + i): u is the probability below one of fastdiff's normals.
+    Row i's u is that of (seed, draw, first_sample + i), from the stream that training with dequantize=True draws from.
     """
     low, high = checks.pair("data_range", data_range)
     bins = checks.integer("bins", bins, 2, 2**32)
@@ -226,12 +226,12 @@ def dequantize(
         raise ShapeError(f"levels must have shape [B, *], an axis of samples first, got {tuple(levels.shape)}")
     if levels.numel() and not 0 <= int(levels.min()) <= int(levels.max()) < bins:
         raise DataError(f"levels must lie in 0 … {bins - 1}, got {int(levels.min())} … {int(levels.max())}")
-    z = ops.normal(
-        len(levels), levels.shape[1:], seed=seed, draw=draw, first_sample=first_sample, stream=PROBES + 256,
-        device=levels.device,
+    u = uniform(
+        len(levels), levels.shape[1:], seed=checks.integer("seed", seed, 0, 2**64 - 1),
+        draw=checks.integer("draw", draw, 0, 2**32 - 1), stream=AUGMENTATION, device=levels.device,
+        first_sample=checks.integer("first_sample", first_sample, 0, 2**32 - len(levels)),
     )  # fmt: skip
-    inside = torch.special.ndtr(z.double()).clamp(max=1 - 2.0**-53)
-    return low + (high - low) * ((levels.double() + inside) / bins)
+    return low + (high - low) * ((levels.double() + u) / bins)
 
 
 class _Run:

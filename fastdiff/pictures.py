@@ -1,4 +1,4 @@
-"""Pictures (matplotlib): grids of digits, a denoising strip, loss curves, nearest neighbours."""
+"""Pictures (matplotlib): grids of digits, strips, loss curves, nearest neighbours, histograms, solvers' errors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ except ImportError as error:
     raise ImportError("pictures need matplotlib, which is missing: pip install 'fastdiff[demo]'") from error
 
 Images = NDArray[np.float64]
+
+
+def unit(x: NDArray[np.floating], data_range: tuple[float, float]) -> NDArray[np.float64]:
+    """Numbers in their data range as numbers in [0, 1]."""
+    low, high = data_range
+    return np.clip((x.astype(np.float64) - low) / (high - low), 0, 1)
 
 
 def mosaic(images: Images, columns: int) -> Images:
@@ -77,6 +83,40 @@ def neighbours(path: Path, samples: Images, training: Images) -> None:
     figure.savefig(path, dpi=100)
 
 
+def histograms(path: Path, groups: dict[str, NDArray[np.float64]], label: str, title: str) -> None:
+    """The distributions of two groups or more over each other, with their means."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    bins = np.linspace(min(map(np.min, groups.values())), max(map(np.max, groups.values())), 50)
+    for k, (name, values) in enumerate(groups.items()):
+        axes.hist(values, bins, alpha=0.65, color=f"C{k}", label=f"{name}: {values.mean():.2f}")
+        axes.axvline(values.mean(), color=f"C{k}", linestyle="--", linewidth=1)
+    axes.set(xlabel=label, ylabel="samples", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def convergence(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], across: str, up: str) -> None:
+    """Curves of (x, y) on logarithmic axes; those that are in every panel are black, dashed and dotted."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    common = sorted(set.intersection(*map(set, panels.values())))
+    for axes, (title, curves) in zip(
+        figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0], panels.items()
+    ):
+        own = [name for name in curves if name not in common]
+        for name, marker in zip(own, "osD^vPX"):
+            axes.plot(*zip(*curves[name]), marker=marker, markersize=4, linewidth=1.3, label=name)
+        for name, style in zip(common, ("--", ":")):
+            axes.plot(*zip(*curves[name]), marker=".", color="black", linestyle=style, linewidth=1.3, label=name)
+        axes.set(xscale="log", yscale="log", xlabel=across, title=title)
+        axes.set_xticks(ticks := [6, 12, 24, 48, 96], [str(n) for n in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
+    figure.axes[0].set_ylabel(up)
+    figure.savefig(path, dpi=80)
+
+
 def check_drawable(count: int, shape: tuple[int, ...]) -> None:
     """Refuse samples that are no pictures."""
     if len(shape) != 3 or shape[0] not in (1, 3) or 0 in (count, *shape):
@@ -86,9 +126,7 @@ def check_drawable(count: int, shape: tuple[int, ...]) -> None:
 def image(path: Path, x: NDArray[np.floating], data_range: tuple[float, float]) -> None:
     """Samples [N, 1 or 3, H, W] in their data range as one mosaic."""
     check_drawable(len(x), x.shape[1:])
-    low, high = data_range
-    unit = np.clip((x - low) / (high - low), 0, 1).transpose(0, 2, 3, 1)
-    canvas = mosaic(unit, math.ceil(math.sqrt(len(unit))))
+    canvas = mosaic(unit(x, data_range).transpose(0, 2, 3, 1), math.ceil(math.sqrt(len(x))))
     scale = max(1, 512 // canvas.shape[1])
     figure = Figure(figsize=(canvas.shape[1] * scale / 100, canvas.shape[0] * scale / 100), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))

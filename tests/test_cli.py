@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
+import pty
+import re
 import subprocess
 import sys
+import termios
 
 import numpy as np
 import pytest
@@ -12,7 +16,8 @@ import torch
 from PIL import Image
 
 import fastdiff
-from fastdiff import cli, demo, native
+from fastdiff import cli, demo, demo_flow, native
+from fastdiff.models import MLP
 
 
 def run(*arguments, cwd=None):
@@ -37,6 +42,127 @@ def test_train_sample_and_plan(tmp_path):
     planned = run("plan", "vp", 5, "--plot", tmp_path / "plan.png")
     assert planned.stdout.strip() == fastdiff.plan("vp", 5).explain()
     assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def vectors(folder, **options):
+    """A saved model of pairs of numbers, and such pairs."""
+    torch.manual_seed(0)
+    model = fastdiff.ScoreModel(
+        MLP((2,), hidden=16, layers=1, **options), "vp", data_shape=(2,), data_range=(-1.0, 1.0)
+    )
+    fastdiff.save(model, folder / "model")
+    x = np.random.default_rng(1).uniform(-1, 1, (9, 2)).astype(np.float32)
+    np.save(folder / "x.npy", x)
+    return model.eval(), x
+
+
+def test_likelihood_of_continuous_data(tmp_path):
+    model, x = vectors(tmp_path)
+    done = run("likelihood", "model", "--data", "x.npy", "--out", "ll.npz", "--t-min", 1e-3, "--seed", 4, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    given = ["--t-min", 1e-3, "--seed", 4, "-n", 4]
+    for first in (0, 4, 8):
+        part = run(
+            "likelihood",
+            "model",
+            "--data",
+            "x.npy",
+            "--out",
+            f"{first}.npz",
+            "--first-sample",
+            first,
+            *given,
+            cwd=tmp_path,
+        )
+        assert part.returncode == 0, part.stderr
+    expected = fastdiff.log_likelihood(model, torch.from_numpy(x), probes=2, t_min=1e-3, seed=4)
+    found = np.load(tmp_path / "ll.npz")
+    assert sorted(found) == ["latent", "nats", "nfe", "stderr"]
+    for name in found:
+        np.testing.assert_allclose(found[name], getattr(expected, name).numpy(), rtol=1e-9)
+        parts = np.concatenate([np.load(tmp_path / f"{first}.npz")[name] for first in (0, 4, 8)])
+        # the network's float32 rounding differs with the batch, and the probes' spread may be as small as that
+        np.testing.assert_allclose(parts, found[name], rtol=1e-3, atol=1e-3)
+    mean, error = expected.nats.mean(), expected.nats.std() / 3
+    for words in (
+        "samples 0 to 8, in their own units",
+        f"{mean:.2f} ± {error:.2f} nats, {mean / 2:.4f} ± {error / 2:.4f} nats/dim",
+        "bits/dim        none: the data are continuous",
+        f"{expected.stderr.square().mean().sqrt():.2f} nats standard error",
+        f"{expected.nfe.double().mean():.0f} in the mean, at most {expected.nfe.max()}",
+    ):
+        assert words in done.stdout
+
+
+def test_likelihood_of_discrete_data(tmp_path):
+    few = ["likelihood", "digits-vp", "--data", "digits", "--rtol", 1e-2, "--atol", 1e-2]
+    done = run(*few, "-n", 3, "--first-sample", 1795, "--seed", 5, "--out", "ll.npz", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    model, data = fastdiff.load("digits-vp"), fastdiff.load_data("digits")
+    x = fastdiff.dequantize(data.x[1795:].long(), (-1, 1), 17, seed=5, first_sample=1795).float()
+    nats = fastdiff.log_likelihood(model, x, probes=2, rtol=1e-2, atol=1e-2, seed=5, first_sample=1795).nats
+    found = np.load(tmp_path / "ll.npz")
+    # the two round x differently, and a step refused for that moves a likelihood by hundredths at this tolerance; other
+    # probes move it by nats
+    np.testing.assert_allclose(found["nats"], nats, atol=0.1)
+    bits = (-found["nats"] / math.log(2) + 64 * math.log2(17 / 2)) / 64
+    np.testing.assert_allclose(found["bits_per_dim"], bits, rtol=1e-12)
+    assert f"{bits.mean():.4f} ± {abs(bits[0] - bits[1]) / 2:.4f}\n" in done.stdout  # of two, as many as there are
+    assert (
+        "samples 1795 to 1796, dequantised uniformly within 17 levels, in the model's data_range -1 to 1" in done.stdout
+    )
+
+
+def test_likelihood_given_the_labels(tmp_path):
+    model, x = vectors(tmp_path, num_classes=3)
+    y = torch.arange(9) % 3
+    np.savez(tmp_path / "xy.npz", x=x, y=y.numpy())
+    given = ["--t-min", 1e-2, "--trace", "exact"]
+    done = run("likelihood", "model", "--data", "xy.npz", "--out", "ll.npz", *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = fastdiff.log_likelihood(model, torch.from_numpy(x), trace="exact", t_min=1e-2, cond={"y": y}).nats
+    np.testing.assert_allclose(np.load(tmp_path / "ll.npz")["nats"], expected, rtol=1e-9)
+    assert "exact: no probes" in done.stdout
+    refused = run("likelihood", "model", "--data", "x.npy", cwd=tmp_path)
+    assert "data must have labels of the model's 3 classes, got no labels" in refused.stderr
+
+
+def test_a_progress_bar_on_a_terminal_alone(tmp_path):
+    vectors(tmp_path)
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 100))
+    command = [sys.executable, "-m", "fastdiff.cli", "likelihood", "model", "--data", "x.npy", "--t-min", "0.01"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=end) as process:
+        shown = os.read(terminal, 4096).decode()
+        printed = process.stdout.read().decode()
+    os.close(end)
+    os.close(terminal)
+    assert process.returncode == 0
+    assert "likelihood:   0%" in shown
+    assert "/9 [" in shown
+    assert "likelihood:" not in printed
+    assert "\r" not in printed
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (np.zeros((5, 3), np.float32), "data must have the model's shape [2], got [3]"),
+        (np.zeros((5, 2, 2), np.float32), "data must have the model's shape [2], got [2, 2]"),
+        (np.linspace(0, 8, 10, dtype=np.float32).reshape(5, 2), "ran from -1 to 1, and got 0 to 8"),
+        (np.full((5, 2), np.nan, np.float32), "x must be finite"),
+    ],
+)
+def test_likelihood_refuses_data_that_do_not_fit(data, words, tmp_path, capsys):
+    vectors(tmp_path)
+    np.save(tmp_path / "other.npy", data + np.linspace(0, 1e-3, data.size).reshape(data.shape).astype(np.float32))
+    given = ["likelihood", str(tmp_path / "model"), "--data", str(tmp_path / "other.npy")]
+    assert cli.main([*given, "--out", str(tmp_path / "ll.npz")]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "ll.npz").exists()
 
 
 @pytest.mark.parametrize("loss", fastdiff.losses.LOSSES)
@@ -102,6 +228,23 @@ def test_without_the_library_everything_runs_on_plain_pytorch_and_says_so_once(t
         (["train", "digits", "--out", "/dev/null/x", "--steps", "1"], "cannot be a directory"),
         (["train", "nothing.npy", "--out", "run", "--steps", "1"], "nothing.npy"),
         (["train", "digits", "--out", "run", "--steps", "1", "--loss", "sms"], "did you mean 'ssm'"),
+        (["likelihood", "digits-v", "--data", "digits"], "digits-ve"),
+        *(
+            (["likelihood", "digits-vp", "--data", *given], words)
+            for given, words in [
+                (["nothing.npy"], "nothing.npy"),
+                (["digits", "--out", "ll.npy"], "--out must end in .npz"),
+                (["digits", "--out", "nowhere/ll.npz"], "existing folder"),
+                (["digits", "-n", "0"], "num_samples must be an integer >= 1"),
+                (["digits", "--first-sample", "1797"], "first_sample must be an integer >= 0 and <= 1796"),
+                (["digits", "--probes", "0"], "probes must be an integer >= 1"),
+                (["digits", "--trace", "exakt"], "did you mean 'exact'"),
+                (["digits", "--rtol", "1e-12"], "rtol must be a number in"),
+                (["digits", "--atol", "0"], "atol must be a number in"),
+                (["digits", "--t-min", "2"], "t_min must be a number in (0, 1]"),
+                (["digits", "--seed", "-1"], "seed must be an integer"),
+            ]
+        ),
     ],
 )
 def test_mistakes_end_in_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):
@@ -125,12 +268,31 @@ def test_the_demo_made_small(tmp_path):
         cells = next(line for line in report.splitlines() if line.startswith(f"| {job.title} ")).split("|")
         assert int(cells[2]) == calls[job.title]
         assert float(cells[4]) > 0
-    pictures = [f"{demo.slug(job)}.png" for job in demo.JOBS] + ["trajectory.png", "loss.png", "nearest.png"]
-    for name in pictures:
+    assert (
+        len(
+            re.findall(
+                r"^\| (?:digits|the same, their pixels shuffled) \|(?: -?\d+\.\d+ ± \d+\.\d+ \|){2}$", report, re.M
+            )
+        )
+        == 2
+    )
+    for name in demo_flow.FIXED:
+        cells = next(line for line in report.splitlines() if line.startswith(f"| {name} |")).split("|")
+        assert float(cells[-2]) < float(cells[2])  # 48 calls come closer than 6
+    pictures = [f"{demo.slug(job)}" for job in demo.JOBS] + ["trajectory", "loss", "nearest"]
+    for name in [f"{name}.png" for name in [*pictures, "likelihood", "interpolation", "solvers"]]:
         assert f"({name})" in report
         with Image.open(out / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 10  # not blank
     assert fastdiff.load(out / "digits-vp").process == fastdiff.VP()
+
+
+def test_shuffled_digits_have_their_own_pixels_in_orders_of_their_own():
+    x = torch.arange(3 * 64.0).view(3, 1, 8, 8)
+    y = demo_flow.shuffled(x)
+    assert torch.equal(y.flatten(1).sort(1).values, x.flatten(1))
+    orders = y.flatten(1) - x[:, :1, :1, :1].flatten(1)
+    assert all(not torch.equal(orders[i], orders[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_frechet_distance_is_the_closed_form():

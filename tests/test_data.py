@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+import fastdiff
 from fastdiff.errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError
+from fastdiff.reference.noise import AUGMENTATION, uniform
 from fastdiff.training import Data, load_data
 
 RANGES = ((-1, 1), (0, 1), (0.1, 0.7), (-3, 0.3))
@@ -81,8 +83,8 @@ def test_ends_that_the_dtype_cannot_hold_are_still_inside(dtype):
 def test_quantise_inverts_batch_with_and_without_noise(count, data_range):
     data = levels(count)
     assert torch.equal(data.quantise(data.batch(range(count), data_range), data_range), data.x)
-    uniform = torch.rand(count, 1, generator=torch.Generator().manual_seed(count))
-    for noise in (torch.zeros(count, 1), uniform, torch.full((count, 1), BELOW_ONE)):
+    drawn = torch.rand(count, 1, generator=torch.Generator().manual_seed(count))
+    for noise in (torch.zeros(count, 1), drawn, torch.full((count, 1), BELOW_ONE)):
         x = data.batch(range(count), data_range, noise)
         assert x.dtype == torch.float32
         assert (x.double() >= data_range[0]).all()
@@ -90,6 +92,22 @@ def test_quantise_inverts_batch_with_and_without_noise(count, data_range):
         assert torch.equal(data.quantise(x, data_range), data.x)
         exact = data_range[0] + (data_range[1] - data_range[0]) * (data.x.double() + noise.double()) / count
         torch.testing.assert_close(x.double(), exact, rtol=2**-22, atol=2**-22)
+
+
+@pytest.mark.parametrize("count", [2, 17, 256])
+def test_data_and_plain_levels_are_dequantised_alike(count):
+    data, number = levels(count), len(levels(count))
+    given = {"seed": 3, "first_sample": 5, "draw": 2}
+    u = uniform(number, data.shape, stream=AUGMENTATION, **given)
+    k = torch.arange(count)[:, None]
+    x = fastdiff.dequantize(k, (-1, 1), count, **given)
+    torch.testing.assert_close(data.batch(range(number), (-1, 1), u).double(), x, rtol=0, atol=2**-23)
+    assert torch.equal(((x + 1) * count / 2).floor().long(), k)
+    apart = [
+        fastdiff.dequantize(k[i : i + 1], (-1, 1), count, seed=3, draw=2, first_sample=5 + i)
+        for i in range(min(count, 9))
+    ]
+    assert torch.equal(torch.cat(apart), x[:9])
 
 
 def test_dequantised_mean_and_variance_are_those_of_a_uniform_bin():
