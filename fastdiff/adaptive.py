@@ -35,7 +35,10 @@ class Field(Protocol):
 
 
 SAFETY, SLOWEST, FASTEST = 0.9, 0.2, 10.0
-POLL = 4  # steps between looks at who is done, where a look stalls the device
+# steps between looks at who is done: where a look stalls the device, not each
+POLL = {"cpu": 1}
+SELDOM = 4
+GAINS = 0.7, 0.4  # of PI control
 
 Progress = Callable[[float], None]
 
@@ -44,7 +47,7 @@ Progress = Callable[[float], None]
 class Solution:
     """y [B, *] at the end, the integrals [B, K], evaluations [B] of each sample, the states [M, B, *] at the asked times.
 
-    `calls` of the field: as many as the slowest sample has evaluations.
+    `calls` of the field: as many as the slowest sample has evaluations, or a few more where who is done is seldom looked up.
     """
 
     y: Tensor
@@ -116,16 +119,17 @@ class Run:
         self.running = torch.ones(count, dtype=torch.bool, device=y.device)
         self.spent, self.strikes = torch.zeros_like(self.nfe), torch.zeros_like(self.nfe)
         self.steps, self.calls, self.told = 0, 0, 0.0
+        self.look = POLL.get(y.device.type, SELDOM)
 
     def solve(self) -> Solution:
-        if self.start != self.end and len(self.final):
+        if self.start != self.end and self.final.numel():
             self.begin()
             while len(self.samples):
                 self.step()
                 self.spent += self.cost * self.running_before
                 self.steps += 1
                 self.calls += self.cost
-                if self.u.device.type == "cpu" or self.steps % POLL == 0:
+                if self.steps % self.look == 0:
                     self.poll()
         return self.solution()
 
@@ -229,6 +233,7 @@ class _RungeKutta(Run):
         curved = power(0.01 / bend, 1 / self.tableau.order)
         second = torch.where(bend <= 1e-15, (1e-3 * first).clamp(min=1e-6), curved)
         self.h = torch.minimum(100 * first, second).clamp(max=self.span)
+        self.h = self.h.clamp(min=min(self.span, 1e-12 * (abs(self.start) + abs(self.end))))
         # a trial that leaves the finite numbers was too long; a start that is not finite is the end
         self.h = torch.where(bend.isfinite(), self.h, 0.1 * first)
         self.h = self.h.min().expand_as(self.h).clone() if self.couple else self.h
@@ -253,6 +258,7 @@ class _RungeKutta(Run):
             q = self.q + h[:, None] * _weighted(b, stacked)
             tolerance = self.atol + self.rtol * torch.maximum(q.abs(), self.q.abs())
             error = torch.maximum(error, self._norm(h[:, None] * _weighted(t.e, stacked) / tolerance))
+        own = error.isfinite()
         if self.couple:
             mean = torch.where(self.running, error, 0.0).square().sum() / self.running.sum()
             error = mean.sqrt().expand_as(error)
@@ -260,16 +266,16 @@ class _RungeKutta(Run):
         accepted = self.running & (error <= 1)
         if len(self.times):
             self._interpolate(ks, h, after, reached, accepted)
-        finite, factor = self._factor(error, accepted)
+        factor = self._factor(error, accepted)
         new = {"y": after, "k": ks[-1], "q": q, "rate": rates[-1], "before": error.clamp(min=1e-4)}
-        self.settle(accepted, finite, last, reached, size * factor, new)
+        self.settle(accepted, own, last, reached, size * factor, new)
 
-    def _factor(self, error: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether the error is finite, and what multiplies h: PI control (Hairer & Wanner, Solving ODEs II, IV.2)."""
+    def _factor(self, error: Tensor, accepted: Tensor) -> Tensor:
+        """What multiplies h: PI control (Hairer & Wanner, Solving ODEs II, IV.2)."""
         finite, order, small = error.isfinite(), self.tableau.order, error.clamp(min=1e-10)
-        grow = SAFETY * power(small, -0.7 / order) * power(self.before, 0.4 / order)
+        grow = SAFETY * power(small, -GAINS[0] / order) * power(self.before, GAINS[1] / order)
         shrink = (SAFETY * power(small, -1 / order)).clamp(SLOWEST, 1.0)
-        return finite, torch.where(accepted, grow.clamp(SLOWEST, FASTEST), torch.where(finite, shrink, 0.1))
+        return torch.where(accepted, grow.clamp(SLOWEST, FASTEST), torch.where(finite, shrink, 0.1))
 
     def leave(self, done: Tensor) -> None:
         super().leave(done)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, flow, inputs, ops
+from . import flow, inputs, ops
 from .errors import ConfigError
 from .reference import noise as fdn1
 from .samplers import Adaptive, AdaptiveSDE
@@ -23,7 +23,7 @@ class AdaptiveRun:
     def __init__(
         self, subject: Subject, solver: Adaptive | AdaptiveSDE, full: tuple[int, ...], *, seed: int, first_sample: int, cond: Any,
         x_init: Tensor | None, dtype: torch.dtype, device: torch.device, check: str, backend: str, engine: str,
-        t_min: float | None, denoise: bool, fixed: dict[str, Any],
+        sde: Any, t_min: float | None, denoise: bool, fixed: dict[str, Any],
     ) -> None:  # fmt: skip
         for name, value in fixed.items():
             if value is not None:
@@ -33,16 +33,12 @@ class AdaptiveRun:
                         name, ""
                     )
                 )
-        flow.check(subject, solver)
+        end = flow.check(subject, sde, t_min, solver.default_t_min(subject.process))
+        if end == subject.process.T:
+            raise ConfigError(f"t_min must be below T = {end:g}, where the run starts: give a smaller one")
         self.backend, self.engine, self.why = ops.resolve(
             backend, engine, device, dtype, "a sampler that chooses its steps has no rows to replay"
         )
-        process = subject.process
-        end = solver.default_t_min(process) if t_min is None else checks.number("t_min", t_min)
-        low = flow.default_t_min(process) if process.discrete else 0.0
-        if not low <= end < process.T or end == 0:
-            rule = f"[{low:g}, {process.T:g})" if low else f"(0, {process.T:g})"
-            raise ConfigError(f"t_min must lie in {rule}, where the network has noise to see, got {end:g}")
         if x_init is not None:
             inputs.check_tensor("x_init", x_init, full, device, check != "off")
         inputs.check_condition(cond, full[0], device, check != "off")

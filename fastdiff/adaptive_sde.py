@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .adaptive import POLL, Field, Progress, Run, Solution, power
+from .adaptive import Field, Progress, Run, Solution, power
 from .reference.row import tree_sum
 
 
@@ -28,7 +28,7 @@ def integrate_sde(
     *,
     operations: ModuleType,
     rtol: float = 0.05,
-    atol: float = 0.01,
+    atol: float = 0.0078,
     max_nfe: int = 100_000,
     progress: Progress | None = None,
 ) -> Solution:
@@ -99,9 +99,9 @@ class _Stochastic(Run):
 
     def _make_room(self) -> None:
         """For the pieces of the steps until the next look."""
-        if self.steps % POLL and self.u.device.type != "cpu":
+        if self.steps % self.look:
             return
-        more = int(self.depth.max()) + POLL + 1 - self.lengths.shape[1]
+        more = int(self.depth.max()) + self.look + 1 - self.lengths.shape[1]
         if more > 0:
             self.lengths = torch.cat((self.lengths, self.lengths.new_zeros(len(self.u), more)), 1)
             self.pieces = torch.cat((self.pieces, self.pieces.new_zeros(len(self.u), more, *self.y.shape[1:])), 1)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .errors import ConfigError, choose
+from .errors import choose
 from .predictions import Pair, sigma_data
 from .processes import Process, lib
 
@@ -71,15 +71,6 @@ class Chart:
     def __post_init__(self) -> None:
         choose("variable", self.variable, VARIABLES)
         choose("form", self.form, FORMS)
-        needed = ["drift", "diffusion"] if self.variable == "t" else ["time"]
-        needed += ["drift", "diffusion"] if self.form == "x" and self.variable != "t" else []
-        missing = [name for name in needed if not self.process.defines(name)]
-        if missing:
-            raise ConfigError(
-                f"variable={self.variable!r} with form={self.form!r} needs {missing[0]}(), which "
-                f"{type(self.process).__name__} does not define: define it, or use "
-                + ("variable='asinh'" if self.variable == "t" else "variable='t'")
-            )
 
     @property
     def c(self) -> float:
@@ -122,8 +113,3 @@ class Chart:
     def _of_ratio(self, u: Any) -> Pair:
         ratio = RATIOS[self.variable].ratio(u, self.c)
         return ratio, RATIOS[self.variable].slope(ratio, self.c)
-
-
-def default_variable(process: Process) -> str:
-    """asinh, where the process can tell the time of a noise ratio."""
-    return "asinh" if process.defines("time") else "t"

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from . import marks, ops, predictions
+from . import checks, marks, ops, predictions
 from .adaptive import Progress, Solution, Stage, integrate
 from .adaptive_sde import integrate_sde
 from .charts import Chart, Place
@@ -20,12 +21,12 @@ from .losses import SHORTEST
 from .model import Condition, call, check_output, evaluating, single_tensor
 from .models.layers import TimeConditioned
 from .predictions import Pair
-from .processes import Process
+from .processes import OU, VE, VP, Process, SubVP, require_linear
 from .progress import bar
 from .reference.noise import SAMPLER
 from .samplers import Adaptive, AdaptiveSDE
 from .samplers.base import last_noisy
-from .subject import Subject, layout_of, parameters, picked, takes_features
+from .subject import Subject, check_path, layout_of, parameters, picked, takes_features
 
 # (network, its input [B, *], which samples) -> its output, and estimates of the traces of its Jacobian and of 1 (fastdiff.traces)
 Trace = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -76,7 +77,9 @@ class Flow:
 
             def network(x: Tensor) -> Tensor:
                 x = x.to(self.net_dtype).contiguous(memory_format=self.layout)
-                output = call(subject.net, x, times[k].expand(len(x)), cond, None if features is None else features[k])
+                output = call(
+                    subject.net, x, times[k].expand(len(x)).clone(), cond, None if features is None else features[k]
+                )
                 output = output if isinstance(output, Tensor) else single_tensor(output)
                 return check_output(output, x.shape, self.device, subject.variance)[0].to(self.dtype)
 
@@ -121,7 +124,8 @@ class ReverseSDE(Flow):
         return f * place.alpha, f * place.sigma + g**2 / place.sigma
 
     def diffusion(self, u: Tensor) -> Tensor:
-        return torch.as_tensor(self.subject.process.diffusion(_exact(u)), device=self.device)
+        g = torch.as_tensor(self.subject.process.diffusion(_exact(u)), dtype=u.dtype, device=self.device)
+        return g.expand(u.shape)
 
     def noise(self, attempt: int, samples: Tensor) -> Tensor:
         # the counter names consecutive samples: those that are done are drawn for too, and left out
@@ -136,17 +140,28 @@ def _exact(u: Tensor) -> Any:
     return u.numpy() if u.device.type == "cpu" else u
 
 
-def check(subject: Subject, solver: Adaptive | AdaptiveSDE) -> None:
-    """Refuse what cannot be integrated with steps of its own choice, and process without the needed functions."""
+def check(subject: Subject, sde: Any, t_min: float | None, default: float) -> float:
+    """The time at which the data stand; refused is what has no flow, or cannot be asked there or between a chain's steps."""
+    process = subject.process
+    require_linear(process, "the probability flow", "integrate a flow of your own on model.score(x, t)")
+    check_path(sde, process)
     if subject.time_input == "index":
         raise ConfigError(
             "time_input='index' has whole steps only, and an adaptive solver stands between them: use a sampler of fixed "
             "steps, such as 'ddim', or a network that takes time_input='t'"
         )
-    if isinstance(solver, AdaptiveSDE):
-        Chart(subject.process, "t", "x")
-    else:
-        solver.chart(subject.process)
+    if t_min is None:
+        return default
+    if sde not in (None, process.name, process):
+        raise ConfigError(
+            f"t_min={t_min!r} is a time of the model's own process {process.name!r}, and sde={sde!r:.40} has another clock: "
+            "leave sde out"
+        )
+    low, high = last_noisy(process) if process.discrete else 0.0, float(process.T)
+    end = checks.number("t_min", t_min, low, high, above=low == 0)
+    if not float(process.sigma(np.float64(end))) > 1e-150:
+        raise ConfigError(f"t_min must have noise, sigma > 0, for the network to see, got {t_min!r}: give a larger one")
+    return end
 
 
 def follow(
@@ -213,7 +228,7 @@ class _Leg:
         times = [a + (b - a) * k / max(states - 1, 1) for k in range(states)]
         if times:
             times[-1] = b
-        scales = chart.place(torch.tensor([a, b, *times], dtype=torch.float64)).scale.tolist()
+        scales = chart.place(np.array([a, b, *times])).scale.tolist()
         try:
             found = integrate(
                 Flow(self.subject, chart, *self.common, self.trace), self.x / scales[0], a, b,
@@ -221,8 +236,8 @@ class _Leg:
                 couple=solver.couple, max_nfe=solver.max_nfe, integrals=integrals, times=times, progress=progress,
             )  # fmt: skip
         except SolverError as error:
-            t = float(chart.place(torch.tensor([error.t], dtype=torch.float64)).t)
-            raise SolverError(error.reason, error.sample, t, error.nfe, error.last_step) from None
+            t, after = chart.place(np.array([error.t, error.t + math.copysign(error.last_step, b - a)])).t.tolist()
+            raise SolverError(error.reason, error.sample, t, error.nfe, abs(after - t)) from None
         # log p_x = log p_y − D log s
         shift = math.prod(self.x.shape[1:]) * (math.log(scales[1]) - math.log(scales[0]))
         kept = found.states
@@ -264,7 +279,5 @@ def _joined(parts: list[Solution], x: Tensor, integrals: int, states: int) -> So
 
 
 def default_t_min(process: Process) -> float:
-    """Where likelihoods and encodings start: at 1e-5 (score_sde's), on EDM and chains at their lowest noise."""
-    if process.discrete:
-        return last_noisy(process)
-    return process.t_min if process.name == "edm" else min(SHORTEST, process.t_min or SHORTEST)
+    """Where likelihoods and encodings start: on VE, VP, sub-VP, OU at 1e-5 (score_sde's), else at the process's lowest noise."""
+    return SHORTEST if type(process) in (VE, VP, SubVP, OU) else last_noisy(process)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -13,13 +14,13 @@ from torch import Tensor
 
 from . import checks, flow, inputs, ops
 from .adaptive import Solution
-from .errors import ConfigError, DataError, ShapeError, choose, names_keywords
+from .errors import ConfigError, DataError, DTypeError, ShapeError, choose, names_keywords
 from .model import ScoreModel
 from .reference.noise import AUGMENTATION, PROBES, uniform
 from .reference.row import tree_sum
 from .samplers import Adaptive
-from .subject import check_path, place_of, subject_of
-from .traces import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus
+from .subject import parameters, place_of, subject_of
+from .traces import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus, Probes, Reverse
 
 LONGEST_TRACE = 4096  # an exact trace takes that many backward passes in each evaluation
 MOST_PROBES = 10**6
@@ -60,7 +61,7 @@ def log_likelihood(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     method: str = "dopri5",
-    variable: str | None = None,
+    variable: str = "asinh",
     form: str = "v",
     couple: bool = False,
     max_nfe: int = 100_000,
@@ -78,7 +79,8 @@ def log_likelihood(
 
         log p(x) = log N(x_T; 0, prior_std²) + ∫ ∇·(dx/dt) dt  from t_min to T, x_T where the flow takes x
 
-    x is data in the model's units, float32 or float64, which is then the precision of the run (the integral has float64).
+    x is data in the model's units, float32 or float64, which is then the precision of the run (the integral has float64);
+    float16 and bfloat16 are widened to float32, and so are latents. For levels such as uint8 there is `dequantize`.
     The density is that of the state at t_min, which is the data up to noise of standard deviation σ(t_min).
 
     trace         of the Jacobian in the divergence: "hutchinson" (an unbiased estimate), "hutch++" (a third of the `probes`
@@ -88,8 +90,9 @@ def log_likelihood(
                   probes all along the flow, those of (seed, first_sample + i)
     derivative    "reverse" (one call of the network in each evaluation, for value and all probes) or "forward" (one for each
                   probe, without a graph in memory)
-    rtol, atol, method, variable, form, couple, max_nfe    see fastdiff.samplers.Adaptive
-    t_min         default 1e-5 on continuous processes, σ_min on EDM, the first level on chains
+    rtol, atol, method, variable, form, couple, max_nfe    see fastdiff.samplers.Adaptive. Of a network that is rough in t the
+                  default takes a thousand evaluations, 1e-3 a hundred, and the probes' own spread is often the larger error
+    t_min         default 1e-5 on VE, VP, sub-VP and OU, the lowest noise of others (σ_min of EDM, a chain's first level)
     batch_size    samples in one call of the network; None: 2048, or fewer of more than 64 numbers. It changes no sample's steps
     other arguments as in fastdiff.sample
 
@@ -109,13 +112,20 @@ def log_likelihood(
         else torch.full_like(prior, math.nan)
     )
     stderr = torch.zeros_like(prior) if trace == "exact" else (square / estimates).sqrt()
-    return LogLikelihood(prior + mean[:, 0], stderr, found.y, found.nfe, run.x)
+    nats = prior + mean[:, 0]
+    bad = torch.nonzero(~nats.isfinite()).flatten()
+    if len(bad):
+        raise DataError(
+            f"x must have a log-likelihood that float64 holds, and sample {int(bad[0])}, of up to "
+            f"{run.x[bad[0]].abs().max():.3g}, has {float(nats[bad[0]])}: look at its units"
+        )
+    return LogLikelihood(nats, stderr, found.y, found.nfe, run.x)
 
 
 @names_keywords
 def encode(
     model: Any, x: Tensor, sde: Any = None, *, rtol: float = 1e-5, atol: float = 1e-5, method: str = "dopri5",
-    variable: str | None = None, form: str = "v", couple: bool = False, max_nfe: int = 100_000, t_min: float | None = None,
+    variable: str = "asinh", form: str = "v", couple: bool = False, max_nfe: int = 100_000, t_min: float | None = None,
     prediction: str | None = None, time_input: str | None = None, cond: Any = None, batch_size: int | None = None,
     backend: str = "auto", progress: bool | None = None,
 ) -> Tensor:  # fmt: skip
@@ -131,7 +141,7 @@ def encode(
 @names_keywords
 def decode(
     model: Any, z: Tensor, sde: Any = None, *, temperature: float = 1.0, rtol: float = 1e-5, atol: float = 1e-5,
-    method: str = "dopri5", variable: str | None = None, form: str = "v", couple: bool = False, max_nfe: int = 100_000,
+    method: str = "dopri5", variable: str = "asinh", form: str = "v", couple: bool = False, max_nfe: int = 100_000,
     t_min: float | None = None, prediction: str | None = None, time_input: str | None = None, cond: Any = None,
     batch_size: int | None = None, backend: str = "auto", progress: bool | None = None,
 ) -> Tensor:  # fmt: skip
@@ -164,7 +174,14 @@ def interpolate(
     share = checks.sequence("weights", weights)
     if not share:
         raise ConfigError("weights must hold at least one number, such as torch.linspace(0, 1, 8), got none")
-    if isinstance(xa, Tensor) and isinstance(xb, Tensor) and (xa.shape != xb.shape or xa.dtype != xb.dtype):
+    known = [*inspect.signature(encode).parameters, "temperature"]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"interpolate() takes no keyword {name!r}, only weights, mode, {', '.join(known[2:])}")
+    for name, end in (("xa", xa), ("xb", xb)):
+        _check_samples(name, end)
+        inputs.check_finite(name, end)
+    if xa.shape != xb.shape or xa.dtype != xb.dtype:
         raise ShapeError(f"xa and xb must be alike, got {tuple(xa.shape)} {xa.dtype} and {tuple(xb.shape)} {xb.dtype}")
     back = options.pop("temperature", 1.0)
     checks.number("temperature", back, 0)
@@ -241,26 +258,25 @@ class _Run:
         self, model: Any, x: Any, sde: Any, solver: Adaptive, t_min: float | None, prediction: str | None,
         time_input: str | None, cond: Any, backend: str, name: str,
     ) -> None:  # fmt: skip
-        inputs.check_floating(name, x)
-        if x.ndim < 2:
-            raise ShapeError(f"{name} must have shape [B, *shape], an axis of samples first, got {tuple(x.shape)}")
+        _check_samples(name, x)
         shape = None if isinstance(model, ScoreModel) else tuple(x.shape[1:])
         self.subject = subject_of(model, sde, shape, prediction, time_input, None)
-        check_path(sde, self.subject.process)
-        flow.check(self.subject, solver)
+        self.t_min = flow.check(self.subject, sde, t_min, flow.default_t_min(self.subject.process))
         self.device = place_of(x.device, x, self.subject.net)
         inputs.check_tensor(name, x, (len(x), *self.subject.shape), self.device, finite=True)
         inputs.check_condition(cond, len(x), self.device, finite=True)
-        process = self.subject.process
-        low = flow.default_t_min(process)
-        self.t_min = low if t_min is None else checks.number("t_min", t_min, 0, float(process.T), above=True)
-        if process.discrete and self.t_min < low:
-            raise ConfigError(
-                f"t_min must be at least {low:g}, the first noisy level of {process.name!r}, got {t_min:g}"
-            )
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.backend, _, _ = ops.resolve(backend, "eager", self.device, dtype)
         self.operations, self.solver, self.cond = ops.backend_module(self.backend), solver, cond
+        if isinstance(model, ScoreModel) and name == "x" and x.numel():
+            (low, high), (least, most) = model.data_range, (float(end) for end in x.detach().aminmax())
+            if least < 2 * low - high or most > 2 * high - low:
+                warnings.warn(
+                    f"x runs from {least:g} to {most:g}, far outside of the model's data_range ({low:g}, {high:g}): is it in "
+                    "other units?",
+                    UserWarning,
+                    stacklevel=4,
+                )
         with torch.inference_mode(False):
             self.x = x.detach().to(dtype).clone(memory_format=torch.contiguous_format)
 
@@ -273,9 +289,14 @@ class _Run:
             raise ConfigError(f"probe={probe!r} belongs to trace='hutchinson', not to {trace!r}: leave it out")
         choose("probe", probe or "rademacher", ("rademacher", "normal"))
         kind = DERIVATIVES[choose("derivative", derivative, DERIVATIVES)]
+        if kind is Reverse and any(p.is_inference() for p in parameters(self.subject.net)):
+            raise ConfigError(
+                "model has parameters made under inference_mode, through which there are no gradients: make it outside, or use "
+                "derivative='forward'"
+            )
         count = checks.integer("probes", probes, 1, MOST_PROBES)
         seed = checks.integer("seed", seed, 0, 2**64 - 1)
-        first = checks.integer("first_sample", first_sample, 0, 2**32 - 1 - len(self.x))
+        first = checks.integer("first_sample", first_sample, 0, 2**32 - len(self.x))
         numbers = math.prod(self.subject.shape)
         if trace == "exact":
             if numbers > LONGEST_TRACE:
@@ -295,10 +316,10 @@ class _Run:
                 f"{count}" + ("" if count % 3 else ": use trace='exact'")
             )
 
-        def drawn(probe: str, draw: int, how_many: int, lo: int, hi: int) -> Tensor:
+        def drawn(probe: str, draw: int, how_many: int, lo: int, hi: int) -> Probes:
             found = self.x.new_empty((hi - lo, how_many, *self.subject.shape))
             getattr(self.operations, probe)(found, ops.cursor(draw, first + lo, seed, self.device), PROBES)
-            return found.transpose(0, 1).contiguous()
+            return Probes(found.transpose(0, 1).contiguous())
 
         if trace == "hutchinson":
             return lambda lo, hi: Hutchinson(kind, drawn(probe or "rademacher", 0, count, lo, hi)), count
@@ -327,6 +348,17 @@ class _Run:
                 self.subject, self.x, *(ends if forth else ends[::-1]), self.solver, operations=self.operations,
                 cond=self.cond, batch=batch, progress=progress, what=what, **options,
             )  # fmt: skip
+
+
+def _check_samples(name: str, x: Any) -> None:
+    if isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex():
+        raise DTypeError(
+            f"{name} must be floating numbers in the model's units, got {x.dtype}: for levels such as 0 … 255 use "
+            "fastdiff.dequantize"
+        )
+    inputs.check_floating(name, x)
+    if x.ndim < 2:
+        raise ShapeError(f"{name} must have shape [B, *shape], an axis of samples first, got {tuple(x.shape)}")
 
 
 def _check_bins(x: Tensor, low: float, high: float, bins: int) -> None:

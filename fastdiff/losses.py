@@ -58,8 +58,6 @@ def check(model: ScoreModel, loss: str, probe: str | None = None) -> str:
         raise ConfigError(f"probe={probe!r} belongs to the losses 'ssm' and 'ssm_vr', not to {loss!r}: leave it out")
     if loss in DENOISING:
         require_linear(model.process, f"loss={loss!r}", "use loss='ssm_vr'")
-    if loss == "likelihood" and not model.process.defines("diffusion"):
-        raise ConfigError(f"loss='likelihood' needs diffusion(t), which {type(model.process).__name__} does not define")
     numbers = math.prod(model.data_shape)
     if loss == "ism" and numbers > LONGEST_TRACE:
         raise ConfigError(
@@ -92,8 +90,8 @@ def per_sample(
     λ = σ², or 1 on a process that is not linear, and v a probe ("rademacher" ±1, unless "normal"), 2λ/D times
 
     "ism"         implicit score matching: tr ∇s + ½‖s‖², an exact trace by D products (Hyvärinen 2005, Theorem 1)
-    "ssm"         sliced score matching: vᵀ∇s v + ½(vᵀs)² (Song, Garg, Shi & Ermon 2019, eq. 7)
-    "ssm_vr"      its variance-reduced form: vᵀ∇s v + ½‖s‖² (the same, eq. 8)
+    "ssm"         sliced score matching: vᵀ∇s v + ½(vᵀs)² (SSM of Song, Garg, Shi & Ermon 2019)
+    "ssm_vr"      its variance-reduced form: vᵀ∇s v + ½‖s‖² (their SSM-VR)
 
     On a linear process the expectation of each of the three is that of "dsm" less 1, at every t and for every network.
 

@@ -107,7 +107,10 @@ def _index(process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
         )
     whole = lib(t).round(t)
     if bool((abs(t - whole) > 1e-6).any()):
-        raise ConfigError("time_input='index' needs whole steps of the chain: use grid='trained'")
+        raise ConfigError(
+            "time_input='index' needs whole steps of the chain: use grid='trained', and a sampler that asks nothing between "
+            "its steps, such as 'ddim', 'dpmpp_2m' or 'unipc'"
+        )
     return process.T - whole if process.name == "ncsn" else whole - 1
 
 

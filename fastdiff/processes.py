@@ -28,8 +28,8 @@ class Process:
     """dx = f(t) x dt + g(t) dw on 0 ≤ t ≤ T: α(t), σ(t), f(t) = `drift`, g(t) = `diffusion`, prior N(0, prior_std²).
 
     A subclass, best a frozen dataclass of plain numbers, is a process of one's own. With `alpha` and `sigma` (of floats,
-    arrays and tensors, see `lib`) it is linear: it trains on every loss ("likelihood" needs `diffusion`), and samplers run
-    on it once it defines what they ask for. With `T`, `t_min` and `sample` alone it may be any process whatever, say a
+    arrays and tensors, see `lib`) it is linear: it trains on every loss, and all samplers run on it; what else they ask for is
+    found by numbers, a formula is faster and exact. With `T`, `t_min` and `sample` alone it may be any process whatever, say a
     simulated nonlinear SDE, and trains a "score" network on the losses that need no transition density, "ism", "ssm" and
     "ssm_vr".
     """
@@ -41,8 +41,12 @@ class Process:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if not hasattr(cls, "name"):
+        if "name" not in vars(cls):
             cls.name = cls.__name__.lower()
+        if cls.name in globals().get("PROCESSES", ()):  # a file would be read as fastdiff's own, and defaults be its
+            raise ConfigError(
+                f"process {cls.__name__} must have a name of its own, and {cls.name!r} is fastdiff's: set its attribute name"
+            )
 
     def defines(self, method: str) -> bool:
         """Whether this process has the method, which here only says that it is missing."""
@@ -60,22 +64,45 @@ class Process:
         return 1.0
 
     def alpha(self, t: Any) -> Any:
-        raise AttributeError(f"{type(self).__name__} does not define alpha(t)")
+        raise self._missing("alpha(t)")
 
     def sigma(self, t: Any) -> Any:
-        raise AttributeError(f"{type(self).__name__} does not define sigma(t)")
+        raise self._missing("sigma(t)")
 
     def drift(self, t: Any) -> Any:
-        """f(t) = d log α/dt."""
-        raise AttributeError(f"{type(self).__name__} does not define drift(t)")
+        """f(t) = d log α/dt; by differences, to about 1e-8 (1e-5 at T), unless a process has a formula."""
+        low, high = self._around(t)
+        library = lib(high)
+        return _as(library.log(self.alpha(high) / self.alpha(low)) / (high - low), t)
 
     def diffusion(self, t: Any) -> Any:
-        """g(t), g² = dσ²/dt − 2 f σ²."""
-        raise AttributeError(f"{type(self).__name__} does not define diffusion(t)")
+        """g(t), g² = dσ²/dt − 2 f σ² = 2σ² d log(σ/α)/dt; by differences, as `drift`."""
+        low, high = self._around(t)
+        library, middle = lib(high), 0.5 * (low + high)
+        rise = library.log(self.sigma(high) * self.alpha(low) / (self.sigma(low) * self.alpha(high))) / (high - low)
+        return _as(self.sigma(middle) * library.sqrt(2 * rise), t)
 
     def time(self, ratio: Any) -> Any:
-        """The t at which σ(t)/α(t) equals `ratio`."""
-        raise AttributeError(f"{type(self).__name__} does not define time(ratio)")
+        """The t at which σ(t)/α(t) equals `ratio`: by halving unless a process has a formula, outside [0, T] where none does."""
+        wanted = _double(ratio)
+        low, high = 0.0 * wanted, 0.0 * wanted + float(self.T)
+        first, last = (self.sigma(t) / self.alpha(t) for t in (low, high))
+        below, above = wanted < first * (1 - 1e-9), wanted > last * (1 + 1e-9)
+        where = lib(wanted).where
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            lower = self.sigma(middle) / self.alpha(middle) < wanted
+            low, high = where(lower, middle, low), where(lower, high, middle)
+        return _as(where(below, -1.0 + low, where(above, 1.0 + 2 * high, 0.5 * (low + high))), ratio)
+
+    def _around(self, t: Any) -> tuple[Any, Any]:
+        """Times about t, within (0, T]."""
+        middle = _double(t)
+        step = 1e-6 * lib(middle).clip(middle, 1e-9 * self.T, None)
+        return middle - step + step * (middle <= step), lib(middle).clip(middle + step, None, float(self.T))
+
+    def _missing(self, method: str) -> ConfigError:
+        return ConfigError(f"{method} is asked for here, and {type(self).__name__} does not define it: define it")
 
     def sample(self, x0: Any, t: Any, noise: Any) -> Any:
         """x_t [B, *] for x0 [B, *] and times t [B] in [t_min, T], on x0's device: asked of processes that are not linear.
@@ -83,7 +110,7 @@ class Process:
         `noise(k)` gives the k-th draw of standard normals [B, *], k = 0 … 2**20 − 1; all randomness must come from there,
         so that a seed repeats a run. Gradients are off.
         """
-        raise AttributeError(f"{type(self).__name__} does not define sample(x0, t, noise)")
+        raise self._missing("sample(x0, t, noise)")
 
     def config(self) -> dict[str, Any]:
         """What `from_config` needs to build this process again."""
@@ -414,6 +441,16 @@ def from_config(config: dict[str, Any]) -> Process:
 def lib(t: Any) -> Any:
     """numpy, or torch if `t` is a tensor (which this wing never imports: whoever made the tensor has)."""
     return sys.modules["torch"] if hasattr(t, "detach") else np
+
+
+def _double(t: Any) -> Any:
+    """In float64, floats as numpy's."""
+    return t.double() if hasattr(t, "detach") else np.asarray(t, dtype=np.float64)
+
+
+def _as(values: Any, t: Any) -> Any:
+    """values in the dtype of t, if that is a tensor of floats."""
+    return values.to(t.dtype) if hasattr(t, "detach") and t.is_floating_point() else values
 
 
 def _interpolate(t: Any, table: NDArray[np.float64], first: int) -> Any:

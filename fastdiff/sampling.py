@@ -109,8 +109,10 @@ def sample(
     cond          a tensor or a dict of tensors with a leading num_samples axis, passed to the model
     dtype         of the result; the run is float32, or float64 when that is asked for
     check         "final", "every" row or "off": where a run that is not finite is refused with NonFiniteError
+                  (those that choose their steps look at each, whatever this says)
     callback      (row, t, x) after each row, once for each batch; x is a copy, t its process time
-    trajectory    k > 0 adds k states [k, num_samples, *shape], evenly spaced from the start to the end
+    trajectory    k > 0 adds k states [k, num_samples, *shape], evenly spaced from the start to the end (in rows; with "rk45" in
+                  the solver's variable)
     backend       "auto": the device's fused kernels where there are any ("cpu": compiled, "triton": GPU), else "reference",
                   plain PyTorch; all make the same bits. `fastdiff doctor` says what there is
     engine        "auto": rows replay as CUDA graphs where they can be captured, else run eagerly (`return_info` says why).
@@ -148,9 +150,10 @@ def sample(
     solver = samplers.get(sampler, subject.process)
     run: AdaptiveRun | TableRun
     if isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
-        check_path(sde, subject.process)
         fixed = {"steps": steps, "grid": grid, "clip": clip, "noise": noise, "callback": callback}
-        run = AdaptiveRun(subject, solver, full, t_min=t_min, denoise=denoise, engine=engine, fixed=fixed, **common)
+        run = AdaptiveRun(
+            subject, solver, full, sde=sde, t_min=t_min, denoise=denoise, engine=engine, fixed=fixed, **common
+        )
     else:
         table = _table(subject, sde, steps, sampler, grid, t_min, clip, denoise)
         run = TableRun(subject, table, full, noise=noise, engine=engine, **common)

@@ -30,29 +30,49 @@ class Reverse:
     def __init__(self, network: Network, x: Tensor) -> None:
         with torch.enable_grad():
             self.x = x.requires_grad_()
-            self.output = network(self.x)
+            try:
+                self.output = network(self.x)
+            except RuntimeError as error:  # the network writes to its input, which a leaf does not let it
+                if "leaf Variable" not in str(error):
+                    raise
+                self.output = network(self.x.clone())
         self.m = self.output.detach()
 
-    def product(self, v: Tensor, batched: bool = False) -> Tensor:
+    def products(self, vs: Tensor, last: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        """(v, Jᵀv) for vs [n, B, *], as [some, B, *]; `last`: no more will be asked for."""
+        size = max(1, AT_ONCE // max(self.x.numel(), 1))
+        if size > 1 and len(vs) > 1:
+            try:
+                for some in vs.split(size):
+                    yield some, self._product(some, True, batched=True)
+                return
+            except RuntimeError as error:  # a part of the network knows no batches of gradients
+                if "batching rule" not in str(error).lower():
+                    raise
+        for k, v in enumerate(vs):
+            yield v[None], self._product(v, not last or k + 1 < len(vs))[None]
+
+    def _product(self, v: Tensor, retain: bool, batched: bool = False) -> Tensor:
         found = None
         if self.output.requires_grad:
-            (found,) = torch.autograd.grad(
-                self.output, self.x, v, retain_graph=True, allow_unused=True, is_grads_batched=batched
-            )
+            try:
+                (found,) = torch.autograd.grad(
+                    self.output, self.x, v, retain_graph=retain, allow_unused=True, is_grads_batched=batched
+                )
+            except RuntimeError as error:
+                if "donated" not in str(error):
+                    raise
+                raise ModelOutputError(
+                    "a compiled network gives up its graph after one backward pass, and several probes, an exact trace and "
+                    "Hutch++ take more: use derivative='forward', or set torch._functorch.config.donated_buffer = False "
+                    "before it is compiled"
+                ) from error
         if found is None:
             raise ModelOutputError(
                 "the divergence needs gradients through the model, and its output has none with respect to x: look in it "
-                "for no_grad, detach, argmax or numpy"
+                "for no_grad, detach, argmax, numpy, or an output that does not depend on x"
             )
         return found
-
-    def products(self, vs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(v, Jᵀv) for vs [n, B, *], as [some, B, *]."""
-        size = max(1, AT_ONCE // max(self.x.numel(), 1))
-        for some in vs.split(size) if size > 1 and len(vs) > 1 else ():
-            yield some, self.product(some, batched=True)
-        for v in vs if size == 1 or len(vs) == 1 else ():
-            yield v[None], self.product(v)[None]
 
 
 class Forward:
@@ -63,10 +83,16 @@ class Forward:
     def __init__(self, network: Network, x: Tensor) -> None:
         self.network, self.x = network, x
 
-    def product(self, v: Tensor) -> Tensor:
+    def products(self, vs: Tensor, last: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        """(v, Jv) for vs [n, B, *], as [1, B, *]."""
+        for v in vs:
+            yield v[None], self._product(v)[None]
+
+    def _product(self, v: Tensor) -> Tensor:
         with forward_ad.dual_level():
             try:
-                output = self.network(forward_ad.make_dual(self.x, v))
+                # clones, as the network may write to its input
+                output = self.network(forward_ad.make_dual(self.x.clone(), v.clone()))
             except NotImplementedError as error:
                 raise ModelOutputError(
                     f"derivative='forward' needs forward-mode derivatives of all that the model does, and a part of it has "
@@ -76,17 +102,28 @@ class Forward:
         if tangent is None:
             raise ModelOutputError(
                 "the divergence needs derivatives through the model, and its output has none with respect to x: look in it "
-                "for detach, argmax or numpy"
+                "for detach, argmax, numpy, or an output that does not depend on x"
             )
         return tangent
 
-    def products(self, vs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(v, Jv) for vs [n, B, *], as [1, B, *]."""
-        for v in vs:
-            yield v[None], self.product(v)[None]
-
 
 DERIVATIVES: dict[str, type[Reverse] | type[Forward]] = {"reverse": Reverse, "forward": Forward}
+
+
+class Probes:
+    """Vectors [K, B, *], and of the samples that still run."""
+
+    def __init__(self, every: Tensor) -> None:
+        self.every, self.samples, self.some = every, None, every
+
+    def of(self, samples: Tensor) -> Tensor:
+        """Those of `samples`, gathered once as long as they are the same."""
+        if samples is not self.samples:
+            self.samples, self.some = (
+                samples,
+                self.every if len(samples) == self.every.shape[1] else self.every[:, samples],
+            )
+        return self.some
 
 
 @dataclass(frozen=True)
@@ -103,7 +140,7 @@ class Exact:
             which = torch.arange(first, min(first + size, numbers), device=x.device)
             units = torch.zeros((len(which), *x.shape), dtype=x.dtype, device=x.device)
             units.flatten(2)[torch.arange(len(which), device=x.device), :, which] = 1
-            for unit, product in j.products(units):
+            for unit, product in j.products(units, last=first + size >= numbers):
                 total += _dots(unit, product).sum(0)
         return j.m, total[:, None], total.new_full((1, 1), numbers)
 
@@ -113,17 +150,17 @@ class Hutchinson:
     """⟨v, Jv⟩ for each probe v of `probes` [K, B, *] (Hutchinson 1990; Grathwohl et al. 2019, eq. 7)."""
 
     derivative: type[Reverse] | type[Forward]
-    probes: Tensor
+    probes: Probes
 
     def __call__(self, network: Network, x: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         j = self.derivative(network, x)
-        found = [_dots(v, product) for v, product in j.products(_of(self.probes, samples))]
-        return j.m, torch.cat(found).T, _of(self.squares, samples).T
+        found = [_dots(v, product) for v, product in j.products(self.probes.of(samples))]
+        return j.m, torch.cat(found).T, self.squares.of(samples).T
 
     @cached_property
-    def squares(self) -> Tensor:
+    def squares(self) -> Probes:
         """|v|², [K, B]."""
-        return _dots(self.probes, self.probes)
+        return Probes(_dots(self.probes.every, self.probes.every))
 
 
 @dataclass(frozen=True)
@@ -134,26 +171,22 @@ class HutchPlusPlus:
     """
 
     derivative: type[Reverse] | type[Forward]
-    sketch: Tensor
-    probes: Tensor
+    sketch: Probes
+    probes: Probes
 
     def __call__(self, network: Network, x: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         j, numbers = self.derivative(network, x), x[0].numel()
-        seen = torch.cat([product for _, product in j.products(_of(self.sketch, samples))]).flatten(2)  # [K, B, D]
+        seen = torch.cat([product for _, product in j.products(self.sketch.of(samples), last=False)]).flatten(
+            2
+        )  # [K, B, D]
         with torch.autocast(x.device.type, enabled=False):
             basis = torch.linalg.qr(seen.permute(1, 2, 0)).Q  # [B, D, K]
-            probes = _of(self.probes, samples).flatten(2).permute(1, 2, 0)
+            probes = self.probes.of(samples).flatten(2).permute(1, 2, 0)
             rest = probes - basis @ (basis.mT @ probes)
-            rest = rest * (math.sqrt(numbers - len(self.sketch)) / torch.linalg.vector_norm(rest, dim=1, keepdim=True))
-        captured, remaining = (
-            torch.cat([_dots(v, product) for v, product in j.products(vs.permute(2, 0, 1).reshape(-1, *x.shape))])
-            for vs in (basis, rest)
-        )
+            rest = rest * (math.sqrt(numbers - len(seen)) / torch.linalg.vector_norm(rest, dim=1, keepdim=True))
+        vectors = torch.cat((basis, rest), 2).permute(2, 0, 1).reshape(-1, *x.shape)
+        captured, remaining = torch.cat([_dots(v, product) for v, product in j.products(vectors)]).split(len(seen))
         return j.m, (captured.sum(0) + remaining).T, captured.new_full((1, 1), numbers)
-
-
-def _of(probes: Tensor, samples: Tensor) -> Tensor:
-    return probes if len(samples) == probes.shape[1] else probes[:, samples]
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:

@@ -391,7 +391,9 @@ def test_densities_over_bins_are_probabilities():
     mass = (2.0**-bits).view(bins, many)
     edges = norm.cdf((np.linspace(-1, 1, bins + 1) - 0.1) / 0.3)
     assert (np.abs(mass.mean(1).numpy() - np.diff(edges)) < 5 * mass.std(1).numpy() / math.sqrt(many) + 1e-4).all()
-    assert (bits.view(bins, many).mean(1).numpy() >= -np.log2(np.diff(edges)) - 1e-3).all()
+    rows = bits.view(bins, many)
+    slack = 5 * rows.std(1).numpy() / math.sqrt(many)
+    assert (rows.mean(1).numpy() >= -np.log2(np.diff(edges)) - slack).all()
 
 
 def test_dequantize_is_the_seeds():
@@ -477,7 +479,7 @@ def test_interpolation_keeps_the_condition():
 GOOD = {"model": exact(gaussian(3), VP), "x": torch.zeros(2, 3), "sde": "vp"}
 BAD = [
     ({"x": torch.zeros(3)}, ShapeError, r"x must have shape \[B, \*shape\]"),
-    ({"x": torch.zeros(2, 3, dtype=torch.uint8)}, DTypeError, "x must be floating .* use .float"),
+    ({"x": torch.zeros(2, 3, dtype=torch.uint8)}, DTypeError, "x must be floating numbers .*fastdiff.dequantize"),
     ({"x": [[0.0]]}, DTypeError, "x must be a tensor, got list"),
     ({"x": torch.full((2, 3), math.nan)}, DataError, "x must be finite"),
     ({"sde": None}, ConfigError, "sde must be given"),
@@ -503,7 +505,7 @@ BAD = [
     ({"max_nfe": 0}, ConfigError, "max_nfe must be an integer >= 1"),
     ({"t_min": 0.0}, ConfigError, "t_min must be a number in"),
     ({"t_min": 2.0}, ConfigError, "t_min must be a number in"),
-    ({"sde": "ddpm", "t_min": 0.5}, ConfigError, "t_min must be at least 1, the first noisy level"),
+    ({"sde": "ddpm", "t_min": 0.5}, ConfigError, r"t_min must be a number in \[1, 1000\], got 0.5"),
     ({"sde": "ddpm", "time_input": "index"}, ConfigError, "time_input='index' has whole steps only"),
     ({"batch_size": 0}, ConfigError, "batch_size must be an integer >= 1"),
     ({"couple": True, "batch_size": 1}, ConfigError, "couple=True takes its step from the whole batch"),
@@ -525,7 +527,7 @@ def test_refused_before_any_work(changed, error, message):
 def test_an_unknown_keyword_is_named():
     with pytest.raises(TypeError, match="did you mean 'probes'"):
         fastdiff.log_likelihood(**GOOD, num_probes=3)
-    with pytest.raises(TypeError, match="encode"):
+    with pytest.raises(TypeError, match=r"interpolate\(\) takes no keyword 'probes'"):
         fastdiff.interpolate(GOOD["model"], GOOD["x"], GOOD["x"], [0.5], sde="vp", probes=3)
 
 
@@ -567,6 +569,113 @@ def test_a_part_without_forward_derivatives():
         fastdiff.log_likelihood(lambda x, t: Once.apply(x), GOOD["x"], "vp", derivative="forward")
 
 
+def test_a_network_may_write_to_what_it_is_given():
+    """To x, and to t, which two stages of a pair share."""
+
+    def writing(x, t):
+        score = exact(data, VP)(x.clone(), t.clone())
+        x.mul_(0.5)
+        t.mul_(1000.0)
+        return score
+
+    data = gaussian(3)
+    x = draw(data)
+    for method in ("dopri5", "tsit5", "bosh3"):
+        for options in ({}, {"couple": True}):
+            wanted, found = (
+                fastdiff.encode(net, x, VP, method=method, **options) for net in (exact(data, VP), writing)
+            )
+            assert torch.equal(wanted, found)
+    for options in ({"trace": "exact"}, {"derivative": "forward", "probes": 3}, {"trace": "hutch++", "probes": 3}):
+        wanted, found = (fastdiff.log_likelihood(net, x, VP, **options).nats for net in (exact(data, VP), writing))
+        assert torch.equal(wanted, found)
+
+
+def test_compiled_networks_and_those_without_batches_of_gradients():
+    torch.manual_seed(0)
+    x = torch.linspace(-1, 1, 12).view(4, 3)
+    options = {"sde": VP, "prediction": "eps"}
+    plain = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
+    net = lambda x, t: plain(x) * t[:, None]  # noqa: E731
+    compiled = torch.compile(net, backend="aot_eager")
+    wanted = fastdiff.log_likelihood(net, x, **options)
+    found = fastdiff.log_likelihood(compiled, x, **options)
+    assert (wanted.nats - found.nats).abs().max() < 1e-3
+    with pytest.raises(ModelOutputError, match="gives up its graph"):
+        fastdiff.log_likelihood(compiled, x, probes=3, **options)
+
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return -0.5 * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return torch.from_numpy(-0.5 * g.numpy())
+
+    for trace in ("hutchinson", "exact"):
+        own, plain = (
+            fastdiff.log_likelihood(net, x, VP, trace=trace, probes=3)
+            for net in (lambda x, t: Halved.apply(x), lambda x, t: -0.5 * x)
+        )
+        assert (own.nats - plain.nats).abs().max() < 1e-4
+
+
+def test_the_defaults_of_torch_change_nothing():
+    x = torch.linspace(-1, 1, 12).view(4, 3)
+    wanted = fastdiff.log_likelihood(lambda x, t: -x, x, VP)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = fastdiff.log_likelihood(lambda x, t: -x, x, VP)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(wanted.nats, found.nats)
+
+
+def test_the_clock_of_a_chain_is_not_the_models():
+    """On a chain that lies on the model's path the run is the model's own; a time of its own would be misread."""
+    model = fastdiff.ScoreModel(lambda x, t: -x, VP, "score", data_shape=(3,))
+    x = torch.zeros(2, 3)
+    assert torch.equal(fastdiff.encode(model, x, "ddpm"), fastdiff.encode(model, x))
+    for call in (
+        lambda: fastdiff.log_likelihood(model, x, "ddpm", t_min=1),
+        lambda: fastdiff.encode(model, x, fastdiff.DDPM(), t_min=1),
+        lambda: fastdiff.sample(model, "ddpm", sampler="rk45", t_min=0.9),
+    ):
+        with pytest.raises(ConfigError, match=r"t_min=.* is a time of the model's own process 'vp'"):
+            call()
+
+
+def test_what_is_far_away():
+    model = fastdiff.ScoreModel(lambda x, t: -x, VP, "score", data_shape=(3,))
+    with pytest.warns(UserWarning, match="far outside of the model's data_range"):
+        fastdiff.log_likelihood(model, torch.full((1, 3), 16.0))
+    x = torch.tensor([[0.0], [1e160]], dtype=torch.float64)
+    with pytest.raises(DataError, match=r"sample 1, of up to 1e.160, has -inf"):
+        fastdiff.log_likelihood(lambda x, t: -x, x, VP, trace="exact", form="x")
+
+
+def test_samples_without_numbers_ask_nothing():
+    def model(x, t):
+        raise RuntimeError("the network was called")
+
+    assert fastdiff.encode(model, torch.zeros(3, 0), VP).shape == (3, 0)
+
+
+def test_a_short_way():
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
+    assert (fastdiff.encode(lambda x, t: -x, x, VP, t_min=1 - 1e-9) - x).abs().max() < 1e-6
+
+
+def test_parameters_without_gradients_are_refused():
+    with torch.inference_mode():
+        net = MLP((3,), hidden=8)
+    with pytest.raises(ConfigError, match="made under inference_mode"):
+        fastdiff.log_likelihood(net, torch.zeros(2, 3), VP)
+
+
 def test_t_min_at_the_end_is_the_prior():
     x = torch.randn(4, 3, dtype=torch.float64)
     ll = fastdiff.log_likelihood(GOOD["model"], x, "vp", t_min=1.0)
@@ -591,8 +700,9 @@ def test_a_bad_sample_is_named(batch_size):
 
     bad = torch.zeros(64)
     bad[41] = 1
+    options = {"cond": bad, "couple": batch_size is None, "batch_size": batch_size or 64}
     with pytest.raises(SolverError, match=r"the field is not finite .* of sample 41") as caught:
-        fastdiff.log_likelihood(model, torch.zeros(64, 2), "vp", cond=bad, batch_size=batch_size)
+        fastdiff.log_likelihood(model, torch.zeros(64, 2), "vp", **options)
     assert caught.value.sample == 41
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import fastdiff
 from fastdiff import losses
 from fastdiff.errors import CheckpointMismatchError, ConfigError, DTypeError, ModelOutputError, ShapeError
-from fastdiff.models import MLP, UNet
+from fastdiff.models import MLP
 from fastdiff.processes import Process, lib
 from fastdiff.reference import noise, papers
 from fastdiff.training import Data
@@ -311,15 +311,43 @@ def test_a_loss_is_evaluated_in_any_gradient_mode(loss):
         assert torch.allclose(value, expected, rtol=1e-5)
 
 
+class Heads(nn.Module):
+    """Attention over 4 positions in two heads, of which torch has a fused kernel on CPUs too."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 24), nn.Linear(8, 4)
+
+    def forward(self, x, t):
+        q, k, v = self.qkv(x).view(len(x), 4, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        h = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(h.transpose(1, 2).reshape(len(x), 4, 8)) + t[:, None, None] * x
+
+
 def test_attention_has_second_derivatives():
     """Fused attention has none on CPUs and GPUs; the losses ask for the plain one."""
     torch.manual_seed(0)
-    net = UNet((1, 4, 4), channels=8, blocks=1, multipliers=(1,), attention=(0,))
-    model = fastdiff.ScoreModel(net, "vp", "edm", data_shape=(1, 4, 4))
-    images = Data(randn(16, 1, 4, 4, dtype=torch.float32).clamp(-1, 1), range=(-1.0, 1.0))
+    data = Data(randn(16, 4, 4, dtype=torch.float32).clamp(-1, 1), range=(-1.0, 1.0))
     for loss in TRACES:
-        done = fastdiff.train(model, images, steps=2, loss=loss, batch_size=4)
-        assert done.loss.isfinite().all()
+        model = fastdiff.ScoreModel(Heads(), "vp", "eps", data_shape=(4, 4))
+        assert fastdiff.train(model, data, steps=2, loss=loss, batch_size=4).loss.isfinite().all()
+
+
+def test_training_times_start_at_the_processs_own_end():
+    seen = []
+
+    class Late(Still):
+        t_min = 0.3
+
+        def sample(self, x0, t, noise):
+            seen.append(float(t.min()))
+            return x0 + noise(0)
+
+    assert losses.training_times(Late(), torch.zeros(1)) == pytest.approx(0.3)
+    x0 = randn(64, 2, dtype=torch.float32)
+    t = losses.training_times(Late(), torch.linspace(0, 0.999, 64))
+    losses.per_sample(small(Late(), "score"), x0, t, CURSOR, "ssm")
+    assert min(seen) == pytest.approx(0.3)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -453,8 +481,6 @@ def test_processes_that_are_none_are_refused():
     for process, words in ((Empty(), "neither"), (Timeless(), "T must be a number"), (Late(), "t_min must be")):
         with pytest.raises(ConfigError, match=words):
             fastdiff.ScoreModel(lambda x, t: x, process, "score", data_shape=(2,))
-    with pytest.raises(ConfigError, match="likelihood' needs diffusion"):
-        losses.check(small(Cosine(), "eps"), "likelihood")
 
 
 @pytest.mark.parametrize(

@@ -169,3 +169,63 @@ def test_ncsn_stands_on_its_ladder():
 def test_bad_processes_are_refused(make, match):
     with pytest.raises((ConfigError, TypeError), match=match):
         make()
+
+
+def bare(process):
+    """The same α and σ, and nothing else."""
+
+    class Bare(processes.Process):
+        T, t_min = float(process.T), process.t_min
+
+        def alpha(self, t):
+            return process.alpha(t)
+
+        def sigma(self, t):
+            return process.sigma(t)
+
+    return Bare()
+
+
+@pytest.mark.parametrize("process", CONTINUOUS, ids=repr)
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_what_a_process_has_no_formula_for_is_found_by_numbers(process, kind):
+    t = np.concatenate([[1e-5 * process.T, process.T], inside(process)])
+    ratio = process.sigma(t) / process.alpha(t)
+    for name, given, tolerance in (("drift", t, 1e-7), ("diffusion", t, 1e-7), ("time", ratio, 1e-9)):
+        found, wanted = np.asarray(getattr(bare(process), name)(kind(given))), getattr(process, name)(given)
+        np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5)  # at T, from one side
+        np.testing.assert_allclose(np.delete(found, 1), np.delete(wanted, 1), rtol=tolerance, atol=1e-5)
+    assert bare(process).time(np.array([2 * ratio[1]])) > process.T
+    narrow = bare(process).time(torch.tensor([float(ratio[5])]))
+    assert narrow.dtype == torch.float32
+
+
+@pytest.mark.parametrize("sampler", fastdiff.samplers.SAMPLERS)
+@pytest.mark.parametrize("grid", [None, "uniform", "karras"])
+def test_every_sampler_runs_on_alpha_and_sigma_alone(sampler, grid):
+    options = {"shape": (2,), "num_samples": 2, "dtype": torch.float64, "sampler": sampler}
+    if sampler not in ("rk45", "adaptive_sde"):
+        options |= {"steps": 10, "grid": grid}
+    score = lambda x, t: -x  # noqa: E731
+    try:
+        wanted = fastdiff.sample(score, fastdiff.VP(), **options)
+    except ConfigError:  # that go with no such grid: test_solvers knows which
+        return
+    found = fastdiff.sample(score, bare(fastdiff.VP()), **options)
+    assert found.isfinite().all()
+    if sampler != "adaptive_sde":  # a last bit decides otherwise on a step
+        assert (found - wanted).abs().max() < 1e-5 * (1 + wanted.abs().max())
+
+
+def test_names_of_fastdiffs_own_are_not_given_twice():
+    class Mild(fastdiff.VP):
+        def beta(self, t):
+            return 0.5 * super().beta(t)
+
+    assert Mild().name == Mild().config()["name"] == "mild"
+    for make in (
+        lambda: type("vE", (processes.Process,), {}),
+        lambda: type("Mine", (fastdiff.VP,), {"name": "vp"}),
+    ):
+        with pytest.raises(ConfigError, match="must have a name of its own"):
+            make()

@@ -37,7 +37,7 @@ def _vp_time(integral: float, beta_min: float, beta_max: float) -> float:
 
 
 def vp_path(beta_min: float = 0.1, beta_max: float = 20.0) -> Path:
-    """Lu et al. 2022a, appendix D.4 (linear schedule)."""
+    """Lu et al. 2022a (linear schedule)."""
 
     def integral(t: float) -> float:
         return t * beta_min + t**2 * (beta_max - beta_min) / 2

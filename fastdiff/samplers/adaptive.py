@@ -35,8 +35,7 @@ class Adaptive(StepChoosing):
 
     method      "dopri5" (Dormand & Prince 1980), "tsit5" (Tsitouras 2011), "bosh3" (Bogacki & Shampine 1989)
     rtol, atol  of a step's error, root mean square over a sample's numbers, in units of y
-    variable    what is stepped in: "t", "sigma", "logsnr", "asinh" (fastdiff.charts); default asinh where the process
-                defines `time`
+    variable    what is stepped in: "t", "sigma", "logsnr", "asinh" (fastdiff.charts)
     form        what is integrated: "x", "eps", "x0", "v"; variable="t", form="x" is score_sde's
     couple      one step size for the whole batch, so that samples depend on each other; for comparisons
     max_nfe     evaluations that a sample may spend
@@ -46,7 +45,7 @@ class Adaptive(StepChoosing):
     method: str = "dopri5"
     rtol: float = 1e-5
     atol: float = 1e-5
-    variable: str | None = None
+    variable: str = "asinh"
     form: str = "v"
     couple: bool = False
     max_nfe: int = 100_000
@@ -54,14 +53,13 @@ class Adaptive(StepChoosing):
     def __post_init__(self) -> None:
         choose("method", self.method, METHODS)
         _tolerances(self.rtol, self.atol)
-        if self.variable is not None:
-            choose("variable", self.variable, charts.VARIABLES)
+        choose("variable", self.variable, charts.VARIABLES)
         choose("form", self.form, charts.FORMS)
         checks.flag("couple", self.couple)
         checks.integer("max_nfe", self.max_nfe, 1, 2**62)
 
     def chart(self, process: Process) -> Chart:
-        return Chart(process, self.variable or charts.default_variable(process), self.form)
+        return Chart(process, self.variable, self.form)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class _Churned(FewSteps):
         for argument in ("s_churn", "s_min", "s_noise"):
             checks.number(argument, getattr(self, argument), 0)
         if self.s_max != math.inf:
-            checks.number("s_max", self.s_max, 0)
+            checks.number("s_max", self.s_max, self.s_min)
 
     @property
     def churn(self) -> solvers.Churn:

@@ -38,7 +38,7 @@ def _rows(steps: Sequence[Step], updates: list[_Update], label: str, meaning: Me
 
 
 def unipc(steps: Sequence[Step], order: int, variant: str, predicts: str, lower_order_final: bool) -> Drafts:
-    """UniPC-p of Zhao et al. 2023 (Alg. 5–8, multistep): UniP-p predicts, UniC-p corrects to order p + 1.
+    """UniPC-p of Zhao et al. 2023 (multistep): UniP-p predicts, UniC-p corrects to order p + 1.
 
     "x0":   x' = σ'/σ x + α' [(1 − e^{−h}) m_0 + B Σ_k ρ_k D_k],      D_k = (m_k − m_0)/r_k,  r_k = (λ_k − λ)/h
     "eps":  x' = α'/α x − σ' [(e^h − 1) m_0 + B Σ_k ρ_k D_k]
@@ -73,7 +73,7 @@ def unipc(steps: Sequence[Step], order: int, variant: str, predicts: str, lower_
 
 
 def sa(steps: Sequence[Step], predictor: int, corrector: int, tau: float, lower_order_final: bool) -> Drafts:
-    """SA-Solver of Xue et al. 2023 (Alg. 1, eq. 14–17), τ constant, κ = 1 + τ²:
+    """SA-Solver of Xue et al. 2023 (Alg. 1), τ constant, κ = 1 + τ²:
 
         x' = σ'/σ e^{−τ²h} x + α' κ ∫₀ʰ e^{−κ(h−u)} x̂_0(λ + u) du + σ' √(1 − e^{−2τ²h}) z
 
