@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..grids import Grid, Step, level_at, step_between
+from ..grids import Grid, Step, level_at, levels_at, step_between
 from ..processes import Process
 from ..table import Level
 from .ancestral import split
@@ -60,11 +60,17 @@ def dpm_2(process: Process, grid: Grid, eta: float, churn: Churn) -> Drafts:
     In t the middle is halfway. In σ̂ it is √(σ̂ σ̂'), as in k-diffusion, which is DPM-Solver-2 (Lu et al. 2022a, Alg. 1),
     Euler where σ' = 0; η > 0 goes to σ_↓ in that way and adds DDIM's noise (its dpm_2_ancestral).
     """
-    drafts: Drafts = []
-    for rows, step in _churned(process, grid, churn):
-        stages = _midpoint_in_sigma(process, step, eta) if grid.in_sigma or eta > 0 else _midpoint_in_t(process, step)
-        drafts.append([*rows, *stages])
-    return drafts
+    steps = list(_churned(process, grid, churn))
+    if not grid.in_sigma and eta == 0:
+        return [[*rows, *_midpoint_in_t(process, step)] for rows, step in steps]
+    splits = [split(step.level, step.next, eta) for _, step in steps]
+    middles = np.array([
+        math.sqrt(step.level.sigma / step.level.alpha * down / step.next.alpha)
+        for (_, step), (_, down) in zip(steps, splits)
+        if step.next.sigma > 0
+    ])  # fmt: skip
+    levels = iter(levels_at(process, middles))
+    return [[*rows, *_midpoint_in_sigma(step, *ends, levels)] for (rows, step), ends in zip(steps, splits)]
 
 
 def _midpoint_in_t(process: Process, step: Step) -> Sequence[Draft]:
@@ -78,13 +84,13 @@ def _midpoint_in_t(process: Process, step: Step) -> Sequence[Draft]:
     ]
 
 
-def _midpoint_in_sigma(process: Process, step: Step, eta: float) -> Sequence[Draft]:
+def _midpoint_in_sigma(step: Step, c: float, down: float, levels: Iterator[Level]) -> Sequence[Draft]:
+    """By the next of the middle levels, but for a step into σ = 0."""
     here, there = step.level, step.next
-    c, down = split(here, there, eta)
     a, b = there.alpha / here.alpha, down - there.alpha * here.sigma / here.alpha
     if there.sigma == 0:
         return [Draft(here, "dpm_2", a, (b,), EPS)]
-    middle = level_at(process, math.sqrt(here.sigma / here.alpha * down / there.alpha))
+    middle = next(levels)
     ratio = middle.alpha / here.alpha
     return [
         Draft(here, "dpm_2", ratio, (middle.sigma - ratio * here.sigma,), EPS, opens=True),
