@@ -180,6 +180,8 @@ def summary(path: Path = MACHINE) -> str:
         f"![microseconds per step outside the network]({PICTURE.relative_to(README.parent)})",
         f"Log-likelihoods. {LIKELIHOOD}",
         solutions(rows, "likelihood"),
+        f"Samples by `rk45`. {CHOOSING['rk45'][1]}",
+        solutions(rows, "rk45"),
         "Single operations on eight samples of n numbers in all. The memory's own limit is `torch.add`; at 16,777,216 most of "
         "the first line is fresh memory's page faults, which the second avoids:",
         operations(rows),

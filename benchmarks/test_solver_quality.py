@@ -45,6 +45,7 @@ SOLVERS: dict[str, tuple[samplers.Sampler | str, int]] = {
     "unipc": ("unipc", 1),
     "sa, tau 0": (samplers.SA(tau=0.0), 1),
 }
+FIRST_ORDER = ("ddim", "ode, uniform in t")
 # name -> method of a sampler that chooses its steps, one size for all samples
 ADAPTIVE = {"rk45": "dopri5", "rk45, bosh3": "bosh3"}
 TOLERANCES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
@@ -117,6 +118,9 @@ def test_solver(benchmark, name):
     found, last = errors(name), CALLS[-1]
     if not found[last] <= 0.02:
         raise AssertionError(f"{name} is {found[last]:.2g} off after {last} calls: another flow or end")
+    half = found.get(last // 2)
+    if name not in FIRST_ORDER and half is not None and not found[last] <= 0.35 * half:
+        raise AssertionError(f"{name} has {found[last]:.2g} after {last} calls and {half:.2g} after half: of order 1")
     given = adaptive(name, 1e-3) if name in ADAPTIVE else options(name, last)
     _, used = solve(given)
     start, _ = exact_ends()
