@@ -343,9 +343,12 @@ def test_too_many_time_features_are_made_row_by_row(monkeypatch):
     net = MLP((5,), hidden=16)
     model = fastdiff.ScoreModel(net, "vp", data_shape=(5,))
     ours = fastdiff.sample(model, steps=6, num_samples=4)
-    monkeypatch.setattr(fastdiff.sampling, "MAX_FEATURES", 100)
+    flowing = fastdiff.sample(model, sampler="rk45", num_samples=4)
+    for module in (fastdiff.table_run, fastdiff.flow):
+        monkeypatch.setattr(module, "MAX_FEATURES", 100)
     monkeypatch.setattr(MLP, "forward", lambda self, x, t, y=None: torch.zeros_like(x))  # takes no features
     assert torch.equal(fastdiff.sample(model, steps=6, num_samples=4), ours)  # the last layer starts at zero
+    assert torch.equal(fastdiff.sample(model, sampler="rk45", num_samples=4), flowing)
 
 
 class Changed(MLP):
