@@ -7,6 +7,7 @@ step; who is done is looked up every few steps, by one read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -143,12 +144,12 @@ class Run:
     def solution(self) -> Solution:
         return Solution(self.final, torch.zeros(len(self.final), 0, **self.wide), self.nfe, None, self.calls)
 
-    def trial(self) -> tuple[Tensor, Tensor, Tensor]:
-        """This step's signed h, |h| (0 for who idles), and whether it ends at the end."""
+    def trial(self, most: Tensor | float = math.inf) -> tuple[Tensor, Tensor, Tensor]:
+        """This step's signed h, |h| up to `most` (0 for who idles), and whether it ends at the end."""
         self.running_before = self.running
-        left = (self.sign * (self.end - self.u)).clamp(min=0)
-        last = self.running & (self.h >= left * (1 - 1e-10))
-        size = torch.where(self.running, torch.where(last, left, self.h), 0.0)
+        left, h = (self.sign * (self.end - self.u)).clamp(min=0), torch.clamp(self.h, max=most)
+        last = self.running & (h >= left * (1 - 1e-10))
+        size = torch.where(self.running, torch.where(last, left, h), 0.0)
         return self.sign * size, size, last
 
     def settle(

@@ -60,14 +60,11 @@ class _Stochastic(Run):
         self.lengths, self.pieces = torch.zeros(len(y), 0, **self.wide), y.new_zeros(len(y), 0, *y.shape[1:])
 
     def step(self) -> None:
-        _, size, _ = self.trial()
         known, every = self.depth > 0, torch.arange(len(self.u), device=self.u.device)
         self._make_room()
         top = (self.depth - 1).clamp(min=0)
         length, piece = self.lengths[every, top], self.pieces[every, top]
-        size = torch.where(known, torch.minimum(size, length), size)
-        left = (self.sign * (self.end - self.u)).clamp(min=0)
-        last = self.running & (size >= left * (1 - 1e-10))
+        h, size, last = self.trial(torch.where(known, length, torch.inf))
         shape = (-1, *[1] * (self.y.ndim - 1))
         part = torch.where(known, size / torch.where(known, length, 1.0), 0.0)
         spread = torch.where(known, size * (1 - part).clamp(min=0), size).sqrt()
@@ -81,7 +78,6 @@ class _Stochastic(Run):
         self.pieces[every, place] = wiener
         self.depth = torch.where(self.running, place + 1, self.depth)
 
-        h = self.sign * size
         reached = torch.where(last, self.end, self.u + h)
         ends = torch.stack((self.u, reached))
         first, second = self.field.at(ends, self.samples)

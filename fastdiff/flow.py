@@ -26,7 +26,7 @@ from .progress import bar
 from .reference.noise import SAMPLER
 from .samplers import Adaptive, AdaptiveSDE
 from .samplers.base import last_noisy
-from .subject import Subject, check_path, layout_of, parameters, picked, takes_features
+from .subject import Subject, check_path, dtype_of, layout_of, picked, takes_features
 
 # (network, its input [B, *], which samples) -> its output, and estimates of the traces of its Jacobian and of 1 (fastdiff.traces)
 Trace = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -48,8 +48,7 @@ class Flow:
         net = subject.net
         self.subject, self.chart, self.cond, self.device, self.trace = subject, chart, cond, device, trace
         self.shape, self.dtype = tuple(shape), dtype
-        parameter = next((p for p in parameters(net) if p.is_floating_point()), None)
-        self.net_dtype = dtype if parameter is None else parameter.dtype
+        self.net_dtype = dtype_of(net, dtype)
         self.layout = layout_of(net, len(shape) + 1)
         self.knows_times = isinstance(net, TimeConditioned) and takes_features(net)
         self.last: tuple[Tensor, Condition] | None = None
@@ -80,8 +79,7 @@ class Flow:
                 output = call(
                     subject.net, x, times[k].expand(len(x)).clone(), cond, None if features is None else features[k]
                 )
-                output = output if isinstance(output, Tensor) else single_tensor(output)
-                return check_output(output, x.shape, self.device, subject.variance)[0].to(self.dtype)
+                return check_output(single_tensor(output), x.shape, self.device, subject.variance)[0].to(self.dtype)
 
             def rates(y: Tensor) -> tuple[Tensor, Tensor | None]:
                 if self.trace is None:
@@ -114,9 +112,9 @@ class Flow:
 class ReverseSDE(Flow):
     """dx = (f x − g² score) dt + g dw, backwards in time (Song et al. 2021, eq. 6)."""
 
-    def __init__(self, operations: ModuleType, first: int, seed: int, *flow: Any) -> None:
+    def __init__(self, operations: ModuleType, first: int, seed: int, count: int, *flow: Any) -> None:
         super().__init__(*flow)
-        self.operations, self.first, self.seed, self.count = operations, first, seed, 0
+        self.operations, self.first, self.seed, self.count = operations, first, seed, count
 
     def target(self, place: Place) -> Pair:
         process = self.subject.process
@@ -247,8 +245,7 @@ class _Leg:
 
     def random(self, solver: AdaptiveSDE, first: int, seed: int, progress: Progress, denoise: bool) -> Solution:
         chart = Chart(self.subject.process, "t", "x")
-        field = ReverseSDE(self.operations, first, seed, self.subject, chart, *self.common)
-        field.count = len(self.x)
+        field = ReverseSDE(self.operations, first, seed, len(self.x), self.subject, chart, *self.common)
         found = integrate_sde(
             field, self.x, self.start, self.end, operations=self.operations, rtol=solver.rtol, atol=solver.atol,
             max_nfe=solver.max_nfe, progress=progress,

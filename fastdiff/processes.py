@@ -70,7 +70,7 @@ class Process:
         raise self._missing("sigma(t)")
 
     def drift(self, t: Any) -> Any:
-        """f(t) = d log α/dt; by differences, to about 1e-8 (1e-5 at T), unless a process has a formula."""
+        """f(t) = d log α/dt; by differences, to 1e-7 (1e-5 at T), unless a process has a formula."""
         low, high = self._around(t)
         library = lib(high)
         return _as(library.log(self.alpha(high) / self.alpha(low)) / (high - low), t)

@@ -75,6 +75,11 @@ def parameters(net: Any) -> Iterator[Tensor]:
     return net.parameters() if isinstance(net, nn.Module) else iter(())
 
 
+def dtype_of(net: Any, otherwise: torch.dtype) -> torch.dtype:
+    """What a network's inputs must be: the dtype of its first floating parameter, if it has one."""
+    return next((p.dtype for p in parameters(net) if p.is_floating_point()), otherwise)
+
+
 def place_of(device: Any, x_init: Tensor | None, net: Any) -> torch.device:
     """Where the run happens: what `device`, x_init and the model's parameters agree on."""
     known = [("x_init", x_init), ("model", next(parameters(net), None))]

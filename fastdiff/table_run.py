@@ -18,7 +18,7 @@ from .model import Condition, call, check_output, evaluating, single_tensor
 from .models.layers import TimeConditioned
 from .progress import bar
 from .reference import noise as fdn1
-from .subject import Subject, layout_of, parameters, picked, takes_features
+from .subject import Subject, dtype_of, layout_of, picked, takes_features
 from .table import StepTable
 
 MAX_FEATURES = 2**28  # bytes of what a network makes of all times of a run; beyond, it is asked in each row
@@ -66,8 +66,7 @@ class TableRun:
         self.time_dtype = torch.int64 if index else dtype
         self.loops: dict[int, runner.Loop] = {}
         self.variance = subject.variance
-        parameter = next((p for p in parameters(subject.net) if p.is_floating_point()), None)
-        self.net_dtype = dtype if parameter is None else parameter.dtype
+        self.net_dtype = dtype_of(subject.net, dtype)
         self.given: tuple[int, Tensor] | None = None  # the last row's noise from a callable
 
     def execute(
