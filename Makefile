@@ -19,13 +19,13 @@ demo: $(READY)
 	$(BIN)/fastdiff demo --out out
 
 test: $(READY)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests -q -m "not slow"
+	$(BIN)/python -m pytest tests -n 2 -q -m "not slow"
 
 # every operation and run against its opponents, some 17 minutes; SCORE_SDE_PYTORCH may name a checkout of score_sde_pytorch
 bench: $(VENV)/.peers
@@ -46,7 +46,7 @@ sanitize: $(READY)
 	$(BIN)/python -c "import setup, pathlib; p = pathlib.Path('$(SANITIZED)'); \
 	    setup.compile_library(p.parent, p, '-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all')"
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 FASTDIFF_LIBRARY=$(SANITIZED) $(BIN)/python -m pytest tests/test_native.py -m "not slow"
+	    ASAN_OPTIONS=detect_leaks=0 FASTDIFF_LIBRARY=$(SANITIZED) $(BIN)/python -m pytest tests/test_cpu.py -m "not slow"
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -106,18 +106,9 @@ class Wheel(bdist_wheel):
 
 if __name__ == "__main__":
     setup(
-        packages=[
-            "fastdiff",
-            "fastdiff.checkpoints",
-            "fastdiff.kernels",
-            "fastdiff.models",
-            "fastdiff.reference",
-            "fastdiff.samplers",
-            "fastdiff.solvers",
-            "fastdiff.training",
-        ],
+        packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), "fastdiff.checkpoints", "fastdiff.kernels"],
         package_dir={"fastdiff.kernels": "kernels"},
-        package_data={"fastdiff.checkpoints": ["*.safetensors"]},
+        package_data={"fastdiff": ["py.typed"], "fastdiff.checkpoints": ["*.safetensors"]},
         ext_modules=[Extension("fastdiff.libfastdiff", sources=[])],
         cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
     )

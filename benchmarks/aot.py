@@ -34,7 +34,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import fastdiff
-from fastdiff import kernels, runner, samplers
+from fastdiff import kernels, samplers
+from fastdiff.execution import loop as runner
 from fastdiff.table import COLUMNS
 
 TARGETS = {

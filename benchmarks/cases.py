@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdiff
-from fastdiff.models import MLP, UNet
+from fastdiff.networks import MLP, UNet
 
 # process -> what the network returns, and what it is told
 KINDS = {"ve": ("score", "sigma"), "vp": ("eps", "t"), "ddpm": ("eps", "index"), "edm": ("x0", "sigma")}

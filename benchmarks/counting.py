@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from fastdiff import ops
+from fastdiff.execution import ops
 
 DRAWS = {torch.ops.aten.normal_.default, torch.ops.aten.randn.default, torch.ops.aten.randn_like.default}
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}

@@ -18,8 +18,8 @@ from gpu_report import LOOPS, Report, Run, Stopwatch, replayed, turns
 from torch import Tensor, nn
 
 import fastdiff
-from fastdiff import graphs
-from fastdiff.models.layers import TimeConditioned
+from fastdiff.execution import graphs
+from fastdiff.networks.layers import TimeConditioned
 
 CHECKED = 50  # steps
 # what an opponent is called, and how many times our speed is promised

@@ -12,9 +12,9 @@ from gpu_report import OPS, Report, Run, Stopwatch, replayed, turns
 from torch import Tensor
 
 import fastdiff
-from fastdiff import native, ops, samplers
-from fastdiff.reference import row
-from fastdiff.reference.noise import PERTURBATION, PROBES, SAMPLER
+from fastdiff import samplers
+from fastdiff.execution import cpu, ops, reference
+from fastdiff.execution.noise import PERTURBATION, PROBES, SAMPLER
 from fastdiff.table import COLUMNS
 
 SIZES = (8_192, 196_608, 16_777_216, 67_108_864)
@@ -134,8 +134,8 @@ def roofline(device: torch.device, backend: str, quick: bool, watch: Stopwatch, 
     module = ops.backend_module(backend)
     copied = copy_rate(device, quick, watch, report)
     for n in QUICK_SIZES if quick else SIZES:
-        oracle = row if n <= EXACT else native
-        if oracle is native and not native.available:
+        oracle = reference if n <= EXACT else cpu
+        if oracle is cpu and not cpu.available:
             report.say(f"left out: n = {n:,}, for want of the compiled library to check it against")
             return
         given = tensors(n, device)

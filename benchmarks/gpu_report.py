@@ -15,7 +15,7 @@ from pathlib import Path
 import paired
 import torch
 
-from fastdiff import capture
+from fastdiff.execution import cuda_graph
 
 Run = Callable[[], object]
 OPS, LOOPS = GROUPS = ("gpu ops", "gpu loops")
@@ -172,7 +172,7 @@ def replayed(run: Run, calls: int, device: torch.device) -> Run:
         for _ in range(calls):
             run()
 
-    graph, _ = capture.capture(run, body, device, None)
+    graph, _ = cuda_graph.capture(run, body, device, None)
 
     def replay() -> None:
         graph.replay()

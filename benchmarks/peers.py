@@ -31,7 +31,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import grids, samplers
-from fastdiff.reference import papers
+from fastdiff.papers import score_based as papers
 
 Run = Callable[[], Tensor]
 

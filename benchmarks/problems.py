@@ -18,7 +18,7 @@ from cases import Clock
 from torch import Tensor, nn
 
 import fastdiff
-from fastdiff.models import MLP, TimeEmbedding
+from fastdiff.networks import MLP, TimeEmbedding
 
 VECTOR, IMAGE = (2, 1, 1), (1, 28, 28)
 # the mixture: eight centres on a circle, each with this standard deviation

@@ -20,8 +20,8 @@ from problems import PROBLEMS, counted, double, trained
 from torch import Tensor
 
 import fastdiff
-from fastdiff import ops
-from fastdiff.reference.noise import PROBES
+from fastdiff.execution import ops
+from fastdiff.execution.noise import PROBES
 
 PEER = "score_sde_pytorch"
 START = 1e-5

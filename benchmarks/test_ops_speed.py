@@ -12,8 +12,7 @@ import pytest
 import torch
 from paired import compare
 
-from fastdiff import native, ops
-from fastdiff.reference import row
+from fastdiff.execution import cpu, ops, reference
 from fastdiff.table import COLUMNS
 
 SIZES = (8_192, 196_608, 16_777_216)
@@ -54,7 +53,7 @@ def test_step(benchmark, threads, n):
     table, cursor, theirs = row_of(a=A, b0=B, c=C), ops.cursor(0, 0, 0), torch.empty(8, n // 8)
 
     def ours():
-        native.step(out, table, cursor, 1, x, m)
+        cpu.step(out, table, cursor, 1, x, m)
 
     def preallocated():
         z.normal_()
@@ -64,7 +63,7 @@ def test_step(benchmark, threads, n):
 
     expression = lambda x, m: A * x + B * m + C * torch.randn_like(x)  # noqa: E731
     ours()
-    row.step(theirs, table, cursor, 1, x, m)
+    reference.step(theirs, table, cursor, 1, x, m)
     same(out, theirs)
     opponents = {
         "eager": lambda: expression(x, m),
@@ -85,9 +84,9 @@ def test_step_of_vectors(benchmark, n):
     """Two numbers a sample: a counter of the noise for each, of which half is not used."""
     x, m, out, theirs = (torch.zeros(n // 2, 2) + s for s in range(4))
     table, cursor = row_of(a=A, b0=B, c=C), ops.cursor(0, 0, 0)
-    ours = lambda: native.step(out, table, cursor, 1, x, m)  # noqa: E731
+    ours = lambda: cpu.step(out, table, cursor, 1, x, m)  # noqa: E731
     ours()
-    row.step(theirs, table, cursor, 1, x, m)
+    reference.step(theirs, table, cursor, 1, x, m)
     same(out, theirs)
     run(benchmark, "step, 2 numbers a sample", n, ours, {"eager": lambda: A * x + B * m + C * torch.randn_like(x)})
 
@@ -101,14 +100,14 @@ def test_whole_row(benchmark, threads, n):
     half = m.bfloat16()
 
     def ours():
-        native.step(out, table, cursor, 1, x, half, None, net_input=net_input, first_bad=first_bad)
+        cpu.step(out, table, cursor, 1, x, half, None, net_input=net_input, first_bad=first_bad)
 
     def eager():
         after = A * x + B * half.float() + C * torch.randn_like(x)
         return (0.5 * after).bfloat16(), after.isfinite().flatten(1).all(1)
 
     ours()
-    row.step(theirs, table, cursor, 1, x, half)
+    reference.step(theirs, table, cursor, 1, x, half)
     same(out, theirs)
     run(benchmark, "step, bf16 network", n, ours, {"eager": eager})
 
@@ -116,14 +115,14 @@ def test_whole_row(benchmark, threads, n):
 @pytest.mark.parametrize("n", SIZES)
 def test_normal(benchmark, threads, n):
     out, theirs, cursor = torch.empty(8, n // 8), torch.empty(8, n // 8), ops.cursor(0, 0, 0)
-    native.normal(out, cursor, 1)
-    row.normal(theirs, cursor, 1)
+    cpu.normal(out, cursor, 1)
+    reference.normal(theirs, cursor, 1)
     same(out, theirs)
     run(
         benchmark,
         "normal",
         n,
-        lambda: native.normal(out, cursor, 1),
+        lambda: cpu.normal(out, cursor, 1),
         {"torch.randn": lambda: torch.randn(8, n // 8, out=theirs)},
     )
 
@@ -131,11 +130,11 @@ def test_normal(benchmark, threads, n):
 @pytest.mark.parametrize("n", SIZES)
 def test_rademacher(benchmark, threads, n):
     out, theirs, cursor = torch.empty(8, n // 8), torch.empty(8, n // 8), ops.cursor(0, 0, 0)
-    native.rademacher(out, cursor, 3)
-    row.rademacher(theirs, cursor, 3)
+    cpu.rademacher(out, cursor, 3)
+    reference.rademacher(theirs, cursor, 3)
     same(out, theirs)
     eager = lambda: torch.randint(0, 2, (8, n // 8), dtype=torch.float32).mul_(2).sub_(1)  # noqa: E731
-    run(benchmark, "rademacher", n, lambda: native.rademacher(out, cursor, 3), {"eager": eager})
+    run(benchmark, "rademacher", n, lambda: cpu.rademacher(out, cursor, 3), {"eager": eager})
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -159,9 +158,9 @@ def test_training(benchmark, threads, n):
         (weight * (error**2).mean(1)).mean().backward()
         return noisy
 
-    same(ours(), row.perturb(x0, alpha, sigma, cursor, 2))
+    same(ours(), reference.perturb(x0, alpha, sigma, cursor, 2))
     eps = torch.empty_like(x0)
-    row.normal(eps, cursor, 2)
+    reference.normal(eps, cursor, 2)
     expected = 2 / n * weight[:, None] * (m.detach() - eps)
     assert torch.allclose(m.grad, expected, rtol=1e-3, atol=1e-4 / n)
     run(benchmark, "perturb + dsm_loss + backward", n, ours, {"eager": eager})
@@ -173,19 +172,19 @@ def test_probe_dot(benchmark, threads, n, kind):
     value, probe, cursor = batch(n), torch.empty(8, n // 8), ops.cursor(0, 0, 0)
 
     def ours():  # the network's product with the probe, which lies between the two, needs it in memory anyhow
-        getattr(native, kind)(probe, cursor, 3)
-        return native.probe_dot(value, cursor, 3, kind, probe)
+        getattr(cpu, kind)(probe, cursor, 3)
+        return cpu.probe_dot(value, cursor, 3, kind, probe)
 
     def again():
-        getattr(native, kind)(probe, cursor, 3)
-        return native.probe_dot(value, cursor, 3, kind)
+        getattr(cpu, kind)(probe, cursor, 3)
+        return cpu.probe_dot(value, cursor, 3, kind)
 
     def eager():
         if kind == "normal":
             return (torch.randn_like(value) * value).sum(1)
         return (torch.randint(0, 2, value.shape, dtype=torch.float32).mul_(2).sub_(1) * value).sum(1)
 
-    same(ours(), row.probe_dot(value, cursor, 3, kind))
+    same(ours(), reference.probe_dot(value, cursor, 3, kind))
     opponents = {"eager": eager, "probe made a second time": again}
     run(benchmark, f"probe_dot, {kind}", n, ours, opponents)
 
@@ -199,8 +198,8 @@ def test_measure_langevin(benchmark, threads, n):
     table = row_of(gain=0.05, cap=math.inf)
 
     def ours():
-        native.measure_langevin(measured, table, cursor, 1, True, x, m, None, None, kept)
-        native.step(out, table, cursor, None, x, m, None, None, None, None, kept, measured)
+        cpu.measure_langevin(measured, table, cursor, 1, True, x, m, None, None, kept)
+        cpu.step(out, table, cursor, None, x, m, None, None, None, None, kept, measured)
 
     def eager():
         z = torch.randn_like(x)
@@ -208,8 +207,8 @@ def test_measure_langevin(benchmark, threads, n):
         return x + delta * m + (2 * delta).sqrt() * z
 
     ours()
-    row.measure_langevin(measured, table, cursor, 1, True, x, m, None, None, kept)
-    row.step(theirs, table, cursor, None, x, m, None, None, None, None, kept, measured)
+    reference.measure_langevin(measured, table, cursor, 1, True, x, m, None, None, kept)
+    reference.step(theirs, table, cursor, None, x, m, None, None, None, None, kept, measured)
     same(out, theirs)
     run(benchmark, "measured Langevin row", n, ours, {"eager": eager})
 
@@ -230,8 +229,8 @@ def test_rk_error(benchmark, threads, n):
         ratio = error / (1e-5 + 1e-3 * torch.maximum(x.abs(), after.abs()))
         return after, (ratio**2).mean(1).sqrt()
 
-    ours = lambda: native.rk_error(x, stages, h, b, e, 1e-3, 1e-5)  # noqa: E731
-    same(ours()[0], row.rk_error(x, stages, h, b, e, 1e-3, 1e-5)[0])
+    ours = lambda: cpu.rk_error(x, stages, h, b, e, 1e-3, 1e-5)  # noqa: E731
+    same(ours()[0], reference.rk_error(x, stages, h, b, e, 1e-3, 1e-5)[0])
     run(benchmark, "rk_error", n, ours, {"eager": eager})
 
 
@@ -243,8 +242,8 @@ def test_timestep_embedding(benchmark, n):
         angle = (1000.0 * t)[:, None] * frequencies
         return torch.cat((angle.sin(), angle.cos()), 1)
 
-    ours = lambda: native.timestep_embedding(t, frequencies, 1000.0, 128, "sin_cos")  # noqa: E731
-    same(ours(), row.timestep_embedding(t, frequencies, 1000.0, 128, "sin_cos"))
+    ours = lambda: cpu.timestep_embedding(t, frequencies, 1000.0, 128, "sin_cos")  # noqa: E731
+    same(ours(), reference.timestep_embedding(t, frequencies, 1000.0, 128, "sin_cos"))
     assert torch.allclose(ours(), eager(), atol=1e-6)
     run(benchmark, "timestep_embedding", n, ours, {"eager": eager})
 
@@ -253,10 +252,10 @@ def test_call_overhead(benchmark):
     """64 numbers: what a call costs before it does anything."""
     x, m, out = batch(64), batch(64, 1), torch.empty(8, 8)
     table, cursor = row_of(a=A, b0=B, c=C), ops.cursor(0, 0, 0)
-    ours = lambda: native.step(out, table, cursor, 1, x, m)  # noqa: E731
+    ours = lambda: cpu.step(out, table, cursor, 1, x, m)  # noqa: E731
     opponents = {
         "through torch.ops": lambda: torch.ops.fastdiff.step(out, table, cursor, 1, x, m),
-        "fastdiff's normal": lambda: native.normal(out, cursor, 1),
+        "fastdiff's normal": lambda: cpu.normal(out, cursor, 1),
         "torch.add": lambda: torch.add(x, m, alpha=B, out=out),
         "eager": lambda: A * x + B * m + C * torch.randn_like(x),
     }

@@ -16,7 +16,7 @@ from cases import CASES, CHAIN, Case, Clock, ours
 from paired import compare_runs, note
 from peers import PEERS, Peer, missing, noise_from
 
-from fastdiff import ops
+from fastdiff.execution import ops
 
 CPU = torch.device("cpu")
 

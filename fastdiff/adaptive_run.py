@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import flow, inputs, ops
+from . import probability_flow
 from .errors import ConfigError
-from .reference import noise as fdn1
-from .samplers import Adaptive, AdaptiveSDE
+from .execution import noise as fdn1
+from .execution import ops, tensor_checks
+from .planning.samplers import Adaptive, AdaptiveSDE
 from .subject import Subject
 
 
@@ -33,15 +34,15 @@ class AdaptiveRun:
                         name, ""
                     )
                 )
-        end = flow.check(subject, sde, t_min, solver.default_t_min(subject.process))
+        end = probability_flow.check(subject, sde, t_min, solver.default_t_min(subject.process))
         if end == subject.process.T:
             raise ConfigError(f"t_min must be below T = {end:g}, where the run starts: give a smaller one")
         self.backend, self.engine, self.why = ops.resolve(
             backend, engine, device, dtype, "a sampler that chooses its steps has no rows to replay"
         )
         if x_init is not None:
-            inputs.check_tensor("x_init", x_init, full, device, check != "off")
-        inputs.check_condition(cond, full[0], device, check != "off")
+            tensor_checks.check_tensor("x_init", x_init, full, device, check != "off")
+        tensor_checks.check_condition(cond, full[0], device, check != "off")
         self.subject, self.solver, self.full, self.end, self.denoise = subject, solver, full, end, denoise
         self.seed, self.first_sample, self.cond, self.x_init = seed, first_sample, cond, x_init
         self.dtype, self.device, self.calls = dtype, device, 0
@@ -66,7 +67,7 @@ class AdaptiveRun:
             x.mul_(process.prior_std)
         else:
             x = self.x_init.detach().to(self.dtype).contiguous()
-        found = flow.follow(
+        found = probability_flow.follow(
             self.subject, x, float(process.T), self.end, self.solver, operations=operations, cond=self.cond,
             states=trajectory, seed=self.seed, first_sample=self.first_sample, batch=batch, progress=progress,
             what="sample", denoise=self.denoise,

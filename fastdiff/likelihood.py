@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, flow, inputs, ops
-from .adaptive import Solution
+from . import checks, probability_flow
 from .errors import ConfigError, DataError, DTypeError, ShapeError, choose, names_keywords
+from .execution import ops, tensor_checks
+from .execution.adaptive import Solution
+from .execution.divergence import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus, Probes, Reverse
+from .execution.noise import PROBES
+from .execution.reference import tree_sum
 from .model import ScoreModel
-from .reference.noise import AUGMENTATION, PROBES, uniform
-from .reference.row import tree_sum
-from .samplers import Adaptive
+from .planning.samplers import Adaptive
 from .subject import parameters, place_of, subject_of
-from .traces import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus, Probes, Reverse
 
 LONGEST_TRACE = 4096  # an exact trace takes that many backward passes in each evaluation
 MOST_PROBES = 10**6
@@ -180,7 +181,7 @@ def interpolate(
             raise TypeError(f"interpolate() takes no keyword {name!r}, only weights, mode, {', '.join(known[2:])}")
     for name, end in (("xa", xa), ("xb", xb)):
         _check_samples(name, end)
-        inputs.check_finite(name, end)
+        tensor_checks.check_finite(name, end)
     if xa.shape != xb.shape or xa.dtype != xb.dtype:
         raise ShapeError(f"xa and xb must be alike, got {tuple(xa.shape)} {xa.dtype} and {tuple(xb.shape)} {xb.dtype}")
     back = options.pop("temperature", 1.0)
@@ -221,36 +222,6 @@ def bits_per_dim(ll: LogLikelihood, data_range: tuple[float, float], bins: int =
     return -ll.nats / (numbers * math.log(2)) + math.log2(bins) - math.log2(high - low)
 
 
-def dequantize(
-    levels: Tensor,
-    data_range: tuple[float, float],
-    bins: int = 256,
-    *,
-    seed: int = 0,
-    draw: int = 0,
-    first_sample: int = 0,
-) -> Tensor:
-    """lo + (hi − lo)(k + u)/bins, u ~ U[0, 1), for levels k = 0 … bins − 1 [B, *] of any integer dtype; float64.
-
-    Row i's u is that of (seed, draw, first_sample + i), from the stream that training with dequantize=True draws from.
-    """
-    low, high = checks.pair("data_range", data_range)
-    bins = checks.integer("bins", bins, 2, 2**32)
-    if not isinstance(levels, Tensor) or levels.is_floating_point() or levels.dtype == torch.bool:
-        kind = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__
-        raise DataError(f"levels must be a tensor of integers 0 … {bins - 1}, got {kind}")
-    if levels.ndim < 2:
-        raise ShapeError(f"levels must have shape [B, *], an axis of samples first, got {tuple(levels.shape)}")
-    if levels.numel() and not 0 <= int(levels.min()) <= int(levels.max()) < bins:
-        raise DataError(f"levels must lie in 0 … {bins - 1}, got {int(levels.min())} … {int(levels.max())}")
-    u = uniform(
-        len(levels), levels.shape[1:], seed=checks.integer("seed", seed, 0, 2**64 - 1),
-        draw=checks.integer("draw", draw, 0, 2**32 - 1), stream=AUGMENTATION, device=levels.device,
-        first_sample=checks.integer("first_sample", first_sample, 0, 2**32 - len(levels)),
-    )  # fmt: skip
-    return low + (high - low) * ((levels.double() + u) / bins)
-
-
 class _Run:
     """What the public functions share: their arguments checked, and the way along the flow."""
 
@@ -261,10 +232,10 @@ class _Run:
         _check_samples(name, x)
         shape = None if isinstance(model, ScoreModel) else tuple(x.shape[1:])
         self.subject = subject_of(model, sde, shape, prediction, time_input, None)
-        self.t_min = flow.check(self.subject, sde, t_min, flow.default_t_min(self.subject.process))
+        self.t_min = probability_flow.check(self.subject, sde, t_min, self.subject.process.t_likelihood)
         self.device = place_of(x.device, x, self.subject.net)
-        inputs.check_tensor(name, x, (len(x), *self.subject.shape), self.device, finite=True)
-        inputs.check_condition(cond, len(x), self.device, finite=True)
+        tensor_checks.check_tensor(name, x, (len(x), *self.subject.shape), self.device, finite=True)
+        tensor_checks.check_condition(cond, len(x), self.device, finite=True)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.backend, _, _ = ops.resolve(backend, "eager", self.device, dtype)
         self.operations, self.solver, self.cond = ops.backend_module(self.backend), solver, cond
@@ -282,7 +253,7 @@ class _Run:
 
     def traces(
         self, trace: str, probes: int, probe: str | None, derivative: str, seed: int, first_sample: int
-    ) -> tuple[Callable[[int, int], flow.Trace], int]:
+    ) -> tuple[Callable[[int, int], probability_flow.Trace], int]:
         """(lo, hi) -> the trace for samples lo … hi − 1, and how many estimates it makes."""
         choose("trace", trace, TRACES)
         if probe is not None and trace != "hutchinson":
@@ -325,7 +296,7 @@ class _Run:
             return lambda lo, hi: Hutchinson(kind, drawn(probe or "rademacher", 0, count, lo, hi)), count
         third = count // 3
 
-        def hutch_plus_plus(lo: int, hi: int) -> flow.Trace:
+        def hutch_plus_plus(lo: int, hi: int) -> probability_flow.Trace:
             return HutchPlusPlus(kind, drawn("normal", 1, third, lo, hi), drawn("normal", 0, third, lo, hi))
 
         return hutch_plus_plus, third
@@ -344,7 +315,7 @@ class _Run:
             )
         ends = (self.t_min, float(self.subject.process.T))
         with torch.inference_mode(False):
-            return flow.follow(
+            return probability_flow.follow(
                 self.subject, self.x, *(ends if forth else ends[::-1]), self.solver, operations=self.operations,
                 cond=self.cond, batch=batch, progress=progress, what=what, **options,
             )  # fmt: skip
@@ -356,7 +327,7 @@ def _check_samples(name: str, x: Any) -> None:
             f"{name} must be floating numbers in the model's units, got {x.dtype}: for levels such as 0 … 255 use "
             "fastdiff.dequantize"
         )
-    inputs.check_floating(name, x)
+    tensor_checks.check_floating(name, x)
     if x.ndim < 2:
         raise ShapeError(f"{name} must have shape [B, *shape], an axis of samples first, got {tuple(x.shape)}")
 

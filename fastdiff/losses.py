@@ -10,20 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checks, inputs, ops, predictions
+from . import checks
 from .errors import ConfigError, ModelOutputError, choose
+from .execution import ops, reference, tensor_checks
+from .execution.noise import PERTURBATION, PROBES
 from .model import Condition, ScoreModel, like
-from .processes import Process, require_linear
-from .reference import row
-from .reference.noise import PERTURBATION, PROBES
+from .planning import predictions
+from .planning.processes import Process, require_linear
 
 DENOISING = ("dsm", "simple", "likelihood")
 SLICED = ("ssm", "ssm_vr")
 LOSSES = (*DENOISING, "ism", *SLICED)
 PROBE_KINDS = ("rademacher", "normal")
 
-# The shortest time that continuous training sees (score_sde: t ~ U[1e-5, 1] for every process).
-SHORTEST = 1e-5
 # An exact trace is one backward pass for each number of a sample, and all of them stay for the gradient.
 LONGEST_TRACE = 1024
 # Draw k of a simulated x_t has the stream PERTURBATION + 256 k: streams with a name of their own are below 256.
@@ -33,7 +32,7 @@ DRAWS_APART, MOST_DRAWS = 256, 2**20
 def perturb(process: Process, x0: Tensor, t: Tensor, cursor: Tensor) -> Tensor:
     """x_t for x0 [B, *] and times t [B]: α(t) x0 + σ(t) ε, or what the `sample` of a process that is not linear makes.
 
-    ε, and the first draw of `sample`, is the noise that `cursor` names (fastdiff.ops.cursor).
+    ε, and the first draw of `sample`, is the noise that `cursor` names (fastdiff.execution.ops.cursor).
     """
     if process.linear:
         return ops.perturb(x0, process.alpha(t), process.sigma(t), cursor, PERTURBATION)
@@ -46,7 +45,9 @@ def perturb(process: Process, x0: Tensor, t: Tensor, cursor: Tensor) -> Tensor:
 
     with torch.no_grad():
         x = process.sample(x0.detach().clone(), t, noise)
-    inputs.check_tensor(f"{type(process).__name__}.sample(x0, t, noise)", x, tuple(x0.shape), x0.device, finite=False)
+    tensor_checks.check_tensor(
+        f"{type(process).__name__}.sample(x0, t, noise)", x, tuple(x0.shape), x0.device, finite=False
+    )
     return x.to(x0.dtype)
 
 
@@ -76,7 +77,7 @@ def per_sample(
     cond: Condition = None,
     probe: str | None = None,
 ) -> Tensor:
-    """The loss of each sample, [B], for x0 [B, *] and times t [B]; all noise is what `cursor` names (fastdiff.ops.cursor).
+    """The loss of each sample, [B], for x0 [B, *] and times t [B]; all noise is what `cursor` names (ops.cursor).
 
     The denoising losses are means over the elements of λ(t) (m − r·x0 − w·ε)², m the network's output and (r, w) what it
     predicts (fastdiff.predictions), so that the target of any prediction is one line; ε is never stored.
@@ -143,7 +144,7 @@ def _with_trace(
         (torch.ops.fastdiff.rademacher if kind == "rademacher" else torch.ops.fastdiff.normal)(v, cursor, PROBES)
         along = lambda value: ops.probe_dot(value, cursor, PROBES, kind, v)  # noqa: E731
         trace = p * along(v) + along(_gradient(along(part).sum(), x, trained, loss))
-    square = along(h) ** 2 if loss == "ssm" else row.tree_sum(h.double() ** 2)
+    square = along(h) ** 2 if loss == "ssm" else reference.tree_sum(h.double() ** 2)
     return ((2 * root * trace + square) / size).to(x.dtype)
 
 
@@ -198,5 +199,5 @@ def training_times(process: Process, u: Tensor) -> Tensor:
         return torch.exp(-1.2 + 1.2 * quantile).to(u.dtype)
     if process.discrete:
         return (u * process.T).floor().clamp(max=process.T - 1) + 1
-    first = SHORTEST if process.linear else process.t_min
+    first = process.t_train
     return first + (process.T - first) * u

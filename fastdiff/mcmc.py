@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, inputs, ops
+from . import checks
 from .errors import ConfigError, ModelOutputError, NonFiniteError, ShapeError
+from .execution import noise, ops, reference, tensor_checks
 from .model import evaluating
-from .reference import noise, row
 
 Energy = Callable[[Tensor], Tensor]
 
@@ -46,8 +46,8 @@ def mala(
 
     def propose(energy: Energy, here: _Point, z: Tensor) -> tuple[_Point, Tensor]:
         there = _evaluate(energy, here.x - delta * here.gradient + (2 * delta) ** 0.5 * z)
-        forth = row.tree_sum((there.x - here.x + delta * here.gradient).double() ** 2)
-        back = row.tree_sum((here.x - there.x + delta * there.gradient).double() ** 2)
+        forth = reference.tree_sum((there.x - here.x + delta * here.gradient).double() ** 2)
+        back = reference.tree_sum((here.x - there.x + delta * there.gradient).double() ** 2)
         return there, here.energy - there.energy + (forth - back) / (4 * delta)
 
     return _run(model, x, t, steps, seed, first_sample, propose)
@@ -79,7 +79,7 @@ def hmc(
             p = p - 0.5 * size * there.gradient
             there = _evaluate(energy, there.x + size * p)
             p = p - 0.5 * size * there.gradient
-        kinetic = 0.5 * (row.tree_sum(z.double() ** 2) - row.tree_sum(p.double() ** 2))
+        kinetic = 0.5 * (reference.tree_sum(z.double() ** 2) - reference.tree_sum(p.double() ** 2))
         return there, here.energy - there.energy + kinetic
 
     return _run(model, x, t, steps, seed, first_sample, propose)
@@ -102,10 +102,10 @@ def _run(
         )
     steps = checks.integer("steps", steps, 1, 2**32 - 1)
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
-    inputs.check_floating("x", x)
+    tensor_checks.check_floating("x", x)
     if x.ndim < 2:
         raise ShapeError(f"x must be [B, *shape] with at least one axis after B, got shape {tuple(x.shape)}")
-    inputs.check_tensor("x", x, tuple(x.shape), x.device, finite=True)
+    tensor_checks.check_tensor("x", x, tuple(x.shape), x.device, finite=True)
     first_sample = checks.integer("first_sample", first_sample, 0, 2**32 - len(x))
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
     times = torch.as_tensor(t, dtype=state, device=x.device)

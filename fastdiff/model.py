@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, inputs, predictions, processes
+from . import checks
 from .errors import ConfigError, ModelOutputError, ModelOutputTypeError, ShapeError, choose
-from .plan import default_time_input
+from .execution import tensor_checks
+from .planning import predictions, processes
 
 Condition = Tensor | dict[str, Tensor] | None
 
@@ -45,9 +46,9 @@ class ScoreModel(nn.Module):
         self.net = net
         self.process = processes.get(sde)
         self.prediction = prediction
-        self.time_input = default_time_input(prediction) if time_input is None else time_input
+        self.time_input = predictions.default_time_input(prediction) if time_input is None else time_input
         predictions.check(self.prediction, self.time_input, self.process)
-        self.data_shape = inputs.shape_of(tuple(data_shape))
+        self.data_shape = tensor_checks.shape_of(tuple(data_shape))
         self.data_range = checks.pair("data_range", data_range)
         self.variance = None if variance is None else choose("variance", variance, ("learned_range",))
 

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, grids, inputs, processes, runner, samplers
+from . import checks
 from .adaptive_run import AdaptiveRun
 from .errors import ConfigError, DataError, DTypeError, choose, names_keywords
-from .plan import MAX_STEPS, plan
+from .execution import loop, tensor_checks
+from .planning import chains, processes, samplers
+from .planning.plan import MAX_STEPS, plan
 from .subject import Subject, check_path, place_of, subject_of
 from .table import StepTable
 from .table_run import TableRun
@@ -117,7 +119,7 @@ def sample(
                   plain PyTorch; all make the same bits. `fastdiff doctor` says what there is
     engine        "auto": rows replay as CUDA graphs where they can be captured, else run eagerly (`return_info` says why).
                   A module's graphs are kept and see its parameters change, but none of its Python runs in a replay: a
-                  network that counts its calls wants "eager"; after a change of an attribute, fastdiff.graphs.clear()
+                  network that counts its calls wants "eager"; after a change of an attribute, fastdiff.execution.graphs.clear()
     return_info   adds a SampleInfo
 
     Returns x, or a tuple x[, states][, info]. Inputs, the model's mode and every global state are left as they were.
@@ -127,7 +129,7 @@ def sample(
     papers are in fastdiff.solvers.
     """
     began = time.perf_counter()
-    choose("check", check, runner.CHECKS)
+    choose("check", check, loop.CHECKS)
     if guidance is not None:
         raise ConfigError("guidance is not built in this version: wrap the model instead, or leave guidance=None")
     seed = secrets.randbits(64) if seed is None else checks.integer("seed", seed, 0, 2**64 - 1)
@@ -194,7 +196,7 @@ def _process_and_sampler(
         trial = samplers.get(sampler, processes.get(process))
         count = trial.default_steps(own, own.t_min) if steps is None else checks.integer("steps", steps, 1, MAX_STEPS)
         # a ladder has the sampler's own levels; a chain is fine enough for every step to be one of its own
-        process = grids.chain_on(
+        process = chains.chain_on(
             own, process, trial.intervals(own, count) + 1 if process == "ncsn" else max(count, 1000)
         )
     return process, samplers.get(sampler, process)
@@ -203,9 +205,9 @@ def _process_and_sampler(
 def _dtypes(dtype: torch.dtype | None, x_init: Any) -> tuple[torch.dtype, torch.dtype]:
     """The result's dtype and the state's."""
     if x_init is not None:
-        inputs.check_floating("x_init", x_init)
+        tensor_checks.check_floating("x_init", x_init)
     asked = dtype if dtype is not None else torch.float32 if x_init is None else x_init.dtype
-    if asked not in inputs.DTYPES:
+    if asked not in tensor_checks.DTYPES:
         raise DTypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
     return asked, torch.float64 if asked == torch.float64 else torch.float32
 

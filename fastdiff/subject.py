@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import grids, inputs, processes
 from .errors import ConfigError, choose
+from .execution import tensor_checks
 from .model import ScoreModel
-from .models.layers import TimeConditioned
-from .plan import default_time_input
+from .planning import chains, predictions, processes
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def subject_of(
     """A ScoreModel's own word on what its numbers mean, which the caller may repeat; a plain callable's is the caller's."""
     if isinstance(model, ScoreModel):
         own = {"prediction": model.prediction, "time_input": model.time_input, "shape": model.data_shape}
-        given = {"prediction": prediction, "time_input": time_input, "shape": shape and inputs.shape_of(shape)}
+        given = {"prediction": prediction, "time_input": time_input, "shape": shape and tensor_checks.shape_of(shape)}
         for name, value in given.items():
             if value is not None and value != own[name]:
                 raise ConfigError(f"{name}={value!r} contradicts the model's own {own[name]!r}: leave it out")
@@ -49,12 +48,20 @@ def subject_of(
         raise ConfigError("shape must be given with a plain callable: one sample's shape, such as shape=(2,)")
     kind = prediction or "score"
     return Subject(
-        model, processes.get(sde), kind, time_input or default_time_input(kind), inputs.shape_of(shape), variance
+        model,
+        processes.get(sde),
+        kind,
+        time_input or predictions.default_time_input(kind),
+        tensor_checks.shape_of(shape),
+        variance,
     )
 
 
-def takes_features(net: TimeConditioned) -> bool:
-    """Whether a call runs the forward that belongs to its time_features: no subclass's, no instance's, no hook first."""
+def takes_features(net: Any) -> bool:
+    """Whether the network has `time_features`, and a call runs the forward that belongs to them: no subclass's, no instance's, no
+    hook first."""
+    if not isinstance(net, nn.Module) or not hasattr(net, "time_features"):
+        return False
     owner = next(c for c in type(net).__mro__ if "forward" in vars(c))
     hooked = net._forward_hooks or net._forward_pre_hooks
     return "time_features" in vars(owner) and "forward" not in vars(net) and not hooked
@@ -84,10 +91,10 @@ def place_of(device: Any, x_init: Tensor | None, net: Any) -> torch.device:
     """Where the run happens: what `device`, x_init and the model's parameters agree on."""
     known = [("x_init", x_init), ("model", next(parameters(net), None))]
     found = next((tensor.device for _, tensor in known if tensor is not None), None)
-    place = inputs.device_of(device if device is not None else found)
+    place = tensor_checks.device_of(device if device is not None else found)
     for name, tensor in known:
         if tensor is not None:
-            inputs.check_device(name, tensor, place)
+            tensor_checks.check_device(name, tensor, place)
     return place
 
 
@@ -104,11 +111,11 @@ def check_path(process: Any, own: processes.Process) -> None:
         return
     if isinstance(process, str):
         choose("sde", process, processes.PROCESSES)
-        if type(own) is grids.CHAINS.get(process):
+        if type(own) is chains.CHAINS.get(process):
             return
     elif not isinstance(process, processes.Process):
         raise ConfigError(f"sde must be a name or a process such as fastdiff.VP(), got {type(process).__name__}")
-    elif grids.on_path(process, own):
+    elif chains.on_path(process, own):
         return
     raise ConfigError(
         f"sde={process!r:.60} is not the process of this model, {own!r:.60}: leave sde out, or use sde={own.name!r}"

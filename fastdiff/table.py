@@ -22,7 +22,7 @@ from .errors import ConfigError
 
 MAX_HISTORY = 4
 
-# The columns of StepTable.matrix, which every backend reads: see fastdiff.reference.row.step for their use.
+# The columns of StepTable.matrix, which every backend reads: see fastdiff.execution.reference.step for their use.
 COLUMNS = (
     "a", "e", "b0", "b1", "b2", "b3", "c", "p", "q", "low", "high", "next_scale", "guidance", "log_slope", "log_mid",
     "known_alpha", "known_sigma", "gain", "cap",
@@ -230,3 +230,17 @@ def _sum(terms: list[tuple[float, str]]) -> str:
             size = "" if abs(value) == 1 else f"{abs(value):.5g}·"
             text += f"{sign}{size}{name}"
     return text or "0"
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """An embedded pair whose last stage is the next step's first: nodes c, rows a (the last are the weights b), b − b̂.
+
+    `order` of b; b̂ has one less. `dense`: weights of the fourth-order term of the interpolant (none: cubic Hermite).
+    """
+
+    order: int
+    c: tuple[float, ...]
+    a: tuple[tuple[float, ...], ...]
+    e: tuple[float, ...]
+    dense: tuple[float, ...] = ()

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import capture, graphs, inputs, marks, ops, runner
 from .errors import ConfigError, DTypeError, GraphError
+from .execution import cuda_graph, graphs, monitor, ops, tensor_checks
+from .execution import loop as runner
+from .execution import noise as fdn1
+from .execution.monitor import bar
 from .model import Condition, call, check_output, evaluating, single_tensor
-from .models.layers import TimeConditioned
-from .progress import bar
-from .reference import noise as fdn1
 from .subject import Subject, dtype_of, layout_of, picked, takes_features
 from .table import StepTable
 
@@ -49,15 +49,15 @@ class TableRun:
         self.operations = ops.backend_module(self.backend)
         finite = check != "off"
         if x_init is not None:
-            inputs.check_tensor("x_init", x_init, full, device, finite)
+            tensor_checks.check_tensor("x_init", x_init, full, device, finite)
         if isinstance(noise, Tensor):
-            inputs.check_tensor("noise", noise, (len(table), *full), device, finite=False)
+            tensor_checks.check_tensor("noise", noise, (len(table), *full), device, finite=False)
             drawn = [k for k, row in enumerate(table.rows) if row.draws]
             if finite and not math.isfinite(noise.detach().sum(dtype=torch.float64)):
-                inputs.check_finite("noise", noise[drawn])  # rows that draw none may hold anything
+                tensor_checks.check_finite("noise", noise[drawn])  # rows that draw none may hold anything
         elif noise is not None and not callable(noise):
             raise DTypeError(f"noise must be a tensor or a callable row -> tensor, got {type(noise).__name__}")
-        inputs.check_condition(cond, full[0], device, finite)
+        tensor_checks.check_condition(cond, full[0], device, finite)
         self.subject, self.table, self.full, self.seed, self.first_sample = subject, table, full, seed, first_sample
         self.noise, self.cond, self.x_init = noise, cond, x_init
         self.dtype, self.device, self.check = dtype, device, check
@@ -83,7 +83,7 @@ class TableRun:
         groups = [bounds] if callable(self.noise) else [[bound] for bound in bounds]
         total = len(self.table) * len(bounds)
         with contextlib.ExitStack() as stack:
-            for context in (evaluating(self.subject.net), torch.no_grad(), marks.range("sample")):
+            for context in (evaluating(self.subject.net), torch.no_grad(), monitor.range("sample")):
                 stack.enter_context(context)
             shown = stack.enter_context(bar(progress, total, "sample", "row"))
             features = self.features()
@@ -171,7 +171,7 @@ class TableRun:
             # what follows from the network's own tensors, such as its dtype, is in its fingerprint
             key = (
                 shape, self.dtype, self.device, self.time_dtype, self.check, self.backend, of_cond, self.capacity,
-                capture.surroundings(self.device),
+                cuda_graph.surroundings(self.device),
             )  # fmt: skip
             kind = functools.partial(graphs.GraphLoop, self.capacity, self.subject.net)
             try:
@@ -191,7 +191,7 @@ class TableRun:
     def features(self) -> Tensor | None:
         """What the network makes of each row's time, [rows, *], if it can do so beforehand."""
         net = self.subject.net
-        if not isinstance(net, TimeConditioned) or not takes_features(net):
+        if not takes_features(net):
             return None
         times = torch.tensor(self.times, dtype=self.time_dtype, device=self.device)
         if net.time_features(times[:1]).nbytes * self.capacity > MAX_FEATURES:
@@ -204,7 +204,7 @@ class TableRun:
             return self.noise[k, lo:hi].to(self.dtype).resolve_neg()
         if self.given is None or self.given[0] != k:
             noise = self.noise(k)
-            inputs.check_tensor(f"noise({k})", noise, self.full, self.device, self.check != "off")
+            tensor_checks.check_tensor(f"noise({k})", noise, self.full, self.device, self.check != "off")
             self.given = (k, noise)
         return self.given[1][lo:hi].to(self.dtype).resolve_neg()
 

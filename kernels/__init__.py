@@ -1,6 +1,6 @@
 """fastdiff.kernels: the Triton implementations of fastdiff's operations, for float32 states on a GPU.
 
-The functions have the names and signatures of fastdiff.reference.row, which says what they mean; the results are the
+The functions have the names and signatures of fastdiff.execution.reference, which says what they mean; the results are the
 same bits. Coefficients, counters and seeds are read from device memory and nothing is read back, so that every call can be
 captured in a CUDA graph. Imports torch, triton and itself only.
 """

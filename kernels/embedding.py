@@ -56,7 +56,7 @@ def embedding_kernel(
 
 
 def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: int, order: str) -> Tensor:
-    """Sines and cosines of (scale·t_i)·frequencies_k, [B, channels] (fastdiff.reference.row.timestep_embedding)."""
+    """Sines and cosines of (scale·t_i)·frequencies_k, [B, channels] (fastdiff.execution.reference.timestep_embedding)."""
     out = t.new_empty((len(t), channels))
     half = channels // 2
     if frequencies.shape != (half,) or order not in ORDERS:

@@ -92,7 +92,7 @@ def measure_langevin(
     z: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> None:
-    """measured [B, 2] ← (δ, √(2δ)) (fastdiff.reference.row.measure_langevin)."""
+    """measured [B, 2] ← (δ, √(2δ)) (fastdiff.execution.reference.measure_langevin)."""
     if z is None and stream is None:
         raise ValueError("measure_langevin needs noise: give z or a stream")
     tiles.check_state(table, cursor, measured)

@@ -1,4 +1,4 @@
-"""FDN1 on the GPU: Philox4x32-10 words, Box–Muller normals and ±1 signs, bit for bit those of fastdiff.reference.noise.
+"""FDN1 on the GPU: Philox4x32-10 words, Box–Muller normals and ±1 signs, bit for bit those of fastdiff.execution.noise.
 
 Sources: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Box & Muller 1958. Every float step is exactly
 rounded (an explicit fma, a product that feeds no sum, an IEEE square root), so the bits cannot depend on the compiler;

@@ -1,4 +1,4 @@
-"""Sums over a sample: the fixed tree of fastdiff.reference.row.tree_sum, in float64.
+"""Sums over a sample: the fixed tree of fastdiff.execution.reference.tree_sum, in float64.
 
 A program sums a block of 1024 elements by halves (element i + element i + n/2) and writes it; a second kernel halves the
 block sums the same way. No float atomics: the bits depend on neither the number of programs nor their order.

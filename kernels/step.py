@@ -1,6 +1,6 @@
 """`step`: one row of a table, fused: guidance, conversion, clamp, the affine sum, its noise, the next network input.
 
-What it means is fastdiff.reference.row.step. Only the presence of operands is compiled in; every coefficient is read
+What it means is fastdiff.execution.reference.step. Only the presence of operands is compiled in; every coefficient is read
 from the table's row on the device, so that a captured graph replays with new ones. One instruction a term:
 fma(value, factor, total), where a term that is left out becomes fma(0, −0, total), which changes no total at all.
 """
@@ -257,7 +257,7 @@ def step(
     net_input: Tensor | None = None,
     first_bad: Tensor | None = None,
 ) -> None:
-    """One row of a table (fastdiff.reference.row.step), into `out`, which may be x."""
+    """One row of a table (fastdiff.execution.reference.step), into `out`, which may be x."""
     if out.numel() == 0:
         return
     shape, inner = out.shape, None

@@ -36,7 +36,7 @@ def dsm_kernel(
 def dsm_loss(
     output: Tensor, x0: Tensor, r: Tensor, w: Tensor, weight: Tensor, cursor: Tensor, stream: int
 ) -> tuple[Tensor, Tensor]:
-    """Each sample's weighted mean squared error, and the error itself (fastdiff.reference.row.dsm_loss)."""
+    """Each sample's weighted mean squared error, and the error itself (fastdiff.execution.reference.dsm_loss)."""
     loss, error = x0.new_empty(x0.shape[:1]), x0.new_empty(x0.shape)
     tiles.check_state(error, cursor)
     tiles.check_column(len(x0), r=r, w=w, weight=weight)
@@ -54,7 +54,7 @@ def dsm_loss(
 
 
 def dsm_loss_backward(grad: Tensor, error: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of `dsm_loss` in the output (fastdiff.reference.row.dsm_loss_backward): one product an element, for which
+    """The gradient of `dsm_loss` in the output (execution.reference.dsm_loss_backward): one product an element, for which
     torch's own kernel is as good as any."""
     wide_weight, wide_grad = (column.to(error.dtype).double() for column in (weight, grad))
     factor = (2.0 * wide_weight * wide_grad / max(error[:1].numel(), 1)).to(error.dtype)
@@ -108,7 +108,7 @@ def _signed(there, word, inside, j, remaining, group: tl.constexpr, QUADS: tl.co
 
 
 def probe_dot(value: Tensor, cursor: Tensor, stream: int, kind: str, probe: Tensor | None = None) -> Tensor:
-    """⟨v, value⟩ of each sample, float64 [B]: v is `probe`, or drawn anew (fastdiff.reference.row.probe_dot)."""
+    """⟨v, value⟩ of each sample, float64 [B]: v is `probe`, or drawn anew (fastdiff.execution.reference.probe_dot)."""
     out = value.new_empty(value.shape[:1], dtype=torch.float64)
     if probe is None and kind not in ("rademacher", "normal"):
         raise ValueError(f"kind must be 'rademacher' or 'normal', got {kind!r}")
@@ -159,7 +159,7 @@ def rk_kernel(
 def rk_error(
     x: Tensor, stages: Sequence[Tensor], h: Tensor, b: Sequence[float], e: Sequence[float], rtol: float, atol: float
 ) -> tuple[Tensor, Tensor]:
-    """The Runge–Kutta combination and each sample's error (fastdiff.reference.row.rk_error)."""
+    """The Runge–Kutta combination and each sample's error (fastdiff.execution.reference.rk_error)."""
     after, error = x.new_empty(x.shape), x.new_empty(x.shape[:1])
     tiles.check_state(after)
     tiles.check_column(len(x), h=h)

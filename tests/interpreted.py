@@ -1,4 +1,4 @@
-"""The Triton kernels against fastdiff.reference.row, bit for bit; run by test_triton.py in processes of its own.
+"""The Triton kernels against fastdiff.execution.reference, bit for bit; run by test_triton.py in processes of its own.
 
 With TRITON_INTERPRET=1 (which must be set before anything imports triton) they run on CPU tensors; with
 FASTDIFF_KERNELS_DEVICE=cuda and no interpreter, compiled, on the GPU. The cases are the same.
@@ -22,7 +22,8 @@ import triton.language as tl
 
 import fastdiff
 from fastdiff import kernels, samplers, table
-from fastdiff.reference import noise, row
+from fastdiff.execution import noise
+from fastdiff.execution import reference as row
 
 DEVICE = torch.device(os.environ.get("FASTDIFF_KERNELS_DEVICE", "cpu"))
 INTERPRETED = DEVICE.type == "cpu"

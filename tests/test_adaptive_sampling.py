@@ -10,11 +10,12 @@ import torch
 from oracles import Gaussian, Mixture
 
 import fastdiff
-from fastdiff import adaptive, samplers
+from fastdiff import samplers
 from fastdiff.errors import ConfigError, ShapeError, SolverError
-from fastdiff.processes import PROCESSES, Process, get, lib
-from fastdiff.reference import papers_fast
-from fastdiff.reference.noise import SAMPLER
+from fastdiff.execution import adaptive
+from fastdiff.execution.noise import SAMPLER
+from fastdiff.papers import fast_solvers as papers_fast
+from fastdiff.planning.processes import PROCESSES, Process, get, lib
 
 VP = fastdiff.VP()
 DATA = Gaussian([0.2, -0.3, 0.1], std=torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64))

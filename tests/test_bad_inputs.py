@@ -19,7 +19,7 @@ from fastdiff.errors import (
     ModelOutputTypeError,
     ShapeError,
 )
-from fastdiff.samplers import (
+from fastdiff.planning.samplers import (
     DDIM,
     DEIS,
     DPM2,

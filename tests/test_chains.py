@@ -12,8 +12,8 @@ import torch
 from oracles import gaussian_chain
 
 import fastdiff
-from fastdiff.reference import papers
-from fastdiff.samplers import DDIM, Ancestral, EulerMaruyama, PredictorCorrector
+from fastdiff.papers import score_based as papers
+from fastdiff.planning.samplers import DDIM, Ancestral, EulerMaruyama, PredictorCorrector
 
 SAMPLES = 200_000
 MEAN, STD = 0.7, 0.5

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 import fastdiff
-from fastdiff import cli, demo, demo_flow, native
-from fastdiff.models import MLP
+from fastdiff.cli import commands, demo, demo_flow
+from fastdiff.execution import cpu
+from fastdiff.networks import MLP
 
 
 def run(*arguments, cwd=None):
@@ -158,7 +159,7 @@ def test_likelihood_refuses_data_that_do_not_fit(data, words, tmp_path, capsys):
     vectors(tmp_path)
     np.save(tmp_path / "other.npy", data + np.linspace(0, 1e-3, data.size).reshape(data.shape).astype(np.float32))
     given = ["likelihood", str(tmp_path / "model"), "--data", str(tmp_path / "other.npy")]
-    assert cli.main([*given, "--out", str(tmp_path / "ll.npz")]) == 2
+    assert commands.main([*given, "--out", str(tmp_path / "ll.npz")]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
@@ -169,7 +170,7 @@ def test_likelihood_refuses_data_that_do_not_fit(data, words, tmp_path, capsys):
 def test_every_loss_is_trained(loss, tmp_path, capsys):
     np.save(tmp_path / "data.npy", np.random.default_rng(0).uniform(-1, 1, (40, 2)))
     data, out = str(tmp_path / "data.npy"), str(tmp_path / "run")
-    assert cli.main(["train", data, "--out", out, "--steps", "2", "--batch-size", "8", "--loss", loss]) == 0
+    assert commands.main(["train", data, "--out", out, "--steps", "2", "--batch-size", "8", "--loss", loss]) == 0
     assert "step 2" in capsys.readouterr().out
 
 
@@ -180,7 +181,7 @@ def test_doctor_says_which_backend_serves_what():
         "cpu  float64   cpu: every",
         "cuda float64   reference",
         "dsm_loss",
-        native.instruction_set,
+        cpu.instruction_set,
         "CUDA graphs need a CUDA device" if not torch.cuda.is_available() else "CUDA graphs on CUDA tensors",
     ):
         assert words in shown
@@ -249,7 +250,7 @@ def test_without_the_library_everything_runs_on_plain_pytorch_and_says_so_once(t
 )
 def test_mistakes_end_in_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(arguments) == 2
+    assert commands.main(arguments) == 2
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error

@@ -15,7 +15,7 @@ from PIL import Image
 
 import fastdiff
 from fastdiff.errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError
-from fastdiff.reference.noise import AUGMENTATION, uniform
+from fastdiff.execution.noise import AUGMENTATION, uniform
 from fastdiff.training import Data, load_data
 
 RANGES = ((-1, 1), (0, 1), (0.1, 0.7), (-3, 0.3))

@@ -12,10 +12,11 @@ from test_solvers import DATA, X, exact, noise, same, states
 
 import fastdiff
 from fastdiff.errors import ConfigError
-from fastdiff.grids import sigmas
-from fastdiff.processes import get
-from fastdiff.reference import papers, papers_fast
-from fastdiff.samplers import (
+from fastdiff.papers import fast_solvers as papers_fast
+from fastdiff.papers import score_based as papers
+from fastdiff.planning.grids import sigmas
+from fastdiff.planning.processes import get
+from fastdiff.planning.samplers import (  # fmt: skip
     DDIM,
     DEIS,
     DPM2,
@@ -27,7 +28,7 @@ from fastdiff.samplers import (
     DPMSolverPP2S,
     PredictorCorrector,
     UniPC,
-)  # fmt: skip
+)
 
 PATHS = {"ve": papers_fast.ve_path(), "vp": papers_fast.vp_path(), "subvp": papers_fast.subvp_path()}
 KERNELS = {"ve": papers.ve, "vp": papers.vp, "subvp": papers.subvp}

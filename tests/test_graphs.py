@@ -14,16 +14,16 @@ import weakref
 import pytest
 import torch
 import torch._dynamo.testing
-from test_runner import dispatched
+from test_loop import dispatched
 from test_sample import every_run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastdiff
-from fastdiff import graphs, ops
 from fastdiff.errors import ConfigError, GraphError, NonFiniteError
-from fastdiff.models import MLP
+from fastdiff.execution import graphs, ops
+from fastdiff.networks import MLP
 
 
 class Tape(TorchDispatchMode):

@@ -11,7 +11,8 @@ import torch
 import fastdiff
 from fastdiff import grids
 from fastdiff.errors import ConfigError
-from fastdiff.processes import PROCESSES, get
+from fastdiff.planning import chains
+from fastdiff.planning.processes import PROCESSES, get
 
 
 def times(spec, process, n, t_min=None):
@@ -92,20 +93,20 @@ def test_reference_grid_truncates_its_ladder_as_the_reference_does(n, t_min):
 
 def test_chains_on_a_path():
     vp = fastdiff.VP()
-    chain = grids.chain_on(vp, "ddpm", 50)
+    chain = chains.chain_on(vp, "ddpm", 50)
     t = np.arange(1, 51)
     np.testing.assert_allclose(chain.alpha(t * 1.0), vp.alpha(t / 50), rtol=1e-12)
-    assert grids.on_path(chain, vp)
-    assert grids.on_path(fastdiff.DDPM(), vp)  # Ho et al.'s betas end 0.3 % beyond
-    assert not grids.on_path(fastdiff.DDPM("cosine"), vp)
-    assert not grids.on_path(fastdiff.DDPM(), fastdiff.SubVP())
-    assert not grids.on_path(fastdiff.DDPM(), fastdiff.VE())
-    ladder = grids.chain_on(fastdiff.VE(), "ncsn", 20)
+    assert chains.on_path(chain, vp)
+    assert chains.on_path(fastdiff.DDPM(), vp)  # Ho et al.'s betas end 0.3 % beyond
+    assert not chains.on_path(fastdiff.DDPM("cosine"), vp)
+    assert not chains.on_path(fastdiff.DDPM(), fastdiff.SubVP())
+    assert not chains.on_path(fastdiff.DDPM(), fastdiff.VE())
+    ladder = chains.chain_on(fastdiff.VE(), "ncsn", 20)
     assert (ladder.sigmas[0], ladder.sigmas[-1], ladder.T) == (50.0, 0.01, 20)
-    assert grids.on_path(ladder, fastdiff.VE())
-    assert not grids.on_path(fastdiff.NCSN([100.0, 1.0]), fastdiff.VE())
+    assert chains.on_path(ladder, fastdiff.VE())
+    assert not chains.on_path(fastdiff.NCSN([100.0, 1.0]), fastdiff.VE())
     with pytest.raises(ConfigError, match="path"):
-        grids.chain_on(fastdiff.SubVP(), "ddpm", 10)
+        chains.chain_on(fastdiff.SubVP(), "ddpm", 10)
 
 
 @pytest.mark.parametrize(

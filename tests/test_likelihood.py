@@ -17,13 +17,13 @@ from scipy.stats import norm
 from torch import nn
 
 import fastdiff
-from fastdiff import flow, ops
-from fastdiff.charts import Chart
 from fastdiff.errors import ConfigError, DataError, DTypeError, ModelOutputError, ShapeError, SolverError
+from fastdiff.execution import ops
+from fastdiff.execution.noise import PROBES
 from fastdiff.likelihood import LogLikelihood
-from fastdiff.models import MLP, UNet
-from fastdiff.processes import PROCESSES, get
-from fastdiff.reference.noise import PROBES
+from fastdiff.networks import MLP, UNet
+from fastdiff.planning.ode_variables import Chart
+from fastdiff.planning.processes import PROCESSES, get
 
 VP = fastdiff.VP()
 CONTINUOUS = [name for name, kind in PROCESSES.items() if not kind.discrete]
@@ -39,7 +39,7 @@ def log_prior(z, process):
 
 
 def closed_form(data, process, x, latent, t_min=None):
-    t = flow.default_t_min(process) if t_min is None else t_min
+    t = process.t_likelihood if t_min is None else t_min
     there = data.log_prob(latent.double(), float(process.alpha(process.T)), float(process.sigma(process.T)))
     return (
         data.log_prob(x.double(), float(process.alpha(t)), float(process.sigma(t))) - there + log_prior(latent, process)
@@ -76,7 +76,7 @@ def test_closed_forms_in_float64(name, numbers, bound, make):
     assert torch.equal(ll.stderr, torch.zeros(len(x), dtype=torch.float64))
     assert ll.nats.dtype == ll.latent.dtype == torch.float64
     if make is gaussian:
-        t = flow.default_t_min(process)
+        t = process.t_likelihood
         levels = [
             float(v) for v in (process.alpha(t), process.sigma(t), process.alpha(process.T), process.sigma(process.T))
         ]

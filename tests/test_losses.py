@@ -15,9 +15,10 @@ from torch import nn
 import fastdiff
 from fastdiff import losses
 from fastdiff.errors import CheckpointMismatchError, ConfigError, DTypeError, ModelOutputError, ShapeError
-from fastdiff.models import MLP
-from fastdiff.processes import Process, lib
-from fastdiff.reference import noise, papers
+from fastdiff.execution import noise
+from fastdiff.networks import MLP
+from fastdiff.papers import score_based as papers
+from fastdiff.planning.processes import Process, lib
 from fastdiff.training import Data
 
 F64 = torch.float64
@@ -92,7 +93,7 @@ def probes(n, shape, kind="rademacher"):
     return make(n, shape, seed=3, draw=5, stream=noise.PROBES).double()
 
 
-CURSOR = fastdiff.ops.cursor(5, 0, 3)
+CURSOR = fastdiff.execution.ops.cursor(5, 0, 3)
 HALF = torch.tensor([0.5], dtype=F64)
 
 
@@ -247,11 +248,11 @@ def test_a_sample_depends_on_its_own_number_alone(loss, sde):
     x0, t = randn(6, 2, 3, dtype=torch.float32), torch.linspace(0.2, 0.9, 6)
     whole = losses.per_sample(model, x0, t, CURSOR, loss)
     parts = [
-        losses.per_sample(model, x0[lo:hi], t[lo:hi], fastdiff.ops.cursor(5, lo, 3), loss)
+        losses.per_sample(model, x0[lo:hi], t[lo:hi], fastdiff.execution.ops.cursor(5, lo, 3), loss)
         for lo, hi in ((0, 1), (1, 4), (4, 6), (6, 6))
     ]
     assert torch.equal(torch.cat(parts), whole)
-    assert not torch.equal(losses.per_sample(model, x0, t, fastdiff.ops.cursor(6, 0, 3), loss), whole)
+    assert not torch.equal(losses.per_sample(model, x0, t, fastdiff.execution.ops.cursor(6, 0, 3), loss), whole)
     assert losses.perturb(model.process, x0, t, CURSOR).dtype == whole.dtype == torch.float32
     wide = losses.per_sample(model, x0.double(), t.double(), CURSOR, loss)
     assert wide.dtype == F64

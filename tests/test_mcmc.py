@@ -10,7 +10,8 @@ import torch
 import fastdiff
 from fastdiff import mcmc
 from fastdiff.errors import ConfigError, DTypeError, ModelOutputError, NonFiniteError, ShapeError
-from fastdiff.reference import noise, papers
+from fastdiff.execution import noise
+from fastdiff.papers import score_based as papers
 
 
 class Banana:

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 import fastdiff
-from fastdiff.reference import noise
+from fastdiff.execution import noise
 
 # Random123's kat_vectors for philox4x32 10
 PHILOX = [
@@ -67,7 +67,7 @@ def test_normals_are_box_muller_of_the_words():
 
 def test_fma_emulation_is_exact_where_it_is_used():
     """A strided sample of all words through exact rational arithmetic would be slow; round-to-odd is exact and fast."""
-    from fastdiff.reference.row import fma
+    from fastdiff.execution.reference import fma
 
     words = torch.arange(0, 2**32, 4099, dtype=torch.int64)
     u = (words >> 1).float()

@@ -9,10 +9,10 @@ import torch
 from torch.library import opcheck
 
 import fastdiff
-from fastdiff import losses, native, ops
+from fastdiff import losses
 from fastdiff.errors import ConfigError, DeviceError
-from fastdiff.models import MLP, UNet
-from fastdiff.reference import row
+from fastdiff.execution import cpu, ops, reference
+from fastdiff.networks import MLP, UNet
 from fastdiff.table import COLUMNS
 
 OPERATORS = torch.ops.fastdiff
@@ -46,8 +46,8 @@ def arguments(grad=False):
 def test_every_operation_has_a_case_and_three_implementations():
     assert set(arguments()) == set(ops.SCHEMAS)
     for name in ops.SCHEMAS:
-        assert callable(getattr(row, name))
-        assert callable(getattr(native, name))
+        assert callable(getattr(reference, name))
+        assert callable(getattr(cpu, name))
 
 
 @pytest.mark.parametrize("name", ops.SCHEMAS)
@@ -134,7 +134,7 @@ def test_transformations_see_the_derivatives():
     a, b, weight = (torch.rand(3, dtype=wide, generator=torch.Generator().manual_seed(s)) for s in range(3))
     t, frequencies, tangent = random(3, dtype=wide), random(4, dtype=wide), random(3, 5, seed=7, dtype=wide)
     eps = torch.empty(3, 5)
-    native.normal(eps, cursor, 2)
+    cpu.normal(eps, cursor, 2)
 
     def plain(m, x):
         return (weight * (m - a[:, None] * x - b[:, None] * eps).square().mean(1)).sum()
@@ -172,7 +172,7 @@ def test_transformations_see_the_derivatives():
 
 
 def test_gradients_by_the_short_way_are_those_of_the_operators():
-    """fastdiff.ops leaves the dispatcher out; defaults, keywords and gradients are the same."""
+    """fastdiff.execution.ops leaves the dispatcher out; defaults, keywords and gradients are the same."""
     cursor = ops.cursor(4, 5, 6)
     for name in ("perturb", "dsm_loss", "timestep_embedding", "probe_dot"):
         gradients = []
@@ -187,14 +187,15 @@ def test_gradients_by_the_short_way_are_those_of_the_operators():
             assert torch.equal(ours, theirs)
     value = random(2, 9)
     assert torch.equal(
-        ops.probe_dot(value=value, cursor=cursor, stream=3, kind="normal"), row.probe_dot(value, cursor, 3, "normal")
+        ops.probe_dot(value=value, cursor=cursor, stream=3, kind="normal"),
+        reference.probe_dot(value, cursor, 3, "normal"),
     )
     with pytest.raises(DeviceError, match="all tensors must be on cpu, got one on meta"):
         ops.perturb(value, torch.ones(2, device="meta"), torch.ones(2), cursor, 2)
     negative = torch.complex(value, value).conj().imag
     assert negative.is_neg()
     ones = torch.ones(2)
-    assert torch.equal(ops.perturb(negative, ones, ones, cursor, 2), row.perturb(-value, ones, ones, cursor, 2))
+    assert torch.equal(ops.perturb(negative, ones, ones, cursor, 2), reference.perturb(-value, ones, ones, cursor, 2))
     with pytest.raises(ConfigError, match="order must be one of"):
         ops.timestep_embedding(torch.ones(2), torch.ones(2), 1.0, 4, "foo")
 
@@ -229,11 +230,11 @@ def test_bfloat16_data_train_in_float32():
 
 def test_the_compiled_library_serves_the_cpu():
     assert ops.resolve("auto", "auto", torch.device("cpu"), torch.float32)[0] == "cpu"
-    assert ops.backend_module("cpu") is native
-    assert ops.backend_module("reference") is row
+    assert ops.backend_module("cpu") is cpu
+    assert ops.backend_module("reference") is reference
     out, again = torch.empty(2, 100), torch.empty(2, 100)
     OPERATORS.normal(out, ops.cursor(0, 0, 0), 1)
-    native.normal(again, ops.cursor(0, 0, 0), 1)
+    cpu.normal(again, ops.cursor(0, 0, 0), 1)
     assert torch.equal(out, again)
 
 
@@ -245,8 +246,8 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
     assert "float32, not float64" in why
     with pytest.raises(ConfigError, match="runs CPU tensors, not cuda"):
         ops.resolve("cpu", "auto", cuda, torch.float32)
-    monkeypatch.setattr(native, "available", False)
-    monkeypatch.setattr(native, "why", "no compiler")
+    monkeypatch.setattr(cpu, "available", False)
+    monkeypatch.setattr(cpu, "why", "no compiler")
     name, _, why = ops.resolve("auto", "auto", torch.device("cpu"), torch.float32)
     assert name == "reference"
     assert "no compiler" in why

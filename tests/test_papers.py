@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracles import Gaussian, Mixture, gaussian_chain, measured_order
 
-from fastdiff.reference import papers
+from fastdiff.papers import score_based as papers
 
 F64 = torch.float64
 BETAS = torch.linspace(0.02, 0.3, 8, dtype=F64)

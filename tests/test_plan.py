@@ -10,8 +10,8 @@ import torch
 
 import fastdiff
 from fastdiff.errors import ConfigError
-from fastdiff.grids import sigmas
-from fastdiff.samplers import AnnealedLangevin, PredictorCorrector
+from fastdiff.planning.grids import sigmas
+from fastdiff.planning.samplers import AnnealedLangevin, PredictorCorrector
 
 DEFAULT_ROWS = {"ve": 2000, "vp": 1000, "subvp": 1000, "ou": 1000, "ddpm": 1000, "ncsn": 1001, "edm": 1999}
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import fastdiff
 from fastdiff.errors import ConfigError, NonFiniteError
-from fastdiff.samplers import DDIM, SAMPLERS, ULA, Ancestral, AnnealedLangevin, Heun, PredictorCorrector
+from fastdiff.planning.samplers import DDIM, SAMPLERS, ULA, Ancestral, AnnealedLangevin, Heun, PredictorCorrector
 
 
 def score(x, t):

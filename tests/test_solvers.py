@@ -14,10 +14,10 @@ from oracles import Gaussian, Mixture, measured_order
 import fastdiff
 from fastdiff import predictions, samplers
 from fastdiff.errors import ConfigError
-from fastdiff.grids import sigmas
-from fastdiff.processes import PROCESSES, get
-from fastdiff.reference import papers
-from fastdiff.samplers import (
+from fastdiff.papers import score_based as papers
+from fastdiff.planning.grids import sigmas
+from fastdiff.planning.processes import PROCESSES, get
+from fastdiff.planning.samplers import (
     DDIM,
     DEIS,
     DPM2,

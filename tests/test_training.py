@@ -24,8 +24,8 @@ from fastdiff.errors import (
     DataError,
     ShapeError,
 )
-from fastdiff.models import MLP, UNet
-from fastdiff.reference import papers
+from fastdiff.networks import MLP, UNet
+from fastdiff.papers import score_based as papers
 from fastdiff.training import Data, checkpoint, load_data
 
 PREDICTIONS = ["score", "eps", "x0", "v", "scaled_score", "edm", "prev_mean", "increment"]
@@ -43,8 +43,8 @@ def digits(n=64):
 
 def named_noise(n, shape):
     """A cursor, and the noise that the losses make of it."""
-    eps = fastdiff.normal(n, shape, seed=3, draw=5, stream=fastdiff.reference.noise.PERTURBATION)
-    return fastdiff.ops.cursor(5, 0, 3), eps.double()
+    eps = fastdiff.normal(n, shape, seed=3, draw=5, stream=fastdiff.execution.noise.PERTURBATION)
+    return fastdiff.execution.ops.cursor(5, 0, 3), eps.double()
 
 
 # --- objectives ------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""Training: data, the trainer, checkpoints."""
+"""Training and checkpoints (data sets are in fastdiff.data, and here by their former names)."""
 
+from ..data import Data, load_data
 from .checkpoint import load, save
-from .data import Data
-from .readers import load_data
 from .trainer import Training, train
 
 __all__ = ["Data", "Training", "load", "load_data", "save", "train"]

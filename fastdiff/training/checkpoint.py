@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from .. import models, processes
+from .. import networks
 from ..errors import (
     CheckpointError,
     CheckpointMismatchError,
@@ -24,6 +24,7 @@ from ..errors import (
     CorruptCheckpointError,
 )
 from ..model import ScoreModel
+from ..planning import processes
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
@@ -53,7 +54,7 @@ def load(
             raise CheckpointMismatchError(
                 f"{path} holds a network that is not of fastdiff.models: give it as load(net=...)"
             )
-        network = models.build(config["net"]) if net is None else net
+        network = networks.build(config["net"]) if net is None else net
         process = _process(config["process"], own, path)
         options = {name: config[name] for name in ("prediction", "time_input", "data_shape", "data_range", "variance")}
         model = ScoreModel(network, process, **options)
@@ -92,9 +93,9 @@ def describe(model: ScoreModel) -> dict[str, Any]:
         raise ConfigError(f"model must be a ScoreModel, got {type(model).__name__}: wrap it, ScoreModel(net, sde, ...)")
     if not isinstance(model.net, nn.Module):
         raise ConfigError(f"net must be a torch.nn.Module to be saved, got {type(model.net).__name__}")
-    known = any(type(model.net) is network for network in models.MODELS.values())
+    known = any(type(model.net) is network for network in networks.MODELS.values())
     return {
-        "net": models.describe(model.net) if known else None,
+        "net": networks.describe(model.net) if known else None,
         "process": model.process.config(),
         "prediction": model.prediction,
         "time_input": model.time_input,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .. import checks, losses, ops
+from .. import checks, losses
+from ..data import Data, load_data
 from ..errors import (
     CheckpointError,
     CheckpointMismatchError,
@@ -25,13 +26,11 @@ from ..errors import (
     choose,
     names_keywords,
 )
+from ..execution import noise, ops
+from ..execution.monitor import bar
 from ..model import ScoreModel
-from ..progress import bar
-from ..reference import noise
-from ..schedules import ema_decay
+from ..planning.schedules import ema_decay
 from . import checkpoint as files
-from .data import Data
-from .readers import load_data
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,207 @@
+"""The command line: `fastdiff demo | train | sample | likelihood | plan | doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# Threads that wait should sleep: spinning ones stall each other as soon as anything else runs on the machine.
+# Read once, when torch is loaded; a user's own setting wins.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; a wrong argument ends in one sentence and exit status 2."""
+    arguments = _parser().parse_args(argv)
+    from ..errors import FastdiffError
+
+    try:
+        arguments.run(arguments)
+    except (FastdiffError, OSError, ImportError) as error:
+        print(f"fastdiff {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _demo(a: argparse.Namespace) -> None:
+    from . import demo
+
+    demo.main(Path(a.out), a.train_steps, a.samples, a.workers)
+
+
+def _sample(a: argparse.Namespace) -> None:
+    import numpy as np
+
+    from ..sampling import sample
+    from ..training import load
+
+    model = load(a.model)
+    out = Path(a.out)
+    _writable("--out", out, (".npy", ".png"))
+    if out.suffix == ".png":
+        from . import pictures
+
+        pictures.check_drawable(a.num_samples, model.data_shape)
+    x, info = sample(
+        model, a.sde, a.steps, sampler=a.sampler, num_samples=a.num_samples, seed=a.seed, first_sample=a.first_sample,
+        batch_size=a.batch_size, grid=a.grid, return_info=True,
+    )  # fmt: skip
+    if out.suffix == ".npy":
+        np.save(out, x.numpy())
+    else:
+        pictures.image(out, x.numpy(), model.data_range)
+    print(
+        f"{tuple(x.shape)} samples in {out}: {info.network_calls} network calls, {info.seconds:.1f} s, seed {info.seed}"
+    )
+
+
+def _train(a: argparse.Namespace) -> None:
+    from ..errors import ConfigError
+    from ..model import ScoreModel
+    from ..networks import build
+    from ..planning import processes
+    from ..training import load_data, train
+
+    data = load_data(a.data)
+    network = a.network or ("mlp" if len(data.shape) == 1 else "unet")
+    options: dict[str, Any] = {"name": network, "shape": list(data.shape)}
+    if a.classes:
+        if data.labels is None:
+            raise ConfigError(f"--classes needs labels, and {a.data} has none: leave it out")
+        options["num_classes"] = data.num_classes
+    # images in the field's ranges; vectors in their own, so that samples come back in the data's units
+    data_range = data.range if len(data.shape) == 1 else (0.0, 1.0) if a.sde == "ve" else (-1.0, 1.0)
+    model = ScoreModel(build(options), processes.get(a.sde), a.prediction, data_shape=data.shape, data_range=data_range)
+    done = train(
+        model, data, steps=a.steps, loss=a.loss, batch_size=a.batch_size, lr=a.lr, ema=a.ema, seed=a.seed,
+        dequantize=a.dequantize, checkpoint=a.out, resume=not a.fresh,
+    )  # fmt: skip
+    print(f"{data!r}: step {done.steps} after {done.seconds:.0f} s; fastdiff.load({a.out!r}) gives the model")
+
+
+def _likelihood(a: argparse.Namespace) -> None:
+    if a.out:
+        _writable("--out", Path(a.out), (".npz",))
+    from ..data import load_data
+    from ..training import load
+    from . import likelihood_report
+
+    model, data = load(a.model), load_data(a.data)
+    found = likelihood_report.likelihood(
+        model, data, a.num_samples, first_sample=a.first_sample, seed=a.seed, trace=a.trace, probes=a.probes, rtol=a.rtol,
+        atol=a.atol, t_min=a.t_min, batch_size=a.batch_size,
+    )  # fmt: skip
+    if a.out:
+        found.save(Path(a.out))
+    print(f"{data!r}\n{found}")
+
+
+def _plan(a: argparse.Namespace) -> None:
+    from ..planning.plan import plan
+
+    if a.plot:
+        _writable("--plot", Path(a.plot), (".png", ".pdf", ".svg"))
+    table = plan(a.sde, a.steps, sampler=a.sampler, prediction=a.prediction, grid=a.grid)
+    print(table.explain(None if a.all else 24))
+    if a.plot:
+        table.plot(a.plot)
+
+
+def _doctor(a: argparse.Namespace) -> None:
+    from ..execution import ops
+
+    print(f"fastdiff {metadata.version('fastdiff')}\n{ops.doctor()}")
+
+
+def _writable(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
+    """Refuse before any work what could not be written after it."""
+    from ..errors import ConfigError
+
+    if path.suffix not in suffixes:
+        raise ConfigError(f"{option} must end in {' or '.join(suffixes)}, got {path}")
+    parent = path.absolute().parent
+    if not parent.is_dir() or path.is_dir():
+        raise ConfigError(f"{option} must be a file in an existing folder, got {path}")
+    if not os.access(path if path.exists() else parent, os.W_OK):
+        raise ConfigError(f"{option} must be a file that may be written, got {path}: choose another folder")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastdiff", description="Train and sample score-based diffusion models.")
+    parser.add_argument("--version", action="version", version=f"fastdiff {metadata.version('fastdiff')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(
+        "demo", _demo, "Train VE, VP and sub-VP models on handwritten digits, sample them seven ways, report."
+    )
+    sub.add_argument("--out", default="out", help="folder for pictures, models and report.md (default: out)")
+    sub.add_argument("--train-steps", type=int, default=2000, help="training steps of each model (default: 2000)")
+    sub.add_argument("--samples", type=int, default=400, help="samples from each sampler (default: 400)")
+    sub.add_argument("--workers", type=int, help="processes (default: one for each core)")
+
+    sub = command("sample", _sample, "Draw samples from a checkpoint or a shipped model such as digits-ve.")
+    sub.add_argument("model", help="a name, a file or a training directory")
+    sub.add_argument("--sde", help="default: the model's own")
+    sub.add_argument("--steps", type=int)
+    sub.add_argument("--sampler")
+    sub.add_argument("--grid")
+    sub.add_argument("-n", "--num-samples", type=int, default=16)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--first-sample", type=int, default=0, help="global index of the first sample")
+    sub.add_argument("--batch-size", type=int)
+    sub.add_argument("--out", default="samples.npy", help="a .npy array or a .png picture (default: samples.npy)")
+
+    sub = command("train", _train, "Train a model on arrays, IDX files, a folder of images, or 'digits'.")
+    sub.add_argument("data", help=".npy, .npz, IDX (.gz), a folder of images, or digits")
+    sub.add_argument("--out", required=True, help="checkpoint directory; an unfinished run there is resumed")
+    sub.add_argument("--sde", default="vp")
+    sub.add_argument("--steps", type=int, required=True)
+    sub.add_argument("--network", choices=["unet", "mlp"], help="default: unet for images and signals, mlp for vectors")
+    sub.add_argument("--prediction", default="edm")
+    sub.add_argument("--loss", default="simple", help="dsm, simple (default), likelihood, ism, ssm or ssm_vr")
+    sub.add_argument("--batch-size", type=int, default=128)
+    sub.add_argument("--lr", type=float, default=1e-3)
+    sub.add_argument("--ema", type=float, default=0.999)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--classes", action="store_true", help="condition on the data's labels")
+    sub.add_argument("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
+    sub.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
+
+    sub = command("likelihood", _likelihood, "Log-likelihood of data under a model, in nats and bits per dimension.")
+    sub.add_argument("model", help="a name, a file or a training directory")
+    sub.add_argument("--data", required=True, help=".npy, .npz, IDX (.gz), a folder of images, or digits")
+    sub.add_argument("-n", "--num-samples", type=int, default=64, help="at most so many of the data (default: 64)")
+    sub.add_argument("--first-sample", type=int, default=0, help="index of the first in the data (default: 0)")
+    sub.add_argument("--trace", default="hutchinson", help="hutchinson (default), hutch++ or exact")
+    sub.add_argument("--probes", type=int, default=2, help="of the trace, for each sample (default: 2)")
+    sub.add_argument("--rtol", type=float, default=1e-5, help="relative tolerance of a step (default: 1e-5)")
+    sub.add_argument("--atol", type=float, default=1e-5, help="absolute tolerance of a step (default: 1e-5)")
+    sub.add_argument("--t-min", type=float, help="where the flow starts (default: 1e-5, or a chain's first level)")
+    sub.add_argument("--seed", type=int, default=0, help="of the probes and the dequantisation (default: 0)")
+    sub.add_argument("--batch-size", type=int, help="samples in one network call; it changes no sample's steps")
+    sub.add_argument("--out", help="a .npz of each sample's nats, stderr, latent, nfe and bits_per_dim")
+
+    sub = command("plan", _plan, "Print the table of a run: what each row does, with its coefficients.")
+    sub.add_argument("sde")
+    sub.add_argument("steps", type=int, nargs="?")
+    sub.add_argument("--sampler")
+    sub.add_argument("--prediction", default="score")
+    sub.add_argument("--grid")
+    sub.add_argument("--all", action="store_true", help="every row, not the first and last")
+    sub.add_argument("--plot", help="also draw the coefficients into this file")
+
+    command("doctor", _doctor, "Say which backend serves which operation on this machine, and why.")
+    return parser

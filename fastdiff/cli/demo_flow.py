@@ -1,0 +1,208 @@
+"""The demo's second half, the probability-flow ODE of its VP model: likelihoods, latents, and how exact each solver is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..execution import noise
+from ..likelihood import bits_per_dim, interpolate, log_likelihood
+from ..planning import grids, samplers
+from ..sampling import sample
+from ..training import Data, load
+from . import pictures
+
+Array = NDArray[np.float64]
+Curve = list[tuple[float, float]]
+
+DIGITS, CHUNK = 200, 50  # digits whose likelihoods are asked, and how many in one job
+PROBES, TOLERANCE = 2, 1e-3  # which changes a likelihood by less than its standard error
+PAIRS, STATES, FINE = 8, 12, 1e-4  # digits that are interpolated, how finely, and with which tolerance
+STARTS, CONVERGED = 64, 1e-6  # noises from which the solvers start, and the tolerance of what they are compared with
+TOLERANCES = (3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
+CALLS = (6, 8, 12, 18, 24, 36, 48)
+ONE_CALL: dict[str, samplers.Sampler] = {
+    "DDIM": samplers.DDIM(),
+    "LMS, order 4": samplers.LMS(),
+    "DEIS, order 3": samplers.DEIS(),
+    "DPM-Solver++ 2M": samplers.DPMSolverPP(),
+    "DPM-Solver++ 3M": samplers.DPMSolverPP(order=3),
+    "UniPC, order 2": samplers.UniPC(),
+    "SA-Solver, τ = 0": samplers.SA(tau=0.0),
+}
+SEVERAL_CALLS: dict[str, samplers.Sampler] = {
+    "Heun": samplers.Heun(),
+    "DPM-2, DPM-Solver-2": samplers.DPMSolver(order=2),  # the same rows on a grid of σ̂
+    "DPM-Solver-3": samplers.DPMSolver(order=3),
+    "DPM-Solver++ 2S": samplers.DPMSolverPP2S(),
+}
+FIXED = {**ONE_CALL, **SEVERAL_CALLS}
+ADAPTIVE = "rk45"
+JOBS = 2 * (DIGITS // CHUNK) + len(FIXED) + 3  # what the progress bar counts
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured, of held-out digits and of the same with shuffled pixels where there are two.
+
+    nats, bits  [DIGITS] each; evaluations: the most that one took
+    strip       [PAIRS, STATES, 64], whose ends are `apart` from the digits (RMS of pixels in [0, 1])
+    curves      solver -> (network calls, RMS distance of its ends from the converged ones)
+    """
+
+    nats: tuple[Array, Array]
+    bits: tuple[Array, Array]
+    evaluations: int
+    strip: Array
+    apart: float
+    curves: dict[str, Curve]
+
+
+def run(pool: Executor, path: Path, digits: Data, progress: Any) -> Findings:
+    """Everything, in jobs of the pool's processes: each puts a 1 into `progress` when it is done."""
+    model = load(path)
+    u = noise.uniform(DIGITS, digits.shape, seed=0, stream=noise.AUGMENTATION)
+    real = digits.batch(range(DIGITS), model.data_range, u)
+    pairs = digits.batch(range(2 * PAIRS), model.data_range)
+    # the longest first
+    converged = pool.submit(_solve, path, ADAPTIVE, (CONVERGED,), progress)
+    likelihoods = [
+        [pool.submit(_likelihoods, path, x[lo : lo + CHUNK].numpy(), lo, digits.bins, progress) for lo in range(0, DIGITS, CHUNK)]
+        for x in (real, shuffled(real))
+    ]  # fmt: skip
+    solving = {ADAPTIVE: pool.submit(_solve, path, ADAPTIVE, TOLERANCES, progress)}
+    solving |= {name: pool.submit(_solve, path, name, CALLS, progress) for name in FIXED}
+    between = pool.submit(_between, path, pairs.numpy(), progress)
+    found = [np.concatenate([job.result() for job in jobs], 1) for jobs in likelihoods]
+    best = converged.result()[0][1]
+    strip = pictures.unit(between.result(), model.data_range)
+    ends = np.stack([strip[:, 0], strip[:, -1]], 1)
+    return Findings(
+        nats=(found[0][0], found[1][0]),
+        bits=(found[0][1], found[1][1]),
+        evaluations=int(max(values[2].max() for values in found)),
+        strip=strip,
+        apart=_rms(ends, pictures.unit(pairs.numpy(), model.data_range).reshape(ends.shape)),
+        curves={name: [(calls, _rms(x, best)) for calls, x in job.result()] for name, job in solving.items()},
+    )
+
+
+def shuffled(x: Tensor) -> Tensor:
+    """Each sample's numbers [B, *] in an order of its own."""
+    orders = [noise.permutation(x[0].numel(), seed=0, draw=i) for i in range(len(x))]
+    return torch.stack([v.flatten()[order].view_as(v) for v, order in zip(x, orders)])
+
+
+def draw(out: Path, found: Findings) -> None:
+    """The pictures."""
+    names = ("held-out digits", "the same, their pixels shuffled")
+    pictures.histograms(
+        out / "likelihood.png", dict(zip(names, found.bits)), "bits per dimension", "what the VP model finds likely"
+    )
+    pictures.strip(
+        out / "interpolation.png", found.strip, "held-out digits, left and right, and what lies between their latents"
+    )
+    panels = {
+        title: {name: found.curves[name] for name in names}
+        for title, names in {
+            "one network call a step": [*ONE_CALL, ADAPTIVE],
+            "several network calls a step": [*SEVERAL_CALLS, "DDIM", ADAPTIVE],
+        }.items()
+    }
+    pictures.convergence(out / "solvers.png", panels, "network calls", "RMS distance from the converged solution")
+
+
+def report(found: Findings) -> list[str]:
+    """The numbers as lines of Markdown."""
+
+    def mean(values: Array, digits: int) -> str:
+        return f"{values.mean():.{digits}f} ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}"
+
+    (real, other), (real_bits, other_bits) = found.nats, found.bits
+    at = [CALLS.index(calls) for calls in (6, 12, 24, 48)]
+    rows = [f"| {name} | " + " | ".join(f"{found.curves[name][k][1]:.4f}" for k in at) + " |" for name in FIXED]
+    adaptive = ", ".join(f"{distance:.4f} after {calls:.0f}" for calls, distance in found.curves[ADAPTIVE])
+    return [
+        "## The probability flow of the VP model",
+        "",
+        f"Likelihoods of {DIGITS} held-out digits, dequantised within their 17 levels ({PROBES} probes, tolerance "
+        f"{TOLERANCE:g}, at most {found.evaluations} evaluations), mean ± its standard error:",
+        "",
+        "| | nats | bits per dimension |",
+        "|---|---|---|",
+        f"| digits | {mean(real, 2)} | {mean(real_bits, 3)} |",
+        f"| the same, their pixels shuffled | {mean(other, 2)} | {mean(other_bits, 3)} |",
+        "",
+        f"A digit is likelier than its own shuffled pixels in {int((real > other).sum())} cases of {DIGITS}; levels drawn "
+        f"uniformly have log₂ 17 = {np.log2(17):.2f} bits per dimension.",
+        "",
+        "![likelihood](likelihood.png)",
+        "",
+        f"Between held-out digits, spherically through their latents; the ends come back to {found.apart:.4f} (RMS of a "
+        "pixel in [0, 1]).",
+        "",
+        "![interpolation](interpolation.png)",
+        "",
+        f"How far the samples from {STARTS} starts end from the flow's own (rk45 with tolerance {CONVERGED:g}), root mean "
+        "square of a number in [−1, 1], by network calls; all on Karras's levels from T to t_min, where `ode` and "
+        "DPM-Solver-1 are DDIM:",
+        "",
+        "| solver | 6 | 12 | 24 | 48 |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        f"rk45, each sample with steps of its own: {adaptive} evaluations in the mean. Samplers that draw noise follow no "
+        "such solution, and are measured above.",
+        "",
+        "![solvers](solvers.png)",
+        "",
+    ]
+
+
+def _likelihoods(path: Path, x: Array, first: int, bins: int, progress: Any) -> Array:
+    """nats, bits and evaluations of each digit, [3, B] (in a worker process)."""
+    model = load(path)
+    found = log_likelihood(
+        model, torch.from_numpy(x), probes=PROBES, rtol=TOLERANCE, atol=TOLERANCE, first_sample=first, progress=False
+    )
+    progress.put(1)
+    return torch.stack([found.nats, bits_per_dim(found, model.data_range, bins), found.nfe.double()]).numpy()
+
+
+def _between(path: Path, x: Array, progress: Any) -> Array:
+    """From each digit to the next of its pair, [PAIRS, STATES, 64] (in a worker process)."""
+    ends, weights = torch.from_numpy(x), torch.linspace(0, 1, STATES)
+    found = interpolate(load(path), ends[::2], ends[1::2], weights, rtol=FINE, atol=FINE, progress=False)
+    progress.put(1)
+    return found.transpose(0, 1).flatten(2).numpy()
+
+
+def _solve(path: Path, name: str, settings: Sequence[float], progress: Any) -> list[tuple[float, Array]]:
+    """(network calls, ends) of one solver with so many calls, or such tolerances (in a worker process)."""
+    model, found = load(path), []
+    ratios = [float(model.process.sigma(t) / model.process.alpha(t)) for t in (model.process.T, model.process.t_min)]
+    for setting in settings:
+        if name == ADAPTIVE:
+            options: dict[str, Any] = {"sampler": samplers.Adaptive(rtol=setting, atol=setting)}
+        else:
+            a_step = 1 if name in ONE_CALL else 3 if name == "DPM-Solver-3" else 2
+            # Karras's grid without its last level, 0: every solver ends where the converged solution does
+            levels = grids.sigmas(grids.karras(*ratios, int(setting) // a_step + 1)[:-1])
+            options = {"sampler": FIXED[name], "grid": levels}
+        x, info = sample(model, num_samples=STARTS, seed=3, progress=False, return_info=True, **options)
+        calls = info.network_calls if info.nfe is None else float(info.nfe.double().mean())
+        found.append((calls, x.numpy()))
+    progress.put(1)
+    return found
+
+
+def _rms(a: Array, b: Array) -> float:
+    return float(np.sqrt(np.mean((a.astype(np.float64) - b) ** 2)))

@@ -1,0 +1,139 @@
+"""Pictures (matplotlib): grids of digits, strips, loss curves, nearest neighbours, histograms, solvers' errors."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ShapeError
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("pictures need matplotlib, which is missing: pip install 'fastdiff[demo]'") from error
+
+Images = NDArray[np.float64]
+
+
+def unit(x: NDArray[np.floating], data_range: tuple[float, float]) -> NDArray[np.float64]:
+    """Numbers in their data range as numbers in [0, 1]."""
+    low, high = data_range
+    return np.clip((x.astype(np.float64) - low) / (high - low), 0, 1)
+
+
+def mosaic(images: Images, columns: int) -> Images:
+    """Images [N, H, W, C] in [0, 1] side by side, `columns` in a row, one pixel apart."""
+    count, height, width, channels = images.shape
+    canvas = np.full((-(-count // columns) * (height + 1) + 1, columns * (width + 1) + 1, channels), 0.35)
+    for k, picture in enumerate(images):
+        top, left = (k // columns) * (height + 1) + 1, (k % columns) * (width + 1) + 1
+        canvas[top : top + height, left : left + width] = picture
+    return canvas
+
+
+def squares(rows: Images) -> Images:
+    """Grey square images as rows [N, side²] to [N, side, side, 1]."""
+    side = math.isqrt(rows.shape[1])
+    return rows.reshape(-1, side, side, 1)
+
+
+def grids(path: Path, real: Images, samples: Images, title: str) -> None:
+    """Real digits on the left, samples on the right."""
+    figure = Figure(figsize=(10, 5.3), layout="constrained")
+    for axes, rows, name in zip(figure.subplots(1, 2), (real, samples), ("real digits (held out)", title)):
+        _show(axes, mosaic(squares(rows), 10))
+        axes.set_title(name)
+    figure.savefig(path, dpi=80)
+
+
+def strip(path: Path, states: NDArray[np.float64], title: str) -> None:
+    """One line for each sample, its states from left to right: [samples, states, 64]."""
+    samples, count, size = states.shape
+    figure = Figure(figsize=(count * 0.8, samples * 0.8 + 0.5), layout="constrained")
+    axes = figure.subplots()
+    _show(axes, mosaic(squares(states.reshape(-1, size)), count))
+    axes.set_title(title)
+    figure.savefig(path, dpi=100)
+
+
+def losses(path: Path, curves: dict[str, NDArray[np.float64]]) -> None:
+    """The loss of each model by training step, averaged over 50 steps."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        width = min(50, len(curve))
+        axes.plot(np.arange(width, len(curve) + 1), np.convolve(curve, np.ones(width) / width, "valid"), label=name)
+    axes.set(xlabel="training step", ylabel="loss", yscale="log", title="training loss (mean of 50 steps)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def neighbours(path: Path, samples: Images, training: Images) -> None:
+    """Samples above the training images nearest to them."""
+    distance = ((samples[:, None] - training[None]) ** 2).sum(-1)
+    pairs = np.concatenate([samples, training[distance.argmin(1)]])
+    figure = Figure(figsize=(len(samples) * 0.8, 2.4), layout="constrained")
+    axes = figure.subplots()
+    _show(axes, mosaic(squares(pairs), len(samples)))
+    axes.set_title("samples (above) and their nearest training digits (below)")
+    figure.savefig(path, dpi=100)
+
+
+def histograms(path: Path, groups: dict[str, NDArray[np.float64]], label: str, title: str) -> None:
+    """The distributions of two groups or more over each other, with their means."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    bins = np.linspace(min(map(np.min, groups.values())), max(map(np.max, groups.values())), 50)
+    for k, (name, values) in enumerate(groups.items()):
+        axes.hist(values, bins, alpha=0.65, color=f"C{k}", label=f"{name}: {values.mean():.2f}")
+        axes.axvline(values.mean(), color=f"C{k}", linestyle="--", linewidth=1)
+    axes.set(xlabel=label, ylabel="samples", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def convergence(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], across: str, up: str) -> None:
+    """Curves of (x, y) on logarithmic axes; those that are in every panel are black, dashed and dotted."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    common = sorted(set.intersection(*map(set, panels.values())))
+    for axes, (title, curves) in zip(
+        figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0], panels.items()
+    ):
+        own = [name for name in curves if name not in common]
+        for name, marker in zip(own, "osD^vPX"):
+            axes.plot(*zip(*curves[name]), marker=marker, markersize=4, linewidth=1.3, label=name)
+        for name, style in zip(common, ("--", ":")):
+            axes.plot(*zip(*curves[name]), marker=".", color="black", linestyle=style, linewidth=1.3, label=name)
+        axes.set(xscale="log", yscale="log", xlabel=across, title=title)
+        axes.set_xticks(ticks := [6, 12, 24, 48, 96], [str(n) for n in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
+    figure.axes[0].set_ylabel(up)
+    figure.savefig(path, dpi=80)
+
+
+def check_drawable(count: int, shape: tuple[int, ...]) -> None:
+    """Refuse samples that are no pictures."""
+    if len(shape) != 3 or shape[0] not in (1, 3) or 0 in (count, *shape):
+        raise ShapeError(f"a picture needs samples (1 or 3, H, W), got {count} of {shape}: write a .npy file instead")
+
+
+def image(path: Path, x: NDArray[np.floating], data_range: tuple[float, float]) -> None:
+    """Samples [N, 1 or 3, H, W] in their data range as one mosaic."""
+    check_drawable(len(x), x.shape[1:])
+    canvas = mosaic(unit(x, data_range).transpose(0, 2, 3, 1), math.ceil(math.sqrt(len(x))))
+    scale = max(1, 512 // canvas.shape[1])
+    figure = Figure(figsize=(canvas.shape[1] * scale / 100, canvas.shape[0] * scale / 100), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    _show(axes, canvas)
+    figure.savefig(path)
+
+
+def _show(axes: object, image: Images) -> None:
+    axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")  # type: ignore[attr-defined]
+    axes.set_axis_off()  # type: ignore[attr-defined]

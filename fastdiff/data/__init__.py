@@ -1,0 +1,7 @@
+"""Data sets: arrays and files of any shape, scaled to a model's units."""
+
+from .data import Data
+from .dequantize import dequantize
+from .readers import load_data
+
+__all__ = ["Data", "dequantize", "load_data"]

@@ -1,0 +1,232 @@
+"""Runs a step table in place, on buffers made once. Knows tables, operations and tensors; no process, no sampler.
+
+Inside the loop nothing is read back, allocated or copied from the host (but by the network): a row is one `step`, two
+operations where it is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+from ..table import Row, StepTable
+from . import monitor
+from .noise import SAMPLER
+
+Condition = Tensor | dict[str, Tensor] | None
+# (input already scaled [B, *], time [B], or instead of it what the network made of it beforehand, condition)
+#     -> prediction [B, *], and the second half of its channels where the variance is learned
+Network = Callable[[Tensor, Tensor, Tensor | None, Condition], tuple[Tensor, Tensor | None]]
+# (row number) -> noise like the state
+Draw = Callable[[int], Tensor]
+
+CHECKS = ("final", "every", "off")
+BLOCK = 1024  # rows whose views are made at a time
+
+
+class Kind(NamedTuple):
+    """All that a row's host code does: rows of one kind differ only in numbers that the device reads.
+
+    x, out, base, history, pushed and kept are numbers of buffers. The state starts in buffer 0.
+    """
+
+    x: int
+    out: int
+    base: int | None
+    history: tuple[int, ...]
+    pushed: int | None
+    kept: int | None
+    calls: bool
+    draws: bool
+    norm: str | None  # of a measured row
+    learned: bool  # the variance
+    feeds: bool  # the row writes the next network input
+
+
+def kinds(table: StepTable, keeps_noise: bool) -> list[Kind]:
+    """Each row's kind. The state is updated in place unless a later row still needs it as its base."""
+    rows, reads, needed = table.rows, False, []
+    for row in reversed(rows):  # whether rows after this one read the base that it leaves
+        needed.append(reads)
+        reads = row.e != 0 or (reads and not row.opens)
+    needed.reverse()
+    found = list[Kind]()
+    x, base, history = 0, None, tuple[int, ...]()
+    for k, row in enumerate(rows):
+        base = x if row.opens else base
+        taken = {x, *history} | ({base} if base is not None and (needed[k] or row.e != 0) else set())
+
+        def spare(taken: set[int] = taken) -> int:
+            free = next(n for n in range(len(taken) + 1) if n not in taken)
+            taken.add(free)
+            return free
+
+        kept = spare() if row.measure is not None and keeps_noise else None
+        out = spare() if base == x and (needed[k] or row.e != 0) else x
+        pushed = spare() if row.pushes and table.memory else None
+        feeds = k + 1 < len(rows) and rows[k + 1].calls
+        found.append(Kind(
+            x, out, base if row.e != 0 else None, history[: len(row.b) - row.calls], pushed, kept, row.calls, row.draws,
+            None if row.measure is None else row.measure.norm, row.log_variance is not None, feeds,
+        ))  # fmt: skip
+        x = out
+        if pushed is not None:
+            history = (pushed, *history)[: table.memory]
+    return found
+
+
+class Loop:
+    """A table and the buffers to run it on, for states of one shape; one run at a time, as many as you like.
+
+    operations  the module that implements them (fastdiff.execution.ops.backend_module)
+    start       the buffer that the state starts in, [B, *]: to be filled before each run
+    net_input   the buffer of the network's input, whose dtype and layout it has
+    time        the buffer of the network's time [B]
+    times       each row's
+    features    [rows, …], or None: what the network makes of the rows' times, instead of from `time` in each call
+    """
+
+    def __init__(
+        self, table: StepTable, operations: ModuleType, start: Tensor, net_input: Tensor, time: Tensor,
+        times: Sequence[float], features: Tensor | None, *, seed: int, check: str,
+    ) -> None:  # fmt: skip
+        self.operations, self.net_input, self.time, self.check = operations, net_input, time, check
+        self.buffers = [start]
+        self.measured = start.new_empty((len(start), 2))
+        self.first_bad = None if check == "off" else torch.empty(len(start), dtype=torch.int64, device=start.device)
+        self._measure = monitor.marked("measure_langevin", operations.measure_langevin)
+        self._steps: dict[Kind, Callable[[Tensor, Tensor | None, Tensor | None], None]] = {}
+        self.load(table, times, features, seed)
+
+    def load(self, table: StepTable, times: Sequence[float], features: Tensor | None, seed: int) -> None:
+        """What the next runs are of."""
+        self.table, self.times, self.seed = table, times, seed
+        self._steps.clear()
+        self.kinds = kinds(table, self.operations.KEEPS_NOISE)
+        numbers = [n for kind in set(self.kinds) for n in (kind.x, kind.out, kind.pushed, kind.kept) if n is not None]
+        self.buffers += [torch.empty_like(self.start) for _ in range(max(numbers) + 1 - len(self.buffers))]
+        self.matrix = self.placed("matrix", torch.from_numpy(table.matrix).to(self.start.dtype))
+        self.features = None if features is None else self.placed("features", features)
+
+    def placed(self, name: str, values: Tensor) -> Tensor:
+        """The values on the device."""
+        return values.to(self.start.device)
+
+    @property
+    def start(self) -> Tensor:
+        return self.buffers[0]
+
+    def run(self, network: Network, cond: Condition, first_sample: int, noise: Draw | None = None) -> Iterator[Tensor]:
+        """Yield the state after each row, from `start` on. What is yielded, and the network's input, are overwritten later.
+
+        noise   instead of the counter's, where given
+        """
+        table, first_bad, every = self.table, self.first_bad, self.check == "every"
+        self.begin()
+        network, row = monitor.marked("network", network), monitor.marked("row", self.row)
+        cursors = self.cursors(first_sample)
+        for k, (kind, cursor, time, features) in enumerate(zip(self.kinds, cursors, self.times, self._features())):
+            if kind.calls and features is None:
+                self.time.fill_(time)
+            z = noise(k) if noise is not None and kind.draws else None
+            row(kind, network, cond, cursor, features, z)
+            if every and first_bad is not None:
+                raise_if_bad(table, first_bad, first_sample)
+            yield self.buffers[kind.out]
+        if first_bad is not None:
+            raise_if_bad(table, first_bad, first_sample)
+
+    def begin(self) -> None:
+        """What a run needs before its first row."""
+        first = self.table.rows[0]
+        if first.calls:
+            self.net_input.copy_(self.start if first.in_scale == 1 else self.start * first.in_scale)
+        if self.first_bad is not None:
+            self.first_bad.fill_(len(self.table))
+
+    def row(
+        self, kind: Kind, network: Network, cond: Condition, cursor: Tensor, features: Tensor | None, z: Tensor | None
+    ) -> None:
+        """One row. `cursor`: see fastdiff.execution.reference."""
+        m = v = None
+        if kind.calls:
+            # tensors of their own, so that what a network does to them (grad, shape, data) is gone with them
+            m, v = network(self.net_input.detach(), self.time.detach(), features, cond)
+            # a network may return its input, which this row overwrites
+            if kind.feeds and torch._C._is_alias_of(m, self.net_input):
+                m, v = m.clone(), None if v is None else v.clone()
+        if kind.norm is not None and m is not None:
+            kept = None if kind.kept is None or z is not None else self.buffers[kind.kept]
+            stream = SAMPLER if z is None else None
+            state = self.buffers[kind.x]
+            self._measure(self.measured, self.matrix, cursor, stream, kind.norm == "batch", state, m, None, z, kept)
+        if z is not None:
+            self._prepare(kind, z)(cursor, m, v)
+            return
+        step = self._steps.get(kind)
+        if step is None:
+            step = self._steps[kind] = self._prepare(kind, None)
+        step(cursor, m, v)
+
+    def _prepare(self, kind: Kind, z: Tensor | None) -> Callable[[Tensor, Tensor | None, Tensor | None], None]:
+        """(cursor, m, v) -> the `step` of a kind of row."""
+
+        def at(number: int | None) -> Tensor | None:
+            return None if number is None else self.buffers[number]
+
+        measured = None if kind.norm is None else self.measured
+        kept = at(kind.kept) if z is None else None
+        stream = SAMPLER if kind.draws and z is None and kept is None else None
+        operands = {
+            "history": [self.buffers[n] for n in kind.history] or None, "base": at(kind.base),
+            "z": z if kept is None else kept, "measured": measured, "pushed": at(kind.pushed),
+            "net_input": self.net_input if kind.feeds else None, "first_bad": self.first_bad,
+        }  # fmt: skip
+        out, x, step = self.buffers[kind.out], self.buffers[kind.x], monitor.marked("step", self.operations.step)
+        if z is None and kind.calls and not kind.learned and hasattr(self.operations, "fixed_step"):
+            return monitor.marked("step", self.operations.fixed_step(out, self.matrix, stream, x, **operands))
+
+        matrix = self.matrix  # not self, which would then hold itself and its buffers until a collection
+
+        def run(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
+            step(out, matrix, cursor, stream, x, m, v=v if kind.learned else None, **operands)
+
+        return run
+
+    def _features(self) -> Iterator[Tensor | None]:
+        for low in range(0, len(self.table), BLOCK):
+            if self.features is None:
+                yield from [None] * min(BLOCK, len(self.table) - low)
+            else:
+                yield from self.features[low : low + BLOCK].split(1)
+
+    def cursors(self, first_sample: int) -> Iterator[Tensor]:
+        """Each row's cursor, views of one table on the device."""
+        rows = np.zeros((len(self.table), 3), dtype=np.int64)
+        rows[:, 0], rows[:, 1] = np.arange(len(rows)), first_sample
+        rows[:, 2] = np.uint64(self.seed).astype(np.int64)
+        on_device = torch.from_numpy(rows).to(self.start.device)
+        for low in range(0, len(rows), BLOCK):
+            yield from on_device[low : low + BLOCK].unbind()
+
+
+def raise_if_bad(table: StepTable, first_bad: Tensor, first_sample: int) -> None:
+    """The one host read: refuse to go on, or to return, if some sample has left the finite numbers."""
+    rows = first_bad.cpu()
+    k = int(rows.min()) if len(rows) else len(table)
+    if k == len(table):
+        return
+    samples = tuple((torch.nonzero(rows < len(table)).flatten() + first_sample).tolist())
+    row: Row = table.rows[k]
+    shown = ", ".join(map(str, samples[:5])) + (", …" if len(samples) > 5 else "")
+    raise NonFiniteError(
+        f"the run is not finite from row {k} ({row.label}, t = {row.level.t:g}) on, in {len(samples)} samples "
+        f"({shown}): look at the network's output there, or take more steps",
+        k, row.level.t, samples,
+    )  # fmt: skip

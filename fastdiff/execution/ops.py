@@ -1,0 +1,315 @@
+"""The operations, and the one place where backends and devices differ.
+
+Each operation of fastdiff.execution.reference is a torch.library operator `torch.ops.fastdiff.<name>` with the same arguments:
+the compiled library serves CPU tensors, Triton CUDA tensors, plain PyTorch all others. `backend_module`
+gives the functions of one implementation, for callers that need neither autograd nor tracing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import itertools
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..errors import ConfigError, DeviceError, choose
+from . import autograd, cpu, noise, reference, tensor_checks
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+ENGINES = ("auto", "eager", "graph")
+
+# A forked child has no threads of OpenMP's, and torch would wait for them for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+SCHEMAS = {
+    "normal": "(Tensor(a!) out, Tensor cursor, int stream) -> ()",
+    "rademacher": "(Tensor(a!) out, Tensor cursor, int stream) -> ()",
+    "step": "(Tensor(a!) out, Tensor table, Tensor cursor, int? stream, Tensor x, Tensor? m=None, Tensor[]? history=None, "
+    "Tensor? guide=None, Tensor? v=None, Tensor? base=None, Tensor? z=None, Tensor? measured=None, Tensor? known=None, "
+    "Tensor? mask=None, Tensor(b!)? pushed=None, Tensor(c!)? net_input=None, Tensor(d!)? first_bad=None) -> ()",
+    "measure_langevin": "(Tensor(a!) measured, Tensor table, Tensor cursor, int? stream, bool batch, Tensor x, Tensor m, "
+    "Tensor? guide=None, Tensor? z=None, Tensor(b!)? kept=None) -> ()",
+    "perturb": "(Tensor x0, Tensor alpha, Tensor sigma, Tensor cursor, int stream) -> Tensor",
+    "dsm_loss": "(Tensor output, Tensor x0, Tensor r, Tensor w, Tensor weight, Tensor cursor, int stream) -> (Tensor, Tensor)",
+    "dsm_loss_backward": "(Tensor grad, Tensor error, Tensor weight, ScalarType dtype) -> Tensor",
+    "timestep_embedding": "(Tensor t, Tensor frequencies, float scale, int channels, str order) -> Tensor",
+    "probe_dot": "(Tensor value, Tensor cursor, int stream, str kind, Tensor? probe=None) -> Tensor",
+    "rk_error": "(Tensor x, Tensor[] stages, Tensor h, float[] b, float[] e, float rtol, float atol) -> (Tensor, Tensor)",
+}
+
+
+def resolve(
+    backend: str, engine: str, device: torch.device, dtype: torch.dtype, uncaptured: str | None = "no loop is run"
+) -> tuple[str, str, str]:
+    """The backend and engine that will run a state of this dtype on this device, and a sentence saying why.
+
+    uncaptured  why the loop cannot be captured, for reasons of its own (fastdiff.execution.graphs.obstacle), or None
+    """
+    choose("backend", backend, BACKENDS)
+    choose("engine", engine, ENGINES)
+    fastest, obstacle = _serves(device, dtype)
+    if backend in obstacle:
+        raise ConfigError(
+            f"backend={backend!r} cannot run here: {obstacle[backend]}; use backend='auto' or 'reference'"
+        )
+    used = fastest if backend == "auto" else backend
+    if uncaptured is None:
+        unfit = {"reference": "the reference reads its row's number on the host"}
+        unfit |= {"triton": "TRITON_INTERPRET=1 runs the kernels on the host"} if INTERPRETED else {}
+        uncaptured = unfit.get(used)
+    if engine == "graph" and uncaptured is not None:
+        raise ConfigError(f"engine='graph' cannot run here: {uncaptured}; use engine='auto' or 'eager'")
+    loop = "eager"
+    if engine == "eager":
+        manner = "engine='eager' was asked for"
+    elif uncaptured is not None:
+        manner = f"its loop runs eagerly: {uncaptured}"
+    else:
+        loop, manner = "graph", "its rows replay as CUDA graphs"
+    if backend != "auto":
+        return used, loop, f"backend={backend!r} was asked for; {manner}"
+    if used == "reference":
+        reasons = [f"not {name!r}: {reason}" for name, reason in obstacle.items()]
+        return used, loop, "; ".join([*reasons, manner])
+    return used, loop, f"{used!r} has fused kernels for {device.type} tensors; {manner}"
+
+
+def _serves(device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+    """The fastest backend for such a state, and why each of the other fused ones cannot run it."""
+    obstacle = {}
+    if device.type != "cpu":
+        obstacle["cpu"] = f"it runs CPU tensors, not {device.type}"
+    elif not cpu.available:
+        obstacle["cpu"] = f"the compiled library is missing ({cpu.why})"
+    if not HAS_TRITON:
+        obstacle["triton"] = "triton is not installed"
+    elif device.type != "cuda" and not INTERPRETED:
+        obstacle["triton"] = f"it runs CUDA tensors, not {device.type} (or, for tests, any with TRITON_INTERPRET=1)"
+    elif dtype == torch.float64:
+        obstacle["triton"] = "its state is float32, not float64"
+    return next((name for name in ("cpu", "triton") if name not in obstacle), "reference"), obstacle
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
+
+
+def backend_module(name: str) -> ModuleType:
+    """The module that implements every operation for a backend that `resolve` named."""
+    if name == "triton":
+        from .. import kernels
+
+        return kernels
+    return {"reference": reference, "cpu": cpu}[name]
+
+
+def doctor() -> str:
+    """Which backend serves which tensors here, and why, in a few lines."""
+    fused = ", ".join(SCHEMAS)
+    lines = [f"operations     {fused}", f"reference      plain PyTorch {torch.__version__}: anything, anywhere"]
+    if cpu.available:
+        stale = "" if cpu.is_fresh() else "; STALE: csrc/ has changed since it was built, install again"
+        lines.append(
+            f"cpu            {cpu.LIBRARY.name}, {cpu.instruction_set}, {torch.get_num_threads()} threads of torch{stale}"
+        )
+    else:
+        lines.append(f"cpu            not available: {cpu.why}")
+    here = torch.cuda.is_available()
+    if HAS_TRITON:
+        compiler = os.environ.get("CC") or next(filter(shutil.which, ("clang", "gcc", "cc")), None)
+        lacking = "" if compiler else "; it will find no C compiler for its launchers"
+        found = torch.cuda.get_device_name(0) if here else "no CUDA device here"
+        lines.append(f"triton         {importlib.metadata.version('triton')}, {found}{lacking}")
+    else:
+        lines.append("triton         not available: it is not installed")
+    for device, dtype in itertools.product(("cpu", "cuda"), (torch.float32, torch.float64)):
+        name, obstacle = _serves(torch.device(device), dtype)
+        reasons = [f"not {other!r}: {reason}" for other, reason in obstacle.items()] if name == "reference" else []
+        why = "; ".join(reasons) or "every operation has its own kernel there"
+        absent = "" if here or device == "cpu" else " (if there were such a device)"
+        lines.append(f"{device:4} {str(dtype).removeprefix('torch.'):9} {name}{absent}: {why}")
+    captured = "CUDA graphs on CUDA tensors" if here else "CUDA graphs need a CUDA device"
+    lines.append(
+        f"loops          eager on the CPU; {captured}, and a network that can be captured: return_info=True says why not"
+    )
+    return "\n".join(lines)
+
+
+def cursor(draw: int, first_sample: int, seed: int, device: torch.device | None = None) -> Tensor:
+    """Where noise stands, for the operations: int64 [3]."""
+    return torch.tensor([draw, first_sample, seed - 2**64 if seed >= 2**63 else seed], dtype=torch.int64, device=device)
+
+
+def normal(
+    num_samples: int,
+    shape: Sequence[int],
+    *,
+    seed: int,
+    draw: int = 0,
+    first_sample: int = 0,
+    stream: int = noise.PRIOR,
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """fastdiff's normals (FDN1), float32 [num_samples, *shape]: a pure function of (seed, stream, sample, draw, element).
+
+    Row i belongs to sample `first_sample + i`. The bits are the same on every machine, backend and batch split.
+    """
+    place = tensor_checks.device_of(device)
+    used, _, _ = resolve(backend, "auto", place, torch.float32)
+    given = {"draw": draw, "first_sample": first_sample, "stream": stream}
+    counters = {name: checks.integer(name, value, 0, 2**32 - 1) for name, value in given.items()}
+    num_samples = checks.integer("num_samples", num_samples, 0, 2**32 - counters["first_sample"])
+    seed = checks.integer("seed", seed, 0, 2**64 - 1)
+    out = torch.empty((num_samples, *tensor_checks.shape_of(shape)), dtype=torch.float32, device=place)
+    at = cursor(counters["draw"], counters["first_sample"], seed, place)
+    backend_module(used).normal(out, at, counters["stream"])
+    return out
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("fastdiff", "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+        library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+        if cpu.available:
+            library.impl(name, getattr(cpu, name), "CPU")
+        if HAS_TRITON:
+            library.impl(name, _on_cuda(name), "CUDA")
+        torch.library.register_fake(f"fastdiff::{name}", _FAKES.get(name, _writes), lib=library)
+    for name, (backward, setup) in autograd.FORMULAS.items():
+        torch.library.register_autograd(f"fastdiff::{name}", backward, setup_context=setup, lib=library)
+    return library
+
+
+def _on_cuda(name: str) -> Callable[..., Any]:
+    return lambda *args, **kwargs: getattr(_serving([*args, *kwargs.values()]), name)(*args, **kwargs)
+
+
+def _serving(args: Sequence[Any]) -> ModuleType:
+    """The implementation for these arguments: by their device, and by whether there is a float64 tensor among them."""
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    for values in args:
+        if isinstance(values, (list, tuple)):
+            tensors += [value for value in values if isinstance(value, Tensor)]
+    return _served(tensors[0].device, any(value.dtype is torch.float64 for value in tensors))
+
+
+def _served(device: torch.device, wide: bool) -> ModuleType:
+    key = (device.type, wide)
+    if key not in _SERVED:
+        _SERVED[key] = backend_module(_serves(device, torch.float64 if wide else torch.float32)[0])
+    return _SERVED[key]
+
+
+_SERVED: dict[tuple[str, bool], ModuleType] = {}
+
+
+def _writes(*_: Any, **__: Any) -> None:
+    """The fake of an operation that returns nothing."""
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "perturb": lambda x0, *_: x0.new_empty(x0.shape),
+    "dsm_loss": lambda output, x0, *_: (x0.new_empty(x0.shape[:1]), x0.new_empty(x0.shape)),
+    "dsm_loss_backward": lambda grad, error, weight, dtype: error.new_empty(error.shape, dtype=dtype),
+    "timestep_embedding": lambda t, frequencies, scale, channels, order: t.new_empty((t.shape[0], channels)),
+    "probe_dot": lambda value, *_: value.new_empty(value.shape[:1], dtype=torch.float64),
+    "rk_error": lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[:1])),
+}
+
+
+if not cpu.available:
+    warnings.warn(
+        f"fastdiff runs on plain PyTorch, several times slower: {cpu.why}; install it again with a C++ compiler "
+        "(g++ or clang++), and see `fastdiff doctor`",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+elif not cpu.is_fresh():
+    warnings.warn(
+        f"{cpu.LIBRARY.name} was built from other sources than csrc/ now has: install fastdiff again (pip install -e .)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+_LIBRARY = _register()
+
+
+def _function(name: str) -> Any:
+    """The operation as an autograd function that calls its implementation at once."""
+    backward, setup = autograd.FORMULAS[name]
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *args, ctx.served = args
+        output = getattr(ctx.served, name)(*args)
+        setup(ctx, args, output)
+        return output
+
+    def also_none(ctx: Any, *grads: Any) -> Any:
+        return *backward(ctx, *grads), None
+
+    return type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(also_none)}
+    )
+
+
+_FUNCTIONS = {name: _function(name) for name in autograd.FORMULAS}
+
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _run(name: str, *args: Any) -> Any:
+    """torch.ops.fastdiff.<name>; on plain tensors without the dispatcher, which costs more than the operation."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.fastdiff, name)(*args)
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return getattr(autograd, name)(*args)
+    place = args[0].device
+    trained, wide, plain = False, False, not torch._C._len_torch_dispatch_stack()
+    for value in args:
+        if isinstance(value, Tensor):
+            if value.device != place:
+                raise DeviceError(f"all tensors must be on {place}, got one on {value.device}: move it there")
+            # subclasses, and views that stand for other numbers, are the dispatcher's business
+            plain = plain and type(value) in _TENSORS and not value.is_neg()
+            trained = trained or value.requires_grad
+            wide = wide or value.dtype is torch.float64
+    if not plain:
+        return getattr(torch.ops.fastdiff, name)(*args)
+    served = _served(place, wide)
+    if trained and torch.is_grad_enabled():
+        return _FUNCTIONS[name].apply(*args, served)
+    return getattr(served, name)(*args)
+
+
+def perturb(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor, stream: int) -> Tensor:
+    """x_t = alpha_i·x0 + sigma_i·ε, [B, *]; see fastdiff.execution.reference.perturb."""
+    return _run("perturb", x0, alpha, sigma, cursor, stream)
+
+
+def dsm_loss(
+    output: Tensor, x0: Tensor, r: Tensor, w: Tensor, weight: Tensor, cursor: Tensor, stream: int
+) -> tuple[Tensor, Tensor]:
+    """Each sample's weighted mean squared error, [B], and the error, [B, *]; see fastdiff.execution.reference.dsm_loss."""
+    return _run("dsm_loss", output, x0, r, w, weight, cursor, stream)
+
+
+def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: int, order: str) -> Tensor:
+    """Sines and cosines of (scale·t)·frequencies, [B, channels]; see fastdiff.execution.reference.timestep_embedding."""
+    return _run("timestep_embedding", t, frequencies, scale, channels, order)
+
+
+def probe_dot(value: Tensor, cursor: Tensor, stream: int, kind: str, probe: Tensor | None = None) -> Tensor:
+    """⟨v, value⟩ of each sample, float64 [B]; see fastdiff.execution.reference.probe_dot."""
+    return _run("probe_dot", value, cursor, stream, kind, probe)

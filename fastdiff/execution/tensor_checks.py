@@ -1,0 +1,94 @@
+"""Checks of tensors, shapes, dtypes and devices that a caller gives: refused before any work, in one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def shape_of(shape: Any) -> tuple[int, ...]:
+    """One sample's shape: at least one axis, lengths >= 0."""
+    if isinstance(shape, (int, str)) or not isinstance(shape, Sequence) or not len(shape):
+        raise ConfigError(f"shape must be one sample's shape, a tuple such as (1, 28, 28) or (2,), got {shape!r}")
+    return tuple(checks.integer("shape", n, 0, 2**34) for n in shape)
+
+
+def device_of(device: torch.device | str | None) -> torch.device:
+    """The device, which must hold data and exist here; "cuda" becomes the current one."""
+    try:
+        found = torch.device("cpu" if device is None else device)
+        if found.type != "meta":
+            found = torch.empty(0, device=found).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise DeviceError(f"device={str(device)!r} cannot be used here: {str(error).splitlines()[0]:.100}") from error
+    if found.type == "meta":
+        raise DeviceError("device='meta' holds no data: use 'cpu' or 'cuda'")
+    return found
+
+
+def check_tensor(name: str, x: Any, shape: tuple[int, ...], device: torch.device, finite: bool) -> None:
+    """A dense floating tensor of this shape on this device, finite if asked."""
+    check_floating(name, x)
+    if x.layout != torch.strided or x.is_nested:
+        raise ShapeError(f"{name} must be a dense strided tensor, got layout {x.layout}: use .to_dense()")
+    if tuple(x.shape) != shape:
+        raise ShapeError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+    check_device(name, x, device)
+    if finite:
+        check_finite(name, x)
+
+
+def check_floating(name: str, x: Any) -> None:
+    """A tensor of float16, bfloat16, float32 or float64."""
+    if not isinstance(x, Tensor):
+        raise DTypeError(f"{name} must be a tensor, got {type(x).__name__}: use torch.as_tensor")
+    if x.dtype not in DTYPES:
+        raise DTypeError(f"{name} must be floating (float16, bfloat16, float32, float64), got {x.dtype}: use .float()")
+
+
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    """A tensor on this device."""
+    if x.device.type == "meta":
+        raise DeviceError(f"{name} is on the meta device, which holds no data")
+    if x.device != device:
+        raise DeviceError(f"{name} is on {x.device}, the run on {device}: move it with .to({str(device)!r})")
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """One sum; the culprit is located only when that fails (a sum of large finite numbers may overflow)."""
+    if x.is_complex():
+        x = torch.view_as_real(x.resolve_conj())
+    if x.is_floating_point() and not math.isfinite(x.detach().sum(dtype=torch.float64)):
+        bad = torch.nonzero(~x.isfinite())
+        if len(bad):
+            index = tuple(bad[0].tolist())
+            raise DataError(f"{name} must be finite, got {x[index].item()} at index {index}")
+
+
+def check_condition(cond: Any, num_samples: int, device: torch.device, finite: bool) -> None:
+    """None, a tensor, or a dict of tensors, each with num_samples entries first."""
+    entries = cond if isinstance(cond, dict) else {} if cond is None else {"": cond}
+    for key, value in entries.items():
+        name = f"cond[{key!r}]" if key else "cond"
+        if not isinstance(value, Tensor):
+            raise DTypeError(f"{name} must be a tensor (or cond a dict of tensors), got {type(value).__name__}")
+        if not isinstance(key, str):
+            raise DTypeError(f"cond must be a dict whose keys are names of the model's arguments, got the key {key!r}")
+        if value.layout != torch.strided:
+            raise ShapeError(f"{name} must be a dense strided tensor, got layout {value.layout}: use .to_dense()")
+        if value.ndim == 0 or len(value) != num_samples:
+            raise ShapeError(
+                f"{name} must have num_samples={num_samples} entries first, got shape {tuple(value.shape)}"
+            )
+        check_device(name, value, device)
+        if finite:
+            check_finite(name, value)

@@ -1,0 +1,44 @@
+"""Networks, each with the `config` that builds it again."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError, choose
+from .layers import TimeEmbedding
+from .mlp import MLP
+from .unet import UNet
+
+MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
+
+__all__ = ["MLP", "MODELS", "TimeEmbedding", "UNet", "build", "describe"]
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """The network of `{"name": "unet", "shape": [1, 8, 8], …}`: a name in MODELS and its constructor's arguments."""
+    if not isinstance(config, dict) or "name" not in config:
+        raise ConfigError(f'config must be a dict with a "name" from {sorted(MODELS)}, got {config!r}')
+    arguments = dict(config)
+    network = MODELS[choose("name", arguments.pop("name"), MODELS)]
+    valid = inspect.signature(network).parameters
+    for key in arguments:
+        choose(f"config's keys for {config['name']!r}", key, valid)
+    if "shape" not in arguments:
+        raise ConfigError(
+            f'config must hold the shape of one sample, got {config!r}: add "shape": [1, 8, 8] or the like'
+        )
+    return network(**arguments)
+
+
+def describe(net: nn.Module) -> dict[str, Any]:
+    """The config that `build` makes `net` from (its structure, not its weights); JSON-able."""
+    for name, network in MODELS.items():
+        if type(net) is network:
+            return {"name": name, **net.config}
+    raise ConfigError(
+        f"net must be one of fastdiff.networks.MODELS ({', '.join(MODELS)}), got {type(net).__name__}: unwrap it first "
+        f"(DistributedDataParallel's .module, torch.compile's ._orig_mod), or add its class to MODELS with a .config"
+    )

@@ -1,0 +1,239 @@
+"""The parts the networks share: time and label conditioning, residual block, self-attention, argument checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import checks
+from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError, choose
+from ..execution import ops
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TIME_SCALES = {"sinusoidal": 1000.0, "fourier": 16.0}
+FEATURES = 64  # time features: 32 frequencies cover four decades, in networks of any width
+FOURIER_SEED = 0x5EED
+LARGEST = 2**31 - 1  # of any count in a network's configuration
+
+
+class TimeEmbedding(nn.Module):
+    """Features of the time: `t` [B], float or integer, to [B, channels].
+
+    `"sinusoidal"` (Ho et al. 2020; Vaswani et al. 2017): `[sin(ω s t), cos(ω s t)]` with `s = scale` and
+    `ω_k = exp(-ln(1e4) k / (half - 1))`, `k < half = channels // 2`. Their steps run over 0..999, so a scale of 1000
+    suits a time in [0, 1] and a scale of 1 an integer step.
+
+    `"fourier"` (Tancik et al. 2020; Song et al. 2021): `[sin(2π W t), cos(2π W t)]` with `W ~ N(0, scale²)`, a buffer
+    drawn from a fixed seed and kept in the state dict.
+
+    An odd number of channels ends in a zero. The result is float64 for float64 times and float32 for all others,
+    whatever the dtype of the network: an angle of hundreds of radians means nothing in half precision.
+    """
+
+    def __init__(self, channels: int, kind: str = "sinusoidal", scale: float | None = None) -> None:
+        super().__init__()
+        self.channels = checks.integer("channels", channels, 2, LARGEST)
+        self.kind = choose("kind", kind, TIME_SCALES)
+        self.scale = TIME_SCALES[kind] if scale is None else checks.number("scale", scale, 0, above=True)
+        if kind == "fourier":
+            generator = torch.Generator(device="cpu").manual_seed(FOURIER_SEED)
+            weight = torch.randn(channels // 2, generator=generator, dtype=torch.float32, device="cpu")
+            self.register_buffer("weight", (weight * self.scale).to(torch.get_default_device()))
+        else:
+            self.register_buffer("frequencies", self._frequencies(torch.float32), persistent=False)
+
+    def _frequencies(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        # 10^(-4 k / (half - 1)) is Ho et al.'s frequency, in one operation
+        return torch.logspace(0, -4, self.channels // 2, dtype=dtype, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimeEmbedding:
+        # net.half() would round the frequencies, and so turn angles by a sizeable part of a radian: they move, but stay
+        # float32.
+        (name,) = self._buffers
+        exact = self._buffers[name]
+        super()._apply(fn, recurse)
+        if self._buffers[name].dtype != exact.dtype:
+            self._buffers[name] = exact.to(self._buffers[name].device)
+        return self
+
+    def forward(self, t: Tensor) -> Tensor:
+        t = t.to(torch.promote_types(t.dtype, torch.float32) if t.is_floating_point() else torch.float32)
+        if self.kind == "fourier":
+            frequencies, scale = self.weight.to(t.dtype), 2 * math.pi
+        elif t.dtype == self.frequencies.dtype:
+            frequencies, scale = self.frequencies, self.scale
+        else:
+            frequencies, scale = self._frequencies(t.dtype, t.device), self.scale
+        return ops.timestep_embedding(t, frequencies, scale, self.channels, "sin_cos")
+
+
+class TimeConditioned(nn.Module):
+    """A network whose use of the time is a function of the time alone, which can be evaluated ahead: the samples of a run
+    are all at the same times, so `net(x, t, y, features=net.time_features(times)[k : k + 1])` spares each call that work;
+    t [B] then holds nothing.
+    """
+
+    def time_features(self, t: Tensor) -> Tensor:
+        """What the network makes of times t [n] before it looks at x or y: [n, width]."""
+        raise NotImplementedError
+
+
+class Conditioning(nn.Module):
+    """What a network knows besides `x`: `t` [B] and the labels `y` [B] to one vector, [B, width].
+
+    `MLP(features(t)) + label[y]` with a two-layer SiLU perceptron (Ho et al. 2020; Dhariwal & Nichol 2021, for the
+    labels). Label `num_classes` stands for "no label", so one network serves classifier-free guidance.
+    """
+
+    def __init__(self, width: int, hidden: int, num_classes: int | None, kind: str, scale: float) -> None:
+        super().__init__()
+        self.time = TimeEmbedding(FEATURES, kind, scale)
+        self.mlp = nn.Sequential(nn.Linear(FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, width))
+        self.label = None if num_classes is None else nn.Embedding(num_classes + 1, width)
+
+    def of_time(self, t: Tensor) -> Tensor:
+        return self.mlp(self.time(t).to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return]
+
+    def forward(self, t: Tensor, y: Tensor | None, features: Tensor | None = None) -> Tensor:
+        out = self.of_time(t) if features is None else features
+        if self.label is None:
+            return out
+        if y is None:
+            return out + self.label.weight[-1]
+        try:
+            return out + self.label(y.long())
+        except IndexError as error:  # the look-up's own check, which runs on CPU tensors only: no read of ours
+            last = self.label.num_embeddings - 1
+            raise DataError(
+                f"y must hold labels in 0..{last} ({last} means no label), got {int(y.min())}..{int(y.max())}: "
+                f"build the network with a larger num_classes, or renumber the labels"
+            ) from error
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Wu & He 2018: the most groups that divide `channels`, of four channels or more each, at most 32."""
+    groups = max(g for g in range(1, max(1, min(channels // 4, 32)) + 1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def modulated_norm(x: Tensor, groups: int, scale: Tensor, shift: Tensor) -> Tensor:
+    """`group_norm(x) * scale + shift` with `scale` and `shift` [B, C], each sample its own.
+
+    The samples become channels of one sample, so that PyTorch's fused kernel applies scale and shift, and its fused
+    backward reduces their gradients.
+    """
+    one = x.reshape(1, -1, *x.shape[2:])
+    out = torch.group_norm(one, max(len(x) * groups, 1), scale.reshape(-1), shift.reshape(-1), 1e-6)
+    return out.view(x.shape)
+
+
+class Attention(nn.Module):
+    """`(x + project(softmax(q kᵀ / √d) v)) / √2` over all positions, [B, C, *] to the same shape.
+
+    Vaswani et al. 2017, as placed by Ho et al. 2020; heads of at least 64 channels (Dhariwal & Nichol 2021).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = max(h for h in range(1, max(1, channels // 64) + 1) if channels % h == 0)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.project = zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels = x.shape[:2]
+        qkv = self.qkv(self.norm(x).flatten(2))
+        qkv = qkv.view(batch, 3, self.heads, channels // self.heads, qkv.shape[2]).transpose(-1, -2)
+        h = F.scaled_dot_product_attention(*qkv.unbind(1)).transpose(-1, -2).reshape(batch, channels, qkv.shape[3])
+        return (x + self.project(h).view(x.shape)).mul_(math.sqrt(0.5))
+
+
+class ResidualBlock(nn.Module):
+    """`attend((skip(x) + conv(silu(scale * norm(conv(silu(norm(x)))) + shift))) / √2)`: [B, inputs, *], [B, outputs, *].
+
+    BigGAN's block with adaptive group normalisation (Dhariwal & Nichol 2021, §3) and the 1/√2 of Song et al. 2021,
+    appendix H. `scale` and `shift` [B, outputs] come from the network, which computes those of all blocks at once.
+    """
+
+    def __init__(self, rank: int, inputs: int, outputs: int, dropout: float, attention: bool) -> None:
+        super().__init__()
+        self.norm = group_norm(inputs)
+        self.conv = CONVS[rank](inputs, outputs, 3, padding=1)
+        self.groups = group_norm(outputs).num_groups
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.last = zeroed(CONVS[rank](outputs, outputs, 3, padding=1))
+        self.skip = nn.Identity() if inputs == outputs else CONVS[rank](inputs, outputs, 1)
+        self.attend = Attention(outputs) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        h = self.conv(F.silu(self.norm(x)))
+        h = F.silu(modulated_norm(h, self.groups, scale, shift))
+        return self.attend((self.skip(x) + self.last(self.dropout(h))).mul_(math.sqrt(0.5)))
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer with its parameters at zero, so that what it closes starts as the identity (or the network as 0)."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def check_call(net: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+    """Refuse what `net(x, t, y)` cannot mean. Reads the data of no tensor, so it costs no synchronisation."""
+    for name, value in (("x", x), ("t", t), ("y", y)):
+        if not isinstance(value, Tensor) and not (name == "y" and value is None):
+            raise DTypeError(f"{name} must be a tensor, got {type(value).__name__}: use torch.as_tensor({name})")
+    if tuple(x.shape[1:]) != net.shape or x.ndim == 0:
+        raise ShapeError(
+            f"x must have shape [B, {', '.join(map(str, net.shape))}], got {list(x.shape)}: "
+            f"build a network with shape={tuple(x.shape[1:])} for such samples"
+        )
+    if x.dtype != net.out.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        dtype = net.out.weight.dtype
+        raise DTypeError(
+            f"x must have the network's dtype, {dtype}, got {x.dtype}: use x.to({dtype}) or net.to({x.dtype})"
+        )
+    if t.dtype == torch.bool or t.is_complex():
+        raise DTypeError(f"t must be a float or integer tensor, got {t.dtype}: convert it with t.float()")
+    if y is not None and net.num_classes is None:
+        raise ConfigError(
+            "y must be None for a network without num_classes, got labels: build it with num_classes=, or leave y out"
+        )
+    if y is not None and (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
+        raise DTypeError(f"y must be an integer tensor of labels, got {y.dtype}: convert it with y.long()")
+    for name, value in (("t", t), ("y", y)):
+        if value is not None and value.shape != x.shape[:1]:
+            raise ShapeError(
+                f"{name} must have shape [{len(x)}], one entry for each sample of x, got {list(value.shape)}: "
+                f"{name}.expand({len(x)}) gives one value to all"
+            )
+        if value is not None and value.device != x.device:
+            raise DeviceError(f"{name} must be on x's device, {x.device}, got {value.device}: use {name}.to(x.device)")
+
+
+def common_config(
+    num_classes: int | None, time_embedding: str, time_scale: float | None, dropout: float, out_channels: int | None
+) -> dict[str, Any]:
+    """The arguments that every network takes, checked."""
+    kind = choose("time_embedding", time_embedding, TIME_SCALES)
+    return {
+        "num_classes": None if num_classes is None else checks.integer("num_classes", num_classes, 1, LARGEST),
+        "time_embedding": kind,
+        "time_scale": TIME_SCALES[kind]
+        if time_scale is None
+        else checks.number("time_scale", time_scale, 0, above=True),
+        "dropout": checks.number("dropout", dropout, 0, 1, below=True),
+        "out_channels": None if out_channels is None else checks.integer("out_channels", out_channels, 1, LARGEST),
+    }
+
+
+def integers(name: str, value: object, low: int) -> tuple[int, ...]:
+    """`value` as a tuple of ints of at least `low`, else a ConfigError."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ConfigError(f"{name} must be a tuple of integers, got {value!r}: write ({value},) for a single one")
+    return tuple(checks.integer(f"{name}[{i}]", entry, low, LARGEST) for i, entry in enumerate(value))

@@ -1,0 +1,528 @@
+"""Forward processes dx = f(t) x dt + g(t) dw, each known by its perturbation kernel x_t = α(t) x_0 + σ(t) ε, and how to
+write others, known by a sampler of x_t alone.
+
+A process takes its functions from its argument's own library, so that one formula serves floats, numpy arrays and
+device tensors. `time` is the inverse of the noise ratio σ/α, which is what different clocks on one path share.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import checks
+from ..errors import ConfigError, choose
+from . import schedules
+
+_SHORTEST = 1e-5
+# float32 must hold the square of every level
+_LARGEST = math.sqrt(float(np.finfo(np.float32).max))
+
+
+class Process:
+    """dx = f(t) x dt + g(t) dw on 0 ≤ t ≤ T: α(t), σ(t), f(t) = `drift`, g(t) = `diffusion`, prior N(0, prior_std²).
+
+    A subclass, best a frozen dataclass of plain numbers, is a process of one's own. With `alpha` and `sigma` (of floats,
+    arrays and tensors, see `lib`) it is linear: it trains on every loss, and all samplers run on it; what else they ask for is
+    found by numbers, a formula is faster and exact. With `T`, `t_min` and `sample` alone it may be any process whatever, say a
+    simulated nonlinear SDE, and trains a "score" network on the losses that need no transition density, "ism", "ssm" and
+    "ssm_vr".
+    """
+
+    name: ClassVar[str]
+    T: float
+    t_min: ClassVar[float] = 1e-5
+    discrete: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__.lower()
+        if cls.name in globals().get("PROCESSES", ()):  # a file would be read as fastdiff's own, and defaults be its
+            raise ConfigError(
+                f"process {cls.__name__} must have a name of its own, and {cls.name!r} is fastdiff's: set its attribute name"
+            )
+
+    def defines(self, method: str) -> bool:
+        """Whether this process has the method, which here only says that it is missing."""
+        found = getattr(self, method, None)
+        return callable(found) and getattr(found, "__func__", found) is not getattr(Process, method)
+
+    @property
+    def linear(self) -> bool:
+        """Whether x_t = α(t) x_0 + σ(t) ε, with both known."""
+        return self.defines("alpha") and self.defines("sigma")
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the start x_T ~ N(0, prior_std²)."""
+        return 1.0
+
+    @property
+    def t_train(self) -> float:
+        """The shortest time that training draws: 1e-5, as in score_sde; of a process known by its sampler, t_min."""
+        return _SHORTEST if self.linear else self.t_min
+
+    @property
+    def t_noisy(self) -> float:
+        """The lowest time at which a network can be asked: a chain's first step where t_min is the data itself."""
+        return self.t_min if self.t_min > 0 else 1.0
+
+    @property
+    def t_likelihood(self) -> float:
+        """Where likelihoods and encodings start: the lowest noise, on VE, VP, sub-VP and OU 1e-5 (score_sde's)."""
+        return self.t_noisy
+
+    def alpha(self, t: Any) -> Any:
+        raise self._missing("alpha(t)")
+
+    def sigma(self, t: Any) -> Any:
+        raise self._missing("sigma(t)")
+
+    def drift(self, t: Any) -> Any:
+        """f(t) = d log α/dt; by differences, to 1e-7 (1e-5 at T), unless a process has a formula."""
+        low, high = self._around(t)
+        library = lib(high)
+        return _as(library.log(self.alpha(high) / self.alpha(low)) / (high - low), t)
+
+    def diffusion(self, t: Any) -> Any:
+        """g(t), g² = dσ²/dt − 2 f σ² = 2σ² d log(σ/α)/dt; by differences, as `drift`."""
+        low, high = self._around(t)
+        library, middle = lib(high), 0.5 * (low + high)
+        rise = library.log(self.sigma(high) * self.alpha(low) / (self.sigma(low) * self.alpha(high))) / (high - low)
+        return _as(self.sigma(middle) * library.sqrt(2 * rise), t)
+
+    def time(self, ratio: Any) -> Any:
+        """The t at which σ(t)/α(t) equals `ratio`: by halving unless a process has a formula, outside [0, T] where none does."""
+        wanted = _double(ratio)
+        low, high = 0.0 * wanted, 0.0 * wanted + float(self.T)
+        first, last = (self.sigma(t) / self.alpha(t) for t in (low, high))
+        below, above = wanted < first * (1 - 1e-9), wanted > last * (1 + 1e-9)
+        where = lib(wanted).where
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            lower = self.sigma(middle) / self.alpha(middle) < wanted
+            low, high = where(lower, middle, low), where(lower, high, middle)
+        return _as(where(below, -1.0 + low, where(above, 1.0 + 2 * high, 0.5 * (low + high))), ratio)
+
+    def _around(self, t: Any) -> tuple[Any, Any]:
+        """Times about t, within (0, T]."""
+        middle = _double(t)
+        step = 1e-6 * lib(middle).clip(middle, 1e-9 * self.T, None)
+        return middle - step + step * (middle <= step), lib(middle).clip(middle + step, None, float(self.T))
+
+    def _missing(self, method: str) -> ConfigError:
+        return ConfigError(f"{method} is asked for here, and {type(self).__name__} does not define it: define it")
+
+    def sample(self, x0: Any, t: Any, noise: Any) -> Any:
+        """x_t [B, *] for x0 [B, *] and times t [B] in [t_min, T], on x0's device: asked of processes that are not linear.
+
+        `noise(k)` gives the k-th draw of standard normals [B, *], k = 0 … 2**20 − 1; all randomness must come from there,
+        so that a seed repeats a run. Gradients are off.
+        """
+        raise self._missing("sample(x0, t, noise)")
+
+    def config(self) -> dict[str, Any]:
+        """What `from_config` needs to build this process again."""
+        names: list[str] = [option.name for option in fields(self)] if is_dataclass(self) else []
+        return {"name": self.name, **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True)
+class VE(Process):
+    """Variance exploding (Song et al. 2021, eq. 30): α = 1, σ(t) = σ_min (σ_max/σ_min)^t, data usually in [0, 1]."""
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    name: ClassVar[str] = "ve"
+    T = 1.0
+    t_min: ClassVar[float] = 1e-5
+
+    def __post_init__(self) -> None:
+        sigma_min, sigma_max = _checked_sigmas(self.sigma_min, self.sigma_max)
+        _keep(self, sigma_min=sigma_min, sigma_max=sigma_max)
+
+    @property
+    def prior_std(self) -> float:
+        return self.sigma_max
+
+    @property
+    def t_likelihood(self) -> float:
+        return _SHORTEST
+
+    def alpha(self, t: Any) -> Any:
+        return 0.0 * t + 1.0
+
+    def sigma(self, t: Any) -> Any:
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
+
+    def drift(self, t: Any) -> Any:
+        return 0.0 * t
+
+    def diffusion(self, t: Any) -> Any:
+        return self.sigma(t) * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
+
+    def time(self, ratio: Any) -> Any:
+        return lib(ratio).log(ratio / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+
+
+@dataclass(frozen=True)
+class VP(Process):
+    """Variance preserving (Song et al. 2021, eq. 32–33): β(t) = β_min + t (β_max − β_min), α² + σ² = 1.
+
+    With B(t) = ∫β = ½t²(β_max − β_min) + tβ_min:  α = e^{−B/2},  σ² = 1 − e^{−B},  f = −β/2,  g² = β.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    name: ClassVar[str] = "vp"
+    T = 1.0
+    t_min: ClassVar[float] = 1e-3
+
+    def __post_init__(self) -> None:
+        _keep(
+            self, beta_min=checks.number("beta_min", self.beta_min), beta_max=checks.number("beta_max", self.beta_max)
+        )
+        if not 0 <= self.beta_min <= self.beta_max or self.beta_max <= 0:
+            raise ConfigError(
+                f"beta_min and beta_max must satisfy 0 <= beta_min <= beta_max, beta_max > 0, "
+                f"got {self.beta_min} and {self.beta_max}"
+            )
+
+    def beta(self, t: Any) -> Any:
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def integral(self, t: Any) -> Any:
+        """B(t) = ∫₀ᵗ β."""
+        return t * (self.beta_min + 0.5 * t * (self.beta_max - self.beta_min))
+
+    @property
+    def t_likelihood(self) -> float:
+        return _SHORTEST
+
+    def alpha(self, t: Any) -> Any:
+        return lib(t).exp(-0.5 * self.integral(t))
+
+    def sigma(self, t: Any) -> Any:
+        return lib(t).sqrt(0.0 - lib(t).expm1(-self.integral(t)))
+
+    def drift(self, t: Any) -> Any:
+        return -0.5 * self.beta(t)
+
+    def diffusion(self, t: Any) -> Any:
+        return lib(t).sqrt(self.beta(t))
+
+    def time(self, ratio: Any) -> Any:
+        return self._time_of_integral(lib(ratio).log1p(ratio * ratio))
+
+    def _time_of_integral(self, integral: Any) -> Any:
+        # the root of ½t²Δ + tβ_min = B, in the form that keeps its digits at small B
+        slope = self.beta_max - self.beta_min
+        root = self.beta_min + lib(integral).sqrt(self.beta_min**2 + 2 * slope * integral)
+        return 2 * integral / (root + (root == 0))
+
+
+@dataclass(frozen=True)
+class SubVP(VP):
+    """Sub-variance preserving (Song et al. 2021, eq. 34): VP's α, σ = 1 − e^{−B} (no root), g² = β (1 − e^{−2B})."""
+
+    name: ClassVar[str] = "subvp"
+
+    def sigma(self, t: Any) -> Any:
+        return 0.0 - lib(t).expm1(-self.integral(t))
+
+    def diffusion(self, t: Any) -> Any:
+        return lib(t).sqrt(-self.beta(t) * lib(t).expm1(-2 * self.integral(t)))
+
+    def time(self, ratio: Any) -> Any:
+        # (1 − α²)/α = r has the root α = √(1 + r²/4) − r/2, so B/2 = −log α = asinh(r/2)
+        return self._time_of_integral(2 * lib(ratio).arcsinh(ratio / 2))
+
+
+@dataclass(frozen=True)
+class OU(Process):
+    """Ornstein–Uhlenbeck dx = −rate·x dt + noise·dw: α = e^{−rate·t}, σ² = noise² (1 − e^{−2 rate t})/(2 rate).
+
+    The defaults have the stationary law N(0, 1). `rate` may be 0 (Brownian motion) or negative.
+    """
+
+    rate: float = 1.0
+    noise: float = math.sqrt(2)
+    T: float = 5.0
+    name: ClassVar[str] = "ou"
+    t_min: ClassVar[float] = 1e-3
+
+    def __post_init__(self) -> None:
+        _keep(
+            self,
+            rate=checks.number("rate", self.rate),
+            noise=checks.number("noise", self.noise, 0, above=True),
+            T=checks.number("T", self.T, 0, above=True),
+        )
+
+    @property
+    def prior_std(self) -> float:
+        return float(self.sigma(self.T))
+
+    @property
+    def t_likelihood(self) -> float:
+        return _SHORTEST
+
+    def alpha(self, t: Any) -> Any:
+        return lib(t).exp(-self.rate * t)
+
+    def sigma(self, t: Any) -> Any:
+        if self.rate == 0:
+            return self.noise * lib(t).sqrt(t)
+        return self.noise * lib(t).sqrt(-lib(t).expm1(-2 * self.rate * t) / (2 * self.rate))
+
+    def drift(self, t: Any) -> Any:
+        return 0.0 * t - self.rate
+
+    def diffusion(self, t: Any) -> Any:
+        return 0.0 * t + self.noise
+
+    def time(self, ratio: Any) -> Any:
+        square = (ratio / self.noise) ** 2
+        return square if self.rate == 0 else lib(ratio).log1p(2 * self.rate * square) / (2 * self.rate)
+
+
+@dataclass(frozen=True)
+class EDM(Process):
+    """Karras et al. 2022: α = 1 and the time is the noise level itself, σ(t) = t; `sigma_data` scales the network."""
+
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    name: ClassVar[str] = "edm"
+
+    def __post_init__(self) -> None:
+        sigma_min, sigma_max = _checked_sigmas(self.sigma_min, self.sigma_max)
+        _keep(self, sigma_min=sigma_min, sigma_max=sigma_max)
+        _keep(self, sigma_data=checks.number("sigma_data", self.sigma_data, 0, above=True))
+
+    @property
+    def T(self) -> float:  # type: ignore[override]
+        return self.sigma_max
+
+    @property
+    def t_min(self) -> float:  # type: ignore[override]
+        return self.sigma_min
+
+    @property
+    def prior_std(self) -> float:
+        return self.sigma_max
+
+    def alpha(self, t: Any) -> Any:
+        return 0.0 * t + 1.0
+
+    def sigma(self, t: Any) -> Any:
+        return 1.0 * t
+
+    def drift(self, t: Any) -> Any:
+        return 0.0 * t
+
+    def diffusion(self, t: Any) -> Any:
+        return lib(t).sqrt(2.0 * t)
+
+    def time(self, ratio: Any) -> Any:
+        return 1.0 * ratio
+
+
+@dataclass(frozen=True)
+class DDPM(Process):
+    """The chain x_i = √(1 − β_i) x_{i−1} + √β_i z (Ho et al. 2020), time t = 0 … T as in the paper, t = 0 the data.
+
+    `betas`: the name of a schedule, or a sequence of T numbers in (0, 1). Between whole times log ᾱ is linear, which is
+    the VP process of piecewise constant rate −log(1 − β_i). The network's `index` is t − 1.
+    """
+
+    betas: str | Sequence[float] = "linear"
+    T: int = 1000
+    name: ClassVar[str] = "ddpm"
+    t_min: ClassVar[float] = 0.0
+    discrete: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.betas, str):
+            _keep(self, betas=checks.sequence("betas", self.betas))
+            if self.T not in (1000, len(self.betas)):
+                raise ConfigError(f"T must be the number of betas, {len(self.betas)}, got {self.T}: leave it out")
+            _keep(self, T=len(self.betas))
+        _keep(self, T=checks.integer("T", self.T, 1, 10**7))
+        values = self.beta_table
+        bad = np.flatnonzero(~((values > 0) & (values < 1)))
+        if len(bad):
+            way_out = ": use a larger T" if isinstance(self.betas, str) else ""
+            raise ConfigError(f"betas must lie in (0, 1), got betas[{bad[0]}] = {values[bad[0]]:g}{way_out}")
+
+    @cached_property
+    def beta_table(self) -> NDArray[np.float64]:
+        """β_1 … β_T."""
+        return schedules.betas(self.betas, self.T) if isinstance(self.betas, str) else np.array(self.betas)
+
+    @cached_property
+    def _log_alpha(self) -> NDArray[np.float64]:
+        """log α at t = 0 … T."""
+        return np.concatenate(([0.0], 0.5 * np.cumsum(np.log1p(-self.beta_table))))
+
+    def alpha(self, t: Any) -> Any:
+        return lib(t).exp(_interpolate(t, self._log_alpha, 0))
+
+    def sigma(self, t: Any) -> Any:
+        return lib(t).sqrt(0.0 - lib(t).expm1(2 * _interpolate(t, self._log_alpha, 0)))
+
+    def drift(self, t: Any) -> Any:
+        return _slope(t, self._log_alpha, 0)
+
+    def diffusion(self, t: Any) -> Any:
+        return lib(t).sqrt(-2 * self.drift(t))
+
+    def time(self, ratio: Any) -> Any:
+        return _position(0.5 * lib(ratio).log1p(ratio * ratio), -self._log_alpha, 0)
+
+
+@dataclass(frozen=True)
+class NCSN(Process):
+    """The ladder σ_1 > … > σ_L of Song & Ermon (2019, 2020): α = 1, time t = L (σ_1) down to t = 1 (σ_L).
+
+    Between whole times log σ is linear. The network's `index` is L − t: 0 is the largest level, as in NCSN's own code.
+    """
+
+    sigmas: Sequence[float] = tuple(schedules.geometric(1.0, 0.01, 10))
+    name: ClassVar[str] = "ncsn"
+    t_min: ClassVar[float] = 1.0
+    discrete: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _keep(self, sigmas=checks.sequence("sigmas", self.sigmas))
+        values = np.array(self.sigmas)
+        if len(values) < 2:
+            raise ConfigError(f"sigmas must hold at least two levels, got {len(values)}")
+        bad = np.flatnonzero(~((values > 0) & (values < _LARGEST)))
+        if len(bad):
+            raise ConfigError(f"sigmas must lie in (0, {_LARGEST:.3g}), got sigmas[{bad[0]}] = {values[bad[0]]:g}")
+        rise = np.flatnonzero(np.diff(values) >= 0)
+        if len(rise):
+            raise ConfigError(f"sigmas must be strictly decreasing, got sigmas[{rise[0] + 1}] >= sigmas[{rise[0]}]")
+
+    @property
+    def T(self) -> int:  # type: ignore[override]
+        return len(self.sigmas)
+
+    @property
+    def prior_std(self) -> float:
+        return self.sigmas[0]
+
+    @cached_property
+    def _log_sigma(self) -> NDArray[np.float64]:
+        """log σ at t = 1 … L."""
+        return np.log(self.sigmas)[::-1].copy()
+
+    def alpha(self, t: Any) -> Any:
+        return 0.0 * t + 1.0
+
+    def sigma(self, t: Any) -> Any:
+        return lib(t).exp(_interpolate(t, self._log_sigma, 1))
+
+    def drift(self, t: Any) -> Any:
+        return 0.0 * t
+
+    def diffusion(self, t: Any) -> Any:
+        return self.sigma(t) * lib(t).sqrt(2 * _slope(t, self._log_sigma, 1))
+
+    def time(self, ratio: Any) -> Any:
+        return _position(lib(ratio).log(ratio), self._log_sigma, 1)
+
+
+PROCESSES: dict[str, type[Process]] = {c.name: c for c in (VE, VP, SubVP, DDPM, NCSN, EDM, OU)}
+
+
+def get(sde: object) -> Process:
+    """A process from its name (with its defaults) or itself."""
+    if isinstance(sde, Process):
+        return sde
+    return PROCESSES[choose("sde", sde, PROCESSES)]()
+
+
+def require_linear(process: Process, what: str, way_out: str) -> None:
+    """Refuse what needs α(t) and σ(t) on a process that is known by its sampler alone."""
+    if not process.linear:
+        raise ConfigError(
+            f"{what} needs a linear process, one that defines alpha(t) and sigma(t), and {type(process).__name__} does not: "
+            f"{way_out}"
+        )
+
+
+def from_config(config: dict[str, Any]) -> Process:
+    """The process that `Process.config` described."""
+    options = dict(config)
+    return PROCESSES[choose("sde", options.pop("name", None), PROCESSES)](**options)
+
+
+def lib(t: Any) -> Any:
+    """numpy, or torch if `t` is a tensor (which this wing never imports: whoever made the tensor has)."""
+    return sys.modules["torch"] if hasattr(t, "detach") else np
+
+
+def _double(t: Any) -> Any:
+    """In float64, floats as numpy's."""
+    return t.double() if hasattr(t, "detach") else np.asarray(t, dtype=np.float64)
+
+
+def _as(values: Any, t: Any) -> Any:
+    """values in the dtype of t, if that is a tensor of floats."""
+    return values.to(t.dtype) if hasattr(t, "detach") and t.is_floating_point() else values
+
+
+def _interpolate(t: Any, table: NDArray[np.float64], first: int) -> Any:
+    """Piecewise linear through table[k] at t = first + k, in t's own library."""
+    if lib(t) is np:
+        return np.interp(t, np.arange(first, first + len(table)), table)
+    torch = lib(t)
+    t = t if t.is_floating_point() else t.double()
+    values = torch.as_tensor(table, dtype=t.dtype, device=t.device)
+    k = (t - first).floor().long().clamp(0, len(table) - 2)
+    return values[k] + (t - first - k) * (values[k + 1] - values[k])
+
+
+def _position(value: Any, table: NDArray[np.float64], first: int) -> Any:
+    """The inverse of `_interpolate` for a rising table, whose end intervals go on beyond it: so that the caller sees by how
+    much a level overshoots."""
+    library = lib(value)
+    values = table if library is np else library.as_tensor(table, dtype=value.dtype, device=value.device)
+    k = library.searchsorted(values, value).clip(1, len(table) - 1)
+    return first + k - 1 + (value - values[k - 1]) / (values[k] - values[k - 1])
+
+
+def _slope(t: Any, table: NDArray[np.float64], first: int) -> Any:
+    """The slope of that line on the interval that ends at or contains t."""
+    if lib(t) is np:
+        return np.diff(table)[np.clip(np.ceil(np.asarray(t) - first).astype(int) - 1, 0, len(table) - 2)]
+    torch = lib(t)
+    t = t if t.is_floating_point() else t.double()
+    k = ((t - first).ceil().long() - 1).clamp(0, len(table) - 2)
+    return torch.as_tensor(np.diff(table), dtype=t.dtype, device=t.device)[k]
+
+
+def _checked_sigmas(sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    high = checks.number("sigma_max", sigma_max)
+    low = checks.number("sigma_min", sigma_min)
+    if not 0 < low < high:
+        raise ConfigError(f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got {low} and {high}")
+    if high > _LARGEST:
+        raise ConfigError(f"sigma_max must be at most {_LARGEST:.3g}, so that float32 holds its square, got {high}")
+    return low, high
+
+
+def _keep(process: Process, **values: Any) -> None:
+    """Set checked values on a frozen dataclass: plain numbers, whatever kind of number was given."""
+    for name, value in values.items():
+        object.__setattr__(process, name, value)

@@ -1,0 +1,91 @@
+"""What a user names: sampler objects. Each checks its options and turns a grid into rows by a solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ...errors import choose
+from ..processes import Process, require_linear
+from .adaptive import Adaptive, AdaptiveSDE
+from .base import Sampler
+from .langevin import ULA, AnnealedLangevin
+from .multistep import DEIS, LMS, SA, DPMSolverPP, UniPC
+from .one_step import DDIM, ODE, Ancestral, EulerMaruyama, ReverseDiffusion
+from .predictor_corrector import PREDICTORS, PredictorCorrector
+from .stages import DPM2, DPMSolver, DPMSolverPP2S, Heun
+
+__all__ = [
+    "DDIM",
+    "DEIS",
+    "DPM2",
+    "LMS",
+    "ODE",
+    "PREDICTORS",
+    "SA",
+    "SAMPLERS",
+    "ULA",
+    "Adaptive",
+    "AdaptiveSDE",
+    "Ancestral",
+    "AnnealedLangevin",
+    "DPMSolver",
+    "DPMSolverPP",
+    "DPMSolverPP2S",
+    "EulerMaruyama",
+    "Heun",
+    "PredictorCorrector",
+    "ReverseDiffusion",
+    "Sampler",
+    "UniPC",
+    "get",
+    "variance_of",
+    "with_variance",
+]
+
+SAMPLERS: dict[str, Callable[[], Sampler]] = {
+    **PREDICTORS,
+    "annealed_langevin": AnnealedLangevin,
+    "ula": ULA,
+    "pc": PredictorCorrector,
+    "unipc": UniPC,
+    "sa": SA,
+    "rk45": Adaptive,
+    "adaptive_sde": AdaptiveSDE,
+}
+# each process's own sampler; any other's is Euler-Maruyama
+DEFAULTS: dict[str, type[Sampler]] = {
+    "ve": PredictorCorrector,
+    "vp": EulerMaruyama,
+    "subvp": EulerMaruyama,
+    "ou": EulerMaruyama,
+    "ddpm": Ancestral,
+    "ncsn": AnnealedLangevin,
+    "edm": Heun,
+}
+
+
+def get(sampler: object, process: Process) -> Sampler:
+    """A sampler from its name, itself, or None: the process's own."""
+    require_linear(process, "sampling", "integrate its reverse SDE on model.score(x, t)")
+    if sampler is None:
+        return DEFAULTS.get(process.name, EulerMaruyama)()
+    if isinstance(sampler, Sampler):
+        return sampler
+    return SAMPLERS[choose("sampler", sampler, SAMPLERS)]()
+
+
+def variance_of(sampler: object) -> str | None:
+    """ "learned_range" if a sampler, or a predictor-corrector's predictor, asks the network for its variance."""
+    if isinstance(sampler, PredictorCorrector):
+        return variance_of(sampler.predicting)
+    return "learned_range" if isinstance(sampler, Ancestral) and sampler.variance == "learned_range" else None
+
+
+def with_variance(sampler: Sampler, variance: str) -> Sampler:
+    """The sampler with a model's own variance, where it is ancestral and says none itself."""
+    if isinstance(sampler, PredictorCorrector) and sampler.predicting is not None:
+        return replace(sampler, predictor=with_variance(sampler.predicting, variance))
+    return (
+        replace(sampler, variance=variance) if isinstance(sampler, Ancestral) and sampler.variance is None else sampler
+    )
