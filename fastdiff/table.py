@@ -1,9 +1,9 @@
 """The step table, which every fixed-step sampler becomes: a list of affine rows. numpy only; knows no SDE, no tensor.
 
-    row:  [opens]  base ← x
-          [calls]  h_0 = P(p·x + q·model(in_scale·x, time))            P = identity | clamp to `clip`
-                   x ← a·x + e·base + Σ_j b_j·h_j + c·z                z ~ N(0, 1), the draw that the row names
-          [pushes] the history takes h_0
+    row:  [saves_base]        base ← x
+          [calls_network]     h_0 = P(p·x + q·model(in_scale·x, network_time))    P = identity | clamp to `clip`
+                              x ← a·x + e·base + Σ_j b_j·h_j + c·z                z ~ N(0, 1), the draw that the row names
+          [keeps_prediction]  the history takes h_0
 
 h_1, h_2 … are the predictions pushed before, newest first. A row that calls no model has no h_0: its b starts at h_1.
 """
@@ -59,11 +59,11 @@ class Row:
     b: tuple[float, ...] = ()
     e: float = 0.0
     c: float = 0.0
-    calls: bool = False
-    opens: bool = False
-    pushes: bool = False
+    calls_network: bool = False
+    saves_base: bool = False
+    keeps_prediction: bool = False
     clips: bool = False
-    time: float = math.nan
+    network_time: float = math.nan
     in_scale: float = 1.0
     p: float = 0.0
     q: float = 1.0
@@ -91,21 +91,24 @@ class StepTable:
             raise ConfigError("a table needs at least one row")
         pushed, opened = 0, False
         for k, row in enumerate(self.rows):
-            numbers = (row.a, row.e, row.c, *row.b, *((row.time, row.in_scale, row.p, row.q) if row.calls else ()))
+            asked = (row.network_time, row.in_scale, row.p, row.q) if row.calls_network else ()
+            numbers = (row.a, row.e, row.c, *row.b, *asked)
             if not all(map(math.isfinite, numbers)):
                 raise ConfigError(f"row {k} ({row.label}, t = {row.level.t:g}) has a coefficient that is not finite")
-            opened |= row.opens
+            opened |= row.saves_base
             if row.e != 0 and not opened:
                 raise ConfigError(f"row {k} ({row.label}) reads a base state that no row has opened")
-            if len(row.b) > pushed + row.calls:
-                raise ConfigError(f"row {k} ({row.label}) reads {len(row.b)} predictions, {pushed + row.calls} exist")
-            if row.measure is not None and not (row.calls and len(row.b) == 1):
+            if len(row.b) > pushed + row.calls_network:
+                raise ConfigError(
+                    f"row {k} ({row.label}) reads {len(row.b)} predictions, {pushed + row.calls_network} exist"
+                )
+            if row.measure is not None and not (row.calls_network and len(row.b) == 1):
                 raise ConfigError(f"row {k} ({row.label}) measures a step but does not call the model alone")
-            if (row.pushes or row.clips or row.log_variance is not None) and not row.calls:
+            if (row.keeps_prediction or row.clips or row.log_variance is not None) and not row.calls_network:
                 raise ConfigError(f"row {k} ({row.label}) needs a prediction but does not call the model")
             if row.clips and self.clip is None:
                 raise ConfigError(f"row {k} ({row.label}) clips, and the table has no range")
-            pushed += row.pushes
+            pushed += row.keeps_prediction
         if self.history > MAX_HISTORY:
             raise ConfigError(f"the table reads {self.history} predictions, at most {MAX_HISTORY} are kept")
 
@@ -115,7 +118,7 @@ class StepTable:
     @cached_property
     def calls(self) -> int:
         """Network evaluations of one run."""
-        return sum(row.calls for row in self.rows)
+        return sum(row.calls_network for row in self.rows)
 
     @cached_property
     def history(self) -> int:
@@ -125,7 +128,7 @@ class StepTable:
     @cached_property
     def memory(self) -> int:
         """The most earlier predictions that a row reads."""
-        return max(len(row.b) - row.calls for row in self.rows)
+        return max(len(row.b) - row.calls_network for row in self.rows)
 
     @cached_property
     def couples_batch(self) -> bool:
@@ -138,14 +141,14 @@ class StepTable:
         b = np.zeros((len(self.rows), max(self.history, 1)))
         for k, row in enumerate(self.rows):
             b[k, : len(row.b)] = row.b
-        names = ("time", "in_scale", "p", "q", "a", "e", "c")
+        names = ("network_time", "in_scale", "p", "q", "a", "e", "c")
         return {**{n: np.array([getattr(row, n) for row in self.rows]) for n in names}, "b": b}
 
     @cached_property
     def matrix(self) -> NDArray[np.float64]:
         """The numbers that a step reads, float64 [rows, len(COLUMNS)]."""
         after = [*(row.level for row in self.rows[1:]), self.end]
-        scales = [row.in_scale if row.calls else 1.0 for row in self.rows[1:]]
+        scales = [row.in_scale if row.calls_network else 1.0 for row in self.rows[1:]]
         lines = []
         for row, level, scale in zip(self.rows, after, [*scales, 1.0]):
             low, high = self.clip if row.clips and self.clip is not None else (-math.inf, math.inf)
@@ -204,11 +207,11 @@ class StepTable:
 def _describe(row: Row) -> list[str]:
     """One row's cells, after its number."""
     h0 = ""
-    if row.calls:
+    if row.calls_network:
         scale = "x" if row.in_scale == 1 else f"{row.in_scale:.4g}·x"
         h0 = _sum([(row.p, "x"), (row.q, f"net({scale})")])
         h0 = f"clip({h0})" if row.clips else h0
-    start = 0 if row.calls else 1
+    start = 0 if row.calls_network else 1
     terms = [(row.a, "x"), (row.e, "base")] + [(b, f"h{j + start}") for j, b in enumerate(row.b)] + [(row.c, "z")]
     update = _sum(terms)
     if row.measure is not None:
@@ -216,8 +219,8 @@ def _describe(row: Row) -> list[str]:
     if row.log_variance is not None:
         low, high = (math.exp(v / 2) for v in row.log_variance)
         update += f" + [{low:.4g} … {high:.4g}]·z"
-    marks = ("; base <- x" if row.opens else "") + ("; push" if row.pushes else "")
-    time = f"{row.time:.6g}" if row.calls else ""
+    marks = ("; base <- x" if row.saves_base else "") + ("; push" if row.keeps_prediction else "")
+    time = f"{row.network_time:.6g}" if row.calls_network else ""
     return [row.label, f"{row.level.t:.6g}", f"{row.level.sigma:.5g}", time, h0, update + marks]
 
 

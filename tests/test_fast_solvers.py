@@ -305,11 +305,11 @@ def through_rows(table, predicted, start):
     x = np.concatenate([start, np.zeros(len(table))])
     base, history, found = x, [], []
     for k, row in enumerate(table.rows):
-        base = x if row.opens else base
+        base = x if row.saves_base else base
         used = history
-        if row.calls:
+        if row.calls_network:
             used = [row.p * x + row.q * predicted(row.in_scale * x, row.level), *history]
-            history = used if row.pushes else history
+            history = used if row.keeps_prediction else history
         x = row.a * x + row.e * base + sum(b * h for b, h in zip(row.b, used))
         x[2 + k] += row.c
         found.append(x)
@@ -334,7 +334,7 @@ def test_point_mass_is_exact_in_law(sampler, name):
     assert any(row.c != 0 for row in table.rows)
     for x, row, end in zip(states, table.rows, ends):
         assert x[0] == pytest.approx(end.alpha * mu, rel=1e-9, abs=1e-12)
-        if not row.opens or row.c != 0:  # a stage between may be without its noise
+        if not row.saves_base or row.c != 0:  # a stage between may be without its noise
             assert np.sum(x[1:] ** 2) == pytest.approx(end.sigma**2, rel=1e-9)
 
 

@@ -28,8 +28,9 @@ def table(rows):
         reach = min(k, 2)
         lines.append(
             Row(
-                Level(1 - k / rows, 1.0, 1.0), "made up", a=0.6, e=0.2 if k % 3 else 0.0, c=0.1 * (k % 3), time=k % 10,
-                b=((0.1,) if calls else ()) + (0.05, -0.03)[:reach], calls=calls, pushes=calls, opens=k % 4 == 0,
+                Level(1 - k / rows, 1.0, 1.0), "made up", a=0.6, e=0.2 if k % 3 else 0.0, c=0.1 * (k % 3),
+                network_time=k % 10, b=((0.1,) if calls else ()) + (0.05, -0.03)[:reach],
+                calls_network=calls, keeps_prediction=calls, saves_base=k % 4 == 0,
                 in_scale=1.0 if k % 2 else 0.5, p=0.25 if k % 7 == 2 else 0.0, q=1.0,
             )
         )  # fmt: skip
@@ -40,9 +41,9 @@ def by_hand(rows, x, first_sample):
     """The same, with lists and no buffers."""
     base, history, states, inputs = x, [], [], []
     for k, line in enumerate(rows.rows):
-        base = x if line.opens else base
+        base = x if line.saves_base else base
         used = list(history)
-        if line.calls:
+        if line.calls_network:
             inputs.append(line.in_scale * x)
             h = line.p * x + line.q * (inputs[-1] * 0.5 + (k % 10) * 0.01)
             used.insert(0, h)
@@ -50,7 +51,7 @@ def by_hand(rows, x, first_sample):
             len(x), x.shape[1:], seed=SEED, draw=k, first_sample=first_sample, stream=noise.SAMPLER
         ).double()
         x = line.a * x + line.e * base + sum(b * v for b, v in zip(line.b, used)) + line.c * z
-        history = used if line.pushes else history
+        history = used if line.keeps_prediction else history
         states.append(x)
     return states, inputs
 
@@ -58,7 +59,7 @@ def by_hand(rows, x, first_sample):
 def loop_on(rows, operations, x, features=None):
     return runner.Loop(
         rows, operations, x.clone(), torch.empty_like(x), torch.empty(len(x), dtype=x.dtype),
-        [line.time for line in rows.rows], features, seed=SEED, check="final",
+        [line.network_time for line in rows.rows], features, seed=SEED, check="final",
     )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def test_runs_are_the_loop_by_hand(operations, ahead):
         seen.append(given.clone())
         return given * 0.5 + (features if ahead else time[:, None]) * 0.01, None
 
-    features = torch.tensor([[line.time] for line in rows.rows], dtype=torch.float64) if ahead else None
+    features = torch.tensor([[line.network_time] for line in rows.rows], dtype=torch.float64) if ahead else None
     loop = loop_on(rows, operations, x, features)
     for _ in range(2):  # the buffers serve another run
         seen.clear()
@@ -151,14 +152,14 @@ def test_buffers_go_with_the_loop(operations):
 
 def test_a_base_may_be_read_first_several_rows_later():
     lines = [
-        Row(Level(1 - k / 12, 1.0, 1.0), "late", a=0.6, e=0.2 if k % 5 == 4 else 0.0, b=(0.1,), calls=True, time=0.0,
-            pushes=True, opens=k % 5 == 0, q=1.0)
+        Row(Level(1 - k / 12, 1.0, 1.0), "late", a=0.6, e=0.2 if k % 5 == 4 else 0.0, b=(0.1,),
+            calls_network=True, network_time=0.0, keeps_prediction=True, saves_base=k % 5 == 0, q=1.0)
         for k in range(12)
     ]  # fmt: skip
     rows, x = StepTable("late", tuple(lines), Level(0.0, 1.0, 0.0), 1.0), torch.randn(3, 4, dtype=torch.float64)
     states, base, y = [], x, x
     for line in lines:
-        base = y if line.opens else base
+        base = y if line.saves_base else base
         y = line.a * y + line.e * base + 0.1 * (y * 0.5)
         states.append(y)
     loop = loop_on(rows, cpu, x)
@@ -170,15 +171,23 @@ def test_a_base_may_be_read_first_several_rows_later():
 def test_a_row_is_given_the_predictions_it_reads(operations):
     """Four are remembered, which only a row without a prediction of its own can take."""
     lines = [
-        Row(Level(1.0, 1.0, 1.0), "calls", a=0.5, b=(0.3, *(0.1,) * min(k, 1)), calls=True, pushes=True, time=1.0)
+        Row(
+            Level(1.0, 1.0, 1.0),
+            "calls",
+            a=0.5,
+            b=(0.3, *(0.1,) * min(k, 1)),
+            calls_network=True,
+            keeps_prediction=True,
+            network_time=1.0,
+        )
         for k in range(5)
     ]
     lines.insert(4, Row(Level(1.0, 1.0, 1.0), "does not", a=0.7, b=(0.4, 0.3, -0.2, 0.1)))
     rows, x = StepTable("by hand", tuple(lines), Level(0.0, 1.0, 0.0), 1.0), torch.randn(2, 5, dtype=torch.float64)
-    assert [len(kind.history) for kind in runner.kinds(rows, False)] == [0, 1, 1, 1, 4, 1]
+    assert [len(plan.history) for plan in runner.plans(rows, False)] == [0, 1, 1, 1, 4, 1]
     y, history = x, []
     for line in lines:
-        h = [0.5 * y] if line.calls else []
+        h = [0.5 * y] if line.calls_network else []
         y, history = line.a * y + sum(b * v for b, v in zip(line.b, h + history)), h + history
     *_, ours = loop_on(rows, operations, x).run(lambda given, *_: (given * 0.5, None), None, 0)
     assert torch.allclose(ours, y, rtol=1e-12)
@@ -187,31 +196,39 @@ def test_a_row_is_given_the_predictions_it_reads(operations):
 def test_buffers_are_few_and_never_hold_two_things():
     """Each kind of row writes what nobody still needs: followed through by names of contents instead of numbers."""
     measured = [
-        Row(Level(1, 1, 1), "measured", 1.0, b=(0.0,), calls=True, time=1.0, measure=Measure("sample", 0.1, 1.0)),
-        Row(Level(1, 1, 1), "plain", 1.0, b=(0.1,), c=0.1, calls=True, time=1.0),
+        Row(
+            Level(1, 1, 1),
+            "measured",
+            1.0,
+            b=(0.0,),
+            calls_network=True,
+            network_time=1.0,
+            measure=Measure("sample", 0.1, 1.0),
+        ),
+        Row(Level(1, 1, 1), "plain", 1.0, b=(0.1,), c=0.1, calls_network=True, network_time=1.0),
     ]
     tables = [table(60), StepTable("measured", tuple(measured * 5), Level(0, 1, 0), 1.0)]
     tables += [fastdiff.plan(sde, steps, sampler=sampler) for sde, sampler, steps in every_run()]
     for rows in tables:
         holds, x, base, history = {0: "start"}, "start", None, []
-        for k, (line, kind) in enumerate(zip(rows.rows, runner.kinds(rows, True), strict=True)):
-            base = x if line.opens else base
-            assert holds[kind.x] == x
-            assert [holds[n] for n in kind.history] == history[: len(line.b) - line.calls]
+        for k, (line, plan) in enumerate(zip(rows.rows, runner.plans(rows, True), strict=True)):
+            base = x if line.saves_base else base
+            assert holds[plan.x] == x
+            assert [holds[n] for n in plan.history] == history[: len(line.b) - line.calls_network]
             if line.e != 0:
-                assert holds[kind.base] == base
-            written = [n for n in (kind.out, kind.pushed, kind.kept) if n is not None]
+                assert holds[plan.base] == base
+            written = [n for n in (plan.out, plan.pushed, plan.kept) if n is not None]
             assert len(set(written)) == len(written)
-            read = {*kind.history, *([kind.base] if kind.base is not None else [])}
+            read = {*plan.history, *([plan.base] if plan.base is not None else [])}
             assert not read & set(written)
-            assert kind.x not in (kind.pushed, kind.kept)
-            assert (kind.kept is not None) == (line.measure is not None)
-            holds[kind.out] = x = f"x{k}"
-            if kind.pushed is not None:
-                holds[kind.pushed] = f"h{k}"
+            assert plan.x not in (plan.pushed, plan.kept)
+            assert (plan.kept is not None) == (line.measure is not None)
+            holds[plan.out] = x = f"x{k}"
+            if plan.pushed is not None:
+                holds[plan.pushed] = f"h{k}"
                 history = [f"h{k}", *history][: rows.memory]
         assert len(holds) <= 3 + rows.memory
-    assert len(set(runner.kinds(fastdiff.plan("ve", 100), True))) <= 3
+    assert len(set(runner.plans(fastdiff.plan("ve", 100), True))) <= 3
 
 
 # --- capture safety --------------------------------------------------------------------------------------------------

@@ -546,7 +546,7 @@ def test_clip_leaves_correctors_alone():
 
 def test_a_corrector_never_enters_the_history():
     table = fastdiff.plan("vp", 4, sampler=PredictorCorrector("heun"))
-    assert {row.label for row in table.rows if row.pushes} == {"euler"}
+    assert {row.label for row in table.rows if row.keeps_prediction} == {"euler"}
     assert table.history == 2
 
 

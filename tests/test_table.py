@@ -23,14 +23,14 @@ def table(*rows, clip=None):
     [
         ([], "at least one row"),
         ([Row(LEVEL, "r", math.nan)], "not finite"),
-        ([Row(LEVEL, "r", 1.0, calls=True)], "not finite"),  # no network time
+        ([Row(LEVEL, "r", 1.0, calls_network=True)], "not finite"),  # no network time
         ([Row(LEVEL, "r", 1.0, e=1.0)], "base"),
         ([Row(LEVEL, "r", 1.0, b=(1.0,))], "reads 1 predictions, 0 exist"),
-        ([Row(LEVEL, "r", 1.0, b=(1.0, 1.0), calls=True, time=0.0)], "reads 2 predictions, 1 exist"),
-        ([Row(LEVEL, "r", 1.0, pushes=True)], "does not call"),
+        ([Row(LEVEL, "r", 1.0, b=(1.0, 1.0), calls_network=True, network_time=0.0)], "reads 2 predictions, 1 exist"),
+        ([Row(LEVEL, "r", 1.0, keeps_prediction=True)], "does not call"),
         ([Row(LEVEL, "r", 1.0, measure=Measure("batch", 1.0, 1.0))], "measures"),
-        ([Row(LEVEL, "r", 1.0, b=(1.0,), calls=True, clips=True, time=0.0)], "no range"),
-        ([Row(LEVEL, "r", 1.0, b=(1.0,), calls=True, pushes=True, time=0.0)] * 5
+        ([Row(LEVEL, "r", 1.0, b=(1.0,), calls_network=True, clips=True, network_time=0.0)], "no range"),
+        ([Row(LEVEL, "r", 1.0, b=(1.0,), calls_network=True, keeps_prediction=True, network_time=0.0)] * 5
          + [Row(LEVEL, "r", 1.0, b=(1.0,) * 5)], "at most 4"),
     ],
 )  # fmt: skip
@@ -40,12 +40,14 @@ def test_a_wrong_table_is_refused(rows, match):
 
 
 def test_facts_are_derived():
-    first = Row(LEVEL, "one", 1.0, b=(0.5,), calls=True, pushes=True, opens=True, time=1.0)
-    second = Row(LEVEL, "two", 0.0, b=(0.5, 0.5), e=1.0, c=0.1, calls=True, time=1.0)
+    first = Row(
+        LEVEL, "one", 1.0, b=(0.5,), calls_network=True, keeps_prediction=True, saves_base=True, network_time=1.0
+    )
+    second = Row(LEVEL, "two", 0.0, b=(0.5, 0.5), e=1.0, c=0.1, calls_network=True, network_time=1.0)
     facts = table(first, second)
     assert (facts.calls, facts.history, len(facts), facts.couples_batch) == (2, 2, 2, False)
     np.testing.assert_array_equal(facts.columns["b"], [[0.5, 0.0], [0.5, 0.5]])
-    measured = Row(LEVEL, "m", 1.0, b=(0.0,), calls=True, time=1.0, measure=Measure("batch", 1.0, 1.0))
+    measured = Row(LEVEL, "m", 1.0, b=(0.0,), calls_network=True, network_time=1.0, measure=Measure("batch", 1.0, 1.0))
     assert table(measured).couples_batch
 
 

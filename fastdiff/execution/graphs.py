@@ -1,7 +1,7 @@
-"""The graph engine: rows captured as CUDA graphs, one for each kind of row, and replayed.
+"""The graph engine: rows captured as CUDA graphs, one for each plan of a row, and replayed.
 
 A replay reads its row's number, its coefficients, its times and the seed from device memory, so one graph serves every row
-of its kind, every seed, grid and condition, and sees parameters that are updated in place. Graphs are kept for a module
+of its plan, every seed, grid and condition, and sees parameters that are updated in place. Graphs are kept for a module
 and reused while it is made of the same parts and its tensors stay where they are (`fingerprint`). What a capture bakes in
 and nobody can see changing is a network's Python: counters, plain attributes, what a callable closes over. Call `clear()`
 after changing an attribute; run a network that counts its calls with engine="eager".
@@ -22,7 +22,7 @@ from ..errors import ConfigError, GraphError
 from ..table import StepTable
 from . import monitor
 from .cuda_graph import capture, first_line
-from .loop import Condition, Draw, Kind, Loop, Network, raise_if_bad
+from .loop import Condition, Draw, Loop, Network, RowPlan, raise_if_bad
 
 LIMIT = 8  # loops kept while nobody runs them; one more retires all of them
 WORTHWHILE = 100  # rows that pay for capturing a callable whose graphs cannot be kept
@@ -139,7 +139,7 @@ class GraphLoop(Loop):
     def __init__(self, capacity: int, net: Any, *args: Any, **kwargs: Any) -> None:
         self.capacity = capacity
         self.net = weakref.ref(net) if isinstance(net, nn.Module) else lambda: None
-        self.graphs: dict[Kind, Any] = {}
+        self.graphs: dict[RowPlan, Any] = {}
         self.static: dict[str, Tensor] = {}
         self.pool: Any = None
         self.done: Any = None
@@ -160,18 +160,18 @@ class GraphLoop(Loop):
     def run(self, network: Network, cond: Condition, first_sample: int, noise: Draw | None = None) -> Iterator[Tensor]:
         """As Loop.run, without noise of the caller's. Raises GraphError before the first row, and leaves `start` as it
         was, where capture fails."""
-        if not self.graphs.keys() >= set(self.kinds):
-            self._capture_kinds(network, self._conditioned(cond), first_sample)
+        if not self.graphs.keys() >= set(self.plans):
+            self._capture_plans(network, self._conditioned(cond), first_sample)
         self._conditioned(cond)  # a network may have changed it in the warm-up
         self.begin()
         self._stand_at(0, first_sample)
         every = self.check == "every"
-        replay = monitor.marked("row", lambda kind: self.graphs[kind].replay())
-        for kind in self.kinds:
-            replay(kind)
+        replay = monitor.marked("row", lambda plan: self.graphs[plan].replay())
+        for plan in self.plans:
+            replay(plan)
             if every and self.first_bad is not None:
                 raise_if_bad(self.table, self.first_bad, first_sample)
-            yield self.buffers[kind.out]
+            yield self.buffers[plan.out]
         if self.first_bad is not None:
             raise_if_bad(self.table, self.first_bad, first_sample)
 
@@ -206,13 +206,13 @@ class GraphLoop(Loop):
             self.static[name] = torch.empty_like(value)
         return self.static[name].copy_(value)
 
-    def _capture_kinds(self, network: Network, cond: Condition, first_sample: int) -> None:
+    def _capture_plans(self, network: Network, cond: Condition, first_sample: int) -> None:
         start, net = self.start.clone(), self.net()
         before = None if net is None else fingerprint(net)
         try:
-            for kind in dict.fromkeys(self.kinds):
-                if kind not in self.graphs:
-                    self._capture(kind, network, cond, first_sample)
+            for plan in dict.fromkeys(self.plans):
+                if plan not in self.graphs:
+                    self._capture(plan, network, cond, first_sample)
             if net is not None and fingerprint(net) != before:
                 raise GraphError("its forward puts other tensors in the place of its own")
         except GraphError:
@@ -222,17 +222,17 @@ class GraphLoop(Loop):
         finally:
             self.start.copy_(start)
 
-    def _capture(self, kind: Kind, network: Network, cond: Condition, first_sample: int) -> None:
-        at, device = self.kinds.index(kind), self.start.device
+    def _capture(self, plan: RowPlan, network: Network, cond: Condition, first_sample: int) -> None:
+        at, device = self.plans.index(plan), self.start.device
 
         def body() -> None:
             number = self.cursor[:1]
             features = None
-            if kind.calls and self.features is None:
+            if plan.calls_network and self.features is None:
                 self.time.copy_(self.row_times.index_select(0, number))
-            elif kind.calls and self.features is not None:
+            elif plan.calls_network and self.features is not None:
                 features = self.features.index_select(0, number)
-            self.row(kind, network, cond, self.cursor, features, None)
+            self.row(plan, network, cond, self.cursor, features, None)
             number.add_(1)
 
         def warm() -> None:
@@ -245,8 +245,8 @@ class GraphLoop(Loop):
         enabled = torch.is_autocast_enabled(device.type)
         with torch.autocast(device.type, dtype=cast, enabled=enabled, cache_enabled=False):
             try:
-                self.graphs[kind], self.pool = capture(warm, body, device, self.pool)
+                self.graphs[plan], self.pool = capture(warm, body, device, self.pool)
             except torch.OutOfMemoryError:  # graphs that nobody runs may hold what is lacking
                 _retire()
                 torch.cuda.empty_cache()
-                self.graphs[kind], self.pool = capture(warm, body, device, self.pool)
+                self.graphs[plan], self.pool = capture(warm, body, device, self.pool)

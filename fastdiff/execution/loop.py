@@ -30,8 +30,8 @@ CHECKS = ("final", "every", "off")
 BLOCK = 1024  # rows whose views are made at a time
 
 
-class Kind(NamedTuple):
-    """All that a row's host code does: rows of one kind differ only in numbers that the device reads.
+class RowPlan(NamedTuple):
+    """All that a row's host code does: rows of one plan differ only in numbers that the device reads.
 
     x, out, base, history, pushed and kept are numbers of buffers. The state starts in buffer 0.
     """
@@ -42,24 +42,24 @@ class Kind(NamedTuple):
     history: tuple[int, ...]
     pushed: int | None
     kept: int | None
-    calls: bool
+    calls_network: bool
     draws: bool
     norm: str | None  # of a measured row
     learned: bool  # the variance
     feeds: bool  # the row writes the next network input
 
 
-def kinds(table: StepTable, keeps_noise: bool) -> list[Kind]:
-    """Each row's kind. The state is updated in place unless a later row still needs it as its base."""
+def plans(table: StepTable, keeps_noise: bool) -> list[RowPlan]:
+    """Each row's plan. The state is updated in place unless a later row still needs it as its base."""
     rows, reads, needed = table.rows, False, []
     for row in reversed(rows):  # whether rows after this one read the base that it leaves
         needed.append(reads)
-        reads = row.e != 0 or (reads and not row.opens)
+        reads = row.e != 0 or (reads and not row.saves_base)
     needed.reverse()
-    found = list[Kind]()
+    found = list[RowPlan]()
     x, base, history = 0, None, tuple[int, ...]()
     for k, row in enumerate(rows):
-        base = x if row.opens else base
+        base = x if row.saves_base else base
         taken = {x, *history} | ({base} if base is not None and (needed[k] or row.e != 0) else set())
 
         def spare(taken: set[int] = taken) -> int:
@@ -69,10 +69,11 @@ def kinds(table: StepTable, keeps_noise: bool) -> list[Kind]:
 
         kept = spare() if row.measure is not None and keeps_noise else None
         out = spare() if base == x and (needed[k] or row.e != 0) else x
-        pushed = spare() if row.pushes and table.memory else None
-        feeds = k + 1 < len(rows) and rows[k + 1].calls
-        found.append(Kind(
-            x, out, base if row.e != 0 else None, history[: len(row.b) - row.calls], pushed, kept, row.calls, row.draws,
+        pushed = spare() if row.keeps_prediction and table.memory else None
+        feeds = k + 1 < len(rows) and rows[k + 1].calls_network
+        found.append(RowPlan(
+            x, out, base if row.e != 0 else None, history[: len(row.b) - row.calls_network], pushed, kept,
+            row.calls_network, row.draws,
             None if row.measure is None else row.measure.norm, row.log_variance is not None, feeds,
         ))  # fmt: skip
         x = out
@@ -101,15 +102,15 @@ class Loop:
         self.measured = start.new_empty((len(start), 2))
         self.first_bad = None if check == "off" else torch.empty(len(start), dtype=torch.int64, device=start.device)
         self._measure = monitor.marked("measure_langevin", operations.measure_langevin)
-        self._steps: dict[Kind, Callable[[Tensor, Tensor | None, Tensor | None], None]] = {}
+        self._steps: dict[RowPlan, Callable[[Tensor, Tensor | None, Tensor | None], None]] = {}
         self.load(table, times, features, seed)
 
     def load(self, table: StepTable, times: Sequence[float], features: Tensor | None, seed: int) -> None:
         """What the next runs are of."""
         self.table, self.times, self.seed = table, times, seed
         self._steps.clear()
-        self.kinds = kinds(table, self.operations.KEEPS_NOISE)
-        numbers = [n for kind in set(self.kinds) for n in (kind.x, kind.out, kind.pushed, kind.kept) if n is not None]
+        self.plans = plans(table, self.operations.KEEPS_NOISE)
+        numbers = [n for plan in set(self.plans) for n in (plan.x, plan.out, plan.pushed, plan.kept) if n is not None]
         self.buffers += [torch.empty_like(self.start) for _ in range(max(numbers) + 1 - len(self.buffers))]
         self.matrix = self.placed("matrix", torch.from_numpy(table.matrix).to(self.start.dtype))
         self.features = None if features is None else self.placed("features", features)
@@ -131,71 +132,77 @@ class Loop:
         self.begin()
         network, row = monitor.marked("network", network), monitor.marked("row", self.row)
         cursors = self.cursors(first_sample)
-        for k, (kind, cursor, time, features) in enumerate(zip(self.kinds, cursors, self.times, self._features())):
-            if kind.calls and features is None:
+        for k, (plan, cursor, time, features) in enumerate(zip(self.plans, cursors, self.times, self._features())):
+            if plan.calls_network and features is None:
                 self.time.fill_(time)
-            z = noise(k) if noise is not None and kind.draws else None
-            row(kind, network, cond, cursor, features, z)
+            z = noise(k) if noise is not None and plan.draws else None
+            row(plan, network, cond, cursor, features, z)
             if every and first_bad is not None:
                 raise_if_bad(table, first_bad, first_sample)
-            yield self.buffers[kind.out]
+            yield self.buffers[plan.out]
         if first_bad is not None:
             raise_if_bad(table, first_bad, first_sample)
 
     def begin(self) -> None:
         """What a run needs before its first row."""
         first = self.table.rows[0]
-        if first.calls:
+        if first.calls_network:
             self.net_input.copy_(self.start if first.in_scale == 1 else self.start * first.in_scale)
         if self.first_bad is not None:
             self.first_bad.fill_(len(self.table))
 
     def row(
-        self, kind: Kind, network: Network, cond: Condition, cursor: Tensor, features: Tensor | None, z: Tensor | None
+        self,
+        plan: RowPlan,
+        network: Network,
+        cond: Condition,
+        cursor: Tensor,
+        features: Tensor | None,
+        z: Tensor | None,
     ) -> None:
         """One row. `cursor`: see fastdiff.execution.reference."""
         m = v = None
-        if kind.calls:
+        if plan.calls_network:
             # tensors of their own, so that what a network does to them (grad, shape, data) is gone with them
             m, v = network(self.net_input.detach(), self.time.detach(), features, cond)
             # a network may return its input, which this row overwrites
-            if kind.feeds and torch._C._is_alias_of(m, self.net_input):
+            if plan.feeds and torch._C._is_alias_of(m, self.net_input):
                 m, v = m.clone(), None if v is None else v.clone()
-        if kind.norm is not None and m is not None:
-            kept = None if kind.kept is None or z is not None else self.buffers[kind.kept]
+        if plan.norm is not None and m is not None:
+            kept = None if plan.kept is None or z is not None else self.buffers[plan.kept]
             stream = SAMPLER if z is None else None
-            state = self.buffers[kind.x]
-            self._measure(self.measured, self.matrix, cursor, stream, kind.norm == "batch", state, m, None, z, kept)
+            state = self.buffers[plan.x]
+            self._measure(self.measured, self.matrix, cursor, stream, plan.norm == "batch", state, m, None, z, kept)
         if z is not None:
-            self._prepare(kind, z)(cursor, m, v)
+            self._prepare(plan, z)(cursor, m, v)
             return
-        step = self._steps.get(kind)
+        step = self._steps.get(plan)
         if step is None:
-            step = self._steps[kind] = self._prepare(kind, None)
+            step = self._steps[plan] = self._prepare(plan, None)
         step(cursor, m, v)
 
-    def _prepare(self, kind: Kind, z: Tensor | None) -> Callable[[Tensor, Tensor | None, Tensor | None], None]:
-        """(cursor, m, v) -> the `step` of a kind of row."""
+    def _prepare(self, plan: RowPlan, z: Tensor | None) -> Callable[[Tensor, Tensor | None, Tensor | None], None]:
+        """(cursor, m, v) -> the `step` of a row's plan."""
 
         def at(number: int | None) -> Tensor | None:
             return None if number is None else self.buffers[number]
 
-        measured = None if kind.norm is None else self.measured
-        kept = at(kind.kept) if z is None else None
-        stream = SAMPLER if kind.draws and z is None and kept is None else None
+        measured = None if plan.norm is None else self.measured
+        kept = at(plan.kept) if z is None else None
+        stream = SAMPLER if plan.draws and z is None and kept is None else None
         operands = {
-            "history": [self.buffers[n] for n in kind.history] or None, "base": at(kind.base),
-            "z": z if kept is None else kept, "measured": measured, "pushed": at(kind.pushed),
-            "net_input": self.net_input if kind.feeds else None, "first_bad": self.first_bad,
+            "history": [self.buffers[n] for n in plan.history] or None, "base": at(plan.base),
+            "z": z if kept is None else kept, "measured": measured, "pushed": at(plan.pushed),
+            "net_input": self.net_input if plan.feeds else None, "first_bad": self.first_bad,
         }  # fmt: skip
-        out, x, step = self.buffers[kind.out], self.buffers[kind.x], monitor.marked("step", self.operations.step)
-        if z is None and kind.calls and not kind.learned and hasattr(self.operations, "fixed_step"):
+        out, x, step = self.buffers[plan.out], self.buffers[plan.x], monitor.marked("step", self.operations.step)
+        if z is None and plan.calls_network and not plan.learned and hasattr(self.operations, "fixed_step"):
             return monitor.marked("step", self.operations.fixed_step(out, self.matrix, stream, x, **operands))
 
         matrix = self.matrix  # not self, which would then hold itself and its buffers until a collection
 
         def run(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
-            step(out, matrix, cursor, stream, x, m, v=v if kind.learned else None, **operands)
+            step(out, matrix, cursor, stream, x, m, v=v if plan.learned else None, **operands)
 
         return run
 

@@ -141,30 +141,32 @@ def _rows(drafts: Drafts, prediction: str, time_input: str, clip: Clip, process:
     rows, history = [], list[_Kept]()
     openings, base = 0, 0
     for k, draft in enumerate(flat):
-        if draft.opens:
+        if draft.saves_base:
             openings += 1
             base = openings
         a, e, b = draft.a, draft.e, list(draft.b)
-        row = Row(draft.level, draft.label, a, e=e, c=draft.c, opens=draft.opens, log_variance=draft.log_variance)
+        row = Row(
+            draft.level, draft.label, a, e=e, c=draft.c, saves_base=draft.saves_base, log_variance=draft.log_variance
+        )
         if draft.meaning is None:
             b = _from_history(b, history, base, 0)[0]
             rows.append(replace(row, b=tuple(b)))
             continue
         time, in_scale, source = told[draft.level]
         clips = clip is not None and draft.clips
-        keep = draft.pushes and k in read
+        keep = draft.keeps_prediction and k in read
         stored = X0 if clips else draft.meaning if keep or draft.measure is not None else source
         p, q = _convert(source, stored, draft.level)
         u, v = _convert(stored, draft.meaning, draft.level)
         own = b[0] if b else 0.0
         older, shift = _from_history(b[1:], history, base, k)
         row = replace(
-            row, a=a + own * u, e=e + shift, b=(own * v, *older), calls=True, pushes=keep, clips=clips,
-            time=time, in_scale=in_scale, p=p, q=q, measure=draft.measure,
+            row, a=a + own * u, e=e + shift, b=(own * v, *older), calls_network=True, keeps_prediction=keep, clips=clips,
+            network_time=time, in_scale=in_scale, p=p, q=q, measure=draft.measure,
         )  # fmt: skip
         rows.append(row)
         if keep:
-            history.append(_Kept(stored, draft.meaning, draft.level, base if draft.opens else 0))
+            history.append(_Kept(stored, draft.meaning, draft.level, base if draft.saves_base else 0))
     return rows
 
 
@@ -182,7 +184,7 @@ def _read_later(flat: list[Draft]) -> set[int]:
     for k, draft in enumerate(flat):
         older = draft.b if draft.meaning is None else draft.b[1:]
         read.update(pushed[len(pushed) - len(older) :])
-        if draft.meaning is not None and draft.pushes:
+        if draft.meaning is not None and draft.keeps_prediction:
             pushed.append(k)
     return read
 

@@ -28,8 +28,8 @@ class Draft:
     meaning: Meaning | None = None
     e: float = 0.0
     c: float = 0.0
-    opens: bool = False
-    pushes: bool = True  # a Langevin row does not: its prediction must not shift a multistep history
+    saves_base: bool = False
+    keeps_prediction: bool = True  # a Langevin row does not: its prediction must not shift a multistep history
     clips: bool = True  # nor is its score clipped
     measure: Measure | None = None
     log_variance: tuple[float, float] | None = None

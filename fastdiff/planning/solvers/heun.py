@@ -79,7 +79,7 @@ def _midpoint_in_t(process: Process, step: Step) -> Sequence[Draft]:
     first = velocity(step.level, step.drift, step.diffusion)
     second = velocity(middle, float(process.drift(t)), float(process.diffusion(t)))
     return [
-        Draft(step.level, "dpm_2", 1.0, (step.dt / 2,), first, opens=True),
+        Draft(step.level, "dpm_2", 1.0, (step.dt / 2,), first, saves_base=True),
         Draft(middle, "dpm_2", 0.0, (step.dt,), second, e=1.0),
     ]
 
@@ -93,7 +93,7 @@ def _midpoint_in_sigma(step: Step, c: float, down: float, levels: Iterator[Level
     middle = next(levels)
     ratio = middle.alpha / here.alpha
     return [
-        Draft(here, "dpm_2", ratio, (middle.sigma - ratio * here.sigma,), EPS, opens=True),
+        Draft(here, "dpm_2", ratio, (middle.sigma - ratio * here.sigma,), EPS, saves_base=True),
         Draft(middle, "dpm_2", 0.0, (b,), EPS, e=a, c=c),
     ]
 
@@ -124,7 +124,7 @@ def _heun_step(process: Process, step: Step, in_sigma: bool) -> Sequence[Draft]:
     a, b, meaning = _linear(step, in_sigma)
     if step.next.sigma == 0:
         return [Draft(step.level, "euler", a, (b,), meaning)]
-    euler = Draft(step.level, "euler", a, (b,), meaning, opens=True)
+    euler = Draft(step.level, "euler", a, (b,), meaning, saves_base=True)
     t = step.next.t
     second = EPS if in_sigma else velocity(step.next, float(process.drift(t)), float(process.diffusion(t)))
     return [euler, Draft(step.next, "heun", 0.0, (b / 2, b / 2), second, e=a)]

@@ -12,7 +12,7 @@ from .draft import Draft, Drafts, score
 
 def _langevin(level: Level, label: str, delta: float) -> Draft:
     b, c = (delta,), math.sqrt(2 * delta)
-    return Draft(level, label, 1.0, b, score(level), c=c, pushes=False, clips=False)
+    return Draft(level, label, 1.0, b, score(level), c=c, keeps_prediction=False, clips=False)
 
 
 def annealed_langevin(levels: Sequence[Level], steps_per_level: int, eta: float) -> Drafts:
@@ -44,5 +44,5 @@ def corrector(kind: str, level: Level, step: Step, snr: float, norm: str, count:
     if kind == "ald":
         return [_langevin(level, "corrector", ald)] * count
     measure = Measure(norm, gain=2 * alpha * snr**2, cap=2 * ald if norm == "sample" else math.inf)
-    row = Draft(level, "corrector", 1.0, (0.0,), score(level), pushes=False, clips=False, measure=measure)
+    row = Draft(level, "corrector", 1.0, (0.0,), score(level), keeps_prediction=False, clips=False, measure=measure)
     return [row] * count

@@ -34,13 +34,15 @@ def dpm_solver(process: Process, steps: Sequence[Step], order: int) -> Drafts:
             drafts.append([Draft(here, "dpm_solver", there.alpha / here.alpha, (_ddim(here, there),), EPS)])
             continue
         first, *others = (levels[i] for levels in middles)
-        rows = [Draft(here, "dpm_solver", first.alpha / here.alpha, (_ddim(here, first),), EPS, opens=True)]
+        rows = [Draft(here, "dpm_solver", first.alpha / here.alpha, (_ddim(here, first),), EPS, saves_base=True)]
         if order == 2:
             rows.append(Draft(first, "dpm_solver", 0.0, (_ddim(here, there),), EPS, e=there.alpha / here.alpha))
         else:
             second = others[0]
             # the middle stage's prediction is nobody's but its own
-            rows.append(_stage(here, first, second, -2 * second.sigma * _curvature(here, second), pushes=False))
+            rows.append(
+                _stage(here, first, second, -2 * second.sigma * _curvature(here, second), keeps_prediction=False)
+            )
             rows.append(_stage(here, second, there, -1.5 * there.sigma * _curvature(here, there)))
         drafts.append(rows)
     return drafts
@@ -64,9 +66,17 @@ def _curvature(here: Level, there: Level) -> float:
     return math.expm1(h) / h - 1
 
 
-def _stage(here: Level, at: Level, there: Level, b: float, pushes: bool = True) -> Draft:
+def _stage(here: Level, at: Level, there: Level, b: float, keeps_prediction: bool = True) -> Draft:
     """From x at `here` (the base) to `there`, with weight b on the difference of the prediction at `at` and that at `here`."""
-    return Draft(at, "dpm_solver", 0.0, (b, _ddim(here, there) - b), EPS, e=there.alpha / here.alpha, pushes=pushes)
+    return Draft(
+        at,
+        "dpm_solver",
+        0.0,
+        (b, _ddim(here, there) - b),
+        EPS,
+        e=there.alpha / here.alpha,
+        keeps_prediction=keeps_prediction,
+    )
 
 
 def dpmpp_2s(process: Process, steps: Sequence[Step], eta: float, sde: bool) -> Drafts:
@@ -93,7 +103,7 @@ def dpmpp_2s(process: Process, steps: Sequence[Step], eta: float, sde: bool) -> 
         noise, low = split(step.level, middles[i], eta if sde else 0.0)
         first = _data(step.level, middles[i], low)
         drafts.append([
-            Draft(step.level, "dpmpp_2s", first[0], first[1:], X0, c=noise, opens=True),
+            Draft(step.level, "dpmpp_2s", first[0], first[1:], X0, c=noise, saves_base=True),
             Draft(middles[i], "dpmpp_2s", 0.0, (b,), X0, e=a, c=c),
         ])  # fmt: skip
     return drafts
