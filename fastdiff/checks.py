@@ -36,12 +36,18 @@ def number(
     return float(value)
 
 
-def pair(argument: str, value: Any) -> tuple[float, float]:
-    """Two finite numbers, the lower first."""
-    numbers = sequence(argument, value)
-    if len(numbers) != 2 or not numbers[0] < numbers[1]:
-        raise ConfigError(f"{argument} must be two numbers (lo, hi) with lo < hi, got {value!r:.80}")
-    return numbers[0], numbers[1]
+def pair(argument: str, value: Any, dtype: str = "float64") -> tuple[float, float]:
+    """Two finite numbers, the lower first, which stay apart and finite as numbers of `dtype`."""
+    try:
+        lo, hi = sequence(argument, value)
+    except ValueError:  # not two, or refused by `sequence`
+        lo = hi = math.nan
+    with np.errstate(over="ignore"):
+        width = float(np.diff(np.array((lo, hi)).astype(dtype))[0])
+    if not 0 < width < math.inf:
+        where = "" if dtype == "float64" else f" in {dtype}"
+        raise ConfigError(f"{argument} must be two finite numbers (lo, hi) with lo < hi{where}, got {value!r:.80}")
+    return lo, hi
 
 
 def sequence(argument: str, value: Any) -> tuple[float, ...]:
@@ -50,7 +56,8 @@ def sequence(argument: str, value: Any) -> tuple[float, ...]:
         array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{argument} must be a list of numbers, got {value!r:.80}") from error
-    if array.ndim != 1 or (array.dtype.kind not in "iuf" and array.size):
+    mixed = isinstance(value, (list, tuple)) and any(isinstance(number, (bool, np.bool_)) for number in value)
+    if array.ndim != 1 or mixed or (array.dtype.kind not in "iuf" and array.size):
         raise ConfigError(f"{argument} must be a list of numbers, got {value!r:.80}")
     bad = np.flatnonzero(~np.isfinite(array.astype(np.float64)))
     if len(bad):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,14 +170,43 @@ def test_dropout_is_repeatable_too():
     assert torch.equal(results[0], results[1])
 
 
-def test_each_epoch_sees_every_sample_once():
-    from fastdiff.training.trainer import _Batches
+class Recorder(MLP):
+    """A network that records the times and the labels of its calls."""
 
-    batches = _Batches(digits(10), tiny(), {"seed": 3, "batch_size": 4, "dequantize": False})
-    order = torch.cat([batches._indices(step) for step in range(5)])
-    assert sorted(order[:10].tolist()) == sorted(order[10:].tolist()) == list(range(10))
-    assert order[:10].tolist() != order[10:].tolist()
-    assert torch.equal(batches._indices(1), order[4:8])  # any step may be asked for again
+    def forward(self, x, t, y=None):
+        self.calls.append((t, y))
+        return super().forward(x, t, y)
+
+
+def recorded(steps, batch_size, samples=10):
+    """The times and the labels of each step [steps, B], of data whose labels are their indices."""
+    net = Recorder((2,), hidden=4, layers=1, num_classes=samples)
+    net.calls = []
+    data = Data(torch.zeros(samples, 2), torch.arange(samples), range=(-1.0, 1.0))
+    model = fastdiff.ScoreModel(net, "vp", data_shape=(2,))
+    fastdiff.train(model, data, steps=steps, batch_size=batch_size, seed=3)
+    assert len(net.calls) == steps
+    return [torch.stack(values) for values in zip(*net.calls)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 25])
+def test_each_epoch_sees_every_sample_once(batch_size):
+    order = recorded(-(-20 // batch_size), batch_size)[1].flatten()
+    first, second = order[:10].tolist(), order[10:20].tolist()
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+
+
+def test_the_times_of_a_batch_are_stratified():
+    """Of B times, uniform in [1e-5, 1], one is in each of B equal slices; its place there is uniform."""
+    steps, size = 40, 32
+    times = recorded(steps, size)[0].double()
+    u = size * (times - 1e-5) / (1 - 1e-5)
+    assert torch.equal(u.floor().long(), torch.arange(size).expand(steps, size))
+    place = (u - u.floor()).flatten()
+    # mean and variance of a uniform, 1/2 and 1/12, within five standard errors
+    assert abs(place.mean() - 1 / 2) < 5 / math.sqrt(12 * len(place))
+    assert abs(place.var() - 1 / 12) < 5 / math.sqrt(180 * len(place))
 
 
 @pytest.mark.parametrize("stop", [1, 7, 13])
@@ -410,11 +441,36 @@ def test_shipped_names():
         fastdiff.load("digits-vpp")
 
 
+def test_a_checkpoint_of_an_earlier_version_is_read_and_resumed(tmp_path):
+    """files/training-format-1.safetensors: six of these nine steps, by commit 5bb0823, and what its model returned."""
+
+    def train(**options):
+        torch.manual_seed(0)
+        model = fastdiff.ScoreModel(
+            MLP((2,), hidden=4, layers=1, num_classes=3), fastdiff.VP(beta_max=15.0), "v", data_shape=(2,),
+            data_range=(-2.0, 2.0),
+        )  # fmt: skip
+        data = Data(torch.linspace(-2, 2, 24).view(12, 2), torch.arange(12) % 3, range=(-2.0, 2.0))
+        done = fastdiff.train(model, data, steps=9, batch_size=5, lr=1e-2, warmup=3, seed=7, **options)
+        return model, len(done.loss)
+
+    shutil.copy(Path(__file__).parent / "files/training-format-1.safetensors", tmp_path / "checkpoint.safetensors")
+    old, (whole, _) = fastdiff.load(tmp_path), train()
+    resumed, steps = train(checkpoint=tmp_path)
+    for name in ("process", "prediction", "time_input", "data_shape", "data_range", "variance"):
+        assert getattr(old, name) == getattr(whole, name)
+    out = old.net(torch.tensor([[0.5, -1.0]]), torch.tensor([0.3]), torch.tensor([1]))
+    # numbers of another processor: nine steps of Adam at 1e-2, whose directions differ by float32 rounding
+    torch.testing.assert_close(out, torch.tensor([[-0.013118293, -0.010054389]]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-4, atol=1e-5)
+    assert steps == 3
+
+
 @pytest.mark.parametrize("cut", [0, 1, 7, 8, 9, 200, -1])
 def test_truncated_files_are_refused(tmp_path, cut):
     path = fastdiff.save(tiny(), tmp_path / "model")
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(CorruptCheckpointError, match="not a whole file"):
+    with pytest.raises(CorruptCheckpointError, match="not a whole checkpoint"):
         fastdiff.load(path)
 
 

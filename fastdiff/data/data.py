@@ -1,45 +1,49 @@
-"""Data sets in memory: raw values with their range, levels and labels (fastdiff.data.readers makes them).
+"""Data sets in memory: raw values with their range, levels and labels (`load_data` makes them from files).
 
-Raw values v in [lo, hi] reach a network in its own `data_range` [a, b]. Plain scaling is linear, lo → a and hi → b.
-Values that lie on K levels may instead be dequantised (Theis et al. 2016, §3.1): level k with u ~ U[0, 1) becomes
+Raw values v in [lo, hi] reach a network in the model's `data_range` [a, b]. `batch` scales linearly, lo → a and hi → b.
+`dequantized`, for values on K levels, adds noise (uniform dequantisation, Theis et al. 2016, §3.1): with u ~ U[0, 1)
 
     x = a + (b − a) (k + u)/K  in [a, b),
 
-so that a density over x bounds the likelihood of the levels. Both keep x inside bin k, whose inverse is `quantise`.
+so that the density of x gives a lower bound of the log-likelihood of the levels. Both keep x inside bin k, and
+`quantise` is their inverse.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
-import reprlib
 import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError
+from .. import checks
+from ..errors import ConfigError, DataError, DTypeError, ShapeError
+from ..execution.tensor_checks import check_dense, check_device, check_finite, check_floating
+from .dequantize import bin_edges, bin_noise
 
-_MOST_BINS = 65536
+MAX_BINS = 65536
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Data:
-    """N samples in memory: `x` [N, *shape] in its raw dtype, and what its numbers mean.
+    """N samples in memory: `x` [N, *shape] in its raw dtype, with the range, levels and labels of its values.
 
-    x: dense CPU tensor, uint8, float32 or float64, finite, at least one axis after N. Shared with the caller where it
-        is contiguous, never written to.
-    labels: None or N class numbers 0 … num_classes − 1 of any integer dtype; kept as int64 [N].
-    range: the raw values' own (lo, hi). Default for uint8 (0, 255). Default for floats the data's own minimum and
-        maximum, with a warning where they exceed 10: give it where two sets must share one scale, as train and test do.
-    bins: the number K of equally spaced levels lo … hi that the values lie on (checked), None if they are continuous.
+    x: dense CPU tensor, uint8, float32 or float64, finite, at least one axis after N. Shares memory with the caller's
+        tensor where that is contiguous; never written to.
+    labels: None, or N class numbers 0 … num_classes − 1 of any integer dtype; stored as int64 [N].
+    range: (lo, hi), which the model's data_range stands for. Default for uint8 (0, 255); for floats the minimum and
+        maximum of x, with a warning where one exceeds 10 in magnitude. Give it where two sets must share one scale, as
+        train and test do.
+    bins: the number K of equally spaced levels lo … hi that the values lie on (checked), None for continuous values.
         Default for uint8 one level per integer, for floats None.
-    num_classes: default the largest label + 1; `split` hands it on.
+    num_classes: default the largest label + 1; `split` passes it on to both parts.
     class_names: one name per class, or empty.
 
     Errors: DataError (empty, not finite, out of range, between levels, a label out of range), ShapeError, DTypeError,
@@ -54,16 +58,17 @@ class Data:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _dense("x", self.x)
-        _check_dtype(str(self.x.dtype).removeprefix("torch."))
+        check_dense("x", self.x)
+        check_device("x", self.x, CPU)
+        check_dtype(_name(self.x.dtype))
         if self.x.ndim < 2:
             raise ShapeError(
-                f"x must have shape [N, *shape] with an axis after N, got {list(self.x.shape)}; use x[:, None]"
+                f"x must have shape [N, *shape] with at least one axis after N, got {list(self.x.shape)}: use x[:, None]"
             )
         if self.x.numel() == 0:
-            raise DataError(f"x must hold at least one value, got shape {list(self.x.shape)}")
+            raise DataError(f"x must hold at least one number, got shape {list(self.x.shape)}")
         self._set("x", self.x.detach().as_subclass(torch.Tensor).contiguous())
-        self._set("range", self._own_range() if self.range is None else self._checked_range())
+        self._set("range", self._default_range() if self.range is None else self._checked_range())
         self._set("bins", self._checked_bins())
         if self.labels is not None:
             self._set("labels", _checked_labels(self.labels, len(self)))
@@ -74,66 +79,71 @@ class Data:
 
     @cached_property
     def _extremes(self) -> tuple[float, float]:
-        # one pass that also finds NaN and inf: both reach the extremes
         lo, hi = (end.item() for end in self.x.aminmax())
-        if not (math.isfinite(lo) and math.isfinite(hi)):
-            raise _not_finite(self.x)
+        if not (math.isfinite(lo) and math.isfinite(hi)):  # aminmax propagates NaN
+            check_finite("x", self.x)
         return lo, hi
 
     @property
     def _ends(self) -> tuple[float, float]:
-        """`range` as the raw dtype holds it: a float32 0.3 is above 0.3."""
-        return _rounded(self.range, self._real)
+        """`range` rounded to the raw dtype: as float32, 0.3 is larger than 0.3."""
+        lo, hi = torch.tensor(self.range, dtype=self._real, device=CPU).tolist()
+        return lo, hi
 
     @property
     def _real(self) -> torch.dtype:
         return self.x.dtype if self.x.is_floating_point() else torch.float64
 
-    def _own_range(self) -> tuple[float, float]:
+    def _default_range(self) -> tuple[float, float]:
         lo, hi = self._extremes
         if not self.x.is_floating_point():
             return 0.0, 255.0
         if not (lo < hi and math.isfinite(hi - lo)):
-            raise DataError(f"x runs from {lo:g} to {hi:g}, which is no range to scale by; give range=(lo, hi)")
+            raise DataError(
+                f"x must span a finite range of more than one value, got {lo:g} to {hi:g}: give range=(lo, hi)"
+            )
         if max(-lo, hi) > 10:
-            given = f"x holds floats from {lo:g} to {hi:g} and its range is not given"
-            fix = "these ends are taken; give range=(lo, hi), or uint8 data for pictures"
-            warnings.warn(f"{given}: {fix}", UserWarning, stacklevel=4)
+            warnings.warn(
+                f"x holds floats from {lo:g} to {hi:g} and no range was given, so these two are taken as its range: "
+                f"give range=(lo, hi), or uint8 data for pictures",
+                UserWarning,
+                stacklevel=4,
+            )
         return lo, hi
 
     def _checked_range(self) -> tuple[float, float]:
         lowest, highest = self._extremes
-        chosen = _interval("range", self.range, self._real)
-        lo, hi = _rounded(chosen, self._real)
+        self._set("range", checks.pair("range", self.range, _name(self._real)))
+        lo, hi = self._ends
         if lowest < lo or highest > hi:
             index = _first((self.x < lo) | (self.x > hi))
             raise DataError(
-                f"x must lie in its range ({lo:g}, {hi:g}), got {self.x[index].item():g} at index {list(index)}; "
-                f"it runs from {lowest:g} to {highest:g}: give a range= that holds it"
+                f"x must be >= {lo:g} and <= {hi:g}, its range, got {self.x[index].item():g} at index {index}: "
+                f"give a range= that holds all values, {lowest:g} to {highest:g}"
             )
-        return chosen
+        return self.range  # type: ignore[return-value]
 
-    def _place(self, raw: torch.Tensor) -> torch.Tensor:
-        """Raw values in steps of one level above lo, float64."""
+    def _level(self, raw: torch.Tensor, bins: int) -> torch.Tensor:
+        """(v − lo)/(hi − lo) · (bins − 1), float64: whole numbers for values on the levels, up to rounding."""
         lo, hi = self._ends
-        return (raw.double() - lo) * ((self.bins - 1) / (hi - lo))
+        return (raw.double() - lo) * ((bins - 1) / (hi - lo))
 
     def _checked_bins(self) -> int | None:
         lo, hi = self._ends
-        integers = self.x.dtype == torch.uint8 and lo.is_integer() and hi.is_integer() and hi - lo < _MOST_BINS
+        integers = self.x.dtype == torch.uint8 and lo.is_integer() and hi.is_integer() and hi - lo < MAX_BINS
         if self.bins is None:
             return int(hi - lo) + 1 if integers else None
-        bins = _integer("bins", self.bins, 2, _MOST_BINS)
+        bins = checks.integer("bins", self.bins, 2, MAX_BINS)
         if integers and bins == hi - lo + 1:
             return bins
         for start in range(0, len(self), 1024):
-            place = self._place(self.x[start : start + 1024])
-            off = (place - place.round()).abs() > 0.01
+            level = self._level(self.x[start : start + 1024], bins)
+            off = (level - level.round()).abs() > 0.01
             if off.any():
                 i, *rest = _first(off)
-                value, index = self.x[(start + i, *rest)].item(), [start + i, *rest]
+                index = (start + i, *rest)
                 raise DataError(
-                    f"x must lie on its {bins} levels from {lo:g} to {hi:g}, got {value:g} at index {index}; "
+                    f"x must lie on its {bins} levels from {lo:g} to {hi:g}, got {self.x[index].item():g} at index {index}: "
                     f"give the right range= and bins=, or convert continuous data to float32"
                 )
         return bins
@@ -141,17 +151,17 @@ class Data:
     def _checked_classes(self) -> int | None:
         if self.labels is None:
             if self.num_classes is not None or self.class_names:
-                raise ConfigError("num_classes and class_names need labels, and labels is None; give labels=")
+                raise ConfigError("num_classes and class_names need labels, and labels is None: give labels=")
             return None
         largest, names = int(self.labels.max()), len(self.class_names)
         count = self.num_classes if self.num_classes is not None else names or largest + 1
-        count = _integer("num_classes", count, 1, 2**31)
+        count = checks.integer("num_classes", count, 1, 2**31)
         if names not in (0, count):
-            raise ConfigError(f"class_names must name all {count} classes, got {names} names")
+            raise ConfigError(f"class_names must hold {count} names, one for each class, got {names}")
         if largest >= count:
             raise DataError(
-                f"labels must lie in 0..{count - 1}, got {largest} at index {int(self.labels.argmax())}; "
-                f"give the right num_classes="
+                f"labels must be >= 0 and <= {count - 1}, got {largest} at index {int(self.labels.argmax())}: "
+                f"give num_classes={largest + 1} or more"
             )
         return count
 
@@ -168,108 +178,116 @@ class Data:
 
     def explain(self) -> str:
         """One line: how many samples, their shape and dtype, the range and where it comes from, levels, classes."""
-        lo, hi = self.range
-        own = " (the data's own minimum and maximum)" * (self.x.is_floating_point() and self.range == self._extremes)
+        lo, hi = self.range  # type: ignore[misc]
+        whence = " (the data's minimum and maximum)" * (self.x.is_floating_point() and self.range == self._extremes)
         levels = "continuous values" if self.bins is None else f"{self.bins} levels"
         classes = "no labels" if self.labels is None else f"{self.num_classes} classes"
-        dtype = str(self.x.dtype).removeprefix("torch.")
         return (
-            f"{len(self)} samples of shape {list(self.shape)} {dtype}, range {lo:g} to {hi:g}{own}, {levels}, {classes}"
+            f"{len(self)} samples of shape {list(self.shape)} {_name(self.x.dtype)}, range {lo:g} to {hi:g}{whence}, "
+            f"{levels}, {classes}"
         )
 
     def fingerprint(self) -> str:
-        """A checksum of the values, their range and the labels: whether two sets are the same."""
+        """A checksum of the values, their range and the labels, equal for equal data sets."""
         text = f"{tuple(self.x.shape)} {self.x.dtype} {self.range} {self.bins}"
         crc = zlib.crc32(self.x.contiguous().numpy().tobytes(), zlib.crc32(text.encode()))
         return f"{crc if self.labels is None else zlib.crc32(self.labels.numpy().tobytes(), crc):08x}"
 
     def batch(
-        self, indices: Sequence[int], data_range: tuple[float, float], noise: torch.Tensor | None = None
+        self, indices: Sequence[int] | torch.Tensor, data_range: tuple[float, float], noise: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Samples `indices` [B] as the network sees them: float32 [B, *shape] in `data_range` (a, b).
+        """Samples `indices` [B] in the model's units: float32 [B, *shape] in `data_range` (a, b).
 
-        Without noise x = a + (b − a)(v − lo)/(hi − lo), with both ends met exactly. With noise u in [0, 1), float32
-        [B, *shape], x = a + (b − a)(k + u)/K, uniform dequantisation (Theis et al. 2016, §3.1): float32 rounding never
-        leaves bin k, so x lies in [a, b). Errors: ConfigError (noise for continuous data), DataError (an index or a
-        noise out of range), ShapeError, DTypeError.
+        x = a + (b − a)(v − lo)/(hi − lo), where lo gives a and hi gives b exactly. With noise u in [0, 1), float32
+        [B, *shape], x = a + (b − a)(k + u)/K in [a, b), kept inside bin k where rounding would leave it (`dequantized`
+        draws the noise). Errors: ConfigError (noise for continuous data), DataError (an index or a noise out of range),
+        ShapeError, DTypeError, DeviceError.
         """
-        a, b = _interval("data_range", data_range, torch.float32)
+        a, b = checks.pair("data_range", data_range, "float32")
         raw = self.x.index_select(0, _checked_indices(indices, len(self)))
         if noise is not None:
             self._check_noise(noise, raw)
         if self.bins is None:
             return _linear(raw, self._ends, (a, b)).float()
-        level, low, high = map(torch.from_numpy, _bins(self.bins, a, b))
-        k = self._place(raw).round().long()
+        level, low, high = map(torch.from_numpy, bin_edges(self.bins, a, b))
+        k = self._level(raw, self.bins).round().long()
         if noise is None:
             return level[k]
         return torch.minimum(low[k] + noise * ((b - a) / self.bins), high[k])
 
-    def _check_noise(self, noise: torch.Tensor, raw: torch.Tensor) -> None:
+    def dequantized(
+        self,
+        indices: Sequence[int] | torch.Tensor,
+        data_range: tuple[float, float],
+        *,
+        seed: int = 0,
+        draw: int = 0,
+        first_sample: int = 0,
+    ) -> torch.Tensor:
+        """Samples `indices` [B] in `data_range` (a, b), each number uniform in the bin of its level: float32 [B, *shape].
+
+        x = a + (b − a)(k + u)/K, u ~ U[0, 1) a function of (seed, draw, first_sample + row). The same u as in
+        `fastdiff.dequantize`, which takes plain levels and returns float64. Errors: those of `batch`.
+        """
+        self._check_discrete()
+        return self.batch(indices, data_range, bin_noise(len(indices), self.shape, seed, draw, first_sample))
+
+    def _check_discrete(self) -> None:
         if self.bins is None:
             raise ConfigError(
-                "noise dequantises data on discrete levels, and bins is None; give bins=, or leave it out"
+                "dequantisation needs data on discrete levels, and bins is None: build the Data with bins="
             )
-        _dense("noise", noise)
+
+    def _check_noise(self, noise: torch.Tensor, raw: torch.Tensor) -> None:
+        self._check_discrete()
+        check_dense("noise", noise)
+        check_device("noise", noise, CPU)
         if noise.dtype != torch.float32:
-            raise DTypeError(f"noise must be float32, got {noise.dtype}; use noise.float()")
+            raise DTypeError(f"noise must be float32, got {noise.dtype}: use noise.float()")
         if noise.shape != raw.shape:
-            raise ShapeError(f"noise must have the batch's shape {list(raw.shape)}, got {list(noise.shape)}")
+            raise ShapeError(f"noise must have the shape of the batch, {list(raw.shape)}, got {list(noise.shape)}")
         lowest, highest = map(float, noise.aminmax()) if noise.numel() else (0.0, 0.0)
         if not (lowest >= 0 and highest < 1):
-            raise DataError(f"noise must lie in [0, 1), got values from {lowest:g} to {highest:g}; use torch.rand")
+            raise DataError(f"noise must be >= 0 and < 1, got values from {lowest:g} to {highest:g}: use torch.rand")
 
     def quantise(self, x: torch.Tensor, data_range: tuple[float, float]) -> torch.Tensor:
-        """Floats x [B, *shape] in `data_range` (a, b), on any device, back to raw values and the raw dtype.
+        """The inverse of `batch`: floats x [B, *shape] in `data_range` (a, b), on any device, to the raw dtype and range.
 
-        With K levels: level k = ⌊K (x − a)/(b − a)⌋ clamped to 0 … K − 1, the inverse of `batch` with or without
-        noise, exactly. Continuous: v = lo + (hi − lo)(x − a)/(b − a), clamped to the range. Errors: DataError where x
-        is not finite, ShapeError, DTypeError.
+        With K levels: level k = ⌊K (x − a)/(b − a)⌋ clamped to 0 … K − 1, which inverts `batch` and `dequantized`
+        exactly. Continuous: v = lo + (hi − lo)(x − a)/(b − a), clamped to the range. Errors: DataError where x is not
+        finite, ShapeError, DTypeError.
         """
-        a, b = _interval("data_range", data_range, torch.float32)
-        if not (isinstance(x, torch.Tensor) and x.is_floating_point()):
-            raise DTypeError(f"x must be a floating tensor of samples, got {getattr(x, 'dtype', type(x).__name__)}")
+        a, b = checks.pair("data_range", data_range, "float32")
+        check_floating("x", x)
         if tuple(x.shape[1:]) != self.shape or x.ndim == 0:
             raise ShapeError(f"x must have shape [B, {str(list(self.shape))[1:-1]}], got {list(x.shape)}")
-        if not x.isfinite().all():
-            raise _not_finite(x)
+        check_finite("x", x)
         x, (lo, hi) = x.detach(), self._ends
         if self.bins is None:
             return _linear(x.clamp(a, b), (a, b), (lo, hi)).clamp(lo, hi).to(self.x.dtype)
-        edges = torch.from_numpy(_bins(self.bins, a, b)[1][1:]).to(x.device)
+        edges = torch.from_numpy(bin_edges(self.bins, a, b)[1][1:]).to(x.device)
         value = torch.bucketize(x.float(), edges, right=True).double() * ((hi - lo) / (self.bins - 1)) + lo
         return (value if self.x.is_floating_point() else value.round()).to(self.x.dtype)
 
     def split(self, fraction: float, seed: int = 0) -> tuple[Data, Data]:
-        """Two shuffled parts, the first with round(fraction · N) samples, both of the same range, bins and classes.
+        """Two shuffled parts, the first with round(fraction · N) samples, both with the range, bins and classes of all.
 
         The order comes from numpy's PCG64(seed) alone: no global generator is read or advanced. Both parts are
         copies. Errors: ConfigError, or DataError where a part would be empty.
         """
-        if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
-            raise ConfigError(f"fraction must be a number between 0 and 1, got {fraction!r}")
-        order = np.random.Generator(np.random.PCG64(_integer("seed", seed, 0, 2**64 - 1))).permutation(len(self))
-        cut = round(float(fraction) * len(self))
+        fraction = checks.number("fraction", fraction, 0, 1, above=True, below=True)
+        generator = np.random.Generator(np.random.PCG64(checks.integer("seed", seed, 0, 2**64 - 1)))
+        order = torch.from_numpy(generator.permutation(len(self)))
+        cut = round(fraction * len(self))
         if not 0 < cut < len(self):
-            raise DataError(f"fraction {fraction!r} of {len(self)} samples leaves one part empty; choose another")
-        parts = map(torch.from_numpy, (order[:cut], order[cut:]))
-        return tuple(
-            replace(self, x=self.x[part], labels=None if self.labels is None else self.labels[part]) for part in parts
-        )
+            raise DataError(
+                f"fraction must leave samples in both parts, got {fraction:g} of {len(self)}, which gives {cut} and "
+                f"{len(self) - cut}: choose another"
+            )
+        return self._part(order[:cut]), self._part(order[cut:])
 
-
-@lru_cache(maxsize=32)
-def _bins(bins: int, a: float, b: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float32 (level, low, high), each [bins]: the place of level k on a … b; the first and the last float of bin k."""
-    edges = np.linspace(a, b, bins + 1)
-    low = edges.astype(np.float32)
-    low = np.where(low < edges, np.nextafter(low, np.float32(np.inf)), low)
-    high = np.nextafter(low[1:], np.float32(-np.inf))
-    if (high < low[:-1]).any():
-        raise ConfigError(f"data_range ({a:g}, {b:g}) is too narrow for {bins} bins in float32; widen it")
-    level = np.linspace(a, b, bins).astype(np.float32)
-    level[1:-1] = level[1:-1].clip(low[1:-2], high[1:-1])
-    return level, low[:-1], high
+    def _part(self, indices: torch.Tensor) -> Data:
+        return replace(self, x=self.x[indices], labels=None if self.labels is None else self.labels[indices])
 
 
 def _linear(x: torch.Tensor, source: tuple[float, float], target: tuple[float, float]) -> torch.Tensor:
@@ -280,103 +298,62 @@ def _linear(x: torch.Tensor, source: tuple[float, float], target: tuple[float, f
     return target[0] * (1 - w) + target[1] * w
 
 
-def _check_dtype(name: str) -> None:
+def check_dtype(name: str) -> None:
+    """Refuse a dtype, named as torch and numpy name it, whose raw values a Data cannot hold."""
     if name in ("uint8", "float32", "float64"):
         return
     hint = "convert it to float32"
     if name == "bool":
         hint = "convert it to uint8 and give range=(0, 1)"
     elif name.startswith(("int", "uint")):
-        hint = "convert it to uint8 if it holds 0..255, else to float32, and give range= and bins="
+        hint = "convert it to uint8 if its values are >= 0 and <= 255, else to float32, and give range= and bins="
     elif name.startswith("complex"):
         hint = "stack its real and imaginary parts along an axis"
-    raise DTypeError(f"x must be uint8, float32 or float64, got {name}; {hint}")
+    raise DTypeError(f"x must be uint8, float32 or float64, got {name}: {hint}")
 
 
-def _dense(argument: str, tensor: Any) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise DTypeError(f"{argument} must be a torch tensor, got {type(tensor).__name__}; load_data takes arrays")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise ShapeError(f"{argument} must be a dense strided tensor, got {tensor.layout}; use {argument}.to_dense()")
-    if tensor.device.type != "cpu":
-        fix = "meta tensors hold no data" if tensor.is_meta else f"use {argument}.cpu()"
-        raise DeviceError(f"{argument} must be in CPU memory, got {tensor.device}; {fix}")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _integers(argument: str, value: Any) -> torch.Tensor:
     """An int64 copy of a tensor, an array or a sequence of integers, [K]."""
     if isinstance(value, torch.Tensor):
-        _dense(argument, value)
+        check_dense(argument, value)
+        check_device(argument, value, CPU)
         whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-        found, kind = value.detach(), value.dtype
+        integers, kind = value.detach(), str(value.dtype)
     else:
         try:
             array = np.array(value)
         except ValueError as error:
-            raise DTypeError(f"{argument} must be one flat sequence of integers: {_line(error)}") from error
-        whole, kind = array.dtype.kind in "iu" or array.shape == (0,), array.dtype
-        found = torch.from_numpy(array.astype(np.int64)) if whole else None
+            raise DTypeError(f"{argument} must be one flat sequence of integers, got {value!r:.80}") from error
+        whole, kind = array.dtype.kind in "iu" or array.shape == (0,), str(array.dtype)
+        integers = torch.from_numpy(array.astype(np.int64) if whole else np.empty(0))
     if not whole:
-        raise DTypeError(f"{argument} must be integers, got {kind}; convert them to int64")
-    if found.ndim != 1:
-        raise ShapeError(f"{argument} must have one axis, got shape {list(found.shape)}")
-    return found.to(torch.int64, copy=True).contiguous()
+        raise DTypeError(f"{argument} must be integers, got {kind}: convert them to int64")
+    if integers.ndim != 1:
+        raise ShapeError(f"{argument} must have one axis, got shape {list(integers.shape)}")
+    return integers.to(torch.int64, copy=True).contiguous()
 
 
 def _checked_labels(labels: Any, count: int) -> torch.Tensor:
-    found = _integers("labels", labels)
-    if len(found) != count:
-        raise DataError(f"labels must have length {count}, one per sample, got {len(found)}")
-    if (lowest := int(found.min())) < 0:
-        raise DataError(f"labels must not be negative, got {lowest} at index {int(found.argmin())}")
-    return found
+    checked = _integers("labels", labels)
+    if len(checked) != count:
+        raise DataError(f"labels must have length {count}, one per sample, got {len(checked)}")
+    if (lowest := int(checked.min())) < 0:
+        raise DataError(f"labels must be >= 0, got {lowest} at index {int(checked.argmin())}")
+    return checked
 
 
 def _checked_indices(indices: Any, count: int) -> torch.Tensor:
-    found = _integers("indices", indices)
-    outside = (found < 0) | (found >= count)
+    checked = _integers("indices", indices)
+    outside = (checked < 0) | (checked >= count)
     if outside.any():
-        raise DataError(f"indices must lie in 0..{count - 1}, got {int(found[_first(outside)])}")
-    return found
-
-
-def _interval(argument: str, value: Any, dtype: torch.dtype) -> tuple[float, float]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else ()
-    if (
-        len(pair) == 2
-        and all(isinstance(end, numbers.Real) and abs(end) < 1e308 for end in pair)
-        and bool not in map(type, pair)
-    ):
-        lo, hi = _rounded(pair, dtype)
-        if lo < hi and math.isfinite(hi - lo):
-            return float(pair[0]), float(pair[1])
-    name = str(dtype).removeprefix("torch.")
-    raise ConfigError(
-        f"{argument} must be two finite numbers (lo, hi) with lo < hi in {name}, got {reprlib.repr(value)}"
-    )
-
-
-def _rounded(pair: Sequence[float], dtype: torch.dtype) -> tuple[float, float]:
-    lo, hi = torch.tensor([float(end) for end in pair], dtype=dtype, device="cpu").tolist()
-    return lo, hi
-
-
-def _integer(argument: str, value: Any, lo: int, hi: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not lo <= value <= hi:
-        raise ConfigError(f"{argument} must be an integer in {lo}..{hi}, got {reprlib.repr(value)}")
-    return int(value)
+        raise DataError(f"indices must be >= 0 and <= {count - 1}, got {int(checked[outside][0])}")
+    return checked
 
 
 def _first(mask: torch.Tensor) -> tuple[int, ...]:
     """Index of the first True."""
-    place = int(mask.contiguous().view(torch.uint8).flatten().argmax())
-    return tuple(int(i) for i in np.unravel_index(place, tuple(mask.shape)))
-
-
-def _not_finite(x: torch.Tensor) -> DataError:
-    index = _first(~x.isfinite())
-    return DataError(f"x must be finite, got {x[index].item()} at index {list(index)}; drop that sample")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+    return tuple(torch.nonzero(mask)[0].tolist())

@@ -1,4 +1,4 @@
-"""What makes a Data: arrays, .npy, .npz, IDX files, folders of images, the digits. Nothing is unpickled or downloaded."""
+"""`load_data`: a Data from arrays, .npy, .npz, IDX files, folders of images, the digits. Never unpickles or downloads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import torch
 
+from .. import checks
 from ..errors import ConfigError, DataError, DTypeError, ShapeError
-from .data import Data, _check_dtype, _dense, _integer, _line
+from ..execution.tensor_checks import check_dense
+from .data import Data, check_dtype
 
 _IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -37,35 +39,36 @@ def load_data(
     channels: int | str | None = None,
     size: tuple[int, int] | None = None,
 ) -> Data:
-    """A `Data` from nearly anything on this machine; `labels`, `range` and `bins` override what the source says.
+    """A `Data` from an array or a file; `labels`, `range` and `bins` replace those of the source.
 
     source:
-    - a tensor or numpy array [N, *shape]: uint8, float32 or float64. Its shape is taken as it stands. Read-only,
+    - a tensor or numpy array [N, *shape]: uint8, float32 or float64. Its shape is left as it is. Read-only,
       negatively strided and byte-swapped arrays are copied;
     - a `Data`: returned as it is, without options;
-    - "digits": scikit-learn's 1797 digits [1, 8, 8], 17 levels 0 … 16, 10 classes (a folder so named: Path("digits"));
+    - "digits": scikit-learn's 1797 digits [1, 8, 8], 17 levels 0 … 16, 10 classes (for a folder of that name give
+      Path("digits"));
     - a .npy file, or a .npz: its array "x", "images", "data" or "x_train", else the only one with two axes or more;
       labels from "y", "labels" or "y_train";
     - an IDX file (MNIST's format), plain or gzipped: [N, H, W] becomes [N, 1, H, W]; int8 and int16 become float32,
       int32 float64; the labels-idx1 file beside an images-idx3 file is its labels;
     - a folder of pictures, at any depth, in the order of their paths; other files and names that begin with a dot
-      are passed over. Becomes uint8 [N, C, H, W]. If every picture lies in a subfolder, the first-level subfolders are
+      are skipped. Becomes uint8 [N, C, H, W]. If every picture lies in a subfolder, the first-level subfolders are
       the classes. EXIF rotation is applied, transparency laid on white.
 
-    channels: for arrays "last" moves the last axis to its place after N, "first" says that it is there already (uint8
-        [N, H, W, 1, 3 or 4] is refused without a word), 1 puts the missing axis into [N, H, W]. For pictures 1 or 3
-        converts; default: what they have, which must be the same for all.
-    size: (H, W) that every picture is stretched to, by Pillow's bicubic filter with antialiasing; default: as they are,
-        which must be the same for all.
+    channels: for arrays "last" moves the last axis to its place after N, "first" says that it is there already (without
+        either, uint8 [N, H, W, 1, 3 or 4] is refused), 1 makes [N, H, W] to [N, 1, H, W]. For pictures 1 converts to
+        grey, 3 to RGB; by default all must have the same number of channels.
+    size: (H, W) to which every picture is stretched, by Pillow's bicubic filter with antialiasing; by default all
+        pictures must have the same size.
 
     Errors: those of `Data`; DataError for a file that is missing, unreadable, truncated or ambiguous; ImportError where
     a source needs a package that is not installed.
     """
     options = {"labels": labels, "range": range, "bins": bins, "channels": channels, "size": size}
     if isinstance(source, Data):
-        given = [name for name, value in options.items() if value is not None]
-        if given:
-            raise ConfigError(f"{given[0]} cannot change a source that is a Data; build it anew from source.x")
+        for name, value in options.items():
+            if value is not None:
+                raise ConfigError(f"{name} must be None where source is a Data: build a new Data from source.x")
         return source
     raw = _read(source, labels is not None, channels, size)
     return Data(
@@ -93,23 +96,23 @@ def _read(source: Any, has_labels: bool, channels: Any, size: Any) -> _Raw:
         if not path.is_file():
             raise DataError(f'source must be "digits" or the path of a file or folder, got {str(path)!r}: no such file')
     if size is not None:
-        raise ConfigError(f"size resizes a folder of pictures, got size={size!r} for another source; leave it out")
+        raise ConfigError(f"size must be None unless source is a folder of pictures, got {size!r}: leave it out")
     if isinstance(source, torch.Tensor):
-        _dense("source", source)
+        check_dense("source", source)
         return _Raw(_arranged(source, channels))
     if isinstance(source, np.ndarray):
         return _Raw(_arranged(_tensor(source), channels))
     if not isinstance(source, (str, os.PathLike)):
         kind = type(source).__name__
-        raise DTypeError(f"source must be a tensor, numpy array, Data, path or name, got {kind}; use numpy.asarray")
+        raise DTypeError(f"source must be a tensor, numpy array, Data, path or name, got {kind}: use numpy.asarray")
     if source == "digits":
         return _digits(channels)
     if path.suffix.lower() in (".npy", ".npz"):
-        array, found = _numpy_file(path, has_labels)
-        return _Raw(_arranged(_tensor(array), channels), found)
+        array, labels = _numpy_file(path, has_labels)
+        return _Raw(_arranged(_tensor(array), channels), labels)
     array = _idx_file(path)
-    found = None if has_labels else _idx_labels(path)
-    return _Raw(_arranged(_tensor(array), 1 if array.ndim == 3 and channels is None else channels), found)
+    labels = None if has_labels else _idx_labels(path)
+    return _Raw(_arranged(_tensor(array), 1 if array.ndim == 3 and channels is None else channels), labels)
 
 
 def _arranged(x: torch.Tensor, channels: Any) -> torch.Tensor:
@@ -118,30 +121,32 @@ def _arranged(x: torch.Tensor, channels: Any) -> torch.Tensor:
         raise ConfigError(f'channels must be "first", "last" or 1 where source is an array, got {channels!r}')
     if channels == 1:
         if x.ndim != 3:
-            raise ShapeError(f"channels=1 puts the missing axis into [N, H, W], got {list(x.shape)}; leave it out")
+            raise ShapeError(f"channels=1 needs an array [N, H, W], got {list(x.shape)}: leave it out")
         return x[:, None]
     if channels == "last":
         if x.ndim < 3:
-            raise ShapeError(f'channels="last" needs [N, …, C], got {list(x.shape)}; leave it out')
+            raise ShapeError(f'channels="last" needs an array [N, …, C], got {list(x.shape)}: leave it out')
         return x.movedim(-1, 1)
     picture = x.ndim == 4 and x.dtype == torch.uint8 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4)
     if channels is None and picture:
         raise ShapeError(
-            f'source looks like pictures with channels last, shape {list(x.shape)}; give channels="last" to move them, '
-            f'or "first" to keep the shape'
+            f'source must not be uint8 [N, H, W, C] without channels=, got {list(x.shape)}: give channels="last" to make it '
+            f'[N, C, H, W], or "first" to leave it'
         )
     return x
 
 
 def _digits(channels: Any) -> _Raw:
     if channels is not None:
-        raise ConfigError(f'channels has no meaning for source "digits" (one channel), got {channels!r}; leave it out')
+        raise ConfigError(
+            f'channels must be None for source "digits", which has one channel, got {channels!r}: leave it out'
+        )
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError('source "digits" needs scikit-learn; run: pip install fastdiff[demo]') from error
-    found = load_digits()
-    return _Raw(torch.from_numpy(found.images.astype(np.uint8)[:, None]), found.target, (0.0, 16.0), 17)
+        raise ImportError('source "digits" needs scikit-learn, which is missing: pip install fastdiff[demo]') from error
+    digits = load_digits()
+    return _Raw(torch.from_numpy(digits.images.astype(np.uint8)[:, None]), digits.target, (0.0, 16.0), 17)
 
 
 def _numpy_file(path: Path, has_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -152,7 +157,9 @@ def _numpy_file(path: Path, has_labels: bool) -> tuple[np.ndarray, np.ndarray | 
     except DataError:
         raise
     except _NUMPY_ERRORS as error:
-        raise DataError(f"source {path.name} cannot be read as a numpy file without pickle: {_line(error)}") from error
+        raise DataError(
+            f"source {path.name} cannot be read as a numpy file without pickle: {_one_line(error)}"
+        ) from error
 
 
 def _members(path: Path, archive: Any, has_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -162,7 +169,7 @@ def _members(path: Path, archive: Any, has_labels: bool) -> tuple[np.ndarray, np
         if len(arrays) != 1:
             names = ", ".join(archive.files) or "nothing"
             raise DataError(
-                f"source {path.name} must hold an array x, or only one with two axes or more, got {names}; "
+                f"source {path.name} must hold an array named x, or exactly one with two axes or more, got {names}: "
                 f"pass the array itself"
             )
         name = arrays[0]
@@ -170,11 +177,14 @@ def _members(path: Path, archive: Any, has_labels: bool) -> tuple[np.ndarray, np
     return np.asarray(archive[name]), None if labels is None else np.asarray(archive[labels])
 
 
-def _the_name(path: Path, names: list[str], wanted: tuple[str, ...]) -> str | None:
-    found = [name for name in wanted if name in names]
-    if len(found) > 1:
-        raise DataError(f"source {path.name} is ambiguous, it holds {' and '.join(found)}; pass the arrays themselves")
-    return found[0] if found else None
+def _the_name(path: Path, names: list[str], candidates: tuple[str, ...]) -> str | None:
+    present = [name for name in candidates if name in names]
+    if len(present) > 1:
+        raise DataError(
+            f"source {path.name} must hold only one of {', '.join(candidates)}, got {' and '.join(present)}: "
+            f"pass the arrays themselves"
+        )
+    return present[0] if present else None
 
 
 def _idx_file(path: Path) -> np.ndarray:
@@ -185,26 +195,26 @@ def _idx_file(path: Path) -> np.ndarray:
         with gzip.open(path) if zipped else path.open("rb") as stream:
             return _idx_array(path, stream)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"source {path.name} cannot be read: {_line(error)}") from error
+        raise DataError(f"source {path.name} cannot be read: {_one_line(error)}") from error
 
 
 def _idx_array(path: Path, stream: IO[bytes]) -> np.ndarray:
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_DTYPES or not 1 <= magic[3] <= 32:
         raise DataError(
-            f"source {path.name} must be a .npy, .npz or IDX file or a folder of pictures; it starts with {magic!r}"
+            f"source {path.name} must be a .npy, .npz or IDX file or a folder of pictures, got a file that starts with {magic!r}"
         )
     header = stream.read(4 * magic[3])
     if len(header) < 4 * magic[3]:
-        raise DataError(f"source {path.name} is truncated inside its header; fetch it again")
+        raise DataError(f"source {path.name} is truncated inside its header: download it again")
     shape, dtype = struct.unpack(f">{magic[3]}I", header), np.dtype(_IDX_DTYPES[magic[2]])
-    promised, body = math.prod(shape) * dtype.itemsize, bytearray()
-    # in pieces, so that a header that promises too much allocates nothing
-    while len(body) <= promised and (piece := stream.read(min(promised + 1 - len(body), 1 << 24))):
+    expected, body = math.prod(shape) * dtype.itemsize, bytearray()
+    # in pieces, so that a header that announces too much allocates nothing
+    while len(body) <= expected and (piece := stream.read(min(expected + 1 - len(body), 1 << 24))):
         body += piece
-    if not promised or len(body) != promised:
-        what = "has trailing bytes" if len(body) > promised else "is truncated" if promised else "is empty"
-        raise DataError(f"source {path.name} {what}: header {list(shape)} promises {promised} bytes; fetch it again")
+    if not expected or len(body) != expected:
+        what = "has trailing bytes" if len(body) > expected else "is truncated" if expected else "is empty"
+        raise DataError(f"source {path.name} {what}, its header {list(shape)} says {expected} bytes: download it again")
     array = np.frombuffer(body, dtype).reshape(shape)
     return array.astype({"i1": "f4", "i2": "f4", "i4": "f8"}.get(dtype.str[1:], dtype.str), copy=False)
 
@@ -221,13 +231,13 @@ def _folder(root: Path, channels: Any, size: Any) -> _Raw:
         raise ConfigError(f"channels must be 1 or 3 where source is a folder of pictures, got {channels!r}")
     if size is not None:
         if not isinstance(size, (tuple, list)) or len(size) != 2:
-            raise ConfigError(f"size must be (height, width), got {size!r}")
-        size = tuple(_integer("size", length, 1, 2**16) for length in size)
+            raise ConfigError(f"size must be (height, width), got {size!r:.80}")
+        size = tuple(checks.integer("size", length, 1, 2**16) for length in size)
     paths = sorted(file.relative_to(root).parts for file in root.rglob("*") if not file.is_dir())
     paths = [parts for parts in paths if Path(parts[-1]).suffix.lower() in _PICTURES]
     paths = [parts for parts in paths if not any(part.startswith(".") for part in parts)]
     if not paths:
-        raise DataError(f"source {str(root)!r} holds no picture; these are read: {' '.join(_PICTURES)}")
+        raise DataError(f"source {str(root)!r} holds no picture: the formats are {' '.join(_PICTURES)}")
     first = _picture(root.joinpath(*paths[0]), channels, size)
     x = np.empty((len(paths), *first.shape), np.uint8)
     for i, parts in enumerate(paths):
@@ -236,7 +246,7 @@ def _folder(root: Path, channels: Any, size: Any) -> _Raw:
             option = "size=(H, W)" if picture.shape[1:] != first.shape[1:] else "channels=1 or 3"
             raise ShapeError(
                 f"source must hold pictures of one shape, got {list(first.shape)} and {list(picture.shape)} in "
-                f"{'/'.join(parts)}; give {option}"
+                f"{'/'.join(parts)}: give {option}"
             )
         x[i] = picture
     if any(len(parts) == 1 for parts in paths):
@@ -250,11 +260,11 @@ def _picture(file: Path, channels: int | None, size: tuple[int, int] | None) -> 
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise ImportError("a folder of pictures needs Pillow; run: pip install fastdiff[demo]") from error
+        raise ImportError("a folder of pictures needs Pillow, which is missing: pip install fastdiff[demo]") from error
     try:
         with Image.open(file) as opened:
             if opened.mode[0] in "IF":
-                raise ValueError(f"mode {opened.mode} has more than 8 bits, load it as a float array instead")
+                raise ValueError(f"mode {opened.mode} has more than 8 bits: load it as a float array")
             image = ImageOps.exif_transpose(opened)
         channels = channels or (1 if image.mode in ("1", "L", "LA") else 3)
         if "A" in image.getbands() or "transparency" in image.info:
@@ -262,7 +272,7 @@ def _picture(file: Path, channels: int | None, size: tuple[int, int] | None) -> 
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if channels == 1 else "RGB")
     except (OSError, EOFError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise DataError(f"source holds {file.name}, which cannot be read as a picture: {_line(error)}") from error
+        raise DataError(f"source holds {file.name}, which cannot be read as a picture: {_one_line(error)}") from error
     if size is not None:
         image = image.resize(size[::-1], Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(*image.size[::-1], channels).transpose(2, 0, 1)
@@ -270,9 +280,13 @@ def _picture(file: Path, channels: int | None, size: tuple[int, int] | None) -> 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
     if isinstance(array, np.ma.MaskedArray):
-        raise DataError("x must not be a masked array, its hidden values would be data; fill or drop them")
-    _check_dtype(array.dtype.name)
+        raise DataError("x must not be a masked array, as its masked values would be used: fill or drop them")
+    check_dtype(array.dtype.name)
     native = array.dtype.newbyteorder("=")
     if not array.flags.writeable or array.dtype != native or any(stride < 0 for stride in array.strides):
         array = np.array(array, dtype=native)
     return torch.from_numpy(array)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -38,8 +38,7 @@ def device_of(device: torch.device | str | None) -> torch.device:
 def check_tensor(name: str, x: Any, shape: tuple[int, ...], device: torch.device, finite: bool) -> None:
     """A dense floating tensor of this shape on this device, finite if asked."""
     check_floating(name, x)
-    if x.layout != torch.strided or x.is_nested:
-        raise ShapeError(f"{name} must be a dense strided tensor, got layout {x.layout}: use .to_dense()")
+    check_dense(name, x)
     if tuple(x.shape) != shape:
         raise ShapeError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
     check_device(name, x, device)
@@ -49,10 +48,21 @@ def check_tensor(name: str, x: Any, shape: tuple[int, ...], device: torch.device
 
 def check_floating(name: str, x: Any) -> None:
     """A tensor of float16, bfloat16, float32 or float64."""
-    if not isinstance(x, Tensor):
-        raise DTypeError(f"{name} must be a tensor, got {type(x).__name__}: use torch.as_tensor")
+    _check_is_tensor(name, x)
     if x.dtype not in DTYPES:
         raise DTypeError(f"{name} must be floating (float16, bfloat16, float32, float64), got {x.dtype}: use .float()")
+
+
+def check_dense(name: str, x: Any) -> None:
+    """A tensor that is neither sparse nor nested."""
+    _check_is_tensor(name, x)
+    if x.layout != torch.strided or x.is_nested:
+        raise ShapeError(f"{name} must be a dense strided tensor, got layout {x.layout}: use .to_dense()")
+
+
+def _check_is_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise DTypeError(f"{name} must be a tensor, got {type(x).__name__}: use torch.as_tensor")
 
 
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
@@ -60,7 +70,7 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
     if x.device.type == "meta":
         raise DeviceError(f"{name} is on the meta device, which holds no data")
     if x.device != device:
-        raise DeviceError(f"{name} is on {x.device}, the run on {device}: move it with .to({str(device)!r})")
+        raise DeviceError(f"{name} must be on {device}, got a tensor on {x.device}: use .to({str(device)!r})")
 
 
 def check_finite(name: str, x: Tensor) -> None:
@@ -83,8 +93,7 @@ def check_condition(cond: Any, num_samples: int, device: torch.device, finite: b
             raise DTypeError(f"{name} must be a tensor (or cond a dict of tensors), got {type(value).__name__}")
         if not isinstance(key, str):
             raise DTypeError(f"cond must be a dict whose keys are names of the model's arguments, got the key {key!r}")
-        if value.layout != torch.strided:
-            raise ShapeError(f"{name} must be a dense strided tensor, got layout {value.layout}: use .to_dense()")
+        check_dense(name, value)
         if value.ndim == 0 or len(value) != num_samples:
             raise ShapeError(
                 f"{name} must have num_samples={num_samples} entries first, got shape {tuple(value.shape)}"

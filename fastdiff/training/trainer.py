@@ -1,4 +1,4 @@
-"""train(): Adam with warm-up, clipping and EMA on any loss of fastdiff.losses, repeatable step by step."""
+"""train(): Adam with warm-up, clipping and EMA on any loss of fastdiff.losses; every step is a function of the seed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from . import checkpoint as files
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """What a training run was: the loss of each step [steps], the last step, the seconds of this call."""
+    """One call of `train`: the loss of each of its steps [steps], the number of the last step, its seconds."""
 
     loss: Tensor
     steps: int
@@ -64,20 +64,22 @@ def train(
     progress: bool | None = None,
     callback: Callable[[int, float], object] | None = None,
 ) -> Training:
-    """Train `model` in place, up to step `steps`; it ends with the averaged (EMA) weights, in evaluation mode.
+    """Train `model` in place up to step `steps`, and leave it with the averaged (EMA) weights, in evaluation mode.
 
-    data          a Data, or what fastdiff.training.load_data takes: arrays, .npy, .npz, IDX files, folders of images,
-                  "digits"; scaled from its own range to the model's data_range; labels are used if the network has classes
+    data          a Data, or a source of fastdiff.load_data: arrays, .npy, .npz, IDX files, folders of images, "digits";
+                  scaled from its range to the model's data_range; its labels are used if the network has num_classes
     loss          "dsm", "simple" or "likelihood"; without a transition density "ism", "ssm" or "ssm_vr", the last two with
                   `probe` "rademacher" (default) or "normal" (fastdiff.losses.per_sample)
     lr, warmup    Adam (β 0.9, 0.999, ε 1e-8), linear warm-up over `warmup` steps; `decay`: half a cosine to 0 at `steps`
     ema           θ' ← m θ' + (1 − m) θ with m = min(ema, (1 + n)/(10 + n))
     dequantize    add uniform noise of one bin to discrete data (Theis et al. 2016)
-    seed          step n's data, times, noise and dropout are a function of (seed, n) alone: a resumed run is the same run
-    checkpoint    a directory: written every `checkpoint_every` steps and at the end, atomically; with `resume` a run goes
-                  on from what is there, which must be of the same model, data and options;
-                  `fastdiff.load(directory)` gives the averaged model
-    callback      (step, loss) each 100 steps
+    seed          data, times, noise and dropout of step n are a function of (seed, n) alone, so a resumed run gives the
+                  same weights as an uninterrupted one
+    checkpoint    a directory, written atomically every `checkpoint_every` steps and at the end; `fastdiff.load(directory)`
+                  gives the averaged model
+    resume        go on from the checkpoint in that directory, which must have the same model, data and options; False
+                  overwrites it
+    callback      called with (step, mean loss of the last 100 steps) every 100 steps and at the last one
     """
     options, steps, checkpoint_every = _checked(
         {"loss": loss, "batch_size": batch_size, "lr": lr, "warmup": warmup, "decay": decay, "grad_clip": grad_clip,
@@ -86,13 +88,13 @@ def train(
     checks.function("callback", callback)
     described = files.describe(model)
     source = load_data(data)
-    _check_data(source, model)
+    _check_data(source, model, options["dequantize"])
     kind = losses.check(model, options["loss"], probe)
     options |= {"probe": kind} if options["loss"] in losses.SLICED else {}
     state = _State(model.net, options["lr"], options["ema"])
     options |= {"data": source.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
     if checkpoint is not None:
-        files.as_json(described)  # what cannot be written is refused before any step
+        files.as_json(described)  # refuse before the first step what could not be saved after it
     folder = _folder(checkpoint)
     if folder is not None and resume and (folder / files.FILE).exists():
         state.read(folder / files.FILE, options, described)
@@ -128,7 +130,7 @@ def _loop(
     shown: Any,
     callback: Callable[[int, float], object] | None,
 ) -> Tensor:
-    """All steps from the state's on; returns their losses, [steps], NaN where a loss or a gradient was not finite."""
+    """Every step from state.step to `steps`; their losses [steps], NaN where a loss or a gradient was not finite."""
     first = state.step
     recorded = torch.zeros(max(steps - first, 0), device=batches.device)
     model.net.train()
@@ -153,7 +155,7 @@ def _loop(
 
 
 class _State:
-    """What a resumed run needs: the weights, Adam's moments, the averaged weights, the step."""
+    """All that a checkpoint of a run holds: the weights, Adam's moments, the averaged weights, the step."""
 
     def __init__(self, net: nn.Module, lr: float, ema: float) -> None:
         self.net, self.step = net, 0
@@ -170,7 +172,7 @@ class _State:
     def update(self, loss: Tensor, rate: float, grad_clip: float | None) -> Tensor:
         """One step of Adam and of the average; returns the norm of the gradient before clipping."""
         self.adam.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if grad_clip is None else grad_clip)
         self.adam.param_groups[0]["lr"] = rate
         self.adam.step()
@@ -182,7 +184,7 @@ class _State:
         net.load_state_dict(self.averaged.module.state_dict())
 
     def write(self, path: Path, described: dict[str, Any], options: dict[str, Any]) -> None:
-        """`net.` the averaged weights (what `load` reads), `raw.` the trained ones, `adam.` its moments."""
+        """Tensors named net.* are the averaged weights (which `load` reads), raw.* the trained ones, adam.* moments."""
         tensors = {"net." + k: v for k, v in self.averaged.module.state_dict().items()}
         tensors |= {"raw." + k: v for k, v in self.net.state_dict().items()}
         for index, moments in self.adam.state_dict()["state"].items():
@@ -190,14 +192,14 @@ class _State:
         files.write(path, tensors, {"model": described, "step": self.step, "options": options})
 
     def read(self, path: Path, options: dict[str, Any], described: dict[str, Any]) -> None:
-        """Go on from a checkpoint, which must be of the same run."""
+        """Continue from a checkpoint, which must be of the same run."""
         header, averaged = files.read(path, "net.")
         was = {**header.get("model", {}), **header.get("options", {})}
         for name, value in json.loads(json.dumps({**described, **options})).items():
             if was.get(name) != value:
                 raise CheckpointMismatchError(
-                    f"{path} was trained with {name}={was.get(name)!r:.60}, now {value!r:.60}: take another directory, "
-                    "or resume=False to overwrite it"
+                    f"{path} was trained with {name}={was.get(name)!r:.60}, now {value!r:.60}: choose another directory, "
+                    "or give resume=False to overwrite it"
                 )
         files.fill(self.net, files.read(path, "raw.")[1], path)
         files.fill(self.averaged.module, averaged, path)
@@ -212,67 +214,74 @@ class _State:
 
 
 class _Batches:
-    """Step n's clean data, times, cursor of the noise and labels: a function of (seed, n)."""
+    """The clean data, times, noise cursor and labels of step n: a function of (seed, n)."""
 
     def __init__(self, data: Data, model: ScoreModel, options: dict[str, Any]) -> None:
         self.data, self.model, self.seed = data, model, options["seed"]
         self.size, self.dequantize = options["batch_size"], options["dequantize"]
         self.device = next(model.net.parameters()).device
-        self.labelled = data.labels is not None and bool(getattr(model.net, "num_classes", None))
+        self.labels = data.labels if getattr(model.net, "num_classes", None) else None
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]:
-        options: dict[str, Any] = {"seed": self.seed, "draw": step}
-        index = self._indices(step)
-        shape = self.data.shape
-        bins = noise.uniform(self.size, shape, stream=noise.AUGMENTATION, **options) if self.dequantize else None
-        x0 = self.data.batch(index, self.model.data_range, bins).to(self.device)
+        index, data_range = self._indices(step), self.model.data_range
+        if self.dequantize:
+            x0 = self.data.dequantized(index, data_range, seed=self.seed, draw=step)
+        else:
+            x0 = self.data.batch(index, data_range)
         # one time in each of B equal slices: uniform for every sample, and a quieter loss (Kingma et al. 2021, §I.1)
-        u = noise.uniform(self.size, (1,), stream=noise.TIMES, device=self.device, **options)[:, 0]
+        u = noise.uniform(self.size, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
         u = (torch.arange(self.size, device=self.device) + u) / self.size
-        cond = {"y": self.data.labels[index].to(self.device)} if self.labelled else None  # type: ignore[index]
         return (
-            x0,
+            x0.to(self.device),
             losses.training_times(self.model.process, u.clamp(max=1 - 2**-24)),
             ops.cursor(step, 0, self.seed, self.device),
-            cond,
+            None if self.labels is None else {"y": self.labels[index].to(self.device)},
         )
 
     def _indices(self, step: int) -> Tensor:
-        """Positions step·B … of an endless sequence of shuffled epochs."""
-        chosen = []
-        for position in range(step * self.size, (step + 1) * self.size):
-            epoch, offset = divmod(position, len(self.data))
+        """Positions step·B … (step + 1)·B − 1 of an endless sequence of shuffled epochs."""
+        start, count = step * self.size, len(self.data)
+        stop, pieces = start + self.size, []
+        for epoch in range(start // count, (stop - 1) // count + 1):
             if epoch != self.epoch:
-                self.epoch, self.order = epoch, noise.permutation(len(self.data), seed=self.seed, draw=epoch)
-            chosen.append(self.order[offset])
-        return torch.stack(chosen)
+                self.epoch, self.order = epoch, noise.permutation(count, seed=self.seed, draw=epoch)
+            pieces.append(self.order[max(start - epoch * count, 0) : stop - epoch * count])
+        return torch.cat(pieces)
 
 
 def _rate(step: int, steps: int, options: dict[str, Any]) -> float:
-    """The learning rate of a step: a linear warm-up, then constant or half a cosine."""
-    rate = float(options["lr"]) * min(1.0, (step + 1) / max(options["warmup"], 1))
+    """The learning rate of a step: linear warm-up, then constant or half a cosine, without a scheduler's state to save."""
+    rate: float = options["lr"] * min(1.0, (step + 1) / max(options["warmup"], 1))
     return rate * 0.5 * (1 + math.cos(math.pi * step / steps)) if options["decay"] else rate
 
 
 def _recent(recorded: Tensor, first: int) -> float:
-    """The mean loss of the last 100 steps; one that is not finite stops the run before anything more is saved."""
+    """The mean loss of the last 100 steps; DataError where it is not finite, before the weights are saved."""
     value = float(recorded[-100:].mean())
     if not math.isfinite(value):
         step = first + int(torch.nonzero(~recorded.isfinite())[0])
-        raise DataError(f"the loss or its gradient is not finite at step {step}: lower lr, or look at the data")
+        raise DataError(f"the loss or its gradient is not finite at step {step}: lower lr, or check the data")
     return value
 
 
-def _check_data(data: Data, model: ScoreModel) -> None:
+def _check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
     if data.shape != model.data_shape:
         raise ShapeError(f"data must have the model's data_shape {model.data_shape}, got samples of {data.shape}")
+    if dequantize and data.bins is None:
+        raise ConfigError(
+            "dequantize=True needs data on discrete levels, got bins=None: give Data(..., bins=) or leave it out"
+        )
     if model.variance is not None:
-        raise ConfigError("variance='learned_range' has no training objective in this version: train variance=None")
+        raise ConfigError(
+            f"variance must be None to train in this version, got a model with variance={model.variance!r}: build the "
+            "ScoreModel without it"
+        )
     classes = getattr(model.net, "num_classes", None)
     if classes and data.num_classes and data.num_classes > classes:
         raise DataError(
-            f"data has labels of {data.num_classes} classes, the network num_classes={classes}: build a larger one"
+            f"data must have labels of at most num_classes={classes} of the network, got {data.num_classes} classes: "
+            f"build the network with num_classes={data.num_classes}"
         )
 
 
@@ -283,7 +292,7 @@ def _folder(checkpoint: str | os.PathLike[str] | None) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"checkpoint={folder} cannot be a directory: {error}") from error
+        raise CheckpointError(f"checkpoint={folder} cannot be a directory ({error}): choose another") from error
     return folder
 
 
