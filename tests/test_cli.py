@@ -151,7 +151,7 @@ def test_a_progress_bar_on_a_terminal_alone(tmp_path):
     [
         (np.zeros((5, 3), np.float32), "data must have the model's shape [2], got [3]"),
         (np.zeros((5, 2, 2), np.float32), "data must have the model's shape [2], got [2, 2]"),
-        (np.linspace(0, 8, 10, dtype=np.float32).reshape(5, 2), "ran from -1 to 1, and got 0 to 8"),
+        (np.linspace(0, 8, 10, dtype=np.float32).reshape(5, 2), "ran from -1 to 1, got 0 to 8"),
         (np.full((5, 2), np.nan, np.float32), "x must be finite"),
     ],
 )

@@ -77,7 +77,7 @@ def _train(a: argparse.Namespace) -> None:
         if data.labels is None:
             raise ConfigError(f"--classes needs labels, and {a.data} has none: leave it out")
         options["num_classes"] = data.num_classes
-    # images in the field's ranges; vectors in their own, so that samples come back in the data's units
+    # images in the usual ranges; vectors in the range of the data, so that samples come back in its units
     data_range = data.range if len(data.shape) == 1 else (0.0, 1.0) if a.sde == "ve" else (-1.0, 1.0)
     model = ScoreModel(build(options), processes.get(a.sde), a.prediction, data_shape=data.shape, data_range=data_range)
     done = train(
@@ -95,13 +95,13 @@ def _likelihood(a: argparse.Namespace) -> None:
     from . import likelihood_report
 
     model, data = load(a.model), load_data(a.data)
-    found = likelihood_report.likelihood(
+    report = likelihood_report.likelihood(
         model, data, a.num_samples, first_sample=a.first_sample, seed=a.seed, trace=a.trace, probes=a.probes, rtol=a.rtol,
         atol=a.atol, t_min=a.t_min, batch_size=a.batch_size,
     )  # fmt: skip
     if a.out:
-        found.save(Path(a.out))
-    print(f"{data!r}\n{found}")
+        report.save(Path(a.out))
+    print(f"{data!r}\n{report}")
 
 
 def _plan(a: argparse.Namespace) -> None:
@@ -122,7 +122,7 @@ def _doctor(a: argparse.Namespace) -> None:
 
 
 def _writable(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
-    """Refuse before any work what could not be written after it."""
+    """Refuse, before any work, a file that could not be written after it."""
     from ..errors import ConfigError
 
     if path.suffix not in suffixes:
@@ -139,10 +139,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastdiff {metadata.version('fastdiff')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=about, description=about)
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], about: str, *shared: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about, parents=shared)
         sub.set_defaults(run=run)
         return sub
+
+    of_a_model = argparse.ArgumentParser(add_help=False)  # options of the commands that run a trained model
+    of_a_model.add_argument("model", help="a shipped name such as digits-ve, a checkpoint file or a training directory")
+    of_a_model.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+    of_a_model.add_argument("--batch-size", type=int, help="samples in one network call (default: chosen by size)")
+    of_a_plan = argparse.ArgumentParser(add_help=False)  # options of the commands that choose a sampler and its grid
+    of_a_plan.add_argument(
+        "--sampler", help="ddim, heun, dpmpp_2m, …; an unknown one names the nearest (default: the process's)"
+    )
+    of_a_plan.add_argument("--grid", help="where the steps stand: uniform, karras, … (default: the sampler's)")
+    data = ".npy, .npz, IDX (.gz), a folder of images, or digits"
 
     sub = command(
         "demo", _demo, "Train VE, VP and sub-VP models on handwritten digits, sample them seven ways, report."
@@ -152,20 +165,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--samples", type=int, default=400, help="samples from each sampler (default: 400)")
     sub.add_argument("--workers", type=int, help="processes (default: one for each core)")
 
-    sub = command("sample", _sample, "Draw samples from a checkpoint or a shipped model such as digits-ve.")
-    sub.add_argument("model", help="a name, a file or a training directory")
-    sub.add_argument("--sde", help="default: the model's own")
+    sub = command("sample", _sample, "Draw samples from a trained model.", of_a_model, of_a_plan)
+    sub.add_argument("--sde", help="default: the process that the model was trained on")
     sub.add_argument("--steps", type=int)
-    sub.add_argument("--sampler")
-    sub.add_argument("--grid")
-    sub.add_argument("-n", "--num-samples", type=int, default=16)
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--first-sample", type=int, default=0, help="global index of the first sample")
-    sub.add_argument("--batch-size", type=int)
+    sub.add_argument("-n", "--num-samples", type=int, default=16, help="how many samples (default: 16)")
+    sub.add_argument("--first-sample", type=int, default=0, help="number of the first sample (default: 0)")
     sub.add_argument("--out", default="samples.npy", help="a .npy array or a .png picture (default: samples.npy)")
 
     sub = command("train", _train, "Train a model on arrays, IDX files, a folder of images, or 'digits'.")
-    sub.add_argument("data", help=".npy, .npz, IDX (.gz), a folder of images, or digits")
+    sub.add_argument("data", help=data)
     sub.add_argument("--out", required=True, help="checkpoint directory; an unfinished run there is resumed")
     sub.add_argument("--sde", default="vp")
     sub.add_argument("--steps", type=int, required=True)
@@ -180,26 +188,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
     sub.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
 
-    sub = command("likelihood", _likelihood, "Log-likelihood of data under a model, in nats and bits per dimension.")
-    sub.add_argument("model", help="a name, a file or a training directory")
-    sub.add_argument("--data", required=True, help=".npy, .npz, IDX (.gz), a folder of images, or digits")
-    sub.add_argument("-n", "--num-samples", type=int, default=64, help="at most so many of the data (default: 64)")
+    sub = command(
+        "likelihood", _likelihood, "Log-likelihood of data under a model, in nats and bits per dimension.", of_a_model
+    )
+    sub.add_argument("--data", required=True, help=data)
+    sub.add_argument("-n", "--num-samples", type=int, default=64, help="at most this many of the data (default: 64)")
     sub.add_argument("--first-sample", type=int, default=0, help="index of the first in the data (default: 0)")
     sub.add_argument("--trace", default="hutchinson", help="hutchinson (default), hutch++ or exact")
     sub.add_argument("--probes", type=int, default=2, help="of the trace, for each sample (default: 2)")
     sub.add_argument("--rtol", type=float, default=1e-5, help="relative tolerance of a step (default: 1e-5)")
     sub.add_argument("--atol", type=float, default=1e-5, help="absolute tolerance of a step (default: 1e-5)")
     sub.add_argument("--t-min", type=float, help="where the flow starts (default: 1e-5, or a chain's first level)")
-    sub.add_argument("--seed", type=int, default=0, help="of the probes and the dequantisation (default: 0)")
-    sub.add_argument("--batch-size", type=int, help="samples in one network call; it changes no sample's steps")
     sub.add_argument("--out", help="a .npz of each sample's nats, stderr, latent, nfe and bits_per_dim")
 
-    sub = command("plan", _plan, "Print the table of a run: what each row does, with its coefficients.")
-    sub.add_argument("sde")
+    sub = command("plan", _plan, "Print the table of a run: what each row does, with its coefficients.", of_a_plan)
+    sub.add_argument("sde", help="ve, vp, subvp, ou, edm, ddpm or ncsn")
     sub.add_argument("steps", type=int, nargs="?")
-    sub.add_argument("--sampler")
-    sub.add_argument("--prediction", default="score")
-    sub.add_argument("--grid")
+    sub.add_argument("--prediction", default="score", help="what the network returns (default: score)")
     sub.add_argument("--all", action="store_true", help="every row, not the first and last")
     sub.add_argument("--plot", help="also draw the coefficients into this file")
 

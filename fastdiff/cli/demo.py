@@ -1,9 +1,9 @@
-"""The main job end to end on real data: train three models on handwritten digits, sample them seven ways, look.
+"""The whole path on real data: train three models on handwritten digits, draw samples in seven ways, measure and draw.
 
-`demo_flow` then asks one of them for likelihoods and latents, and compares the solvers on it.
+`demo_flow` then computes likelihoods and latents of one of them, and compares the solvers on it.
 
-Work is spread over processes of one thread each: on small networks two processes use two cores better than two threads
-do, and they do not stall each other on a busy machine.
+Work is spread over processes of one thread each: small networks use two cores better by two processes than by two
+threads, and the processes do not wait for each other on a busy machine.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MODELS = ("ve", "vp", "subvp")
 
 @dataclass(frozen=True)
 class Job:
-    """One of the demo's runs: a title, the model it runs on, and what `fastdiff.sample` is given."""
+    """One of the demo's runs: a title, the name of its model, and the options of `fastdiff.sample`."""
 
     title: str
     model: str
@@ -62,7 +62,7 @@ JOBS = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a job gave: its samples in [0, 1] as rows of 64, its network calls, its seconds on one thread."""
+    """The result of a job: samples [N, 64] in [0, 1], network calls of one sample, seconds on one thread."""
 
     samples: NDArray[np.float64]
     calls: int
@@ -104,7 +104,7 @@ def main(out: Path, train_steps: int = 2000, samples: int = 400, workers: int | 
 
 
 def model_for(name: str) -> ScoreModel:
-    """A small U-Net for the digits with EDM's preconditioning; the field's ranges: [0, 1] for VE, else [−1, 1]."""
+    """A small U-Net for the digits with EDM's preconditioning; data_range [0, 1] for VE, else [−1, 1]."""
     process: Process = {"ve": VE(), "vp": VP(), "subvp": SubVP()}[name]
     torch.manual_seed(0)
     net = UNet(SHAPE, channels=32, multipliers=(1, 2), blocks=1)
@@ -162,8 +162,8 @@ def report(
         f"{seconds:.0f} seconds in all.",
         "",
         f"Fréchet distances are in pixel space (64-d) to the {len(unseen)} held-out digits. The two halves of the real "
-        f"digits are {between:.4f} apart; {count} real digits from the training half {equal:.4f}, a ratio of "
-        f"{equal / between:.2f}: that much is due to the number of samples alone, and no sampler can be expected to do better.",
+        f"digits are {between:.4f} apart. {count} real digits from the training half are at {equal:.4f}, a ratio of "
+        f"{equal / between:.2f}: that much is due to the number of samples alone, so no sampler can be expected to do better.",
         "",
         "| sampler | network calls | seconds (one thread) | Fréchet distance | ratio to two real halves | "
         "ratio to as many real digits | distance to the nearest training digit |",
@@ -195,13 +195,21 @@ def _train(name: str, steps: int, out: Path, progress: Any) -> NDArray[np.float6
 
     seen = 0
 
-    def told(step: int, loss: float) -> None:
+    def advance(step: int, loss: float) -> None:
         nonlocal seen
         progress.put(step - seen)
         seen = step
 
     done = train(
-        model, halves()[0], steps=steps, loss="simple", lr=2e-3, warmup=100, decay=True, progress=False, callback=told
+        model,
+        halves()[0],
+        steps=steps,
+        loss="simple",
+        lr=2e-3,
+        warmup=100,
+        decay=True,
+        progress=False,
+        callback=advance,
     )
     save(model, out / f"digits-{name}")
     return np.asarray(done.loss.numpy())
@@ -213,7 +221,7 @@ def _sample(job: Job, count: int, out: Path, progress: Any) -> Result:
     began = time.perf_counter()
     rows = 0
 
-    def told(row: int, t: float, x: Tensor) -> None:
+    def advance(row: int, t: float, x: Tensor) -> None:
         nonlocal rows
         rows += 1
         if rows % 20 == 0:
@@ -225,7 +233,7 @@ def _sample(job: Job, count: int, out: Path, progress: Any) -> Result:
         seed=1,
         batch_size=BATCH,
         progress=False,
-        callback=told,
+        callback=advance,
         return_info=True,
         **job.options,
     )
@@ -243,11 +251,11 @@ def _calls(job: Job) -> int:
 
 
 def _trajectory(out: Path) -> NDArray[np.float64]:
-    """States on the way from noise to digits, [8 digits, 12 states, 64]: each scaled to its own level for the eye."""
+    """States on the way from noise to digits, [8 digits, 12 states, 64]: noisy states are scaled down to be visible."""
     model = load(out / "digits-ve.safetensors")
     _, states = sample(model, steps=500, num_samples=8, seed=2, trajectory=12)
     flat = states.flatten(2).double().numpy().transpose(1, 0, 2)
-    share = np.minimum(0.35 / flat.std(axis=2, keepdims=True), 1.0)  # noise is turned down to be seen, about grey
+    share = np.minimum(0.35 / flat.std(axis=2, keepdims=True), 1.0)
     return np.asarray(share * flat + (1 - share) * 0.5)
 
 

@@ -19,11 +19,12 @@ from ..planning import grids, samplers
 from ..sampling import sample
 from ..training import Data, load
 from . import pictures
+from .likelihood_report import mean_and_error
 
 Array = NDArray[np.float64]
 Curve = list[tuple[float, float]]
 
-DIGITS, CHUNK = 200, 50  # digits whose likelihoods are asked, and how many in one job
+DIGITS, CHUNK = 200, 50  # digits whose likelihoods are computed, and how many in one job
 PROBES, TOLERANCE = 2, 1e-3  # which changes a likelihood by less than its standard error
 PAIRS, STATES, FINE = 8, 12, 1e-4  # digits that are interpolated, how finely, and with which tolerance
 STARTS, CONVERGED = 64, 1e-6  # noises from which the solvers start, and the tolerance of what they are compared with
@@ -67,10 +68,9 @@ class Findings:
 
 
 def run(pool: Executor, path: Path, digits: Data, progress: Any) -> Findings:
-    """Everything, in jobs of the pool's processes: each puts a 1 into `progress` when it is done."""
+    """All measurements, as jobs of the pool's processes: each puts a 1 into `progress` when it is done."""
     model = load(path)
-    u = noise.uniform(DIGITS, digits.shape, seed=0, stream=noise.AUGMENTATION)
-    real = digits.batch(range(DIGITS), model.data_range, u)
+    real = digits.dequantized(range(DIGITS), model.data_range)
     pairs = digits.batch(range(2 * PAIRS), model.data_range)
     # the longest first
     converged = pool.submit(_solve, path, ADAPTIVE, (CONVERGED,), progress)
@@ -81,14 +81,14 @@ def run(pool: Executor, path: Path, digits: Data, progress: Any) -> Findings:
     solving = {ADAPTIVE: pool.submit(_solve, path, ADAPTIVE, TOLERANCES, progress)}
     solving |= {name: pool.submit(_solve, path, name, CALLS, progress) for name in FIXED}
     between = pool.submit(_between, path, pairs.numpy(), progress)
-    found = [np.concatenate([job.result() for job in jobs], 1) for jobs in likelihoods]
+    likelihood = [np.concatenate([job.result() for job in jobs], 1) for jobs in likelihoods]
     best = converged.result()[0][1]
     strip = pictures.unit(between.result(), model.data_range)
     ends = np.stack([strip[:, 0], strip[:, -1]], 1)
     return Findings(
-        nats=(found[0][0], found[1][0]),
-        bits=(found[0][1], found[1][1]),
-        evaluations=int(max(values[2].max() for values in found)),
+        nats=(likelihood[0][0], likelihood[1][0]),
+        bits=(likelihood[0][1], likelihood[1][1]),
+        evaluations=int(max(values[2].max() for values in likelihood)),
         strip=strip,
         apart=_rms(ends, pictures.unit(pairs.numpy(), model.data_range).reshape(ends.shape)),
         curves={name: [(calls, _rms(x, best)) for calls, x in job.result()] for name, job in solving.items()},
@@ -96,22 +96,24 @@ def run(pool: Executor, path: Path, digits: Data, progress: Any) -> Findings:
 
 
 def shuffled(x: Tensor) -> Tensor:
-    """Each sample's numbers [B, *] in an order of its own."""
+    """The numbers of each sample [B, *] in a random order, another for each sample."""
     orders = [noise.permutation(x[0].numel(), seed=0, draw=i) for i in range(len(x))]
     return torch.stack([v.flatten()[order].view_as(v) for v, order in zip(x, orders)])
 
 
-def draw(out: Path, found: Findings) -> None:
+def draw(out: Path, findings: Findings) -> None:
     """The pictures."""
     names = ("held-out digits", "the same, their pixels shuffled")
     pictures.histograms(
-        out / "likelihood.png", dict(zip(names, found.bits)), "bits per dimension", "what the VP model finds likely"
+        out / "likelihood.png", dict(zip(names, findings.bits)), "bits per dimension", "likelihood under the VP model"
     )
     pictures.strip(
-        out / "interpolation.png", found.strip, "held-out digits, left and right, and what lies between their latents"
+        out / "interpolation.png",
+        findings.strip,
+        "held-out digits, left and right, and interpolations of their latents",
     )
     panels = {
-        title: {name: found.curves[name] for name in names}
+        title: {name: findings.curves[name] for name in names}
         for title, names in {
             "one network call a step": [*ONE_CALL, ADAPTIVE],
             "several network calls a step": [*SEVERAL_CALLS, "DDIM", ADAPTIVE],
@@ -120,47 +122,43 @@ def draw(out: Path, found: Findings) -> None:
     pictures.convergence(out / "solvers.png", panels, "network calls", "RMS distance from the converged solution")
 
 
-def report(found: Findings) -> list[str]:
+def report(findings: Findings) -> list[str]:
     """The numbers as lines of Markdown."""
-
-    def mean(values: Array, digits: int) -> str:
-        return f"{values.mean():.{digits}f} ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}"
-
-    (real, other), (real_bits, other_bits) = found.nats, found.bits
+    (real, other), (real_bits, other_bits) = findings.nats, findings.bits
     at = [CALLS.index(calls) for calls in (6, 12, 24, 48)]
-    rows = [f"| {name} | " + " | ".join(f"{found.curves[name][k][1]:.4f}" for k in at) + " |" for name in FIXED]
-    adaptive = ", ".join(f"{distance:.4f} after {calls:.0f}" for calls, distance in found.curves[ADAPTIVE])
+    rows = [f"| {name} | " + " | ".join(f"{findings.curves[name][k][1]:.4f}" for k in at) + " |" for name in FIXED]
+    adaptive = ", ".join(f"{distance:.4f} after {calls:.0f}" for calls, distance in findings.curves[ADAPTIVE])
     return [
         "## The probability flow of the VP model",
         "",
         f"Likelihoods of {DIGITS} held-out digits, dequantised within their 17 levels ({PROBES} probes, tolerance "
-        f"{TOLERANCE:g}, at most {found.evaluations} evaluations), mean ± its standard error:",
+        f"{TOLERANCE:g}, at most {findings.evaluations} evaluations), mean ± its standard error:",
         "",
         "| | nats | bits per dimension |",
         "|---|---|---|",
-        f"| digits | {mean(real, 2)} | {mean(real_bits, 3)} |",
-        f"| the same, their pixels shuffled | {mean(other, 2)} | {mean(other_bits, 3)} |",
+        f"| digits | {mean_and_error(real, 2)} | {mean_and_error(real_bits, 3)} |",
+        f"| the same, their pixels shuffled | {mean_and_error(other, 2)} | {mean_and_error(other_bits, 3)} |",
         "",
-        f"A digit is likelier than its own shuffled pixels in {int((real > other).sum())} cases of {DIGITS}; levels drawn "
-        f"uniformly have log₂ 17 = {np.log2(17):.2f} bits per dimension.",
+        f"A digit is likelier than its shuffled pixels in {int((real > other).sum())} cases of {DIGITS}. A uniform "
+        f"distribution over the 17 levels has log₂ 17 = {np.log2(17):.2f} bits per dimension.",
         "",
         "![likelihood](likelihood.png)",
         "",
-        f"Between held-out digits, spherically through their latents; the ends come back to {found.apart:.4f} (RMS of a "
-        "pixel in [0, 1]).",
+        "Spherical interpolation between the latents of held-out digits. The ends return to the digits with an RMS error of "
+        f"{findings.apart:.4f} (pixels in [0, 1]).",
         "",
         "![interpolation](interpolation.png)",
         "",
-        f"How far the samples from {STARTS} starts end from the flow's own (rk45 with tolerance {CONVERGED:g}), root mean "
-        "square of a number in [−1, 1], by network calls; all on Karras's levels from T to t_min, where `ode` and "
-        "DPM-Solver-1 are DDIM:",
+        f"RMS distance of the samples of each solver from the converged solution of the flow (rk45 with tolerance "
+        f"{CONVERGED:g}) from the same {STARTS} starts, numbers in [−1, 1], by network calls. All use Karras's levels from T "
+        "to t_min, where `ode` and DPM-Solver-1 equal DDIM:",
         "",
         "| solver | 6 | 12 | 24 | 48 |",
         "|---|---|---|---|---|",
         *rows,
         "",
-        f"rk45, each sample with steps of its own: {adaptive} evaluations in the mean. Samplers that draw noise follow no "
-        "such solution, and are measured above.",
+        f"rk45, which chooses the steps of each sample: {adaptive} evaluations in the mean. Samplers that draw noise have no "
+        "such solution to converge to; they are measured above.",
         "",
         "![solvers](solvers.png)",
         "",
@@ -170,38 +168,40 @@ def report(found: Findings) -> list[str]:
 def _likelihoods(path: Path, x: Array, first: int, bins: int, progress: Any) -> Array:
     """nats, bits and evaluations of each digit, [3, B] (in a worker process)."""
     model = load(path)
-    found = log_likelihood(
+    result = log_likelihood(
         model, torch.from_numpy(x), probes=PROBES, rtol=TOLERANCE, atol=TOLERANCE, first_sample=first, progress=False
     )
     progress.put(1)
-    return torch.stack([found.nats, bits_per_dim(found, model.data_range, bins), found.nfe.double()]).numpy()
+    return torch.stack([result.nats, bits_per_dim(result, model.data_range, bins), result.nfe.double()]).numpy()
 
 
 def _between(path: Path, x: Array, progress: Any) -> Array:
     """From each digit to the next of its pair, [PAIRS, STATES, 64] (in a worker process)."""
     ends, weights = torch.from_numpy(x), torch.linspace(0, 1, STATES)
-    found = interpolate(load(path), ends[::2], ends[1::2], weights, rtol=FINE, atol=FINE, progress=False)
+    states = interpolate(load(path), ends[::2], ends[1::2], weights, rtol=FINE, atol=FINE, progress=False)
     progress.put(1)
-    return found.transpose(0, 1).flatten(2).numpy()
+    return states.transpose(0, 1).flatten(2).numpy()
 
 
 def _solve(path: Path, name: str, settings: Sequence[float], progress: Any) -> list[tuple[float, Array]]:
     """(network calls, ends) of one solver with so many calls, or such tolerances (in a worker process)."""
-    model, found = load(path), []
-    ratios = [float(model.process.sigma(t) / model.process.alpha(t)) for t in (model.process.T, model.process.t_min)]
+    model, ends = load(path), []
+    sigma_hats = [
+        float(model.process.sigma(t) / model.process.alpha(t)) for t in (model.process.T, model.process.t_min)
+    ]
     for setting in settings:
         if name == ADAPTIVE:
             options: dict[str, Any] = {"sampler": samplers.Adaptive(rtol=setting, atol=setting)}
         else:
             a_step = 1 if name in ONE_CALL else 3 if name == "DPM-Solver-3" else 2
             # Karras's grid without its last level, 0: every solver ends where the converged solution does
-            levels = grids.sigmas(grids.karras(*ratios, int(setting) // a_step + 1)[:-1])
+            levels = grids.sigmas(grids.karras(*sigma_hats, int(setting) // a_step + 1)[:-1])
             options = {"sampler": FIXED[name], "grid": levels}
         x, info = sample(model, num_samples=STARTS, seed=3, progress=False, return_info=True, **options)
         calls = info.network_calls if info.nfe is None else float(info.nfe.double().mean())
-        found.append((calls, x.numpy()))
+        ends.append((calls, x.numpy()))
     progress.put(1)
-    return found
+    return ends
 
 
 def _rms(a: Array, b: Array) -> float:

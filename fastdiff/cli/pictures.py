@@ -103,8 +103,7 @@ def convergence(path: Path, panels: dict[str, dict[str, list[tuple[float, float]
     for axes, (title, curves) in zip(
         figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0], panels.items()
     ):
-        own = [name for name in curves if name not in common]
-        for name, marker in zip(own, "osD^vPX"):
+        for name, marker in zip([name for name in curves if name not in common], "osD^vPX"):
             axes.plot(*zip(*curves[name]), marker=marker, markersize=4, linewidth=1.3, label=name)
         for name, style in zip(common, ("--", ":")):
             axes.plot(*zip(*curves[name]), marker=".", color="black", linestyle=style, linewidth=1.3, label=name)
@@ -118,7 +117,7 @@ def convergence(path: Path, panels: dict[str, dict[str, list[tuple[float, float]
 
 
 def check_drawable(count: int, shape: tuple[int, ...]) -> None:
-    """Refuse samples that are no pictures."""
+    """Refuse samples that cannot be drawn: no sample, no pixel, or a shape that is not (1 or 3, H, W)."""
     if len(shape) != 3 or shape[0] not in (1, 3) or 0 in (count, *shape):
         raise ShapeError(f"a picture needs samples (1 or 3, H, W), got {count} of {shape}: write a .npy file instead")
 
