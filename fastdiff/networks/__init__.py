@@ -1,4 +1,4 @@
-"""Networks, each with the `config` that builds it again."""
+"""Networks, each with a `config` from which `build` makes it again."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .layers import TimeEmbedding
 from .mlp import MLP
 from .unet import UNet
 
-MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
+MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}  # the networks that a checkpoint can name
 
 __all__ = ["MLP", "MODELS", "TimeEmbedding", "UNet", "build", "describe"]
 
 
 def build(config: dict[str, Any]) -> nn.Module:
-    """The network of `{"name": "unet", "shape": [1, 8, 8], …}`: a name in MODELS and its constructor's arguments."""
+    """The network of a config such as `{"name": "unet", "shape": [1, 8, 8]}`: a name in MODELS, and its arguments."""
     if not isinstance(config, dict) or "name" not in config:
         raise ConfigError(f'config must be a dict with a "name" from {sorted(MODELS)}, got {config!r}')
     arguments = dict(config)
@@ -28,13 +28,13 @@ def build(config: dict[str, Any]) -> nn.Module:
         choose(f"config's keys for {config['name']!r}", key, valid)
     if "shape" not in arguments:
         raise ConfigError(
-            f'config must hold the shape of one sample, got {config!r}: add "shape": [1, 8, 8] or the like'
+            f'config must have the shape of one sample, got {config!r}: add "shape", for example [1, 8, 8]'
         )
     return network(**arguments)
 
 
 def describe(net: nn.Module) -> dict[str, Any]:
-    """The config that `build` makes `net` from (its structure, not its weights); JSON-able."""
+    """The config from which `build` makes a network like `net`, without its weights, as JSON has it."""
     for name, network in MODELS.items():
         if type(net) is network:
             return {"name": name, **net.config}

@@ -73,18 +73,19 @@ class TimeEmbedding(nn.Module):
 
 
 class TimeConditioned(nn.Module):
-    """A network whose use of the time is a function of the time alone, which can be evaluated ahead: the samples of a run
-    are all at the same times, so `net(x, t, y, features=net.time_features(times)[k : k + 1])` spares each call that work;
-    t [B] then holds nothing.
+    """A network with features of the time that depend on nothing else, so that a run computes them once for all its rows.
+
+    `net(x, t, y, features=net.time_features(times)[k : k + 1])` equals `net(x, times[k].expand(B), y)`, without reading
+    the values of t. Runs look for the method `time_features`, so a network need not inherit from this class.
     """
 
     def time_features(self, t: Tensor) -> Tensor:
-        """What the network makes of times t [n] before it looks at x or y: [n, width]."""
+        """The features of times t [n], before x or y enters: [n, width]."""
         raise NotImplementedError
 
 
 class Conditioning(nn.Module):
-    """What a network knows besides `x`: `t` [B] and the labels `y` [B] to one vector, [B, width].
+    """The embedding of the time `t` [B] and the labels `y` [B] in one vector, [B, width].
 
     `MLP(features(t)) + label[y]` with a two-layer SiLU perceptron (Ho et al. 2020; Dhariwal & Nichol 2021, for the
     labels). Label `num_classes` stands for "no label", so one network serves classifier-free guidance.
@@ -107,11 +108,11 @@ class Conditioning(nn.Module):
             return out + self.label.weight[-1]
         try:
             return out + self.label(y.long())
-        except IndexError as error:  # the look-up's own check, which runs on CPU tensors only: no read of ours
+        except IndexError as error:  # checked by the look-up itself, on the CPU only, without another read
             last = self.label.num_embeddings - 1
             raise DataError(
-                f"y must hold labels in 0..{last} ({last} means no label), got {int(y.min())}..{int(y.max())}: "
-                f"build the network with a larger num_classes, or renumber the labels"
+                f"y must hold labels >= 0 and <= {last} ({last} means no label), got values from {int(y.min())} to "
+                f"{int(y.max())}: build the network with a larger num_classes, or renumber the labels"
             ) from error
 
 
@@ -122,9 +123,9 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def modulated_norm(x: Tensor, groups: int, scale: Tensor, shift: Tensor) -> Tensor:
-    """`group_norm(x) * scale + shift` with `scale` and `shift` [B, C], each sample its own.
+    """`group_norm(x) * scale + shift` with `scale` and `shift` [B, C], one of each for every sample.
 
-    The samples become channels of one sample, so that PyTorch's fused kernel applies scale and shift, and its fused
+    The samples are viewed as channels of a single sample, so that PyTorch's fused kernel applies scale and shift, and its fused
     backward reduces their gradients.
     """
     one = x.reshape(1, -1, *x.shape[2:])
@@ -177,21 +178,21 @@ class ResidualBlock(nn.Module):
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with its parameters at zero, so that what it closes starts as the identity (or the network as 0)."""
+    """The layer with its parameters at zero, so that the block it ends starts as the identity (and the network as 0)."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 def check_call(net: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> None:
-    """Refuse what `net(x, t, y)` cannot mean. Reads the data of no tensor, so it costs no synchronisation."""
+    """Refuse arguments of `net(x, t, y)` by type, shape, dtype and device. Reads no values: no synchronisation."""
     for name, value in (("x", x), ("t", t), ("y", y)):
         if not isinstance(value, Tensor) and not (name == "y" and value is None):
             raise DTypeError(f"{name} must be a tensor, got {type(value).__name__}: use torch.as_tensor({name})")
     if tuple(x.shape[1:]) != net.shape or x.ndim == 0:
         raise ShapeError(
             f"x must have shape [B, {', '.join(map(str, net.shape))}], got {list(x.shape)}: "
-            f"build a network with shape={tuple(x.shape[1:])} for such samples"
+            f"build the network with shape={tuple(x.shape[1:])} for samples of this shape"
         )
     if x.dtype != net.out.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         dtype = net.out.weight.dtype

@@ -22,11 +22,11 @@ class MLP(TimeConditioned):
     two-layer perceptron on the time's features (and, with `num_classes`, a vector for the label).
 
     shape           one sample's shape, any rank from one up
-    num_classes     labels `y` [B] in 0..num_classes, where num_classes means "no label", as `y=None` does for all
+    num_classes     labels `y` [B] >= 0 and <= num_classes; num_classes means "no label", and so does `y=None` for all samples
     time_embedding  "fourier" or "sinusoidal" (see TimeEmbedding), with `time_scale` 16 or 1000 unless given
     out_channels    replaces the leading axis of the result by a multiple of it (a learned variance: 2 * shape[0])
 
-    The last layer starts at zero, and with it the network's output. `config` holds the arguments, as JSON can.
+    The last layer starts at zero, and with it the network's output. `config` holds the arguments as JSON has them.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class MLP(TimeConditioned):
         self.out_shape = (leading, *self.shape[1:])
         self.num_classes = self.config["num_classes"]
         width, depth, scale = self.config["hidden"], self.config["layers"], self.config["time_scale"]
-        # The second layer of the time's perceptron is as wide as all hidden layers together: one product serves all.
+        # one product gives the time's part of every hidden layer, so it is as wide as all of them together
         self.conditioning = Conditioning(depth * width, width, self.num_classes, time_embedding, scale)
         sizes = [math.prod(self.shape), *[width] * depth]
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
@@ -72,7 +72,9 @@ class MLP(TimeConditioned):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, features: Tensor | None = None) -> Tensor:
         check_call(self, x, t, y)
         h = x.flatten(1)
-        is_bias = features is not None and len(features) == 1 and y is None  # one time and label for all samples
+        is_bias = (
+            features is not None and len(features) == 1 and y is None
+        )  # the same time, and no label, for all samples
         for linear, time in zip(self.hidden, self.conditioning(t, y, features).chunk(len(self.hidden), dim=1)):
             plain = is_bias and type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
             h = F.linear(h, linear.weight, linear.bias + time[0]) if plain else linear(h) + time

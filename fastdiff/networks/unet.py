@@ -30,17 +30,17 @@ class UNet(TimeConditioned):
     Ho et al. 2020, appendix B, with BigGAN's residual blocks (Song et al. 2021; Dhariwal & Nichol 2021, §3): level `l`
     has `channels * multipliers[l]` channels, `blocks` residual blocks on the way down and as many on the way up, each
     joined to its mirror by concatenation. A strided convolution leads down and nearest interpolation up, to the exact
-    lengths met on the way down, so that any lengths will do: rectangular, odd, one. The coarsest level loses no
+    lengths of the way down, so that any lengths work: rectangular, odd, one. The coarsest level loses no
     resolution, so its `2 * blocks` blocks follow one another without joins. On a CPU, widths that are multiples of 16 suit
     the convolutions best.
 
     shape           one sample's shape, (C, *spatial), with one to three spatial axes
     attention       the levels (0 is the finest) whose blocks end in self-attention
-    num_classes     labels `y` [B] in 0..num_classes, where num_classes means "no label", as `y=None` does for all
+    num_classes     labels `y` [B] >= 0 and <= num_classes; num_classes means "no label", and so does `y=None` for all samples
     time_embedding  "sinusoidal" or "fourier" (see TimeEmbedding), with `time_scale` 1000 or 16 unless given
     out_channels    channels of the result, where they are not the sample's (a learned variance: 2 C)
 
-    The last convolution starts at zero, and with it the network's output. `config` holds the arguments, as JSON can.
+    The last convolution starts at zero, and with it the network's output. `config` holds the arguments as JSON has them.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class UNet(TimeConditioned):
         return hidden if self.num_classes is not None else self._modulations(hidden)
 
     def _modulations(self, hidden: Tensor) -> Tensor:
-        # One product gives every block its scale and shift: one small operation instead of a dozen smaller ones.
+        # one product for the scales and shifts of all blocks, instead of a small one in each block
         return self.modulation(F.silu(hidden))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, features: Tensor | None = None) -> Tensor:
@@ -139,10 +139,10 @@ def _image_shape(shape: Sequence[int]) -> tuple[int, ...]:
 def _check_levels(multipliers: list[int], attention: list[int]) -> None:
     if not multipliers:
         raise ConfigError(
-            "multipliers must name at least one level, got (): write (1,) for a network of one resolution"
+            "multipliers must have at least one entry, got (): write (1,) for a network of one resolution"
         )
     if attention and max(attention) >= len(multipliers):
         raise ConfigError(
-            f"attention must hold level indices in 0..{len(multipliers) - 1}, got {tuple(attention)}: "
+            f"attention must hold level indices >= 0 and <= {len(multipliers) - 1}, got {tuple(attention)}: "
             f"multipliers has {len(multipliers)} levels and 0 is the finest"
         )
