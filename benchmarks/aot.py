@@ -93,9 +93,8 @@ def shipped() -> list[Operands]:
             except ValueError:  # a sampler that does not go with the process: plan() says so
                 continue
             x = torch.zeros(1, 4)
-            times = [0.0] * len(table)
-            loop = runner.Loop(table, noting, x, x.clone(), x[:, 0].clone(), times, None, seed=0, check="off")
-            for _ in loop.run(network, None, 0):
+            loop = runner.Loop(table, noting, x, x.clone(), x[:, 0].clone(), None, seed=0, check="off")
+            for _ in loop.run(network, None, 0, x):
                 pass
     return sorted(found)
 

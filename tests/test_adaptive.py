@@ -49,9 +49,11 @@ class Linear:
 
 
 def run(field, y, end=3.0, start=0.0, backend="cpu", **options):
-    options = {"rtol": 1e-8, "atol": 1e-8, "integrals": 1, **options}
-    tableau = METHODS[options.pop("method", "dopri5")]
-    return integrate(field, y, start, end, operations=ops.backend_module(backend), tableau=tableau, **options)
+    given = {"rtol": 1e-8, "atol": 1e-8, "integrals": 1, **options}
+    solver = fastdiff.samplers.Adaptive(
+        **{name: given.pop(name) for name in ("method", "rtol", "atol", "couple", "max_nfe") if name in given}
+    )
+    return integrate(field, y, start, end, solver, operations=ops.backend_module(backend), **given)
 
 
 Y = torch.linspace(-1, 2, 12, dtype=torch.float64).view(4, 3)
@@ -142,13 +144,13 @@ def test_every_sample_runs_as_if_alone():
 
 def test_the_last_error_steadies_the_step(monkeypatch):
     """PI control at the limit of stability: where the error alone decides, steps in vain are more frequent."""
-    settle, vain = adaptive.Run.settle, []
+    settle, vain = adaptive.AdaptiveRun.settle, []
 
     def noted(self, accepted, *args):
         vain[-1] += int((self.running & ~accepted).sum())
         settle(self, accepted, *args)
 
-    monkeypatch.setattr(adaptive.Run, "settle", noted)
+    monkeypatch.setattr(adaptive.AdaptiveRun, "settle", noted)
     for gains in (adaptive.GAINS, (1.0, 0.0)):
         monkeypatch.setattr(adaptive, "GAINS", gains)
         vain.append(0)

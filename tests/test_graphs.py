@@ -500,7 +500,7 @@ def test_networks_whose_tensors_cannot_be_followed_run_eagerly(captures):
             super().__init__(device)
             self.register_buffer("graph", torch.eye(3, device=device).to_sparse())
 
-    for kind, reason in ((Moving, "other tensors"), (Lazy, "no place in memory"), (Sparse, "no place in memory")):
+    for kind, reason in ((Moving, "rebinds parameters"), (Lazy, "no storage"), (Sparse, "no storage")):
         with pytest.warns(RuntimeWarning, match=f"cannot be captured as CUDA graphs .*{reason}"):
             ours = draw(kind(captures.device), place=captures.device)
         assert torch.equal(ours, draw(kind(captures.device), engine="eager", place=captures.device)), kind

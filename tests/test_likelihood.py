@@ -601,7 +601,7 @@ def test_compiled_networks_and_those_without_batches_of_gradients():
     wanted = fastdiff.log_likelihood(net, x, **options)
     found = fastdiff.log_likelihood(compiled, x, **options)
     assert (wanted.nats - found.nats).abs().max() < 1e-3
-    with pytest.raises(ModelOutputError, match="gives up its graph"):
+    with pytest.raises(ModelOutputError, match="frees the graph"):
         fastdiff.log_likelihood(compiled, x, probes=3, **options)
 
     class Halved(torch.autograd.Function):
@@ -653,7 +653,7 @@ def test_what_is_far_away():
     with pytest.warns(UserWarning, match="far outside of the model's data_range"):
         fastdiff.log_likelihood(model, torch.full((1, 3), 16.0))
     x = torch.tensor([[0.0], [1e160]], dtype=torch.float64)
-    with pytest.raises(DataError, match=r"sample 1, of up to 1e.160, has -inf"):
+    with pytest.raises(DataError, match=r"sample 1 .*1e.160.* is -inf"):
         fastdiff.log_likelihood(lambda x, t: -x, x, VP, trace="exact", form="x")
 
 

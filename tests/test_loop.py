@@ -58,8 +58,8 @@ def by_hand(rows, x, first_sample):
 
 def loop_on(rows, operations, x, features=None):
     return runner.Loop(
-        rows, operations, x.clone(), torch.empty_like(x), torch.empty(len(x), dtype=x.dtype),
-        [line.network_time for line in rows.rows], features, seed=SEED, check="final",
+        rows, operations, torch.empty_like(x), torch.empty_like(x), torch.empty(len(x), dtype=x.dtype), features,
+        seed=SEED, check="final",
     )  # fmt: skip
 
 
@@ -81,8 +81,7 @@ def test_runs_are_the_loop_by_hand(operations, ahead):
     loop = loop_on(rows, operations, x, features)
     for _ in range(2):  # the buffers serve another run
         seen.clear()
-        loop.start.copy_(x)
-        for k, (ours, theirs) in enumerate(zip(loop.run(network, "condition", 7), expected, strict=True)):
+        for k, (ours, theirs) in enumerate(zip(loop.run(network, "condition", 7, x), [x, *expected], strict=True)):
             assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12), k
         assert len(seen) == len(inputs) == rows.calls
         for ours, theirs in zip(seen, inputs):
@@ -101,7 +100,7 @@ def test_a_network_may_return_its_input_or_a_view_of_it(operations):
             def network(given, *_, answer=answer, copies=copies):
                 return answer(given.clone() if copies else given), None
 
-            results.append([state.clone() for state in loop.run(network, None, 0)])
+            results.append([state.clone() for state in loop.run(network, None, 0, x)])
         for ours, theirs in zip(*results[-2:]):
             assert torch.equal(ours, theirs)
 
@@ -141,7 +140,7 @@ def test_buffers_go_with_the_loop(operations):
     gc.disable()
     try:
         loop = loop_on(rows, operations, x)
-        for _ in loop.run(lambda given, *_: (given * -0.5, None), None, 0):
+        for _ in loop.run(lambda given, *_: (given * -0.5, None), None, 0, x):
             pass
         gone = weakref.ref(loop)
         del loop
@@ -163,7 +162,7 @@ def test_a_base_may_be_read_first_several_rows_later():
         y = line.a * y + line.e * base + 0.1 * (y * 0.5)
         states.append(y)
     loop = loop_on(rows, cpu, x)
-    for ours, theirs in zip(loop.run(lambda given, *_: (given * 0.5, None), None, 0), states, strict=True):
+    for ours, theirs in zip(loop.run(lambda given, *_: (given * 0.5, None), None, 0, x), [x, *states], strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12)
 
 
@@ -189,7 +188,7 @@ def test_a_row_is_given_the_predictions_it_reads(operations):
     for line in lines:
         h = [0.5 * y] if line.calls_network else []
         y, history = line.a * y + sum(b * v for b, v in zip(line.b, h + history)), h + history
-    *_, ours = loop_on(rows, operations, x).run(lambda given, *_: (given * 0.5, None), None, 0)
+    *_, ours = loop_on(rows, operations, x).run(lambda given, *_: (given * 0.5, None), None, 0, x)
     assert torch.allclose(ours, y, rtol=1e-12)
 
 
@@ -297,9 +296,10 @@ def watched(monkeypatch):
         watches[-1].kind = kind
         plain_row(self, kind, *rest)
 
-    def watching(self, network, cond, first_sample, noise=None):
+    def watching(self, network, *rest):
         watches.append(Watch())
-        states = run(self, quiet(network), cond, first_sample, noise)
+        states = run(self, quiet(network), *rest)
+        yield next(states)  # the start
         yield next(states)
         for _ in range(len(self.table) - 1):
             with watches[-1]:

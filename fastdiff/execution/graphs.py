@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from ..errors import ConfigError, GraphError
 from ..table import StepTable
 from . import monitor
 from .cuda_graph import capture, first_line
-from .loop import Condition, Draw, Loop, Network, RowPlan, raise_if_bad
+from .loop import Condition, Draw, Loop, Network, RowPlan, raise_if_bad, signed
 
 LIMIT = 8  # loops kept while nobody runs them; one more retires all of them
 WORTHWHILE = 100  # rows that pay for capturing a callable whose graphs cannot be kept
@@ -120,9 +120,11 @@ def fingerprint(net: nn.Module) -> Any:
     try:
         tensors = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in [*net.parameters(), *net.buffers(), *loose]]
     except (RuntimeError, ValueError) as error:
-        raise GraphError(f"a tensor of its has no place in memory: {first_line(error)}") from error
+        raise GraphError(
+            f"one of its tensors has no storage (meta, fake or functional): {first_line(error)}"
+        ) from error
     if any(not address and shape.numel() for address, _, shape, _ in tensors):
-        raise GraphError("a tensor of its does not tell where it lies in memory")
+        raise GraphError("one of its tensors has no storage (meta, fake or functional)")
     parts = [
         (id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules
     ]
@@ -130,7 +132,7 @@ def fingerprint(net: nn.Module) -> Any:
 
 
 class GraphLoop(Loop):
-    """A runner.Loop that replays. Everything that its graphs touch is made once and stays where it is.
+    """A Loop that replays. Everything that its graphs touch is made once and stays where it is.
 
     capacity  rows of the longest table that it takes
     net       of whose graphs these are; not held
@@ -146,9 +148,9 @@ class GraphLoop(Loop):
         super().__init__(*args, **kwargs)
         self.cursor = torch.zeros(3, dtype=torch.int64, device=self.start.device)
 
-    def load(self, table: StepTable, times: Sequence[float], features: Tensor | None, seed: int) -> None:
-        super().load(table, times, features, seed)
-        self.row_times = self.placed("times", torch.tensor(times, dtype=self.time.dtype))
+    def load(self, table: StepTable, features: Tensor | None, seed: int) -> None:
+        super().load(table, features, seed)
+        self.row_times = self.placed("times", torch.tensor(self.times, dtype=self.time.dtype))
 
     def placed(self, name: str, values: Tensor) -> Tensor:
         """The values on the device, in the first rows of a tensor that stays in its place."""
@@ -157,16 +159,19 @@ class GraphLoop(Loop):
         self.static[name][: len(values)].copy_(values)
         return self.static[name]
 
-    def run(self, network: Network, cond: Condition, first_sample: int, noise: Draw | None = None) -> Iterator[Tensor]:
-        """As Loop.run, without noise of the caller's. Raises GraphError before the first row, and leaves `start` as it
-        was, where capture fails."""
+    def run(
+        self, network: Network, cond: Condition, first_sample: int, x_init: Tensor | None = None, noise: Draw | None = None
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """As Loop.run, without noise of the caller's. Raises GraphError, before it yields, where capture fails."""
+        self.begin(first_sample, x_init)
         if not self.graphs.keys() >= set(self.plans):
             self._capture_plans(network, self._conditioned(cond), first_sample)
+            self.begin(first_sample, x_init)
         self._conditioned(cond)  # a network may have changed it in the warm-up
-        self.begin()
+        yield self.start
         self._stand_at(0, first_sample)
         every = self.check == "every"
-        replay = monitor.marked("row", lambda plan: self.graphs[plan].replay())
+        replay: Callable[[RowPlan], None] = monitor.marker()("row", lambda plan: self.graphs[plan].replay())
         for plan in self.plans:
             replay(plan)
             if every and self.first_bad is not None:
@@ -192,8 +197,7 @@ class GraphLoop(Loop):
                     tensor.record_stream(stream)
 
     def _stand_at(self, row: int, first_sample: int) -> None:
-        seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed
-        self.cursor.copy_(torch.tensor([row, first_sample, seed]))
+        self.cursor.copy_(torch.tensor([row, first_sample, signed(self.seed)]))
 
     def _conditioned(self, cond: Condition) -> Condition:
         """The condition in memory of the loop's own, which the graphs read."""
@@ -207,20 +211,18 @@ class GraphLoop(Loop):
         return self.static[name].copy_(value)
 
     def _capture_plans(self, network: Network, cond: Condition, first_sample: int) -> None:
-        start, net = self.start.clone(), self.net()
+        net = self.net()
         before = None if net is None else fingerprint(net)
         try:
             for plan in dict.fromkeys(self.plans):
                 if plan not in self.graphs:
                     self._capture(plan, network, cond, first_sample)
             if net is not None and fingerprint(net) != before:
-                raise GraphError("its forward puts other tensors in the place of its own")
+                raise GraphError("its forward rebinds parameters or buffers")
         except GraphError:
             self.graphs.clear()
             self.pool = None
             raise
-        finally:
-            self.start.copy_(start)
 
     def _capture(self, plan: RowPlan, network: Network, cond: Condition, first_sample: int) -> None:
         at, device = self.plans.index(plan), self.start.device
@@ -236,7 +238,7 @@ class GraphLoop(Loop):
             number.add_(1)
 
         def warm() -> None:
-            self.begin()
+            self.feed()
             self._stand_at(at, first_sample)
             body()
 

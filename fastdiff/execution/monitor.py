@@ -8,9 +8,11 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # set by the profilers that listen (NVTX's own protocol)
 _INJECTED = ("NVTX_INJECTION64_PATH", "NVTX_INJECTION32_PATH")
@@ -29,20 +31,21 @@ def range(name: str) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     import nvtx
 
-    return nvtx.annotate(name, domain="fastdiff")
+    return nvtx.annotate(name, domain="fastdiff")  # type: ignore[no-any-return]
 
 
-def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function within a range of this name if somebody listens, else itself."""
-    if not listening():
-        return function
+def marker() -> Callable[[str, F], F]:
+    """(name, function) -> the function within a range of that name; itself if no profiler listens now."""
+    return _marked if listening() else lambda name, function: function
 
+
+def _marked(name: str, function: F) -> F:
     @functools.wraps(function)
     def within(*args: Any, **kwargs: Any) -> Any:
         with range(name):
             return function(*args, **kwargs)
 
-    return within
+    return within  # type: ignore[return-value]
 
 
 def bar(progress: bool | None, total: int, what: str, unit: str, first: int = 0) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def shape_of(shape: Any) -> tuple[int, ...]:
     """One sample's shape: at least one axis, lengths >= 0."""
-    if isinstance(shape, (int, str)) or not isinstance(shape, Sequence) or not len(shape):
+    lengths = () if isinstance(shape, str) or not isinstance(shape, Iterable) else tuple(shape)
+    if not lengths:
         raise ConfigError(f"shape must be one sample's shape, a tuple such as (1, 28, 28) or (2,), got {shape!r}")
-    return tuple(checks.integer("shape", n, 0, 2**34) for n in shape)
+    return tuple(checks.integer("shape", n, 0, 2**34) for n in lengths)
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
