@@ -105,14 +105,14 @@ def log_likelihood(
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
     request, x, ends = _request(model, x, sde, t_min, prediction, time_input, cond, backend, "x", seed, first_sample)
     traces, estimates = _traces(request, trace, probes, probe, derivative)
-    found = _follow(
+    solution = _follow(
         request, x, ends, solver, batch_size, progress, "likelihood", traces=traces, integrals=estimates, columns=probes
     )
     std, numbers = request.model.process.prior_std, math.prod(request.model.data_shape)
-    prior = -0.5 * (tree_sum((found.y.double() / std) ** 2) + numbers * math.log(2 * math.pi * std**2))
-    mean = found.integrals.mean(1, keepdim=True)
+    prior = -0.5 * (tree_sum((solution.y.double() / std) ** 2) + numbers * math.log(2 * math.pi * std**2))
+    mean = solution.integrals.mean(1, keepdim=True)
     square = (
-        (found.integrals - mean).square().sum(1) / (estimates - 1)
+        (solution.integrals - mean).square().sum(1) / (estimates - 1)
         if estimates > 1
         else torch.full_like(prior, math.nan)
     )
@@ -125,7 +125,7 @@ def log_likelihood(
             f"x must have a log-likelihood that float64 holds, and that of sample {i} (largest |x| "
             f"{x[i].abs().max():.3g}) is {float(nats[i])}: check the units of x"
         )
-    return LogLikelihood(nats, stderr, found.y, found.nfe, x)
+    return LogLikelihood(nats, stderr, solution.y, solution.nfe, x)
 
 
 @names_keywords
@@ -179,10 +179,10 @@ def interpolate(
     share = checks.sequence("weights", weights)
     if not share:
         raise ConfigError("weights must hold at least one number, such as torch.linspace(0, 1, 8), got none")
-    known = [*inspect.signature(encode).parameters, "temperature"]
+    keywords = [*inspect.signature(encode).parameters, "temperature"]
     for name in options:
-        if name not in known:
-            raise TypeError(f"interpolate() takes no keyword {name!r}, only weights, mode, {', '.join(known[2:])}")
+        if name not in keywords:
+            raise TypeError(f"interpolate() takes no keyword {name!r}, only weights, mode, {', '.join(keywords[2:])}")
     for name, end in (("xa", xa), ("xb", xb)):
         _check_samples(name, end)
         tensor_checks.check_finite(name, end)

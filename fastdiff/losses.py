@@ -163,15 +163,15 @@ def _scaled_score(model: ScoreModel, t: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 def _gradient(value: Tensor, x: Tensor, trained: bool, loss: str) -> Tensor:
     """∂value/∂x, itself differentiable if the network is `trained` on it."""
-    found = None
+    gradient = None
     if value.requires_grad:
-        (found,) = torch.autograd.grad(value, x, create_graph=trained, retain_graph=True, allow_unused=True)
-    if found is None:
+        (gradient,) = torch.autograd.grad(value, x, create_graph=trained, retain_graph=True, allow_unused=True)
+    if gradient is None:
         raise ModelOutputError(
             f"loss={loss!r} needs gradients through the model, and its output has none with respect to x: look in it for "
             "no_grad, detach, argmax or numpy"
         )
-    return found
+    return gradient
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ class ScoreModel(nn.Module):
     """A network, the process it was trained on, and what its input and output mean.
 
     net          callable (x [B, *data_shape], time [B], cond) -> [B, *data_shape]
-    sde          a process or its name; one known by its sampler alone (fastdiff.processes.Process) takes "score" only
+    sde          a process or its name; one without alpha and sigma (see fastdiff.processes.Process) takes "score" only
     prediction   "score", "eps", "x0", "v", "scaled_score", "prev_mean", "increment" or "edm" (see fastdiff.predictions)
     time_input   what `time` is: "t", "index", "sigma", "log_sigma", "t*999" or "c_noise" (EDM's, its default)
     data_range   the range of its training data, and so of its samples (which are not clamped to it)
@@ -53,7 +53,7 @@ class ScoreModel(nn.Module):
         self.variance = None if variance is None else choose("variance", variance, ("learned_range",))
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
-        """The network's own output at process times t [B] (or one for all), its input scaled and its time converted."""
+        """The network's output, as it is, at process times t [B] (or one for all), its input scaled and its time converted."""
         t = self.times(t, x)
         alpha, sigma = (self.process.alpha(t), self.process.sigma(t)) if self.process.linear else (None, None)
         if self.prediction == "edm":
@@ -63,7 +63,7 @@ class ScoreModel(nn.Module):
         return answer(self.net, self.variance, x, time, None, cond)[0]
 
     def predict(self, kind: str, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
-        """The network's opinion as "score", "x0", "eps" or any other prediction at process times t [B] (or one)."""
+        """The network's prediction as "score", "x0", "eps" or any other prediction at process times t [B] (or one)."""
         if not self.process.linear:
             if kind != "score":
                 processes.require_linear(self.process, f"a prediction of {kind!r}", "ask for 'score'")
@@ -81,20 +81,20 @@ class ScoreModel(nn.Module):
 
     def times(self, t: Any, x: Tensor) -> Tensor:
         """t as one process time for each sample of x, inside [0, T], where the network can be asked (σ > 0)."""
-        given = torch.as_tensor(t, device=x.device)
-        given = given if given.is_floating_point() else given.to(x.dtype)
-        if given.ndim > 1 or (given.ndim == 1 and given.shape[0] != 1 and given.shape[0] != x.shape[0]):
-            raise ShapeError(f"t must be one time or one for each of {len(x)} samples, got shape {tuple(given.shape)}")
+        times = torch.as_tensor(t, device=x.device)
+        times = times if times.is_floating_point() else times.to(x.dtype)
+        if times.ndim > 1 or (times.ndim == 1 and times.shape[0] != 1 and times.shape[0] != x.shape[0]):
+            raise ShapeError(f"t must be one time or one for each of {len(x)} samples, got shape {tuple(times.shape)}")
         # on other devices a look at the values would stall them, in a compiled graph it would break it
-        if given.device.type == "cpu" and not torch.compiler.is_compiling():
-            bad = ~((given >= 0) & (given <= self.process.T * 1.000001))
+        if times.device.type == "cpu" and not torch.compiler.is_compiling():
+            bad = ~((times >= 0) & (times <= self.process.T * 1.000001))
             if self.process.linear:
-                bad |= ~(self.process.sigma(given) > 0)
+                bad |= ~(self.process.sigma(times) > 0)
             if bool(bad.any()):
-                value, top = float(given[bad].flatten()[0]), f"{self.process.T:g}]"
+                value, top = float(times[bad].flatten()[0]), f"{self.process.T:g}]"
                 allowed = f"(0, {top}, where sigma > 0" if self.process.linear else f"[0, {top}"
                 raise ConfigError(f"t must lie in {allowed}, got {value:g}")
-        return given.expand(len(x))
+        return times.expand(len(x))
 
     def score(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """∇ log p_t(x), [B, *]."""
@@ -121,26 +121,26 @@ def as_model(
     if not callable(model):
         raise ConfigError(f"model must be a ScoreModel or a callable (x, t) -> tensor, got {type(model).__name__}")
     if sde is None:
-        raise ConfigError(f"sde must be given with a plain callable: one of {', '.join(processes.PROCESSES)}")
+        raise ConfigError(f"sde must be times with a plain callable: one of {', '.join(processes.PROCESSES)}")
     if shape is None:
-        raise ConfigError("shape must be given with a plain callable: one sample's shape, such as shape=(2,)")
+        raise ConfigError("shape must be times with a plain callable: one sample's shape, such as shape=(2,)")
     return ScoreModel(model, sde, prediction or "score", time_input, shape, variance=variance)
 
 
-def check_path(sde: Any, own: processes.Process) -> None:
+def check_path(sde: Any, process: processes.Process) -> None:
     """Refuse a process, or the name of one, that is not on the model's path: its own, or a chain on it."""
-    if sde is None or sde in (own, own.name):
+    if sde is None or sde in (process, process.name):
         return
     if isinstance(sde, str):
         choose("sde", sde, processes.PROCESSES)
-        if type(own) is chains.CHAINS.get(sde):
+        if type(process) is chains.CHAINS.get(sde):
             return
     elif not isinstance(sde, processes.Process):
         raise ConfigError(f"sde must be a name or a process such as fastdiff.VP(), got {type(sde).__name__}")
-    elif chains.on_path(sde, own):
+    elif chains.on_path(sde, process):
         return
     raise ConfigError(
-        f"sde={sde!r:.60} is not the process of this model, {own!r:.60}: leave sde out, or use sde={own.name!r}"
+        f"sde={sde!r:.60} is not the process of this model, {process!r:.60}: leave sde out, or use sde={process.name!r}"
     )
 
 

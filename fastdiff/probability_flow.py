@@ -75,8 +75,8 @@ class Flow:
 
             def network(x: Tensor) -> Tensor:
                 x = x.to(self.net_dtype).contiguous(memory_format=self.memory_format)
-                time, known = times[k].expand(len(x)).clone(), None if features is None else features[k]
-                return answer(model.net, model.variance, x, time, known, cond)[0].to(self.dtype)
+                time, ahead = times[k].expand(len(x)).clone(), None if features is None else features[k]
+                return answer(model.net, model.variance, x, time, ahead, cond)[0].to(self.dtype)
 
             def rates(y: Tensor) -> tuple[Tensor, Tensor | None]:
                 if self.trace is None:
@@ -100,7 +100,7 @@ class Flow:
             times[-1] = b
         scales = chart.place(np.array([a, b, *times])).scale.tolist()
         try:
-            found = integrate(
+            solution = integrate(
                 self, x / scales[0], a, b, solver, operations=self.operations, integrals=self.integrals, times=times,
                 progress=progress,
             )  # fmt: skip
@@ -110,8 +110,10 @@ class Flow:
         # log p_x = log p_y − D log s
         shift = math.prod(x.shape[1:]) * (math.log(scales[1]) - math.log(scales[0]))
         for k in range(states):
-            found.states[k] *= scales[2 + k]  # type: ignore[index]
-        return Solution(found.y * scales[1], found.integrals + shift, found.nfe, found.states, found.calls)
+            solution.states[k] *= scales[2 + k]  # type: ignore[index]
+        return Solution(
+            solution.y * scales[1], solution.integrals + shift, solution.nfe, solution.states, solution.calls
+        )
 
     def _condition(self, samples: Tensor) -> Condition:
         if self.cond is None:
@@ -156,13 +158,13 @@ class ReverseSDE(Flow):
     def integrate(self, start: float, end: float, solver: Any, progress: Progress) -> Solution:
         """x along the SDE from time `start` to `end`."""
         x = self.x
-        found = integrate_sde(self, x, start, end, solver, operations=self.operations, progress=progress)
+        solution = integrate_sde(self, x, start, end, solver, operations=self.operations, progress=progress)
         if not self.denoise:
-            return found
+            return solution
         every = torch.arange(len(x), device=x.device)
         times = torch.full((1, len(x)), end, dtype=torch.float64, device=x.device)
-        mean, _ = Denoised(self.model, self.chart, x, self.cond, self.operations).at(times, every)[0](found.y)
-        return Solution(mean, found.integrals, found.nfe + 1, None, found.calls + 1)
+        mean, _ = Denoised(self.model, self.chart, x, self.cond, self.operations).at(times, every)[0](solution.y)
+        return Solution(mean, solution.integrals, solution.nfe + 1, None, solution.calls + 1)
 
 
 def end_time(model: ScoreModel, sde: Any, t_min: float | None, default: float) -> float:

@@ -30,7 +30,7 @@ UNREPLAYABLE = "a sampler that chooses its steps has no rows to replay"
 
 @dataclass(frozen=True)
 class Request:
-    """What every run is asked for; tensors are checked when it is made.
+    """The arguments of every run; tensors are checked when it is made.
 
     count          samples
     x_init         their start [count, *data_shape], called `start_name` in messages; None: the prior's draw
@@ -119,7 +119,7 @@ def run_table(
     result = torch.empty(request.shape, dtype=request.dtype, device=request.device)
     states = result.new_empty((trajectory, *request.shape)) if trajectory else None
     bounds = [(lo, min(lo + batch, request.count)) for lo in range(0, request.count, batch)] if result.numel() else []
-    # a noise callable is asked once for each row, so then all batches walk the rows together
+    # a noise callable is called once for each row, so then all batches walk the rows together
     groups = [bounds] if callable(noise) else [[bound] for bound in bounds]
     slots, last = _slots(trajectory, len(table)), len(table) - 1
     with _running(request.model, progress, len(table) * len(bounds), "sample", "row") as bar, loops:
@@ -250,7 +250,7 @@ class _CallersNoise:
 
     def __init__(self, request: Request, table: StepTable, noise: Any) -> None:
         self.request, self.noise = request, noise
-        self.last: tuple[int, Tensor] | None = None  # a callable is asked once for each row
+        self.last: tuple[int, Tensor] | None = None  # a callable is called once for each row
         if isinstance(noise, Tensor):
             tensor_checks.check_tensor("noise", noise, (len(table), *request.shape), request.device, finite=False)
             drawn = [k for k, row in enumerate(table.rows) if row.draws]
@@ -274,7 +274,7 @@ class _CallersNoise:
 
 
 def _slots(trajectory: int, rows: int) -> dict[int, list[int]]:
-    """Which states a trajectory keeps: row number (−1 the start) -> its slots; the end is always kept."""
+    """Which states a trajectory keeps: row number (−1 the start) -> its slots; the end always has one."""
     slots: dict[int, list[int]] = {}
     for slot in range(trajectory):
         k = rows - 1 if trajectory == 1 else round(slot * rows / (trajectory - 1)) - 1
@@ -309,7 +309,7 @@ def run_adaptive(
         x.mul_(request.model.process.prior_std)
     else:
         x = request.x_init.detach().to(request.dtype).contiguous()
-    found = follow(
+    solution = follow(
         request,
         x,
         start,
@@ -321,7 +321,7 @@ def run_adaptive(
         what="sample",
         denoise=denoise,
     )
-    return Result(found.y, found.states, found.calls, backend, engine, why, nfe=found.nfe)
+    return Result(solution.y, solution.states, solution.calls, backend, engine, why, nfe=solution.nfe)
 
 
 def follow(
@@ -369,11 +369,11 @@ def follow(
 def _joined(parts: list[Solution], x: Tensor, integrals: int, states: int) -> Solution:
     if not parts:
         none = torch.zeros(0, integrals, dtype=torch.float64, device=x.device)
-        kept = x.new_empty((states, *x.shape)) if states else None
-        return Solution(x.clone(), none, torch.zeros(0, dtype=torch.int64, device=x.device), kept, 0)
-    kept = torch.cat([part.states for part in parts], 1) if states else None  # type: ignore[misc]
+        stored = x.new_empty((states, *x.shape)) if states else None
+        return Solution(x.clone(), none, torch.zeros(0, dtype=torch.int64, device=x.device), stored, 0)
+    stored = torch.cat([part.states for part in parts], 1) if states else None  # type: ignore[misc]
     y, q, nfe = (torch.cat([getattr(part, name) for part in parts]) for name in ("y", "integrals", "nfe"))
-    return Solution(y, q, nfe, kept, sum(part.calls for part in parts))
+    return Solution(y, q, nfe, stored, sum(part.calls for part in parts))
 
 
 def _refuse_batch(batch: int, count: int, reason: str) -> None:

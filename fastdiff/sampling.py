@@ -279,10 +279,10 @@ def _dtypes(dtype: torch.dtype | None, x_init: Any) -> tuple[torch.dtype, torch.
     """The result's dtype and the state's."""
     if x_init is not None:
         tensor_checks.check_floating("x_init", x_init)
-    asked = dtype if dtype is not None else torch.float32 if x_init is None else x_init.dtype
-    if asked not in tensor_checks.DTYPES:
+    result = dtype if dtype is not None else torch.float32 if x_init is None else x_init.dtype
+    if result not in tensor_checks.DTYPES:
         raise DTypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
-    return asked, torch.float64 if asked == torch.float64 else torch.float32
+    return result, torch.float64 if result == torch.float64 else torch.float32
 
 
 def _narrowed(x: Tensor, dtype: torch.dtype, check: str) -> Tensor:

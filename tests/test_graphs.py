@@ -101,7 +101,7 @@ class Net(nn.Module):
 
 
 def kept_loops():
-    return [loop for kept in graphs._kept.values() for free in kept.loops.values() for loop in free]
+    return [loop for kept in graphs._cache.values() for free in kept.loops.values() for loop in free]
 
 
 def draw(net, **options):
@@ -193,7 +193,7 @@ def test_graphs_go_with_their_network(captures):
     del net
     gc.collect()
     assert loop() is None
-    assert not graphs._kept
+    assert not graphs._cache
 
 
 def test_a_whole_generation_retires_at_once(captures):
@@ -274,7 +274,7 @@ def test_plain_callables_are_captured_for_their_run_alone(captures):
         weight = weight - 0.1
         assert torch.equal(*both(lambda x, t, w=weight: x * w, captures, steps=steps))
     assert len(captures) == 4
-    assert not graphs._kept
+    assert not graphs._cache
     for steps, engine in ((graphs.WORTHWHILE - 1, "eager"), (graphs.WORTHWHILE, "graph")):
         _, info = draw(lambda x, t: -x, steps=steps, place=captures.device, return_info=True)
         assert info.engine == engine

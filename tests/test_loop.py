@@ -216,12 +216,12 @@ def test_buffers_are_few_and_never_hold_two_things():
             assert [holds[n] for n in plan.history] == history[: len(line.b) - line.calls_network]
             if line.e != 0:
                 assert holds[plan.base] == base
-            written = [n for n in (plan.out, plan.pushed, plan.kept) if n is not None]
+            written = [n for n in (plan.out, plan.pushed, plan.noise) if n is not None]
             assert len(set(written)) == len(written)
             read = {*plan.history, *([plan.base] if plan.base is not None else [])}
             assert not read & set(written)
-            assert plan.x not in (plan.pushed, plan.kept)
-            assert (plan.kept is not None) == (line.measure is not None)
+            assert plan.x not in (plan.pushed, plan.noise)
+            assert (plan.noise is not None) == (line.measure is not None)
             holds[plan.out] = x = f"x{k}"
             if plan.pushed is not None:
                 holds[plan.pushed] = f"h{k}"

@@ -68,7 +68,7 @@ Progress = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Solution:
-    """y [B, *] at the end, the integrals [B, K], evaluations [B] of each sample, the states [M, B, *] at the asked times.
+    """y [B, *] at the end, the integrals [B, K], evaluations [B] of each sample, the states [M, B, *] at the requested times.
 
     `calls` of the field: as many as the slowest sample has evaluations, or a few more where POLL is above 1.
     """
@@ -133,7 +133,7 @@ class AdaptiveRun:
         self.h = torch.full((count,), 0.01 * self.span, **self.wide)
         self.running = torch.ones(count, dtype=torch.bool, device=y.device)
         self.spent, self.strikes = torch.zeros_like(self.nfe), torch.zeros_like(self.nfe)
-        self.steps, self.calls, self.told = 0, 0, 0.0
+        self.steps, self.calls, self.reported = 0, 0, 0.0
         self.look = POLL.get(y.device.type, POLL_OTHERS)
 
     def solve(self) -> Solution:
@@ -186,14 +186,14 @@ class AdaptiveRun:
             "step size underflow": self.running & (self.h < tiny),
             f"max_nfe = {self.max_nfe} is spent": self.running & (self.spent >= self.max_nfe),
         }
-        *troubled, finished = torch.stack([*troubles.values(), ~self.running]).any(1).tolist()
-        for (reason, bad), found in zip(troubles.items(), troubled):
-            if found:
+        *present, finished = torch.stack([*troubles.values(), ~self.running]).any(1).tolist()
+        for (reason, bad), troubled in zip(troubles.items(), present):
+            if troubled:
                 self.refuse(bad, reason)
         if self.progress is not None:
             way = float((len(self.final) - len(self.u)) + ((self.u - self.start).abs() / self.span).sum())
-            self.progress(way - self.told)
-            self.told = way
+            self.progress(way - self.reported)
+            self.reported = way
         if finished:
             self.leave(torch.nonzero(~self.running).flatten())
             keep = torch.nonzero(self.running).flatten()
@@ -274,7 +274,7 @@ class _RungeKutta(AdaptiveRun):
             q = self.q + h[:, None] * _weighted(b, stacked)
             tolerance = self.atol + self.rtol * torch.maximum(q.abs(), self.q.abs())
             error = torch.maximum(error, self._norm(h[:, None] * _weighted(t.e, stacked) / tolerance))
-        own = error.isfinite()
+        finite = error.isfinite()
         if self.couple:
             mean = torch.where(self.running, error, 0.0).square().sum() / self.running.sum()
             error = mean.sqrt().expand_as(error)
@@ -284,7 +284,7 @@ class _RungeKutta(AdaptiveRun):
             self._interpolate(ks, h, after, reached, accepted)
         factor = self._factor(error, accepted)
         new = {"y": after, "k": ks[-1], "q": q, "rate": rates[-1], "before": error.clamp(min=1e-4)}
-        self.settle(accepted, own, last, reached, size * factor, new)
+        self.settle(accepted, finite, last, reached, size * factor, new)
 
     def _factor(self, error: Tensor, accepted: Tensor) -> Tensor:
         """What multiplies h: PI control (Hairer & Wanner, Solving ODEs II, IV.2)."""
@@ -301,7 +301,7 @@ class _RungeKutta(AdaptiveRun):
         return Solution(self.final, self.totals, self.nfe, self.states if len(self.times) else None, self.calls)
 
     def _interpolate(self, ks: list[Tensor], h: Tensor, after: Tensor, reached: Tensor, accepted: Tensor) -> None:
-        """y at the asked times within this step: Hairer, Nørsett & Wanner, Solving ODEs I, eq. II.6.7 and DOPRI5's `contd5`."""
+        """y at requested times within this step: Hairer, Nørsett & Wanner, Solving ODEs I, eq. II.6.7 and DOPRI5's `contd5`."""
         shape = (-1, *[1] * (after.ndim - 1))
         rise, first = after - self.y, h.to(after.dtype).view(shape) * ks[0]
         end = h.to(after.dtype).view(shape) * ks[-1]

@@ -41,7 +41,7 @@ def integrate_sde(
 
 
 class _Stochastic(AdaptiveRun):
-    """Also carried: y' of the last accepted step, and what is known of the Brownian path ahead.
+    """Also carried: y' of the last accepted step, and the pieces of the Brownian path ahead that rejected steps have drawn.
 
     An attempt that is rejected has seen its noise, and drawing anew until a step passes would choose the noise: of few
     numbers, whose error has luck, far too large a variance. So what was drawn stays (Rackauckas & Nie 2017, RSwM1): the
@@ -58,17 +58,17 @@ class _Stochastic(AdaptiveRun):
         self.lengths, self.pieces = torch.zeros(len(y), 0, **self.wide), y.new_zeros(len(y), 0, *y.shape[1:])
 
     def step(self) -> None:
-        known, every = self.depth > 0, torch.arange(len(self.u), device=self.u.device)
+        bridged, every = self.depth > 0, torch.arange(len(self.u), device=self.u.device)
         self._make_room()
         top = (self.depth - 1).clamp(min=0)
         length, piece = self.lengths[every, top], self.pieces[every, top]
-        h, size, last = self.trial(torch.where(known, length, torch.inf))
+        h, size, last = self.trial(torch.where(bridged, length, torch.inf))
         shape = (-1, *[1] * (self.y.ndim - 1))
-        part = torch.where(known, size / torch.where(known, length, 1.0), 0.0)
-        spread = torch.where(known, size * (1 - part).clamp(min=0), size).sqrt()
+        part = torch.where(bridged, size / torch.where(bridged, length, 1.0), 0.0)
+        spread = torch.where(bridged, size * (1 - part).clamp(min=0), size).sqrt()
         z = self.field.noise(self.steps, self.samples)
         wiener = part.to(z.dtype).view(shape) * piece + spread.to(z.dtype).view(shape) * z
-        split = known & (size < length)
+        split = bridged & (size < length)
         self.lengths[every, top] = torch.where(split, length - size, size)
         self.pieces[every, top] = torch.where(split.view(shape), piece - wiener, wiener)
         place = torch.where(split, self.depth, top)

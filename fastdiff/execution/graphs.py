@@ -25,10 +25,10 @@ from .cuda_graph import capture, first_line
 from .loop import Condition, Draw, Loop, Network, RowPlan, raise_if_bad, signed
 
 LIMIT = 8  # loops kept while nobody runs them; one more retires all of them
-WORTHWHILE = 100  # rows that pay for capturing a callable whose graphs cannot be kept
+WORTHWHILE = 100  # rows that pay for capturing a callable whose graphs cannot be cached
 
 
-class _Kept(NamedTuple):
+class _Cached(NamedTuple):
     """A module's loops that nobody is running, by what they were captured under."""
 
     fingerprint: Any
@@ -36,12 +36,12 @@ class _Kept(NamedTuple):
 
 
 _lock = threading.Lock()  # of these two
-_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+_cache: weakref.WeakKeyDictionary[nn.Module, _Cached] = weakref.WeakKeyDictionary()
 _refused: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
-def obstacle(net: Any, device: torch.device, rows: int, noise: Any, asked: bool) -> str | None:
-    """Why a run is not captured, or None. `asked`: graphs were asked for by name, so whether they pay is not a question."""
+def obstacle(net: Any, device: torch.device, rows: int, noise: Any, named: bool) -> str | None:
+    """Why a run is not captured, or None. `named`: the caller asked for graphs by name, whether or not they pay."""
     if device.type != "cuda":
         return f"CUDA graphs need a CUDA device, not {device.type}"
     if torch.cuda.is_current_stream_capturing():
@@ -51,7 +51,7 @@ def obstacle(net: Any, device: torch.device, rows: int, noise: Any, asked: bool)
         )
     if noise is not None:
         return "the noise comes from the caller"
-    if not isinstance(net, nn.Module) and rows < WORTHWHILE and not asked:
+    if not isinstance(net, nn.Module) and rows < WORTHWHILE and not named:
         return f"a plain callable is captured anew for each run, and this one has {rows} rows"
     try:
         return _refused.get(net)
@@ -63,7 +63,7 @@ def refuse(net: Any, reason: str) -> None:
     """Remember that a network cannot be captured."""
     with _lock, contextlib.suppress(TypeError):
         _refused[net] = reason
-        _kept.pop(net, None)
+        _cache.pop(net, None)
 
 
 def clear() -> None:
@@ -75,7 +75,7 @@ def clear() -> None:
 
 def _retire() -> None:
     with _lock:
-        _kept.clear()
+        _cache.clear()
 
 
 @contextlib.contextmanager
@@ -84,14 +84,14 @@ def borrowed(net: Any, key: Any, make: Callable[[], GraphLoop]) -> Iterator[Grap
 
     key   all that a capture bakes in, but for the network itself
     """
-    kept, loop = None, None
+    cached, loop = None, None
     if isinstance(net, nn.Module):
         now = fingerprint(net)
         with _lock:
-            kept = _kept.get(net)
-            if kept is None or kept.fingerprint != now:
-                kept = _kept[net] = _Kept(now, {})
-            free = kept.loops.get(key)
+            cached = _cache.get(net)
+            if cached is None or cached.fingerprint != now:
+                cached = _cache[net] = _Cached(now, {})
+            free = cached.loops.get(key)
             loop = free.pop() if free else None
     loop = make() if loop is None else loop
     loop.follow()
@@ -99,18 +99,18 @@ def borrowed(net: Any, key: Any, make: Callable[[], GraphLoop]) -> Iterator[Grap
         yield loop
     finally:
         loop.leave()
-        if kept is not None and loop.graphs:
-            _keep(net, kept, key, loop)
+        if cached is not None and loop.graphs:
+            _keep(net, cached, key, loop)
 
 
-def _keep(net: nn.Module, kept: _Kept, key: Any, loop: GraphLoop) -> None:
+def _keep(net: nn.Module, cached: _Cached, key: Any, loop: GraphLoop) -> None:
     with _lock:
-        if _kept.get(net) is not kept:  # retired, or the module has changed, while the loop ran
+        if _cache.get(net) is not cached:  # retired, or the module has changed, while the loop ran
             return
-        if sum(len(free) for own in _kept.values() for free in own.loops.values()) >= LIMIT:
-            _kept.clear()
-            kept = _kept[net] = _Kept(kept.fingerprint, {})
-        kept.loops.setdefault(key, []).append(loop)
+        if sum(len(free) for cached in _cache.values() for free in cached.loops.values()) >= LIMIT:
+            _cache.clear()
+            cached = _cache[net] = _Cached(cached.fingerprint, {})
+        cached.loops.setdefault(key, []).append(loop)
 
 
 def fingerprint(net: nn.Module) -> Any:
@@ -191,8 +191,8 @@ class GraphLoop(Loop):
             stream = torch.cuda.current_stream(self.start.device)
             self.done = torch.cuda.Event()
             self.done.record(stream)
-            own = (self.net_input, self.time, self.measured, self.cursor, self.first_bad)
-            for tensor in (*self.buffers, *self.static.values(), *own):
+            static = (self.net_input, self.time, self.measured, self.cursor, self.first_bad)
+            for tensor in (*self.buffers, *self.static.values(), *static):
                 if tensor is not None:
                     tensor.record_stream(stream)
 
@@ -200,12 +200,12 @@ class GraphLoop(Loop):
         self.cursor.copy_(torch.tensor([row, first_sample, signed(self.seed)]))
 
     def _conditioned(self, cond: Condition) -> Condition:
-        """The condition in memory of the loop's own, which the graphs read."""
+        """The condition in the loop's memory, which the graphs read."""
         if isinstance(cond, dict):
-            return {name: self._kept_at(f"cond {name}", value) for name, value in cond.items()}
-        return None if cond is None else self._kept_at("cond", cond)
+            return {name: self._copied(f"cond {name}", value) for name, value in cond.items()}
+        return None if cond is None else self._copied("cond", cond)
 
-    def _kept_at(self, name: str, value: Tensor) -> Tensor:
+    def _copied(self, name: str, value: Tensor) -> Tensor:
         if name not in self.static:
             self.static[name] = torch.empty_like(value)
         return self.static[name].copy_(value)

@@ -36,7 +36,7 @@ class RowPlan(NamedTuple):
     """The host side of a row. Rows with equal plans differ only in coefficients that the device reads, so one captured graph
     serves them all.
 
-    x, out, base, history, pushed and kept index Loop.buffers; the state starts in buffer 0.
+    x, out, base, history, pushed and noise index Loop.buffers; the state starts in buffer 0.
     """
 
     x: int
@@ -44,7 +44,7 @@ class RowPlan(NamedTuple):
     base: int | None
     history: tuple[int, ...]
     pushed: int | None  # where the prediction is kept
-    kept: int | None  # where a measured row leaves its noise
+    noise: int | None  # where a measured row leaves its noise
     calls_network: bool
     draws: bool
     norm: str | None  # of a measured row
@@ -66,7 +66,7 @@ def _plans(table: StepTable, keeps_noise: bool) -> list[RowPlan]:
         needed.append(reads)
         reads = row.e != 0 or (reads and not row.saves_base)
     needed.reverse()
-    found = list[RowPlan]()
+    listed = list[RowPlan]()
     x, base, history = 0, None, tuple[int, ...]()
     for k, row in enumerate(rows):
         base = x if row.saves_base else base
@@ -77,19 +77,19 @@ def _plans(table: StepTable, keeps_noise: bool) -> list[RowPlan]:
             taken.add(free)
             return free
 
-        kept = spare() if row.measure is not None and keeps_noise else None
+        noise = spare() if row.measure is not None and keeps_noise else None
         out = spare() if base == x and (needed[k] or row.e != 0) else x
         pushed = spare() if row.keeps_prediction and table.memory else None
         feeds = k + 1 < len(rows) and rows[k + 1].calls_network
-        found.append(RowPlan(
-            x, out, base if row.e != 0 else None, history[: len(row.b) - row.calls_network], pushed, kept,
+        listed.append(RowPlan(
+            x, out, base if row.e != 0 else None, history[: len(row.b) - row.calls_network], pushed, noise,
             row.calls_network, row.draws, None if row.measure is None else row.measure.norm,
             row.log_variance is not None, feeds,
         ))  # fmt: skip
         x = out
         if pushed is not None:
             history = (pushed, *history)[: table.memory]
-    return found
+    return listed
 
 
 class Loop:
@@ -121,7 +121,7 @@ class Loop:
         self.times = network_times(table, self.time.dtype)
         self._steps.clear()
         self.plans = plans(table, self.operations.KEEPS_NOISE)
-        numbers = [n for plan in set(self.plans) for n in (plan.x, plan.out, plan.pushed, plan.kept) if n is not None]
+        numbers = [n for plan in set(self.plans) for n in (plan.x, plan.out, plan.pushed, plan.noise) if n is not None]
         self.buffers += [torch.empty_like(self.start) for _ in range(max(numbers) + 1 - len(self.buffers))]
         self.matrix = self.placed("matrix", torch.from_numpy(table.matrix).to(self.start.dtype))
         self.features = None if features is None else self.placed("features", features)
@@ -152,10 +152,10 @@ class Loop:
         for low in range(0, len(rows), BLOCK):
             block = self.plans[low : low + BLOCK]
             ahead = [None] * len(block) if self.features is None else self.features[low : low + len(block)].split(1)
-            for k, (plan, cursor, known) in enumerate(zip(block, cursors[low : low + BLOCK].unbind(), ahead), low):
-                if known is None and plan.calls_network:
+            for k, (plan, cursor, features) in enumerate(zip(block, cursors[low : low + BLOCK].unbind(), ahead), low):
+                if features is None and plan.calls_network:
                     self.time.fill_(self.times[k])
-                row(plan, network, cond, cursor, known, noise(k) if noise is not None and plan.draws else None)
+                row(plan, network, cond, cursor, features, noise(k) if noise is not None and plan.draws else None)
                 if every and first_bad is not None:
                     raise_if_bad(self.table, first_bad, first_sample)
                 yield self.buffers[plan.out]
@@ -163,7 +163,7 @@ class Loop:
             raise_if_bad(self.table, first_bad, first_sample)
 
     def begin(self, first_sample: int, x_init: Tensor | None) -> None:
-        """Fill what the first row reads: the start, drawn from the prior or given, and the network's input."""
+        """Fill what the first row reads: the start, drawn from the prior or x_init, and the network's input."""
         if x_init is None:
             cursor = torch.tensor([0, first_sample, signed(self.seed)], device=self.start.device)
             self.operations.normal(self.start, cursor, PRIOR)
@@ -199,10 +199,10 @@ class Loop:
             if plan.feeds and torch_private.is_alias_of(m, self.net_input):
                 m, v = m.clone(), None if v is None else v.clone()
         if plan.norm is not None and m is not None:
-            kept = None if plan.kept is None or z is not None else self.buffers[plan.kept]
+            stored = None if plan.noise is None or z is not None else self.buffers[plan.noise]
             stream = SAMPLER if z is None else None
             state = self.buffers[plan.x]
-            self._measure(self.measured, self.matrix, cursor, stream, plan.norm == "batch", state, m, None, z, kept)
+            self._measure(self.measured, self.matrix, cursor, stream, plan.norm == "batch", state, m, None, z, stored)
         if z is not None:
             self._prepare(plan, z)(cursor, m, v)
             return
@@ -217,11 +217,11 @@ class Loop:
         def at(number: int | None) -> Tensor | None:
             return None if number is None else self.buffers[number]
 
-        kept = at(plan.kept) if z is None else None
-        stream = SAMPLER if plan.draws and z is None and kept is None else None
+        stored = at(plan.noise) if z is None else None
+        stream = SAMPLER if plan.draws and z is None and stored is None else None
         operands = {
             "history": [self.buffers[n] for n in plan.history] or None, "base": at(plan.base),
-            "z": z if kept is None else kept, "measured": None if plan.norm is None else self.measured,
+            "z": z if stored is None else stored, "measured": None if plan.norm is None else self.measured,
             "pushed": at(plan.pushed), "net_input": self.net_input if plan.feeds else None, "first_bad": self.first_bad,
         }  # fmt: skip
         out, x = self.buffers[plan.out], self.buffers[plan.x]

@@ -20,8 +20,8 @@ _INJECTED = ("NVTX_INJECTION64_PATH", "NVTX_INJECTION32_PATH")
 
 def listening() -> bool:
     """Whether a profiler listens to this process, or FASTDIFF_NVTX=1 says so."""
-    asked = os.environ.get("FASTDIFF_NVTX", "")
-    wanted = any(map(os.environ.get, _INJECTED)) if asked == "" else asked != "0"
+    variable = os.environ.get("FASTDIFF_NVTX", "")
+    wanted = any(map(os.environ.get, _INJECTED)) if variable == "" else variable != "0"
     return wanted and importlib.util.find_spec("nvtx") is not None
 
 

@@ -26,18 +26,18 @@ def shape_of(shape: Any) -> tuple[int, ...]:
 def device_of(device: torch.device | str | None) -> torch.device:
     """The device, which must hold data and exist here; "cuda" becomes the current one."""
     try:
-        found = torch.device("cpu" if device is None else device)
-        if found.type != "meta":
-            found = torch.empty(0, device=found).device
+        place = torch.device("cpu" if device is None else device)
+        if place.type != "meta":
+            place = torch.empty(0, device=place).device
     except (RuntimeError, AssertionError, TypeError) as error:
         raise DeviceError(f"device={str(device)!r} cannot be used here: {str(error).splitlines()[0]:.100}") from error
-    if found.type == "meta":
+    if place.type == "meta":
         raise DeviceError("device='meta' holds no data: use 'cpu' or 'cuda'")
-    return found
+    return place
 
 
 def check_tensor(name: str, x: Any, shape: tuple[int, ...], device: torch.device, finite: bool) -> None:
-    """A dense floating tensor of this shape on this device, finite if asked."""
+    """A dense floating tensor of this shape on this device, finite if `finite`."""
     check_floating(name, x)
     if x.layout != torch.strided or x.is_nested:
         raise ShapeError(f"{name} must be a dense strided tensor, got layout {x.layout}: use .to_dense()")
