@@ -121,9 +121,9 @@ def as_model(
     if not callable(model):
         raise ConfigError(f"model must be a ScoreModel or a callable (x, t) -> tensor, got {type(model).__name__}")
     if sde is None:
-        raise ConfigError(f"sde must be times with a plain callable: one of {', '.join(processes.PROCESSES)}")
+        raise ConfigError(f"sde must be given with a plain callable: one of {', '.join(processes.PROCESSES)}")
     if shape is None:
-        raise ConfigError("shape must be times with a plain callable: one sample's shape, such as shape=(2,)")
+        raise ConfigError("shape must be given with a plain callable: one sample's shape, such as shape=(2,)")
     return ScoreModel(model, sde, prediction or "score", time_input, shape, variance=variance)
 
 
