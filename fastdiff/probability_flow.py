@@ -1,4 +1,4 @@
-"""A network as the adaptive runner's right-hand side: the probability-flow ODE in a chart, and the reverse SDE in time."""
+"""A network as the adaptive runner's right-hand side: the probability-flow ODE in its variables, and the reverse SDE in time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .execution.monitor import bar
 from .execution.noise import SAMPLER
 from .model import Condition, call, check_output, evaluating, single_tensor
 from .planning import predictions
-from .planning.ode_variables import Chart, Place
+from .planning.ode_variables import OdePoint, OdeVariables
 from .planning.predictions import Pair
 from .planning.processes import require_linear
 from .planning.samplers import Adaptive, AdaptiveSDE
@@ -34,36 +34,36 @@ MAX_FEATURES = 2**26  # bytes of what a network makes of the times of one step; 
 
 
 class Flow:
-    """dy/du of the probability-flow ODE in a chart, and with a trace the divergence of that, for one batch.
+    """dy/du of the probability-flow ODE in its variables, and with a trace the divergence of that, for one batch.
 
-    With x = s·y, every prediction m and every chart it is P·y + q·m, and its divergence P·tr 1 + q·i·tr ∂m/∂(input), where
+    With x = s·y, every prediction m and all variables it is P·y + q·m, and its divergence P·tr 1 + q·i·tr ∂m/∂(input), where
     the network sees i·y: one call of the network for both.
     """
 
     def __init__(
-        self, subject: Subject, chart: Chart, shape: Sequence[int], cond: Condition, dtype: torch.dtype,
+        self, subject: Subject, variables: OdeVariables, shape: Sequence[int], cond: Condition, dtype: torch.dtype,
         device: torch.device, trace: Trace | None = None,
     ) -> None:  # fmt: skip
         net = subject.net
-        self.subject, self.chart, self.cond, self.device, self.trace = subject, chart, cond, device, trace
+        self.subject, self.variables, self.cond, self.device, self.trace = subject, variables, cond, device, trace
         self.shape, self.dtype = tuple(shape), dtype
         self.net_dtype = dtype_of(net, dtype)
         self.layout = layout_of(net, len(shape) + 1)
         self.knows_times = takes_features(net)
         self.last: tuple[Tensor, Condition] | None = None
 
-    def target(self, place: Place) -> Pair:
+    def target(self, point: OdePoint) -> Pair:
         """(r, w) of what moves y: r·x̂0 + w·ε̂."""
-        return place.slopes
+        return point.slopes
 
     def at(self, u: Tensor, samples: Tensor) -> list[Stage]:
         subject, process = self.subject, self.subject.process
-        place = self.chart.place(_exact(u))
-        t, alpha, sigma = place.t, place.alpha, place.sigma
+        point = self.variables.point(_exact(u))
+        t, alpha, sigma = point.t, point.alpha, point.sigma
         source = predictions.coordinates(subject.prediction, process, t, alpha, sigma)
-        p, q = predictions.convert(source, self.target(place), alpha, sigma)
-        own = p * place.scale
-        inner = predictions.input_scale(subject.prediction, process, alpha, sigma) * place.scale
+        p, q = predictions.convert(source, self.target(point), alpha, sigma)
+        own = p * point.scale
+        inner = predictions.input_scale(subject.prediction, process, alpha, sigma) * point.scale
         time = predictions.network_time(subject.time_input, process, t, alpha, sigma)
         inner, own, q, time = (torch.as_tensor(value, device=self.device) for value in (inner, own, q, time))
         times, features = time.to(self.dtype), self._features(time.to(self.dtype))
@@ -115,10 +115,10 @@ class ReverseSDE(Flow):
         super().__init__(*flow)
         self.operations, self.first, self.seed, self.count = operations, first, seed, count
 
-    def target(self, place: Place) -> Pair:
+    def target(self, point: OdePoint) -> Pair:
         process = self.subject.process
-        f, g = process.drift(place.t), process.diffusion(place.t)
-        return f * place.alpha, f * place.sigma + g**2 / place.sigma
+        f, g = process.drift(point.t), process.diffusion(point.t)
+        return f * point.alpha, f * point.sigma + g**2 / point.sigma
 
     def diffusion(self, u: Tensor) -> Tensor:
         g = torch.as_tensor(self.subject.process.diffusion(_exact(u)), dtype=u.dtype, device=self.device)
@@ -220,20 +220,20 @@ class _Leg:
         self.common = (x.shape[1:], cond, x.dtype, x.device)
 
     def flow(self, solver: Adaptive, integrals: int, states: int, progress: Progress) -> Solution:
-        chart = solver.chart(self.subject.process)
-        a, b = chart.of_time(self.start), chart.of_time(self.end)
+        variables = solver.variables(self.subject.process)
+        a, b = variables.of_time(self.start), variables.of_time(self.end)
         times = [a + (b - a) * k / max(states - 1, 1) for k in range(states)]
         if times:
             times[-1] = b
-        scales = chart.place(np.array([a, b, *times])).scale.tolist()
+        scales = variables.point(np.array([a, b, *times])).scale.tolist()
         try:
             found = integrate(
-                Flow(self.subject, chart, *self.common, self.trace), self.x / scales[0], a, b,
+                Flow(self.subject, variables, *self.common, self.trace), self.x / scales[0], a, b,
                 operations=self.operations, tableau=solver.tableau, rtol=solver.rtol, atol=solver.atol,
                 couple=solver.couple, max_nfe=solver.max_nfe, integrals=integrals, times=times, progress=progress,
             )  # fmt: skip
         except SolverError as error:
-            t, after = chart.place(np.array([error.t, error.t + math.copysign(error.last_step, b - a)])).t.tolist()
+            t, after = variables.point(np.array([error.t, error.t + math.copysign(error.last_step, b - a)])).t.tolist()
             raise SolverError(error.reason, error.sample, t, error.nfe, abs(after - t)) from None
         # log p_x = log p_y − D log s
         shift = math.prod(self.x.shape[1:]) * (math.log(scales[1]) - math.log(scales[0]))
@@ -243,8 +243,8 @@ class _Leg:
         return Solution(found.y * scales[1], found.integrals + shift, found.nfe, kept, found.calls)
 
     def random(self, solver: AdaptiveSDE, first: int, seed: int, progress: Progress, denoise: bool) -> Solution:
-        chart = Chart(self.subject.process, "t", "x")
-        field = ReverseSDE(self.operations, first, seed, len(self.x), self.subject, chart, *self.common)
+        variables = OdeVariables(self.subject.process, "t", "x")
+        field = ReverseSDE(self.operations, first, seed, len(self.x), self.subject, variables, *self.common)
         found = integrate_sde(
             field, self.x, self.start, self.end, operations=self.operations, rtol=solver.rtol, atol=solver.atol,
             max_nfe=solver.max_nfe, progress=progress,
@@ -253,15 +253,15 @@ class _Leg:
             return found
         every = torch.arange(len(self.x), device=self.x.device)
         end = torch.full((1, len(self.x)), self.end, dtype=torch.float64, device=self.x.device)
-        mean, _ = _Mean(self.subject, chart, *self.common).at(end, every)[0](found.y)
+        mean, _ = _Mean(self.subject, variables, *self.common).at(end, every)[0](found.y)
         return Solution(mean, found.integrals, found.nfe + 1, None, found.calls + 1)
 
 
 class _Mean(Flow):
     """x̂0 itself."""
 
-    def target(self, place: Place) -> Pair:
-        return 0.0 * place.sigma + 1.0, 0.0 * place.sigma
+    def target(self, point: OdePoint) -> Pair:
+        return 0.0 * point.sigma + 1.0, 0.0 * point.sigma
 
 
 def _joined(parts: list[Solution], x: Tensor, integrals: int, states: int) -> Solution:

@@ -126,7 +126,7 @@ def sample(
 
     Raises ConfigError, ShapeError, DTypeError, DeviceError or DataError before any work, ModelOutputError on what a network
     returns, NonFiniteError on a run that leaves the finite numbers, SolverError on steps that cannot go on. The equations and
-    papers are in fastdiff.solvers.
+    papers are in fastdiff.samplers.
     """
     began = time.perf_counter()
     choose("check", check, loop.CHECKS)

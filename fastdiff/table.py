@@ -36,6 +36,11 @@ class Level(NamedTuple):
     alpha: float
     sigma: float
 
+    @property
+    def sigma_hat(self) -> float:
+        """The noise ratio σ̂ = σ/α."""
+        return self.sigma / self.alpha
+
 
 @dataclass(frozen=True, slots=True)
 class Measure:

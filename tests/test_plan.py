@@ -134,3 +134,9 @@ def test_noise_in_rows_that_draw_none_may_be_anything():
     noise = torch.zeros(3, 2, 2)
     noise[-1] = math.nan
     assert fastdiff.sample(lambda x, t: -x, "vp", 3, shape=(2,), num_samples=2, noise=noise).isfinite().all()
+
+
+@pytest.mark.parametrize("predictor", ["dpmpp_2m", "heun", "ddim"])
+def test_the_reference_grid_has_the_references_predictors_only(predictor):
+    with pytest.raises(ConfigError, match=f"no predictor '{predictor}'"):
+        fastdiff.plan("ve", 30, sampler=PredictorCorrector(predictor), grid="score_sde")

@@ -14,7 +14,7 @@ from ..errors import ConfigError, names_keywords
 from ..table import Level, Row, StepTable
 from . import grids, predictions, processes, samplers
 from .processes import Process
-from .solvers.draft import X0, Draft, Drafts, Meaning
+from .samplers.base import X0, Combination, SolverRow, SolverRows
 
 LONGEST_CACHED = 10_000
 MAX_STEPS = 10**6  # a longer table would take many gigabytes on the host
@@ -122,13 +122,15 @@ def _start_std(process: Process, first: Level) -> float:
 class _Kept(NamedTuple):
     """A prediction in the history: what it is stored as, what its solver meant, and where x stood."""
 
-    stored: Meaning
-    meaning: Meaning
+    stored: Combination
+    meaning: Combination
     level: Level
     base: int  # which opening of the base register held that x; 0: none did
 
 
-def _rows(drafts: Drafts, prediction: str, time_input: str, clip: Clip, process: Process, clock: Process) -> list[Row]:
+def _rows(
+    drafts: SolverRows, prediction: str, time_input: str, clip: Clip, process: Process, clock: Process
+) -> list[Row]:
     """Turn the solver's meanings into the network's prediction, and fold what can be folded on the host.
 
     A prediction that only its own row reads is used as the network gives it (p = 0, q = 1) with the conversion in a
@@ -136,7 +138,7 @@ def _rows(drafts: Drafts, prediction: str, time_input: str, clip: Clip, process:
     """
     flat = [_without_zeros(draft) for step in drafts for draft in step]
     read = _read_later(flat)
-    asked = [draft.level for draft in flat if draft.meaning is not None]
+    asked = [draft.level for draft in flat if draft.h0 is not None]
     told = dict(zip(asked, _network_columns(asked, prediction, time_input, process, clock)))
     rows, history = [], list[_Kept]()
     openings, base = 0, 0
@@ -148,16 +150,16 @@ def _rows(drafts: Drafts, prediction: str, time_input: str, clip: Clip, process:
         row = Row(
             draft.level, draft.label, a, e=e, c=draft.c, saves_base=draft.saves_base, log_variance=draft.log_variance
         )
-        if draft.meaning is None:
+        if draft.h0 is None:
             b = _from_history(b, history, base, 0)[0]
             rows.append(replace(row, b=tuple(b)))
             continue
         time, in_scale, source = told[draft.level]
         clips = clip is not None and draft.clips
         keep = draft.keeps_prediction and k in read
-        stored = X0 if clips else draft.meaning if keep or draft.measure is not None else source
+        stored = X0 if clips else draft.h0 if keep or draft.measure is not None else source
         p, q = _convert(source, stored, draft.level)
-        u, v = _convert(stored, draft.meaning, draft.level)
+        u, v = _convert(stored, draft.h0, draft.level)
         own = b[0] if b else 0.0
         older, shift = _from_history(b[1:], history, base, k)
         row = replace(
@@ -166,25 +168,25 @@ def _rows(drafts: Drafts, prediction: str, time_input: str, clip: Clip, process:
         )  # fmt: skip
         rows.append(row)
         if keep:
-            history.append(_Kept(stored, draft.meaning, draft.level, base if draft.saves_base else 0))
+            history.append(_Kept(stored, draft.h0, draft.level, base if draft.saves_base else 0))
     return rows
 
 
-def _without_zeros(draft: Draft) -> Draft:
+def _without_zeros(draft: SolverRow) -> SolverRow:
     """The draft without zero weights on its oldest predictions."""
     b = draft.b
-    while len(b) > (draft.meaning is not None) and b[-1] == 0:
+    while len(b) > (draft.h0 is not None) and b[-1] == 0:
         b = b[:-1]
     return draft if b is draft.b else replace(draft, b=b)
 
 
-def _read_later(flat: list[Draft]) -> set[int]:
+def _read_later(flat: list[SolverRow]) -> set[int]:
     """Which drafts' predictions some later draft reads, or are between those and it: a history has no gaps."""
     pushed, read = list[int](), set[int]()
     for k, draft in enumerate(flat):
-        older = draft.b if draft.meaning is None else draft.b[1:]
+        older = draft.b if draft.h0 is None else draft.b[1:]
         read.update(pushed[len(pushed) - len(older) :])
-        if draft.meaning is not None and draft.keeps_prediction:
+        if draft.h0 is not None and draft.keeps_prediction:
             pushed.append(k)
     return read
 
@@ -205,7 +207,7 @@ def _from_history(b: Any, history: list[_Kept], base: int, k: int) -> tuple[list
     return converted, shift
 
 
-def _convert(source: Meaning, target: Meaning, level: Level) -> tuple[float, float]:
+def _convert(source: Combination, target: Combination, level: Level) -> tuple[float, float]:
     if source == target:
         return 0.0, 1.0
     p, q = predictions.convert(source, target, level.alpha, level.sigma)
@@ -214,7 +216,7 @@ def _convert(source: Meaning, target: Meaning, level: Level) -> tuple[float, flo
 
 def _network_columns(
     levels: list[Level], prediction: str, time_input: str, process: Process, clock: Process
-) -> list[tuple[float, float, Meaning]]:
+) -> list[tuple[float, float, Combination]]:
     """For each level that asks the network: what it is told, its input's scale, what it answers."""
     if not levels:
         return []

@@ -1,4 +1,4 @@
-"""What a user names: sampler objects. Each checks its options and turns a grid into rows by a solver."""
+"""Sampler objects: one file a family, with options, equation, paper and rows of each sampler on one page."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from dataclasses import replace
 from ...errors import choose
 from ..processes import Process, require_linear
 from .adaptive import Adaptive, AdaptiveSDE
+from .ancestral import DDIM, Ancestral
 from .base import Sampler
+from .dpm_solver import DPMSolver, DPMSolverPP2S
 from .langevin import ULA, AnnealedLangevin
-from .multistep import DEIS, LMS, SA, DPMSolverPP, UniPC
-from .one_step import DDIM, ODE, Ancestral, EulerMaruyama, ReverseDiffusion
+from .multistep import DEIS, LMS, DPMSolverPP
+from .ode import DPM2, ODE, Heun
 from .predictor_corrector import PREDICTORS, PredictorCorrector
-from .stages import DPM2, DPMSolver, DPMSolverPP2S, Heun
+from .reverse_sde import EulerMaruyama, ReverseDiffusion
+from .unipc_sa import SA, UniPC
 
 __all__ = [
     "DDIM",
