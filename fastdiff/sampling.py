@@ -197,7 +197,7 @@ def _process_and_sampler(
         count = trial.default_steps(own, own.t_min) if steps is None else checks.integer("steps", steps, 1, MAX_STEPS)
         # a ladder has the sampler's own levels; a chain is fine enough for every step to be one of its own
         process = chains.chain_on(
-            own, process, trial.intervals(own, count) + 1 if process == "ncsn" else max(count, 1000)
+            own, process, trial.intervals(own, count) + 1 if processes.get(process).ladder else max(count, 1000)
         )
     return process, samplers.get(sampler, process)
 

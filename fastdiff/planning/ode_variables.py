@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import choose
-from .predictions import Pair, sigma_data
+from .predictions import Pair
 from .processes import Process, lib
 
 
@@ -75,7 +75,7 @@ class OdeVariables:
     @property
     def c(self) -> float:
         """The scale of the data."""
-        return sigma_data(self.process)
+        return self.process.sigma_data
 
     def of_time(self, t: float) -> float:
         """u at process time t."""

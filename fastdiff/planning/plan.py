@@ -81,7 +81,10 @@ def _plan(
     if grid.reference and any(
         math.isnan(number) for step in drafts for row in step for number in (row.a, row.c, *row.b)
     ):
-        raise ConfigError(f"grid='score_sde' with VP needs steps > beta_max = {process.beta_max:g}, got {steps}")  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"grid='score_sde' has no steps of sampler {sampler.name!r} on {process!r:.80} at steps={steps}: use more "
+            "(on VP, more than beta_max) or grid='uniform'"
+        )
     title = f"{process!r:.120} | {sampler!r} | {steps} steps, prediction {prediction}"
     rows = _rows(drafts, prediction, time_input, clip, process, clock)
     if clip is not None and not any(row.clips for row in rows):

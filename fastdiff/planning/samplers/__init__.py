@@ -56,23 +56,12 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "rk45": Adaptive,
     "adaptive_sde": AdaptiveSDE,
 }
-# each process's own sampler; any other's is Euler-Maruyama
-DEFAULTS: dict[str, type[Sampler]] = {
-    "ve": PredictorCorrector,
-    "vp": EulerMaruyama,
-    "subvp": EulerMaruyama,
-    "ou": EulerMaruyama,
-    "ddpm": Ancestral,
-    "ncsn": AnnealedLangevin,
-    "edm": Heun,
-}
 
 
 def get(sampler: object, process: Process) -> Sampler:
-    """A sampler from its name, itself, or None: the process's own."""
+    """A sampler from its name, itself, or None: the process's default."""
     require_linear(process, "sampling", "integrate its reverse SDE on model.score(x, t)")
-    if sampler is None:
-        return DEFAULTS.get(process.name, EulerMaruyama)()
+    sampler = process.default_sampler if sampler is None else sampler
     if isinstance(sampler, Sampler):
         return sampler
     return SAMPLERS[choose("sampler", sampler, SAMPLERS)]()

@@ -33,8 +33,8 @@ class Ancestral(Sampler):
             choose("variance", self.variance, ("posterior", "beta", "learned_range"))
 
     def predict(self, process: Process, grid: Grid) -> SolverRows:
-        if grid.reference and process.name == "subvp":
-            raise ConfigError("grid='score_sde' has no ancestral sampler for subvp: use another grid, which has")
+        if any(math.isnan(step.posterior) and not math.isnan(step.var) for step in grid.steps):
+            raise ConfigError(f"grid='score_sde' has no ancestral sampler for {process.name!r}: use another grid")
         rows: SolverRows = []
         low = -math.inf
         for step in grid.steps:

@@ -58,15 +58,15 @@ class AnnealedLangevin(_Langevin):
             checks.integer("steps_per_level", self.steps_per_level, 1, 10**7)
 
     def default_steps(self, process: Process, t_min: float) -> int:
-        return self.steps_on(process, int(process.T) if process.name == "ncsn" else 200)
+        return self.steps_on(process, int(process.T) if process.ladder else 200)
 
     def steps_on(self, process: Process, points: int) -> int:
         """Where only the levels are known: on a ladder what comes near 1000 steps in all."""
-        each = self.steps_per_level or (max(1, round(1000 / points)) if process.name == "ncsn" else 5)
+        each = self.steps_per_level or (max(1, round(1000 / points)) if process.ladder else 5)
         return points * each
 
     def intervals(self, process: Process, steps: int) -> int:
-        if process.name == "ncsn" and self.steps_per_level is None:
+        if process.ladder and self.steps_per_level is None:
             _check_multiple(steps, int(process.T), "levels")
             return int(process.T) - 1
         each = self.steps_per_level or 5
