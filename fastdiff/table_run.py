@@ -62,9 +62,7 @@ class TableRun:
         self.noise, self.cond, self.x_init = noise, cond, x_init
         self.dtype, self.device, self.check = dtype, device, check
         index = subject.time_input == "index"
-        self.times: list[Any] = [
-            0 if not row.calls_network else round(row.network_time) if index else row.network_time for row in table.rows
-        ]
+        self.times: list[Any] = [round(time) if index else time for time in table.times]
         self.time_dtype = torch.int64 if index else dtype
         self.loops: dict[int, runner.Loop] = {}
         self.variance = subject.variance

@@ -547,7 +547,7 @@ def test_clip_leaves_correctors_alone():
 def test_a_corrector_never_enters_the_history():
     table = fastdiff.plan("vp", 4, sampler=PredictorCorrector("heun"))
     assert {row.label for row in table.rows if row.keeps_prediction} == {"euler"}
-    assert table.history == 2
+    assert table.memory == 1
 
 
 def test_mixture_is_sampled():
