@@ -107,11 +107,11 @@ class StepTable:
                     f"row {k} ({row.label}) reads {len(row.b)} predictions, {predictions + row.calls_network} exist"
                 )
             if row.measure is not None and not (row.calls_network and len(row.b) == 1):
-                raise ConfigError(f"row {k} ({row.label}) measures a step but does not call the network alone")
+                raise ConfigError(f"row {k} ({row.label}) measures its step, which takes a network call and one b")
             if (row.keeps_prediction or row.clips or row.log_variance is not None) and not row.calls_network:
                 raise ConfigError(f"row {k} ({row.label}) needs a prediction but does not call the network")
             if row.clips and self.clip is None:
-                raise ConfigError(f"row {k} ({row.label}) clips, and the table has no range")
+                raise ConfigError(f"row {k} ({row.label}) clips x0, and the table has no range clip=(lo, hi)")
             if len(row.b) > MAX_HISTORY:
                 raise ConfigError(f"row {k} ({row.label}) reads {len(row.b)} predictions, at most {MAX_HISTORY}")
             predictions += row.keeps_prediction

@@ -1,4 +1,4 @@
-"""Where the steps stand. A grid becomes `Step`s: consecutive levels with the transition kernel between them.
+"""Time grids. A grid becomes `Step`s: consecutive levels with the transition kernel between them.
 
 A grid is a name, a strictly decreasing list of process times, or `sigmas([...])`, a list of noise ratios σ̂ = σ/α.
 """
@@ -128,7 +128,7 @@ def karras(sigma_max: float, sigma_min: float, n: int, rho: float = 7.0) -> Arra
 
 
 def build(spec: object, process: Process, n: int | None, t_min: float | None) -> Grid:
-    """The grid of `n` steps (None: what an explicit grid says) that ends at `t_min` (None: the process's own)."""
+    """The grid of `n` steps that ends at `t_min` (None: the process's); an explicit `spec` has both, and takes neither."""
     if isinstance(spec, str):
         choose("grid", spec, GRIDS)
         if n is None:

@@ -231,7 +231,8 @@ def _from_history(b: Sequence[float], history: list[_Stored], base: int, k: int)
         if u != 0 and value != 0:
             if entry.base < 0 or entry.base != base:
                 raise ConfigError(
-                    f"clip is not defined for this sampler: row {k} reuses a prediction from another state"
+                    f"clip is not defined for this sampler: row {k} reuses a prediction of which x is no longer there, "
+                    "so leave clip out"
                 )
             shift += value * u
         converted.append(value * v)

@@ -68,14 +68,14 @@ def get(sampler: object, process: Process) -> Sampler:
 
 
 def variance_of(sampler: object) -> str | None:
-    """ "learned_range" if a sampler, or a predictor-corrector's predictor, asks the network for its variance."""
+    """ "learned_range" if a sampler, or a predictor-corrector's predictor, has the network give its variance."""
     if isinstance(sampler, PredictorCorrector):
         return variance_of(sampler.predicting)
     return "learned_range" if isinstance(sampler, Ancestral) and sampler.variance == "learned_range" else None
 
 
 def with_variance(sampler: Sampler, variance: str) -> Sampler:
-    """The sampler with a model's own variance, where it is ancestral and says none itself."""
+    """The sampler with the model's `variance`, where it is ancestral and has none of its own."""
     if isinstance(sampler, PredictorCorrector) and sampler.predicting is not None:
         return replace(sampler, predictor=with_variance(sampler.predicting, variance))
     return (

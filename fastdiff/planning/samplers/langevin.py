@@ -61,7 +61,7 @@ class AnnealedLangevin(_Langevin):
         return self.steps_on(process, int(process.T) if process.ladder else 200)
 
     def steps_on(self, process: Process, points: int) -> int:
-        """Where only the levels are known: on a ladder what comes near 1000 steps in all."""
+        """On a ladder with as many steps per level as come near 1000 in all, unless `steps_per_level` says."""
         each = self.steps_per_level or (max(1, round(1000 / points)) if process.ladder else 5)
         return points * each
 
@@ -86,7 +86,7 @@ class AnnealedLangevin(_Langevin):
             )
         lowest = levels[-1]
         if lowest.sigma <= 0:
-            raise ConfigError("annealed_langevin asks the network at its last level, where sigma = 0: use t_min > 0")
+            raise ConfigError("annealed_langevin calls the network at its last level, where sigma = 0: use t_min > 0")
         eta = (self.step_size or 0.0) / lowest.sigma**2
         if self.step_size is None:
             gamma = (levels[0].sigma / lowest.sigma) ** (1 / (len(levels) - 1))
@@ -129,6 +129,6 @@ class ULA(_Langevin):
     def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[SolverRows, Level]:
         level = grid.steps[-1].next
         if level.sigma <= 0:
-            raise ConfigError("ula asks the network at t_min, where sigma = 0: use t_min > 0")
+            raise ConfigError("ula calls the network at t_min, where sigma = 0: use t_min > 0")
         delta = self.step_size if self.step_size is not None else 2 * (0.16 * level.sigma) ** 2
         return [[langevin_row(level, "ula", delta)]] * steps, level

@@ -97,8 +97,8 @@ class PredictorCorrector(Sampler):
         return points if self.predicting is None else points - 1
 
     def default_t_min(self, process: Process) -> float:
-        asks_at_the_end = self.predicting is None or (self.order == "predictor_first" and self.corrector != "none")
-        return process.t_noisy if asks_at_the_end else process.t_min
+        calls_at_the_end = self.predicting is None or (self.order == "predictor_first" and self.corrector != "none")
+        return process.t_noisy if calls_at_the_end else process.t_min
 
     def intervals(self, process: Process, steps: int) -> int:
         # the corrector alone stands on every level, the last one included
@@ -129,7 +129,7 @@ class PredictorCorrector(Sampler):
             return []
         if level.sigma <= 0:
             raise ConfigError(
-                "order='predictor_first' asks the network after the last step, where sigma = 0: "
+                "order='predictor_first' calls the network after the last step, where sigma = 0: "
                 "use t_min > 0 or order='corrector_first'"
             )
         shrinkage = step.ratio**2  # the paper's α

@@ -1,6 +1,6 @@
 """Multistep samplers that correct each step with the next step's prediction, at one network call a step: UniPC, SA-Solver.
 
-Either predicts x̃' = A x + Σ_j p_j m_j + c z from the predictions m_j so far, asks the network there, m' = m(x̃'), and
+Either predicts x̃' = A x + Σ_j p_j m_j + c z from the predictions m_j so far, calls the network there, m' = m(x̃'), and
 corrects to A x + q m' + Σ_j q_j m_j + c z with the same A and z. That is x̃' + q m' + Σ_j (q_j − p_j) m_j, so that a
 correction and the next prediction are one row, whose x is x̃; the state x itself is never stored. The last step is not
 corrected, as in the authors' codes: that would take a call more. Neither serves as a predictor of another corrector, which
