@@ -190,15 +190,5 @@ def differentiating(loss: str) -> Iterator[None]:
 
 
 def training_times(process: Process, u: Tensor) -> Tensor:
-    """Times [B] from uniform numbers u [B] in [0, 1).
-
-    Continuous processes: uniform on [1e-5, T], or from their own t_min if they are not linear; chains: uniform on their
-    steps; EDM: ln σ ~ N(−1.2, 1.2²) (Karras et al. 2022, Table 1).
-    """
-    if process.name == "edm":
-        quantile = torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))
-        return torch.exp(-1.2 + 1.2 * quantile).to(u.dtype)
-    if process.discrete:
-        return (u * process.T).floor().clamp(max=process.T - 1) + 1
-    first = process.t_train
-    return first + (process.T - first) * u
+    """Times [B] from uniform numbers u [B] in [0, 1), as `Process.training_times` has them."""
+    return process.training_times(u)  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ from .execution.loop import Condition
 from .execution.noise import SAMPLER
 from .model import ScoreModel, answer, check_path, dtype_of, memory_format_of, picked, takes_features, time_features
 from .planning import predictions
-from .planning.ode_variables import Chart, Place
+from .planning.ode_variables import OdePoint, OdeVariables
 from .planning.predictions import Pair
 from .planning.processes import require_linear
 
@@ -38,11 +38,11 @@ class Flow:
     """
 
     def __init__(
-        self, model: ScoreModel, chart: Chart, x: Tensor, cond: Condition, operations: ModuleType,
+        self, model: ScoreModel, variables: OdeVariables, x: Tensor, cond: Condition, operations: ModuleType,
         trace: Trace | None = None, integrals: int = 0, states: int = 0,
     ) -> None:  # fmt: skip
         """x [B, *] is where `integrate` starts; with so many integrals of the trace's estimates, and states on the way."""
-        self.model, self.chart, self.x, self.cond, self.operations = model, chart, x, cond, operations
+        self.model, self.variables, self.x, self.cond, self.operations = model, variables, x, cond, operations
         self.trace, self.integrals, self.states = trace, integrals, states
         self.rank, self.dtype, self.device = x.ndim, x.dtype, x.device
         self.net_dtype = dtype_of(model.net, x.dtype)
@@ -50,17 +50,17 @@ class Flow:
         self.ahead = takes_features(model.net)
         self.last: tuple[Tensor, Condition] | None = None
 
-    def target(self, place: Place) -> Pair:
+    def target(self, point: OdePoint) -> Pair:
         """(r, w) of what moves y: r·x̂0 + w·ε̂."""
-        return place.slopes
+        return point.slopes
 
     def at(self, u: Tensor, samples: Tensor) -> list[Stage]:
         model, process = self.model, self.model.process
-        place = self.chart.place(_exact(u))
-        t, alpha, sigma = place.t, place.alpha, place.sigma
-        p, q = model.conversion(self.target(place), t, alpha, sigma)
-        state_weight = p * place.scale
-        inner = predictions.input_scale(model.prediction, process, alpha, sigma) * place.scale
+        point = self.variables.point(_exact(u))
+        t, alpha, sigma = point.t, point.alpha, point.sigma
+        p, q = model.conversion(self.target(point), t, alpha, sigma)
+        state_weight = p * point.scale
+        inner = predictions.input_scale(model.prediction, process, alpha, sigma) * point.scale
         time = predictions.network_time(model.time_input, process, t, alpha, sigma)
         inner, state_weight, q, time = (
             torch.as_tensor(value, device=self.device) for value in (inner, state_weight, q, time)
@@ -93,19 +93,19 @@ class Flow:
         """x from time `start` to `end`, the integrals less D log s, the states evenly spaced in u. Raises SolverError at a
         process time."""
         x, states = self.x, self.states
-        chart = self.chart
-        a, b = chart.of_time(start), chart.of_time(end)
+        variables = self.variables
+        a, b = variables.of_time(start), variables.of_time(end)
         times = [a + (b - a) * k / max(states - 1, 1) for k in range(states)]
         if times:
             times[-1] = b
-        scales = chart.place(np.array([a, b, *times])).scale.tolist()
+        scales = variables.point(np.array([a, b, *times])).scale.tolist()
         try:
             solution = integrate(
                 self, x / scales[0], a, b, solver, operations=self.operations, integrals=self.integrals, times=times,
                 progress=progress,
             )  # fmt: skip
         except SolverError as error:
-            t, after = chart.place(np.array([error.t, error.t + math.copysign(error.last_step, b - a)])).t.tolist()
+            t, after = variables.point(np.array([error.t, error.t + math.copysign(error.last_step, b - a)])).t.tolist()
             raise SolverError(error.reason, error.sample, t, error.nfe, abs(after - t)) from None
         # log p_x = log p_y − D log s
         shift = math.prod(x.shape[1:]) * (math.log(scales[1]) - math.log(scales[0]))
@@ -126,8 +126,8 @@ class Flow:
 class Denoised(Flow):
     """x̂0 itself, E[x_0 | x_t] by Tweedie's formula."""
 
-    def target(self, place: Place) -> Pair:
-        return 0.0 * place.sigma + 1.0, 0.0 * place.sigma
+    def target(self, point: OdePoint) -> Pair:
+        return 0.0 * point.sigma + 1.0, 0.0 * point.sigma
 
 
 class ReverseSDE(Flow):
@@ -137,13 +137,13 @@ class ReverseSDE(Flow):
         self, model: ScoreModel, x: Tensor, cond: Condition, operations: ModuleType, first_sample: int, seed: int, denoise: bool
     ) -> None:  # fmt: skip
         """With `denoise` the end is the mean of x0 there (Tweedie's formula)."""
-        super().__init__(model, Chart(model.process, "t", "x"), x, cond, operations)
+        super().__init__(model, OdeVariables(model.process, "t", "x"), x, cond, operations)
         self.first_sample, self.seed, self.denoise = first_sample, seed, denoise
 
-    def target(self, place: Place) -> Pair:
+    def target(self, point: OdePoint) -> Pair:
         process = self.model.process
-        f, g = process.drift(place.t), process.diffusion(place.t)
-        return f * place.alpha, f * place.sigma + g**2 / place.sigma
+        f, g = process.drift(point.t), process.diffusion(point.t)
+        return f * point.alpha, f * point.sigma + g**2 / point.sigma
 
     def diffusion(self, u: Tensor) -> Tensor:
         g = torch.as_tensor(self.model.process.diffusion(_exact(u)), dtype=u.dtype, device=self.device)
@@ -163,7 +163,7 @@ class ReverseSDE(Flow):
             return solution
         every = torch.arange(len(x), device=x.device)
         times = torch.full((1, len(x)), end, dtype=torch.float64, device=x.device)
-        mean, _ = Denoised(self.model, self.chart, x, self.cond, self.operations).at(times, every)[0](solution.y)
+        mean, _ = Denoised(self.model, self.variables, x, self.cond, self.operations).at(times, every)[0](solution.y)
         return Solution(mean, solution.integrals, solution.nfe + 1, None, solution.calls + 1)
 
 

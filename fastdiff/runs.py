@@ -357,8 +357,8 @@ def follow(
                 first = request.first_sample + lo
                 field: Flow = ReverseSDE(request.model, part, cond, operations, first, request.seed, denoise)
             else:
-                trace, chart = None if traces is None else traces(lo, hi), solver.chart(request.model.process)
-                field = Flow(request.model, chart, part, cond, operations, trace, integrals, states)
+                trace, variables = None if traces is None else traces(lo, hi), solver.variables(request.model.process)
+                field = Flow(request.model, variables, part, cond, operations, trace, integrals, states)
             try:
                 parts.append(field.integrate(start, end, solver, bar.update))
             except SolverError as error:

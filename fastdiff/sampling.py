@@ -18,7 +18,7 @@ from .errors import ConfigError, DataError, DTypeError, choose, names_keywords
 from .execution import loop, tensor_checks
 from .model import ScoreModel, as_model, check_path, device_of
 from .planning import chains, processes, samplers
-from .planning.plan import MAX_STEPS, plan
+from .planning.plan import MAX_STEPS, make_table
 from .probability_flow import end_time
 from .runs import Request, run_adaptive, run_table
 from .table import StepTable
@@ -222,9 +222,9 @@ def sample(
             denoise=denoise,
         )
     else:
-        table = plan(
-            process, steps, sampler=solver, prediction=model.prediction, grid=grid, t_min=t_min, clip=clip, denoise=denoise,
-            time_input=model.time_input, clock=model.process,
+        table = make_table(
+            process, solver, steps, prediction=model.prediction, time_input=model.time_input, clock=model.process, grid=grid,
+            t_min=t_min, clip=clip, denoise=denoise,
         )  # fmt: skip
         result = run_table(
             request, table, noise=noise, batch=batch, trajectory=trajectory, callback=callback, progress=progress
@@ -259,7 +259,7 @@ def _process_and_sampler(
             else checks.integer("steps", steps, 1, MAX_STEPS)
         )
         # a ladder has the sampler's own levels; a chain is fine enough for every step to be one of its own
-        levels = solver.intervals(process, count) + 1 if name == "ncsn" else max(count, 1000)
+        levels = solver.intervals(process, count) + 1 if processes.get(name).ladder else max(count, 1000)
         process = chains.chain_on(process, name, levels)
     return process, solver if model.variance is None else samplers.with_variance(solver, model.variance)
 

@@ -22,7 +22,7 @@ from fastdiff.execution import ops
 from fastdiff.execution.noise import PROBES
 from fastdiff.likelihood import LogLikelihood
 from fastdiff.networks import MLP, UNet
-from fastdiff.planning.ode_variables import Chart
+from fastdiff.planning.ode_variables import OdeVariables
 from fastdiff.planning.processes import PROCESSES, get
 
 VP = fastdiff.VP()
@@ -86,7 +86,7 @@ def test_closed_forms_in_float64(name, numbers, bound, make):
 @pytest.mark.parametrize("variable", ["t", "sigma", "logsnr", "asinh"])
 @pytest.mark.parametrize("form", ["x", "eps", "x0", "v"])
 @pytest.mark.parametrize("name", ["vp", "ve"])
-def test_every_chart_gives_the_same(name, variable, form):
+def test_all_variables_give_the_same(name, variable, form):
     process, data = get(name), mixture(2)
     x = draw(data)
     options = {"trace": "exact", "rtol": 1e-6, "atol": 1e-6}
@@ -169,11 +169,11 @@ def test_predictions(kind):
 
 def flow_matrix(data, form):
     """∫ ∂(field)/∂y du of Gaussian data, whose estimator is vᵀ M v: the log of what the flow stretches y = x/s by."""
-    chart = Chart(VP, "asinh", form)
+    variables = OdeVariables(VP, "asinh", form)
     t = np.array([1e-5, 1.0])
-    place = chart.place(np.array([chart.of_time(float(v)) for v in t]))
-    variances = [float(a) ** 2 * data._variances + float(s) ** 2 for a, s in zip(place.alpha, place.sigma)]
-    logs = 0.5 * (variances[1] / variances[0]).log() - math.log(place.scale[1] / place.scale[0])
+    point = variables.point(np.array([variables.of_time(float(v)) for v in t]))
+    variances = [float(a) ** 2 * data._variances + float(s) ** 2 for a, s in zip(point.alpha, point.sigma)]
+    logs = 0.5 * (variances[1] / variances[0]).log() - math.log(point.scale[1] / point.scale[0])
     return data._basis @ torch.diag(logs) @ data._basis.T
 
 

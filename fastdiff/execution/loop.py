@@ -6,7 +6,7 @@ operations where it is measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -235,10 +235,9 @@ class Loop:
         return self.mark("step", step)
 
 
-def network_times(table: StepTable, dtype: torch.dtype) -> list[float]:
+def network_times(table: StepTable, dtype: torch.dtype) -> Sequence[float]:
     """Each row's network time, whole numbers for integers; 0 for rows that call no network."""
-    times = [row.network_time if row.calls_network else 0 for row in table.rows]
-    return times if dtype.is_floating_point else [round(time) for time in times]
+    return table.times if dtype.is_floating_point else [round(time) for time in table.times]
 
 
 def signed(seed: int) -> int:
