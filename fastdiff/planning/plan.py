@@ -178,12 +178,12 @@ def _rows(flat: Sequence[SolverRow], clip: Clip, networks: dict[Level, _Network]
     for k, solver in enumerate(flat):
         if solver.saves_base:
             base = k
-        row = Row(
-            solver.level, solver.label, solver.a, e=solver.e, c=solver.c, saves_base=solver.saves_base,
-            log_variance=solver.log_variance,
-        )  # fmt: skip
         if solver.h0 is None:
-            rows.append(replace(row, b=tuple(_from_history(solver.b, history, base, k)[0])))
+            b, _ = _from_history(solver.b, history, base, k)
+            rows.append(Row(
+                solver.level, solver.label, solver.a, tuple(b), solver.e, solver.c, saves_base=solver.saves_base,
+                measure=solver.measure, log_variance=solver.log_variance,
+            ))  # fmt: skip
             continue
         time, in_scale, predicts = networks[solver.level]
         clips = clip is not None and solver.clips
@@ -193,11 +193,11 @@ def _rows(flat: Sequence[SolverRow], clip: Clip, networks: dict[Level, _Network]
         u, v = _convert(stored, solver.h0, solver.level)
         b0 = solver.b[0] if solver.b else 0.0
         older, shift = _from_history(solver.b[1:], history, base, k)
-        row = replace(
-            row, a=solver.a + b0 * u, e=solver.e + shift, b=(b0 * v, *older), calls_network=True, keeps_prediction=keeps,
-            clips=clips, network_time=time, in_scale=in_scale, p=p, q=q, measure=solver.measure,
-        )  # fmt: skip
-        rows.append(row)
+        rows.append(Row(
+            solver.level, solver.label, solver.a + b0 * u, (b0 * v, *older), solver.e + shift, solver.c,
+            calls_network=True, saves_base=solver.saves_base, keeps_prediction=keeps, clips=clips, network_time=time,
+            in_scale=in_scale, p=p, q=q, measure=solver.measure, log_variance=solver.log_variance,
+        ))  # fmt: skip
         if keeps:
             history.append(_Stored(stored, solver.h0, solver.level, base if solver.saves_base else -1))
     return rows

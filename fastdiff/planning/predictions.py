@@ -53,9 +53,9 @@ def _increment(process: Process, t: Any, alpha: Any, sigma: Any) -> Pair:
 
 def _edm(process: Process, t: Any, alpha: Any, sigma: Any) -> Pair:
     data = process.sigma_data
-    ratio = sigma / alpha
-    root = lib(ratio).sqrt(ratio**2 + data**2)
-    return ratio / (data * root), -data / root
+    sigma_hat = sigma / alpha
+    root = lib(sigma_hat).sqrt(sigma_hat**2 + data**2)
+    return sigma_hat / (data * root), -data / root
 
 
 # name -> (process, t, alpha, sigma) -> (r, w)
