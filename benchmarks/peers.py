@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.abc
-import importlib.machinery
+import importlib.util
 import math
 import os
 import sys
@@ -63,36 +62,24 @@ MODULES = {
 
 # imported at the top by k-diffusion and denoising-diffusion-pytorch, used by no sampler
 UNUSED = (
-    "accelerate", "cleanfid", "clip", "dctorch", "ema_pytorch", "jsonmerge", "kornia", "pytorch_fid", "skimage",
-    "torchdiffeq", "torchvision", "wandb",
+    "accelerate", "cleanfid", "cleanfid.inception_torchscript", "clip", "dctorch", "dctorch.functional", "ema_pytorch",
+    "jsonmerge", "kornia", "pytorch_fid", "pytorch_fid.fid_score", "pytorch_fid.inception", "skimage", "torchdiffeq",
+    "torchvision", "torchvision.transforms", "wandb",
 )  # fmt: skip
-
-
-class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Packages that have whatever name is looked up in them."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        package = name.split(".")[0] in UNUSED
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if package else None
-
-    def create_module(self, spec: Any) -> Any:
-        return MagicMock(name=spec.name)
-
-    def exec_module(self, module: Any) -> None: ...
 
 
 @functools.cache
 def load(name: str) -> Any:
-    """A module of a peer."""
-    finder = _StandIns()
-    sys.meta_path.append(finder)  # after all others: what is installed is used
+    """A module of a peer; while one of the two is imported, what is not installed of UNUSED has stand-ins."""
+    names = UNUSED if name.startswith(("k_diffusion", "denoising")) else ()
+    absent = {module: MagicMock() for module in names if importlib.util.find_spec(module.split(".")[0]) is None}
+    sys.modules.update(absent)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     finally:
-        sys.meta_path.remove(finder)
-        for module in [module for module, found in sys.modules.items() if isinstance(found, MagicMock)]:
+        for module in absent:
             del sys.modules[module]
 
 

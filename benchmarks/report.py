@@ -107,9 +107,9 @@ def summary(path: Path = MACHINE) -> str:
     return "\n\n".join([
         markdown(heads, lines),
         f"![how many times as long the best rival of each sampler takes]({PICTURE.relative_to(ROOT)})",
-        "How many times as long the fastest rival takes for the same levels and network calls, on one thread: outside the network "
-        "for 64 images of 3×32×32, and in all for 256 vectors with a small MLP. Fed the same noise it gives the same samples, "
-        f"checked before timing; {DAGGER} \"As printed\" is the paper's algorithm, \"in place\" a careful loop by hand. With a "
+        "How many times as long the fastest rival takes for the same levels and network calls, on one thread: outside the "
+        "network for 64 images of 3×32×32, and in all for 256 vectors with a small MLP. Fed the same noise it gives the same "
+        f"samples, checked before timing; {DAGGER} \"As printed\" is the paper's algorithm, \"in place\" a loop by hand. With a "
         f"large network only the network matters. {provenance(rows, path)} [All results](docs/RESULTS.md).",
     ])  # fmt: skip
 
@@ -215,11 +215,11 @@ def results() -> str:
     """RESULTS.md: every machine that left a file."""
     parts = [
         "# Speeds\n\nWritten by `benchmarks/report.py`. Ratios are medians of paired runs in one process: how many times as "
-        f"long the other takes; `unsteady` where the pairs differ by more than a factor of two. {DAGGER} One thread: the "
-        "thread's CPU time; two: the clock on the wall. Whole runs: set-up is within the time, ours with the table that an earlier run "
+        f"long the other takes; `unsteady` where the pairs differ by more than a factor of two. {DAGGER} One thread: its CPU "
+        "time; two: the clock on the wall. Whole runs: set-up is within the time, ours with the table that an earlier run "
         "planned; the making of time features counts as outside the network; the heap keeps its memory (glibc's default adds "
-        "page faults to whoever allocates in a step). Outside a large network fastdiff's figure is mostly set-up, as the run has ten "
-        "steps. \"As printed\" is our transcription of the papers in plain PyTorch.",
+        "page faults to whoever allocates in a step). Outside a large network fastdiff's figure is mostly set-up, as the run has "
+        "ten steps. \"As printed\" is our transcription of the papers in plain PyTorch.",
         f"![how many times as long the best rival of each sampler takes]({PICTURE.relative_to(TABLES.parent)})",
     ]  # fmt: skip
     for path in sorted(RESULTS.glob("*.csv")):
@@ -247,18 +247,17 @@ def plot(path: Path = MACHINE, to: Path = PICTURE) -> None:
         print("no picture: matplotlib is missing")
         return
     rows = list(best(read(path), IMAGES, OUTSIDE).values())
-    figure = Figure(figsize=(8, 0.36 * len(rows) + 1.1), layout="constrained")
+    figure = Figure(figsize=(8, 0.34 * len(rows) + 1.5), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh([r["case"] for r in rows], [_value(r) for r in rows], color="#2a6fbb", height=0.68)
     axes.bar_label(bars, [_against(r) for r in rows], padding=4, fontsize=9)
-    axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
-    axes.text(1.05, len(rows) - 0.35, "fastdiff", fontsize=9)
-    axes.margins(y=0.015)
+    axes.text(1.06, -0.6, "fastdiff", fontsize=9)
+    axes.set_ylim(len(rows) - 0.5, -1.1)
     axes.set_xlim(0, 1.25 * max(map(_value, rows)))
     axes.set_xlabel(
-        "time of each sampler's fastest rival outside the network, fastdiff = 1\n"
-        "64 images of 3×32×32, one CPU thread; † only mean and spread of the samples were compared"
+        "time of each sampler's fastest rival outside the network, fastdiff = 1\n64 images of 3×32×32, one CPU thread\n"
+        "† only the mean and spread of the samples were compared"
     )
     axes.spines[["top", "right"]].set_visible(False)
     to.parent.mkdir(parents=True, exist_ok=True)
