@@ -227,12 +227,15 @@ OPS = (
 
 
 def check_bits(op: Op, module: ModuleType, t: Tensors, oracle: ModuleType, on_cpu: Tensors) -> None:
-    """Refuse the operation a number unless its results are the oracle's to the bit."""
-    for place in (t, on_cpu):
+    """Refuse the operation a number unless its results are the oracle's to the bit; the tensors may be the same."""
+
+    def results(run: Ours, k: ModuleType, where: Tensors) -> list[Tensor]:
         for name in ("out", "net_input", "noise"):
-            place[name].fill_(math.nan)
-    ours = [value.to("cpu", copy=True) for value in op.ours(module, t)]
-    differ = [int((a != b).sum()) for a, b in zip(ours, (op.oracle or op.ours)(oracle, on_cpu), strict=True)]
+            where[name].fill_(math.nan)
+        return [value.to("cpu", copy=True) for value in run(k, where)]
+
+    pairs = zip(results(op.ours, module, t), results(op.oracle or op.ours, oracle, on_cpu), strict=True)
+    differ = [int((a != b).sum()) for a, b in pairs]
     if any(differ):
         raise AssertionError(f"{op.name}: of its results {differ} numbers differ from the reference's: not timed")
 

@@ -60,7 +60,7 @@ class Recorder:
     def __init__(self, device: torch.device = CPU, commit: str = "") -> None:
         self.cuda = device.type == "cuda"
         self.name = re.sub(r"[^\w.-]+", "-", torch.cuda.get_device_name(device) if self.cuda else _processor())
-        self.commit = commit or _git("describe", "--always", "--dirty")
+        self.commit = commit or _git("describe", "--always") + ("-dirty" if _changed() else "")
         self.rows: list[Row] = []
 
     def row(
@@ -103,7 +103,7 @@ class Recorder:
         """Raises Unsaveable where figures in the repository's folder of results would belong to no commit."""
         if folder.resolve() != RESULTS:
             return
-        changed = [line[3:] for line in _git("status", "--porcelain", "--", *MEASURED).splitlines()]
+        changed = _changed()
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise Unsaveable(
@@ -137,6 +137,11 @@ def _git(*arguments: str) -> str:
     with suppress(FileNotFoundError):
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.rstrip()
     return ""
+
+
+def _changed() -> list[str]:
+    """The files on which figures depend and that differ from the last commit."""
+    return [line[3:] for line in _git("status", "--porcelain", "--", *MEASURED).splitlines()]
 
 
 def _processor() -> str:

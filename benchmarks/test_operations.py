@@ -29,8 +29,8 @@ CASES = [*((op.name, n, 8, op.name) for op in OPS for n in SIZES), *OTHERS]
 def test_operation(benchmark, recorder, name, n, samples, case, threads):
     torch.set_num_threads(threads)
     op, module = next(op for op in OPS if op.name == name), ops.backend_module("cpu")
-    t, again = (operations.tensors(n, CPU, samples) for _ in range(2))
-    operations.check_bits(op, module, t, ops.backend_module("reference"), again)
+    t = operations.tensors(n, CPU, samples)
+    operations.check_bits(op, module, t, ops.backend_module("reference"), t)
     runs = {"ours": lambda: op.ours(module, t), op.called: op.eager(t)}
     runs |= {other: (lambda run=run: run(module, t)) for other, run in op.also.items()}
     if case == "step" and threads == 1:  # its randn is a scalar call for each element, whatever the threads
