@@ -165,6 +165,7 @@ class Loop:
         if plan.calls_network:
             # tensors of their own, so that what a network does to them (grad, shape, data) is gone with them
             m, v = network(self.net_input.detach(), self.time.detach(), features, cond)
+            v = v if plan.learned else None
             # a network may return its input, which this row overwrites
             if plan.feeds and torch._C._is_alias_of(m, self.net_input):
                 m, v = m.clone(), None if v is None else v.clone()
@@ -195,16 +196,11 @@ class Loop:
             "z": z if kept is None else kept, "measured": measured, "pushed": at(plan.pushed),
             "net_input": self.net_input if plan.feeds else None, "first_bad": self.first_bad,
         }  # fmt: skip
-        out, x, step = self.buffers[plan.out], self.buffers[plan.x], monitor.marked("step", self.operations.step)
-        if z is None and plan.calls_network and not plan.learned and hasattr(self.operations, "fixed_step"):
-            return monitor.marked("step", self.operations.fixed_step(out, self.matrix, stream, x, **operands))
-
-        matrix = self.matrix  # not self, which would then hold itself and its buffers until a collection
-
-        def run(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
-            step(out, matrix, cursor, stream, x, m, v=v if plan.learned else None, **operands)
-
-        return run
+        out, x, matrix = self.buffers[plan.out], self.buffers[plan.x], self.matrix
+        if z is None:
+            return monitor.marked("step", self.operations.prepare_step(out, matrix, stream, x, **operands))
+        step = monitor.marked("step", self.operations.step)  # once, with this z: to prepare it would take longer
+        return lambda cursor, m, v: step(out, matrix, cursor, stream, x, m, v=v, **operands)
 
     def _features(self) -> Iterator[Tensor | None]:
         for low in range(0, len(self.table), BLOCK):
