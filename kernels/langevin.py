@@ -111,7 +111,7 @@ def measure_langevin(
 ) -> None:
     """measured [B, 2] ← (δ, √(2δ)) (fastdiff.execution.reference.measure_langevin)."""
     if z is None and stream is None:
-        raise ValueError("measure_langevin needs noise: give z or a stream")
+        raise ValueError("measure_langevin needs noise: pass z or a stream, both are None")
     tiles.check_state(table, cursor=cursor, measured=measured)
     tiles.check_column(len(x), measured=measured)
     tiles.check_same(x.shape, kept=kept)

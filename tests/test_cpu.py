@@ -182,7 +182,7 @@ def test_one_number_that_is_not_finite_is_seen_wherever_it_lies(instructions, nu
         assert first_bad.tolist() == [9, 0, 9]
 
 
-def test_chains_round_once_on_every_instruction_set(instructions):
+def test_sums_round_once_on_every_instruction_set(instructions):
     """A sum beside a tie of float32 that two roundings get wrong, in the loop that adds noise."""
     x = torch.full((1, 300), 1 + 2.0**-23)
     table = torch.zeros(1, len(COLUMNS))
