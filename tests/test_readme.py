@@ -151,7 +151,6 @@ def test_the_citation_and_the_changelog_know_the_version():
     assert f"## [{fastdiff.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.xfail(strict=True, reason="runs.py is still subject.py, table_run.py and adaptive_run.py")
 def test_the_drawing_of_the_house_is_the_folder():
     """CONTRIBUTING's tree names what `ls fastdiff` shows, and everything in the folders that it opens."""
     tree = next(text for _, text, _ in blocks(ROOT / "CONTRIBUTING.md", "text") if text.startswith("fastdiff/"))
