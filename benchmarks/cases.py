@@ -6,8 +6,10 @@ of N(0, 1); the others have random weights, none of them zero, so that a wrong i
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from fastdiff.networks import MLP, UNet
 
 # process -> what the network returns, and what it is told
 KINDS = {"ve": ("score", "sigma"), "vp": ("eps", "t"), "ddpm": ("eps", "index"), "edm": ("x0", "sigma")}
+CPU = torch.device("cpu")
 CHAIN = 1000  # steps of the chain on which DDIM takes a subset
 
 
@@ -58,10 +61,6 @@ class Case(NamedTuple):
     steps: int
     network: Callable[[str, int, torch.device], Any]  # (kind, steps of the chain, device)
     tolerance: float = 1e-5
-
-    @property
-    def numel(self) -> int:
-        return self.batch * torch.Size(self.shape).numel()
 
 
 # standard deviations of the last layer: as large as leaves the states finite
@@ -150,15 +149,63 @@ def clock() -> float:
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def ours(kind: str, net: Any, start: Tensor, **options: Any) -> Callable[..., Tensor]:
+def ours(kind: str, net: Any, start: Tensor, **options: Any) -> Callable[..., Any]:
     """fastdiff's run from this start; further options can be given at each call."""
     prediction, time_input = KINDS[kind]
     given = {
         "shape": tuple(start.shape[1:]), "num_samples": len(start), "x_init": start, "prediction": prediction,
         "time_input": time_input, "device": start.device, "progress": False,
     }  # fmt: skip
+    return lambda **more: fastdiff.sample(net, **{**given, **options, **more})
 
-    def run(**more: Any) -> Tensor:
-        return fastdiff.sample(net, **{**given, **options, **more})  # type: ignore[no-any-return]
 
-    return run
+@contextlib.contextmanager
+def noise_from(draws: Iterator[Tensor]) -> Iterator[None]:
+    """torch.randn and torch.randn_like give these instead."""
+    before = torch.randn, torch.randn_like
+    torch.randn = torch.randn_like = lambda *_, **__: next(draws).clone()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.randn, torch.randn_like = before
+
+
+class Subject:
+    """A case's network of one kind, its start and noise, on either device.
+
+    dtype  of the network; its states are float32
+    """
+
+    def __init__(
+        self, name: str, kind: str, chain: int = CHAIN, device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32, batch: int | None = None,
+    ) -> None:  # fmt: skip
+        self.case, self.kind, self.chain, self.device, self.dtype = CASES[name], kind, chain, device, dtype
+        self.shape = (batch or self.case.batch, *self.case.shape)
+        self.normals = next(self.noise(0))
+        self.start = self.normals * {"ve": 50.0, "edm": 80.0}.get(kind, 1.0)
+
+    def network(self) -> Any:
+        net = self.case.network(self.kind, self.chain, self.device)
+        return net.to(self.dtype) if isinstance(net, nn.Module) else net
+
+    def ours(self, net: Any, **options: Any) -> Callable[..., Any]:
+        return ours(self.kind, net, self.start, **options)
+
+    def noise(self, seed: int = 1) -> Iterator[Tensor]:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        while True:
+            yield torch.empty(self.shape, device=self.device).normal_(
+                generator=generator
+            )  # torch.randn may stand for this
+
+    def distance(
+        self, net: Any, options: dict[str, Any], theirs: Callable[[], Tensor], from_prior: bool = False
+    ) -> float:
+        """How far their samples are from ours for the same noise, at most, relative to the largest number of ours."""
+        mine, others = self.noise(), self.noise()
+        x = self.ours(net, **options)(noise=lambda row: next(mine))
+        with noise_from(itertools.chain([self.normals], others) if from_prior else others):
+            y = theirs().view_as(x)
+        assert x.dtype == y.dtype
+        return float((x - y).abs().max() / x.abs().max())

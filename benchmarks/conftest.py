@@ -1,17 +1,32 @@
-"""Every test says itself on how many threads it runs; the comparisons are printed at the end, and saved if asked."""
+"""Every test says itself on how many threads it runs; the comparisons are printed at the end, and saved if that is wished."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-import paired
 import pytest
 import torch
+from recorder import Recorder, Unsaveable, shown
+
+RECORDER = Recorder()
 
 
 def pytest_addoption(parser):
     parser.addoption("--save-results", action="store_true", help="write benchmarks/results/<device>.csv")
+
+
+def pytest_configure(config):
+    if config.getoption("--save-results"):
+        try:
+            RECORDER.refuse_unclean()
+        except Unsaveable as error:  # now, and not after a quarter of an hour
+            raise pytest.UsageError(f"--save-results: {error}") from None
+
+
+@pytest.fixture(scope="session")
+def recorder():
+    return RECORDER
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +40,7 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def kept_memory():
     """glibc gives large blocks back to the kernel and pays for them again, depending on what ran before: here it keeps them,
-    for everybody. (For the rest of the process; test_likelihood.py and test_ops_speed.py, which come first, have the default.)"""
+    for everybody. (For the rest of the process; test_adaptive.py and test_operations.py, which come first, have the default.)"""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
@@ -34,15 +49,13 @@ def kept_memory():
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
-    if not paired.ROWS:
+    if not RECORDER.rows:
         return
-    terminalreporter.section("fastdiff against its opponents: their time in units of ours, median [p20-p80], our time")
-    terminalreporter.write_line(f"{paired.device()}, {paired.commit()}, torch {torch.__version__}")
-    for of_operations in (True, False):
-        if any((row["group"] == "ops") == of_operations for row in paired.ROWS):
-            terminalreporter.write_line(paired.table(of_operations))
+    terminalreporter.section("fastdiff against its opponents: their time in units of ours, median [p20-p80]")
+    terminalreporter.write_line(f"{RECORDER.name}, {RECORDER.commit}, torch {torch.__version__}")
+    terminalreporter.write_line("\n".join(map(shown, RECORDER.rows)))
     if config.getoption("--save-results"):
         if exitstatus > 1:  # of a test that failed there is no row
             terminalreporter.write_line("not saved: the run was interrupted")
         else:
-            terminalreporter.write_line(f"saved in {paired.save()}")
+            terminalreporter.write_line(f"saved in {RECORDER.save()}")

@@ -1,8 +1,8 @@
 """Whole sampling runs against the other libraries: the same network object, levels, network calls and dtype, in turns.
 
 Nothing is timed before its check: fed the same noise, ours and theirs give the same samples but for float32 roundings; the
-few whose scheme or generator is another call the network as often and give samples of N(0, 1) data of the same statistics.
-Set-up is within the time, theirs and ours, ours with the table that the first run has planned.
+few whose scheme or generator is another (`exact=False`) call the network as often and give samples of N(0, 1) data of the same
+statistics. Set-up is within the time, theirs and ours, ours with the table that the first run has planned.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from collections.abc import Iterator
 import counting
 import pytest
 import torch
-from cases import CASES, CHAIN, Case, Clock, ours
-from paired import compare_runs, note
-from peers import PEERS, Peer, missing, noise_from
+from cases import CASES, CHAIN, Clock, Subject
+from peers import PEERS, Peer, missing
+from recorder import Recorder, compare_runs
 
 from fastdiff.execution import ops
-
-CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("kept_memory")
 
@@ -43,94 +41,83 @@ def combinations() -> Iterator[object]:
                 yield pytest.param(name, threads, peer, id=f"{name}-{threads}-{peer.sampler}-{peer.opponent}")
 
 
-def start_of(case: Case, peer: Peer, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normals, and the start that they make."""
-    z = torch.empty(case.batch, *case.shape).normal_(generator=torch.Generator().manual_seed(seed))
-    return z, z * {"ve": 50.0, "edm": 80.0}.get(peer.kind, 1.0)
+def subject(name: str, peer: Peer, steps: int) -> Subject:
+    return Subject(name, peer.kind, steps if peer.sampler == "DDPM" else CHAIN)
 
 
-def draws(case: Case, first: torch.Tensor | None) -> Iterator[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    if first is not None:
-        yield first
-    while True:
-        yield torch.empty(case.batch, *case.shape).normal_(generator=generator)
-
-
-def network(case: Case, peer: Peer, steps: int) -> object:
-    return case.network(peer.kind, steps if peer.sampler == "DDPM" else CHAIN, CPU)
-
-
-def check_same(case: Case, peer: Peer, steps: int) -> None:
+def check_same(name: str, peer: Peer, steps: int) -> None:
     """The same noise, the same samples. Some fifty roundings of 6e-8, and the levels that they compute in float32."""
-    z, start = start_of(case, peer)
-    net, mine = network(case, peer, steps), draws(case, None)
-    x = ours(peer.kind, net, start)(noise=lambda row: next(mine), **peer.options(steps))
-    run = peer.build(net, start, steps)
-    with noise_from(draws(case, z if peer.from_prior else None)):
-        y = run().view_as(x)
-    assert x.dtype == y.dtype
-    assert (x - y).abs().max() <= case.tolerance * x.abs().max(), f"{peer.opponent} gives other samples"
+    s = subject(name, peer, steps)
+    net = s.network()
+    apart = s.distance(net, peer.options(steps), peer.build(net, s.start, steps), peer.from_prior)
+    if not apart <= s.case.tolerance:
+        raise AssertionError(f"{peer.opponent} gives other samples, {apart:.2g} apart")
 
 
 def check_statistics(peer: Peer) -> None:
     """Exact scores of N(0, 1) data, 200 steps: both end within 5 % of its standard deviation, and have its mean."""
-    case = CASES[STATISTICS]
-    net = network(case, peer, case.steps)
-    _, start = start_of(case, peer)
+    steps = CASES[STATISTICS].steps
+    s = subject(STATISTICS, peer, steps)
+    net = s.network()
     torch.manual_seed(0)
-    for x in (ours(peer.kind, net, start)(**peer.options(case.steps)), peer.build(net, start, case.steps)()):
-        assert x.dtype == start.dtype
+    for x in (s.ours(net, **peer.options(steps))(), peer.build(net, s.start, steps)()):
+        assert x.dtype == s.start.dtype
         assert abs(x.std() - 1) < 0.05, f"{peer.opponent}: {x.std()}"
         assert abs(x.mean()) < 5 / x.numel() ** 0.5
 
 
 @pytest.mark.filterwarnings("ignore")  # the peers' own
 @pytest.mark.parametrize(("name", "threads", "peer"), list(combinations()))
-def test_run(benchmark, monkeypatch, name, threads, peer):
+def test_run(benchmark, monkeypatch, recorder, name, threads, peer):
     reason = missing(peer.opponent)
     if reason:
         pytest.skip(reason)
     torch.set_num_threads(threads)
-    case = CASES[name]
-    steps = case.steps
+    steps = CASES[name].steps
     if peer.exact:
-        check_same(case, peer, steps)
+        check_same(name, peer, steps)
     else:
         check_statistics(peer)
-    _, start = start_of(case, peer)
-    clocks = [Clock(network(case, peer, steps)) for _ in range(2)]
+    s = subject(name, peer, steps)
+    clocks = [Clock(s.network()) for _ in range(2)]
     # who draws the start within the time is set against a run that does
     given = {"x_init": None} if peer.from_prior else {}
-    mine = ours(peer.kind, clocks[0].net, start, **{**peer.options(steps), **given})
+    ours = s.ours(clocks[0].net, **{**peer.options(steps), **given})
     if peer.opponent == "torch.compile":
-        systems = [(mine, clocks[0]), (peer.build(network(case, peer, steps), start, steps), None)]
+        theirs = (peer.build(s.network(), s.start, steps), None)
     else:
-        systems = [(mine, clocks[0]), (peer.build(clocks[1].net, start, steps), clocks[1])]
+        theirs = (peer.build(clocks[1].net, s.start, steps), clocks[1])
     benchmark.group = f"runs: {name}, {peer.sampler}"
     seconds = 4.0 if name.startswith("U-Net") else 0.5
-    benchmark.extra_info.update(compare_runs(name, peer.sampler, peer.opponent, case.numel, steps, systems, seconds))
-    benchmark.pedantic(mine, rounds=1)
+    numel, systems = s.start.numel(), [(ours, clocks[0]), theirs]
+    benchmark.extra_info.update(
+        compare_runs(recorder, name, peer.sampler, peer.opponent, numel, steps, systems, seconds)
+    )
+    benchmark.pedantic(ours, rounds=1)
     if name == COUNTED and threads == 1 and peer.opponent != "torch.compile":
-        count_operations(monkeypatch, name, peer, start)
+        count_operations(monkeypatch, recorder, name, peer)
 
 
-def count_operations(monkeypatch: pytest.MonkeyPatch, name: str, peer: Peer, start: torch.Tensor) -> None:
+def count_operations(monkeypatch: pytest.MonkeyPatch, recorder: Recorder, name: str, peer: Peer) -> None:
     """What a step asks of torch, and the memory that a run holds."""
-    case, steps = CASES[name], 40
 
-    def mine(n: int) -> object:
-        return ours(peer.kind, counting.unseen(network(case, peer, n)), start)(**peer.options(n))
+    subjects = {steps: subject(name, peer, steps) for steps in (40, 80)}
+    start = subjects[40].start
 
-    def theirs(n: int) -> object:
-        return peer.build(counting.unseen(network(case, peer, n)), start, n)()
+    def ours(steps: int) -> object:
+        s = subjects[steps]
+        return s.ours(counting.unseen(s.network()), **peer.options(steps))()
+
+    def theirs(steps: int) -> object:
+        s = subjects[steps]
+        return peer.build(counting.unseen(s.network()), s.start, steps)()
 
     with monkeypatch.context() as patch:
         patch.setattr(ops, "backend_module", lambda name: counting.dispatched())
-        ours_found = counting.count(mine, case.numel, steps)
-    theirs_found = counting.count(theirs, case.numel, steps)
+        found = [counting.count(ours, start.numel(), 40)]
+    found.append(counting.count(theirs, start.numel(), 40))
     for metric in ("large_operations", "small_operations", "host_reads", "draws"):
-        a, b = (getattr(found, metric) for found in (ours_found, theirs_found))
-        note(name, peer.sampler, peer.opponent, case.numel, f"{metric.replace('_', ' ')} per step", a, b)
-    a, b = (found.peak / start.nbytes for found in (ours_found, theirs_found))
-    note(name, peer.sampler, peer.opponent, case.numel, "states held at once", a, b)
+        a, b = (getattr(one, metric) for one in found)
+        recorder.row(name, peer.sampler, start.numel(), f"{metric.replace('_', ' ')} per step", [a], peer.opponent, [b])
+    a, b = (one.peak / start.nbytes for one in found)
+    recorder.row(name, peer.sampler, start.numel(), "states held at once", [a], peer.opponent, [b])

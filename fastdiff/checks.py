@@ -43,7 +43,7 @@ def pair(argument: str, value: Any, dtype: str = "float64") -> tuple[float, floa
     except ValueError:  # not two, or refused by `sequence`
         lo = hi = math.nan
     with np.errstate(over="ignore"):
-        width = float(np.diff(np.array((lo, hi)).astype(dtype))[0])
+        width = float(np.diff(np.array((lo, hi)).astype(dtype).astype(np.float64))[0])
     if not 0 < width < math.inf:
         where = "" if dtype == "float64" else f" in {dtype}"
         raise ConfigError(f"{argument} must be two finite numbers (lo, hi) with lo < hi{where}, got {value!r:.80}")

@@ -20,7 +20,7 @@ class FastdiffError(Exception):
 
 
 class ConfigError(FastdiffError, ValueError):
-    """An option that cannot be meant."""
+    """An argument, or a combination of arguments, that is not allowed."""
 
 
 class ShapeError(FastdiffError, ValueError):
@@ -52,7 +52,7 @@ class GraphError(FastdiffError, RuntimeError):
 
 
 class NonFiniteError(FastdiffError, FloatingPointError):
-    """A run left the finite numbers: `row`, `t` and the global indices of the `samples` concerned."""
+    """A state became NaN or infinite: its `row`, time `t` and the global indices of the `samples` concerned."""
 
     def __init__(self, message: str, row: int, t: float, samples: tuple[int, ...]) -> None:
         super().__init__(message)
@@ -76,7 +76,7 @@ class SolverError(FastdiffError, RuntimeError):
 
 
 class CheckpointError(FastdiffError, RuntimeError):
-    """A checkpoint that cannot be read or written as asked."""
+    """A checkpoint that cannot be read or written."""
 
 
 class CorruptCheckpointError(CheckpointError):
@@ -92,30 +92,30 @@ class CheckpointMismatchError(CheckpointError):
 
 
 def names_keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, with a TypeError that names the nearest keyword where an unknown one is given."""
-    known = list(inspect.signature(function).parameters)
+    """The function, with a TypeError that names the nearest keyword for an unknown one."""
+    names = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f": did you mean {near[0]!r}?" if near else f", only {', '.join(known)}"
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f": did you mean {near[0]!r}?" if near else f", only {', '.join(names)}"
                 raise TypeError(f"{function.__name__}() takes no keyword {name!r}{hint}")
         return function(*args, **kwargs)
 
     return checked
 
 
-def choose(argument: str, given: object, valid: Iterable[str]) -> str:
-    """`given` if it is one of `valid`, else a ConfigError that lists them and names the nearest."""
+def choose(argument: str, value: object, valid: Iterable[str]) -> str:
+    """`value` if it is one of `valid`, else a ConfigError that lists them and names the nearest."""
     names = list(valid)
-    if isinstance(given, str) and given in names:
-        return given
-    if isinstance(given, type):
-        raise ConfigError(f"{argument} must be an object or a name, got the class itself: write {given.__name__}()")
-    near = difflib.get_close_matches(str(given), names, n=1)
+    if isinstance(value, str) and value in names:
+        return value
+    if isinstance(value, type):
+        raise ConfigError(f"{argument} must be an object or a name, got the class itself: write {value.__name__}()")
+    near = difflib.get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    shown = names if len(names) <= 12 else difflib.get_close_matches(str(given), names, n=6, cutoff=0.0)
+    shown = names if len(names) <= 12 else difflib.get_close_matches(str(value), names, n=6, cutoff=0.0)
     more = "" if len(shown) == len(names) else f" or {len(names) - len(shown)} others"
-    raise ConfigError(f"{argument} must be one of {', '.join(map(repr, shown))}{more}, got {given!r}{hint}")
+    raise ConfigError(f"{argument} must be one of {', '.join(map(repr, shown))}{more}, got {value!r}{hint}")

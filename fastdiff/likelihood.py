@@ -12,22 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, probability_flow
+from . import checks
 from .errors import ConfigError, DataError, DTypeError, ShapeError, choose, names_keywords
 from .execution import ops, tensor_checks
 from .execution.adaptive import Solution
 from .execution.divergence import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus, Probes, Reverse
 from .execution.noise import PROBES
 from .execution.reference import tree_sum
-from .model import ScoreModel
+from .model import ScoreModel, as_model, device_of, parameters
 from .planning.samplers import Adaptive
-from .subject import parameters, place_of, subject_of
+from .probability_flow import Trace, end_time
+from .runs import Request, follow
 
 LONGEST_TRACE = 4096  # an exact trace takes that many backward passes in each evaluation
 MOST_PROBES = 10**6
 # numbers of x, and samples, in one pass of the network where the caller does not say: more are no faster, and need memory
 PASS, MOST_AT_ONCE = 2**17, 2048
-HELD = 2**27  # numbers of the probes of one batch
+MOST_HELD = 2**27  # numbers of the probes of one batch
 TRACES = ("hutchinson", "hutch++", "exact")
 
 
@@ -91,8 +92,8 @@ def log_likelihood(
                   probes all along the flow, those of (seed, first_sample + i)
     derivative    "reverse" (one call of the network in each evaluation, for value and all probes) or "forward" (one for each
                   probe, without a graph in memory)
-    rtol, atol, method, variable, form, couple, max_nfe    see fastdiff.samplers.Adaptive. Of a network that is rough in t the
-                  default takes a thousand evaluations, 1e-3 a hundred, and the probes' own spread is often the larger error
+    rtol, atol, method, variable, form, couple, max_nfe    see fastdiff.samplers.Adaptive. For networks that vary fast in t the
+                  default costs about 1000 evaluations, 1e-3 about 100, and the spread of the probes is often the larger error
     t_min         default 1e-5 on VE, VP, sub-VP and OU, the lowest noise of others (σ_min of EDM, a chain's first level)
     batch_size    samples in one call of the network; None: 2048, or fewer of more than 64 numbers. It changes no sample's steps
     other arguments as in fastdiff.sample
@@ -101,14 +102,17 @@ def log_likelihood(
     gives no gradient, SolverError where the flow cannot be integrated: nothing half-integrated is returned.
     """
     solver = Adaptive(method, rtol, atol, variable, form, couple, max_nfe)
-    run = _Run(model, x, sde, solver, t_min, prediction, time_input, cond, backend, "x")
-    traces, estimates = run.traces(trace, probes, probe, derivative, seed, first_sample)
-    found = run.follow(True, batch_size, progress, "likelihood", traces=traces, integrals=estimates, columns=probes)
-    std, numbers = run.subject.process.prior_std, math.prod(run.subject.shape)
-    prior = -0.5 * (tree_sum((found.y.double() / std) ** 2) + numbers * math.log(2 * math.pi * std**2))
-    mean = found.integrals.mean(1, keepdim=True)
+    seed = checks.integer("seed", seed, 0, 2**64 - 1)
+    request, x, ends = _request(model, x, sde, t_min, prediction, time_input, cond, backend, "x", seed, first_sample)
+    traces, estimates = _traces(request, trace, probes, probe, derivative)
+    solution = _follow(
+        request, x, ends, solver, batch_size, progress, "likelihood", traces=traces, integrals=estimates, columns=probes
+    )
+    std, numbers = request.model.process.prior_std, math.prod(request.model.data_shape)
+    prior = -0.5 * (tree_sum((solution.y.double() / std) ** 2) + numbers * math.log(2 * math.pi * std**2))
+    mean = solution.integrals.mean(1, keepdim=True)
     square = (
-        (found.integrals - mean).square().sum(1) / (estimates - 1)
+        (solution.integrals - mean).square().sum(1) / (estimates - 1)
         if estimates > 1
         else torch.full_like(prior, math.nan)
     )
@@ -116,11 +120,12 @@ def log_likelihood(
     nats = prior + mean[:, 0]
     bad = torch.nonzero(~nats.isfinite()).flatten()
     if len(bad):
+        i = int(bad[0])
         raise DataError(
-            f"x must have a log-likelihood that float64 holds, and sample {int(bad[0])}, of up to "
-            f"{run.x[bad[0]].abs().max():.3g}, has {float(nats[bad[0]])}: look at its units"
+            f"x must have a log-likelihood that float64 holds, and that of sample {i} (largest |x| "
+            f"{x[i].abs().max():.3g}) is {float(nats[i])}: check the units of x"
         )
-    return LogLikelihood(nats, stderr, found.y, found.nfe, run.x)
+    return LogLikelihood(nats, stderr, solution.y, solution.nfe, x)
 
 
 @names_keywords
@@ -135,8 +140,8 @@ def encode(
     Arguments and errors as in `log_likelihood`; `decode` is the way back.
     """
     solver = Adaptive(method, rtol, atol, variable, form, couple, max_nfe)
-    run = _Run(model, x, sde, solver, t_min, prediction, time_input, cond, backend, "x")
-    return run.follow(True, batch_size, progress, "encode").y
+    request, x, ends = _request(model, x, sde, t_min, prediction, time_input, cond, backend, "x")
+    return _follow(request, x, ends, solver, batch_size, progress, "encode").y
 
 
 @names_keywords
@@ -154,9 +159,8 @@ def decode(
     """
     heat = checks.number("temperature", temperature, 0)
     solver = Adaptive(method, rtol, atol, variable, form, couple, max_nfe)
-    run = _Run(model, z, sde, solver, t_min, prediction, time_input, cond, backend, "z")
-    run.x = heat * run.x
-    return run.follow(False, batch_size, progress, "decode").y
+    request, x, ends = _request(model, z, sde, t_min, prediction, time_input, cond, backend, "z")
+    return _follow(request, heat * x, ends[::-1], solver, batch_size, progress, "decode").y
 
 
 def interpolate(
@@ -175,10 +179,10 @@ def interpolate(
     share = checks.sequence("weights", weights)
     if not share:
         raise ConfigError("weights must hold at least one number, such as torch.linspace(0, 1, 8), got none")
-    known = [*inspect.signature(encode).parameters, "temperature"]
+    keywords = [*inspect.signature(encode).parameters, "temperature"]
     for name in options:
-        if name not in known:
-            raise TypeError(f"interpolate() takes no keyword {name!r}, only weights, mode, {', '.join(known[2:])}")
+        if name not in keywords:
+            raise TypeError(f"interpolate() takes no keyword {name!r}, only weights, mode, {', '.join(keywords[2:])}")
     for name, end in (("xa", xa), ("xb", xb)):
         _check_samples(name, end)
         tensor_checks.check_finite(name, end)
@@ -222,103 +226,100 @@ def bits_per_dim(ll: LogLikelihood, data_range: tuple[float, float], bins: int =
     return -ll.nats / (numbers * math.log(2)) + math.log2(bins) - math.log2(high - low)
 
 
-class _Run:
-    """What the public functions share: their arguments checked, and the way along the flow."""
-
-    def __init__(
-        self, model: Any, x: Any, sde: Any, solver: Adaptive, t_min: float | None, prediction: str | None,
-        time_input: str | None, cond: Any, backend: str, name: str,
-    ) -> None:  # fmt: skip
-        _check_samples(name, x)
-        shape = None if isinstance(model, ScoreModel) else tuple(x.shape[1:])
-        self.subject = subject_of(model, sde, shape, prediction, time_input, None)
-        self.t_min = probability_flow.check(self.subject, sde, t_min, self.subject.process.t_likelihood)
-        self.device = place_of(x.device, x, self.subject.net)
-        tensor_checks.check_tensor(name, x, (len(x), *self.subject.shape), self.device, finite=True)
-        tensor_checks.check_condition(cond, len(x), self.device, finite=True)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.backend, _, _ = ops.resolve(backend, "eager", self.device, dtype)
-        self.operations, self.solver, self.cond = ops.backend_module(self.backend), solver, cond
-        if isinstance(model, ScoreModel) and name == "x" and x.numel():
-            (low, high), (least, most) = model.data_range, (float(end) for end in x.detach().aminmax())
-            if least < 2 * low - high or most > 2 * high - low:
-                warnings.warn(
-                    f"x runs from {least:g} to {most:g}, far outside of the model's data_range ({low:g}, {high:g}): is it in "
-                    "other units?",
-                    UserWarning,
-                    stacklevel=4,
-                )
-        with torch.inference_mode(False):
-            self.x = x.detach().to(dtype).clone(memory_format=torch.contiguous_format)
-
-    def traces(
-        self, trace: str, probes: int, probe: str | None, derivative: str, seed: int, first_sample: int
-    ) -> tuple[Callable[[int, int], probability_flow.Trace], int]:
-        """(lo, hi) -> the trace for samples lo … hi − 1, and how many estimates it makes."""
-        choose("trace", trace, TRACES)
-        if probe is not None and trace != "hutchinson":
-            raise ConfigError(f"probe={probe!r} belongs to trace='hutchinson', not to {trace!r}: leave it out")
-        choose("probe", probe or "rademacher", ("rademacher", "normal"))
-        kind = DERIVATIVES[choose("derivative", derivative, DERIVATIVES)]
-        if kind is Reverse and any(p.is_inference() for p in parameters(self.subject.net)):
-            raise ConfigError(
-                "model has parameters made under inference_mode, through which there are no gradients: make it outside, or use "
-                "derivative='forward'"
+def _request(
+    model: Any, x: Any, sde: Any, t_min: float | None, prediction: str | None, time_input: str | None, cond: Any,
+    backend: str, name: str, seed: int = 0, first_sample: int = 0,
+) -> tuple[Request, Tensor, tuple[float, float]]:  # fmt: skip
+    """What the public functions share: their arguments checked, x (called `name`) in the dtype of the state, and (t_min, T)."""
+    _check_samples(name, x)
+    has_range = isinstance(model, ScoreModel)
+    model = as_model(model, sde, None if has_range else tuple(x.shape[1:]), prediction, time_input)
+    ends = end_time(model, sde, t_min, model.process.t_likelihood), float(model.process.T)
+    device = device_of(x.device, x, model.net)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    first = checks.integer("first_sample", first_sample, 0, 2**32 - len(x))
+    request = Request(model, len(x), seed, first, cond, x, dtype, device, backend, "eager", "final", start_name=name)
+    request.resolve(None)
+    if has_range and name == "x" and x.numel():
+        (low, high), (least, most) = model.data_range, (float(end) for end in x.detach().aminmax())
+        if least < 2 * low - high or most > 2 * high - low:
+            warnings.warn(
+                f"x runs from {least:g} to {most:g}, far outside of the model's data_range ({low:g}, {high:g}): is it in "
+                "other units?",
+                UserWarning,
+                stacklevel=4,
             )
-        count = checks.integer("probes", probes, 1, MOST_PROBES)
-        seed = checks.integer("seed", seed, 0, 2**64 - 1)
-        first = checks.integer("first_sample", first_sample, 0, 2**32 - len(self.x))
-        numbers = math.prod(self.subject.shape)
-        if trace == "exact":
-            if numbers > LONGEST_TRACE:
-                raise ConfigError(
-                    f"trace='exact' costs {numbers} backward passes in each evaluation for samples of {numbers} numbers, more "
-                    f"than {LONGEST_TRACE}: use trace='hutchinson' with as many probes as the standard error asks for"
-                )
-            return lambda lo, hi: Exact(kind), 1
-        if count * numbers > HELD:
+    with torch.inference_mode(False):
+        return request, x.detach().to(dtype).clone(memory_format=torch.contiguous_format), ends
+
+
+def _traces(
+    request: Request, trace: str, probes: int, probe: str | None, derivative: str
+) -> tuple[Callable[[int, int], Trace], int]:
+    """(lo, hi) -> the trace for samples lo … hi − 1, and how many estimates it makes."""
+    choose("trace", trace, TRACES)
+    if probe is not None and trace != "hutchinson":
+        raise ConfigError(f"probe={probe!r} belongs to trace='hutchinson', not to {trace!r}: leave it out")
+    choose("probe", probe or "rademacher", ("rademacher", "normal"))
+    kind = DERIVATIVES[choose("derivative", derivative, DERIVATIVES)]
+    if kind is Reverse and any(p.is_inference() for p in parameters(request.model.net)):
+        raise ConfigError(
+            "model has parameters made under inference_mode, through which there are no gradients: make it outside, or use "
+            "derivative='forward'"
+        )
+    count = checks.integer("probes", probes, 1, MOST_PROBES)
+    numbers = math.prod(request.model.data_shape)
+    if trace == "exact":
+        if numbers > LONGEST_TRACE:
             raise ConfigError(
-                f"probes={count} of {numbers} numbers would hold more than {HELD} numbers for one sample: average the "
-                "likelihoods of several seeds"
+                f"trace='exact' costs {numbers} backward passes in each evaluation for samples of {numbers} numbers, more "
+                f"than {LONGEST_TRACE}: use trace='hutchinson' with as many probes as the standard error asks for"
             )
-        if trace == "hutch++" and (count % 3 or count // 3 >= numbers):
-            raise ConfigError(
-                f"probes must be a multiple of 3, less than 3·{numbers}, with trace='hutch++' on {numbers} numbers, got "
-                f"{count}" + ("" if count % 3 else ": use trace='exact'")
-            )
+        return lambda lo, hi: Exact(kind), 1
+    if count * numbers > MOST_HELD:
+        raise ConfigError(
+            f"probes={count} of {numbers} numbers would hold more than {MOST_HELD} numbers for one sample: average the "
+            "likelihoods of several seeds"
+        )
+    if trace == "hutch++" and (count % 3 or count // 3 >= numbers):
+        raise ConfigError(
+            f"probes must be a multiple of 3, less than 3·{numbers}, with trace='hutch++' on {numbers} numbers, got "
+            f"{count}" + ("" if count % 3 else ": use trace='exact'")
+        )
+    operations = ops.backend_module(request.resolve(None)[0])
 
-        def drawn(probe: str, draw: int, how_many: int, lo: int, hi: int) -> Probes:
-            found = self.x.new_empty((hi - lo, how_many, *self.subject.shape))
-            getattr(self.operations, probe)(found, ops.cursor(draw, first + lo, seed, self.device), PROBES)
-            return Probes(found.transpose(0, 1).contiguous())
+    def drawn(probe: str, draw: int, count: int, lo: int, hi: int) -> Probes:
+        shape = (hi - lo, count, *request.model.data_shape)
+        vectors = torch.empty(shape, dtype=request.dtype, device=request.device)
+        cursor = ops.cursor(draw, request.first_sample + lo, request.seed, request.device)
+        getattr(operations, probe)(vectors, cursor, PROBES)
+        return Probes(vectors.transpose(0, 1).contiguous())
 
-        if trace == "hutchinson":
-            return lambda lo, hi: Hutchinson(kind, drawn(probe or "rademacher", 0, count, lo, hi)), count
-        third = count // 3
+    if trace == "hutchinson":
+        return lambda lo, hi: Hutchinson(kind, drawn(probe or "rademacher", 0, count, lo, hi)), count
+    third = count // 3
 
-        def hutch_plus_plus(lo: int, hi: int) -> probability_flow.Trace:
-            return HutchPlusPlus(kind, drawn("normal", 1, third, lo, hi), drawn("normal", 0, third, lo, hi))
+    def hutch_plus_plus(lo: int, hi: int) -> Trace:
+        return HutchPlusPlus(kind, drawn("normal", 1, third, lo, hi), drawn("normal", 0, third, lo, hi))
 
-        return hutch_plus_plus, third
+    return hutch_plus_plus, third
 
-    def follow(
-        self, forth: bool, batch_size: int | None, progress: bool | None, what: str, columns: int = 1, **options: Any
-    ) -> Solution:
-        """From t_min to T (`forth`), or back."""
-        numbers = max(math.prod(self.subject.shape), 1)
-        batch = max(1, min(MOST_AT_ONCE, PASS // numbers, HELD // (numbers * columns), 2**22 // columns))
-        batch = batch if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
-        if self.solver.couple and batch < len(self.x):
-            raise ConfigError(
-                f"couple=True takes its step from the whole batch, and batch_size={batch} < {len(self.x)} would change it: "
-                f"use couple=False, or batch_size={len(self.x)}"
-            )
-        ends = (self.t_min, float(self.subject.process.T))
-        with torch.inference_mode(False):
-            return probability_flow.follow(
-                self.subject, self.x, *(ends if forth else ends[::-1]), self.solver, operations=self.operations,
-                cond=self.cond, batch=batch, progress=progress, what=what, **options,
-            )  # fmt: skip
+
+def _follow(
+    request: Request, x: Tensor, ends: tuple[float, float], solver: Adaptive, batch_size: int | None,
+    progress: bool | None, what: str, columns: int = 1, **options: Any,
+) -> Solution:  # fmt: skip
+    """x along the flow from the first time of `ends` to the second; `columns` probes a sample."""
+    numbers = max(math.prod(request.model.data_shape), 1)
+    batch = max(1, min(MOST_AT_ONCE, PASS // numbers, MOST_HELD // (numbers * columns), 2**22 // columns))
+    batch = batch if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
+    if solver.couple and batch < request.count:
+        raise ConfigError(
+            f"couple=True takes its step from the whole batch, and batch_size={batch} < {request.count} would change it: "
+            f"use couple=False, or batch_size={request.count}"
+        )
+    with torch.inference_mode(False):
+        return follow(request, x, *ends, solver, batch=batch, progress=progress, what=what, **options)
 
 
 def _check_samples(name: str, x: Any) -> None:

@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import checks
 from .errors import ConfigError, ModelOutputError, choose
 from .execution import ops, reference, tensor_checks
+from .execution.loop import Condition
 from .execution.noise import PERTURBATION, PROBES
-from .model import Condition, ScoreModel, like
+from .model import ScoreModel, like
 from .planning import predictions
 from .planning.processes import Process, require_linear
 
@@ -44,7 +45,7 @@ def perturb(process: Process, x0: Tensor, t: Tensor, cursor: Tensor) -> Tensor:
         return out
 
     with torch.no_grad():
-        x = process.sample(x0.detach().clone(), t, noise)
+        x: Tensor = process.sample(x0.detach().clone(), t, noise)
     tensor_checks.check_tensor(
         f"{type(process).__name__}.sample(x0, t, noise)", x, tuple(x0.shape), x0.device, finite=False
     )
@@ -118,7 +119,7 @@ def _denoising(
     output = model(ops.perturb(clean, alpha, sigma, cursor, PERTURBATION).to(dtype), t, cond)
     weight = torch.ones_like(w)
     if loss != "simple":
-        _, q = predictions.convert((r, w), (0.0 * r, 0.0 * w + 1.0), alpha, sigma)  # of the error on the scale of ε
+        _, q = model.conversion("eps", t, alpha, sigma)  # of the error on the scale of ε
         weight = q**2 if loss == "dsm" else (q * process.diffusion(t) / sigma) ** 2
     return ops.dsm_loss(output, clean, r, w, weight, cursor, PERTURBATION)[0]
 
@@ -142,7 +143,10 @@ def _with_trace(
     else:
         v = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         (torch.ops.fastdiff.rademacher if kind == "rademacher" else torch.ops.fastdiff.normal)(v, cursor, PROBES)
-        along = lambda value: ops.probe_dot(value, cursor, PROBES, kind, v)  # noqa: E731
+
+        def along(value: Tensor) -> Tensor:
+            return ops.probe_dot(value, cursor, PROBES, kind, v)
+
         trace = p * along(v) + along(_gradient(along(part).sum(), x, trained, loss))
     square = along(h) ** 2 if loss == "ssm" else reference.tree_sum(h.double() ** 2)
     return ((2 * root * trace + square) / size).to(x.dtype)
@@ -154,23 +158,20 @@ def _scaled_score(model: ScoreModel, t: Tensor) -> tuple[Tensor, Tensor, Tensor]
     if not process.linear:
         return 0.0 * t, 0.0 * t + 1.0, 0.0 * t + 1.0
     alpha, sigma = process.alpha(t), process.sigma(t)
-    source, target = (
-        predictions.coordinates(name, process, t, alpha, sigma) for name in (model.prediction, "scaled_score")
-    )
-    return *predictions.convert(source, target, alpha, sigma), sigma
+    return *model.conversion("scaled_score", t, alpha, sigma), sigma
 
 
 def _gradient(value: Tensor, x: Tensor, trained: bool, loss: str) -> Tensor:
     """∂value/∂x, itself differentiable if the network is `trained` on it."""
-    found = None
+    gradient = None
     if value.requires_grad:
-        (found,) = torch.autograd.grad(value, x, create_graph=trained, retain_graph=True, allow_unused=True)
-    if found is None:
+        (gradient,) = torch.autograd.grad(value, x, create_graph=trained, retain_graph=True, allow_unused=True)
+    if gradient is None:
         raise ModelOutputError(
             f"loss={loss!r} needs gradients through the model, and its output has none with respect to x: look in it for "
             "no_grad, detach, argmax or numpy"
         )
-    return found
+    return gradient
 
 
 @contextlib.contextmanager
@@ -189,15 +190,5 @@ def differentiating(loss: str) -> Iterator[None]:
 
 
 def training_times(process: Process, u: Tensor) -> Tensor:
-    """Times [B] from uniform numbers u [B] in [0, 1).
-
-    Continuous processes: uniform on [1e-5, T], or from their own t_min if they are not linear; chains: uniform on their
-    steps; EDM: ln σ ~ N(−1.2, 1.2²) (Karras et al. 2022, Table 1).
-    """
-    if process.name == "edm":
-        quantile = torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))
-        return torch.exp(-1.2 + 1.2 * quantile).to(u.dtype)
-    if process.discrete:
-        return (u * process.T).floor().clamp(max=process.T - 1) + 1
-    first = process.t_train
-    return first + (process.T - first) * u
+    """Times [B] from uniform numbers u [B] in [0, 1), as `Process.training_times` has them."""
+    return process.training_times(u)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""ScoreModel: a network together with all that its numbers mean."""
+"""ScoreModel: a network together with all that its numbers mean; how it is called, and where it lives."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from . import checks
 from .errors import ConfigError, ModelOutputError, ModelOutputTypeError, ShapeError, choose
 from .execution import tensor_checks
-from .planning import predictions, processes
-
-Condition = Tensor | dict[str, Tensor] | None
+from .execution.loop import Condition
+from .planning import chains, predictions, processes
+from .planning.predictions import Pair
 
 
 class ScoreModel(nn.Module):
     """A network, the process it was trained on, and what its input and output mean.
 
     net          callable (x [B, *data_shape], time [B], cond) -> [B, *data_shape]
-    sde          a process or its name; one known by its sampler alone (fastdiff.processes.Process) takes "score" only
+    sde          a process or its name; one without alpha and sigma (see fastdiff.processes.Process) takes "score" only
     prediction   "score", "eps", "x0", "v", "scaled_score", "prev_mean", "increment" or "edm" (see fastdiff.predictions)
     time_input   what `time` is: "t", "index", "sigma", "log_sigma", "t*999" or "c_noise" (EDM's, its default)
     data_range   the range of its training data, and so of its samples (which are not clamped to it)
@@ -43,60 +43,168 @@ class ScoreModel(nn.Module):
         super().__init__()
         if not callable(net):
             raise ConfigError(f"net must be callable as net(x, t), got {type(net).__name__}")
+        process = processes.get(sde)
+        time_input = predictions.default_time_input(prediction) if time_input is None else time_input
+        predictions.check(prediction, time_input, process)
         self.net = net
-        self.process = processes.get(sde)
-        self.prediction = prediction
-        self.time_input = predictions.default_time_input(prediction) if time_input is None else time_input
-        predictions.check(self.prediction, self.time_input, self.process)
-        self.data_shape = tensor_checks.shape_of(tuple(data_shape))
-        self.data_range = checks.pair("data_range", data_range)
-        self.variance = None if variance is None else choose("variance", variance, ("learned_range",))
+        self.process: processes.Process
+        self.prediction: str
+        self.time_input: str
+        self.data_shape: tuple[int, ...]
+        self.data_range: tuple[float, float]
+        self.variance: str | None
+        vars(self).update(  # past nn.Module's setattr, which is for tensors and modules and takes its time
+            process=process, prediction=prediction, time_input=time_input, data_shape=tensor_checks.shape_of(data_shape),
+            data_range=checks.pair("data_range", data_range),
+            variance=None if variance is None else choose("variance", variance, ("learned_range",)),
+        )  # fmt: skip
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
-        """The network's own output at process times t [B] (or one for all), its input scaled and its time converted."""
+        """The network's output, as it is, at process times t [B] (or one for all), its input scaled and its time converted."""
         t = self.times(t, x)
         alpha, sigma = (self.process.alpha(t), self.process.sigma(t)) if self.process.linear else (None, None)
         if self.prediction == "edm":
             x = like(predictions.input_scale(self.prediction, self.process, alpha, sigma), x) * x
         time = predictions.network_time(self.time_input, self.process, t, alpha, sigma)
         time = time.round().long() if self.time_input == "index" else time
-        output = single_tensor(call(self.net, x, time, cond))
-        return check_output(output, x.shape, x.device, self.variance)[0]
+        return answer(self.net, self.variance, x, time, None, cond)[0]
 
     def predict(self, kind: str, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
-        """The network's opinion as "score", "x0", "eps" or any other prediction at process times t [B] (or one)."""
+        """The network's prediction as "score", "x0", "eps" or any other prediction at process times t [B] (or one)."""
         if not self.process.linear:
             if kind != "score":
                 processes.require_linear(self.process, f"a prediction of {kind!r}", "ask for 'score'")
-            return self(x, t, cond)
+            return self(x, t, cond)  # type: ignore[no-any-return]
         t = self.times(t, x)
-        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        source, target = (
-            predictions.coordinates(name, self.process, t, alpha, sigma) for name in (self.prediction, kind)
-        )
-        p, q = predictions.convert(source, target, alpha, sigma)
-        return like(p, x) * x + like(q, x) * self(x, t, cond)
+        p, q = self.conversion(kind, t, self.process.alpha(t), self.process.sigma(t))
+        return like(p, x) * x + like(q, x) * self(x, t, cond)  # type: ignore[no-any-return]
+
+    def conversion(self, target: str | Pair, t: Any, alpha: Any, sigma: Any) -> Pair:
+        """(p, q) of target = p·x + q·output at time t, level (α, σ); target is a prediction, or (r, w) of r·x0 + w·ε."""
+        source = predictions.coordinates(self.prediction, self.process, t, alpha, sigma)
+        if isinstance(target, str):
+            target = predictions.coordinates(target, self.process, t, alpha, sigma)
+        return predictions.convert(source, target, alpha, sigma)
 
     def times(self, t: Any, x: Tensor) -> Tensor:
         """t as one process time for each sample of x, inside [0, T], where the network can be asked (σ > 0)."""
-        given = torch.as_tensor(t, device=x.device)
-        given = given if given.is_floating_point() else given.to(x.dtype)
-        if given.ndim > 1 or (given.ndim == 1 and given.shape[0] != 1 and given.shape[0] != x.shape[0]):
-            raise ShapeError(f"t must be one time or one for each of {len(x)} samples, got shape {tuple(given.shape)}")
+        times = torch.as_tensor(t, device=x.device)
+        times = times if times.is_floating_point() else times.to(x.dtype)
+        if times.ndim > 1 or (times.ndim == 1 and times.shape[0] != 1 and times.shape[0] != x.shape[0]):
+            raise ShapeError(f"t must be one time or one for each of {len(x)} samples, got shape {tuple(times.shape)}")
         # on other devices a look at the values would stall them, in a compiled graph it would break it
-        if given.device.type == "cpu" and not torch.compiler.is_compiling():
-            bad = ~((given >= 0) & (given <= self.process.T * 1.000001))
+        if times.device.type == "cpu" and not torch.compiler.is_compiling():
+            bad = ~((times >= 0) & (times <= self.process.T * 1.000001))
             if self.process.linear:
-                bad |= ~(self.process.sigma(given) > 0)
+                bad |= ~(self.process.sigma(times) > 0)
             if bool(bad.any()):
-                value, top = float(given[bad].flatten()[0]), f"{self.process.T:g}]"
+                value, top = float(times[bad].flatten()[0]), f"{self.process.T:g}]"
                 allowed = f"(0, {top}, where sigma > 0" if self.process.linear else f"[0, {top}"
                 raise ConfigError(f"t must lie in {allowed}, got {value:g}")
-        return given.expand(len(x))
+        return times.expand(len(x))
 
     def score(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """∇ log p_t(x), [B, *]."""
         return self.predict("score", x, t, cond)
+
+
+def as_model(
+    model: Any, sde: Any, shape: Any, prediction: str | None, time_input: str | None, variance: str | None = None
+) -> ScoreModel:
+    """The ScoreModel of a run: a ScoreModel as it is, whose facts the caller may repeat; a plain callable by the caller's.
+
+    variance   what the sampler needs where the model says nothing of it
+    """
+    if isinstance(model, ScoreModel):
+        facts = {"prediction": model.prediction, "time_input": model.time_input, "shape": model.data_shape}
+        claims = {"prediction": prediction, "time_input": time_input, "shape": shape and tensor_checks.shape_of(shape)}
+        for name, value in claims.items():
+            if value is not None and value != facts[name]:
+                raise ConfigError(f"{name}={value!r} contradicts the model's own {facts[name]!r}: leave it out")
+        if variance is None or model.variance is not None:
+            return model
+        sde, shape, prediction, time_input = model.process, model.data_shape, model.prediction, model.time_input
+        model = model.net
+    if not callable(model):
+        raise ConfigError(f"model must be a ScoreModel or a callable (x, t) -> tensor, got {type(model).__name__}")
+    if sde is None:
+        raise ConfigError(f"sde must be given with a plain callable: one of {', '.join(processes.PROCESSES)}")
+    if shape is None:
+        raise ConfigError("shape must be given with a plain callable: one sample's shape, such as shape=(2,)")
+    return ScoreModel(model, sde, prediction or "score", time_input, shape, variance=variance)
+
+
+def check_path(sde: Any, process: processes.Process) -> None:
+    """Refuse a process, or the name of one, that is not on the model's path: its own, or a chain on it."""
+    if sde is None or sde in (process, process.name):
+        return
+    if isinstance(sde, str):
+        choose("sde", sde, processes.PROCESSES)
+        if type(process) is chains.CHAINS.get(sde):
+            return
+    elif not isinstance(sde, processes.Process):
+        raise ConfigError(f"sde must be a name or a process such as fastdiff.VP(), got {type(sde).__name__}")
+    elif chains.on_path(sde, process):
+        return
+    raise ConfigError(
+        f"sde={sde!r:.60} is not the process of this model, {process!r:.60}: leave sde out, or use sde={process.name!r}"
+    )
+
+
+# --- where a network lives and what it takes -------------------------------------------------------------------------
+
+
+def parameters(net: Any) -> Iterator[Tensor]:
+    """The network's, if it is a module."""
+    return net.parameters() if isinstance(net, nn.Module) else iter(())
+
+
+def dtype_of(net: Any, default: torch.dtype) -> torch.dtype:
+    """What a network's inputs must be: the dtype of its first floating parameter, if it has one."""
+    return next((p.dtype for p in parameters(net) if p.is_floating_point()), default)
+
+
+def device_of(device: Any, x_init: Tensor | None, net: Any) -> torch.device:
+    """Where the run happens: what `device`, x_init and the model's parameters agree on."""
+    tensors = [("x_init", x_init), ("model", next(parameters(net), None))]
+    first = next((tensor.device for _, tensor in tensors if tensor is not None), None)
+    place = tensor_checks.device_of(device if device is not None else first)
+    for name, tensor in tensors:
+        if tensor is not None:
+            tensor_checks.check_device(name, tensor, place)
+    return place
+
+
+def memory_format_of(net: Any, rank: int) -> torch.memory_format:
+    """The memory format that a network's convolutions have, for inputs of this rank."""
+    wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(rank)
+    if wanted is not None:
+        for p in parameters(net):
+            if p.ndim == rank and p.is_contiguous(memory_format=wanted) and not p.is_contiguous():
+                return wanted
+    return torch.contiguous_format
+
+
+def takes_features(net: Any) -> bool:
+    """Whether a network has `time_features`, and a call runs the forward that belongs to them: no subclass's, no instance's,
+    no hook first."""
+    if not isinstance(net, nn.Module) or not hasattr(net, "time_features"):
+        return False
+    owner = next(c for c in type(net).__mro__ if "forward" in vars(c))
+    hooked = net._forward_hooks or net._forward_pre_hooks
+    return "time_features" in vars(owner) and "forward" not in vars(net) and not hooked
+
+
+def time_features(net: Any, times: Tensor, rows: int, most: int) -> Tensor | None:
+    """What the network makes of `times` [n, …] before it looks at x, [n, …, width];
+    None where `rows` times would take more than `most` bytes."""
+    one = net.time_features(times.flatten()[:1])
+    if one.nbytes * rows > most:
+        return None
+    return net.time_features(times.flatten()).view(*times.shape, *one.shape[1:])  # type: ignore[no-any-return]
+
+
+# --- how a network is called -----------------------------------------------------------------------------------------
 
 
 def like(values: Tensor, x: Tensor) -> Tensor:
@@ -104,21 +212,35 @@ def like(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
+def picked(cond: Condition, which: slice | Tensor) -> Condition:
+    """Some samples' entries of a condition: a tensor, a dict of tensors, or None."""
+    if isinstance(cond, dict):
+        return {key: value[which] for key, value in cond.items()}
+    return None if cond is None else cond[which]
+
+
+def answer(
+    net: Any, variance: str | None, x: Tensor, time: Tensor, features: Tensor | None, cond: Condition
+) -> tuple[Tensor, Tensor | None]:
+    """The prediction [B, *] of net(x [B, *], time [B]), and its variance's half of the channels, checked."""
+    shape, device = x.shape, x.device  # before the call, in which a network may change its input's
+    output = call(net, x, time, cond, features)
+    return check_output(output if isinstance(output, Tensor) else single_tensor(output), shape, device, variance)
+
+
 def call(net: Any, x: Tensor, time: Tensor, cond: Condition, features: Tensor | None = None) -> Any:
     """net(x, time), with a condition as third argument (a tensor) or as keywords (a dict of tensors).
 
     features  what net.time_features made of the time
     """
-    known = {} if features is None else {"features": features}
+    extra = {} if features is None else {"features": features}
     if cond is None:
-        return net(x, time, **known)
-    return net(x, time, **cond, **known) if isinstance(cond, dict) else net(x, time, cond, **known)
+        return net(x, time, **extra)
+    return net(x, time, **cond, **extra) if isinstance(cond, dict) else net(x, time, cond, **extra)
 
 
 def single_tensor(output: Any) -> Tensor:
-    """The one tensor of a network's answer: itself, its `.sample`, or the first entry of a tuple."""
-    if isinstance(output, Tensor):
-        return output
+    """The one tensor of a network's output that is no tensor: its `.sample`, or the first entry of a tuple."""
     inner = getattr(output, "sample", None)
     if inner is None and isinstance(output, tuple) and output:
         inner = output[0]

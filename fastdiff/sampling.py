@@ -8,20 +8,20 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .adaptive_run import AdaptiveRun
 from .errors import ConfigError, DataError, DTypeError, choose, names_keywords
 from .execution import loop, tensor_checks
+from .model import ScoreModel, as_model, check_path, device_of
 from .planning import chains, processes, samplers
-from .planning.plan import MAX_STEPS, plan
-from .subject import Subject, check_path, place_of, subject_of
+from .planning.plan import MAX_STEPS, make_table
+from .probability_flow import end_time
+from .runs import Request, run_adaptive, run_table
 from .table import StepTable
-from .table_run import TableRun
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,62 @@ def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     return call
+
+
+class SampleOptions(TypedDict, total=False):
+    """The keywords of `sample` that do not change what it returns."""
+
+    sampler: Any
+    num_samples: int
+    shape: Sequence[int] | None
+    prediction: str | None
+    time_input: str | None
+    cond: Any
+    seed: int | None
+    first_sample: int
+    batch_size: int | None
+    x_init: Tensor | None
+    noise: Tensor | Callable[[int], Tensor] | None
+    grid: Any
+    t_min: float | None
+    clip: tuple[float, float] | None
+    denoise: bool
+    guidance: Any
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    backend: str
+    engine: str
+    check: str
+    progress: bool | None
+    callback: Callable[[int, float, Tensor], object] | None
+
+
+@overload
+def sample(
+    model: Any, sde: Any = None, steps: int | None = None, *, trajectory: Literal[0] = 0,
+    return_info: Literal[False] = False, **options: Unpack[SampleOptions],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def sample(
+    model: Any, sde: Any = None, steps: int | None = None, *, trajectory: Literal[0] = 0, return_info: Literal[True],
+    **options: Unpack[SampleOptions],
+) -> tuple[Tensor, SampleInfo]: ...  # fmt: skip
+
+
+@overload
+def sample(
+    model: Any, sde: Any = None, steps: int | None = None, *, trajectory: int, return_info: Literal[False] = False,
+    **options: Unpack[SampleOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def sample(
+    model: Any, sde: Any = None, steps: int | None = None, *, trajectory: int, return_info: Literal[True],
+    **options: Unpack[SampleOptions],
+) -> tuple[Tensor, Tensor, SampleInfo]: ...  # fmt: skip
 
 
 @_untraced
@@ -118,15 +174,16 @@ def sample(
     backend       "auto": the device's fused kernels where there are any ("cpu": compiled, "triton": GPU), else "reference",
                   plain PyTorch; all make the same bits. `fastdiff doctor` says what there is
     engine        "auto": rows replay as CUDA graphs where they can be captured, else run eagerly (`return_info` says why).
-                  A module's graphs are kept and see its parameters change, but none of its Python runs in a replay: a
-                  network that counts its calls wants "eager"; after a change of an attribute, fastdiff.execution.graphs.clear()
+                  Captured graphs are cached for each module. In-place updates of parameters are seen; Python side effects
+                  are not replayed: a network that counts its calls wants "eager", and after a change of an attribute call
+                  fastdiff.execution.graphs.clear()
     return_info   adds a SampleInfo
 
     Returns x, or a tuple x[, states][, info]. Inputs, the model's mode and every global state are left as they were.
 
     Raises ConfigError, ShapeError, DTypeError, DeviceError or DataError before any work, ModelOutputError on what a network
     returns, NonFiniteError on a run that leaves the finite numbers, SolverError on steps that cannot go on. The equations and
-    papers are in fastdiff.solvers.
+    papers are in fastdiff.samplers.
     """
     began = time.perf_counter()
     choose("check", check, loop.CHECKS)
@@ -138,78 +195,94 @@ def sample(
     batch = max(num_samples, 1) if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
     trajectory = checks.integer("trajectory", trajectory, 0, 10**7)
     checks.function("callback", callback)
-    subject = subject_of(model, sde, shape, prediction, time_input, samplers.variance_of(sampler))
-    full = (num_samples, *subject.shape)
-    if math.prod(full) >= 2**48:
+    model = as_model(model, sde, shape, prediction, time_input, samplers.variance_of(sampler))
+    if math.prod((num_samples, *model.data_shape)) >= 2**48:
         raise ConfigError(
-            f"num_samples={num_samples} of shape {subject.shape} need more than 2**48 numbers: ask for fewer"
+            f"num_samples={num_samples} of shape {model.data_shape} need more than 2**48 numbers: ask for fewer"
         )
     dtype, state_dtype = _dtypes(dtype, x_init)
-    common = {
-        "seed": seed, "first_sample": first_sample, "cond": cond, "x_init": x_init, "dtype": state_dtype,
-        "device": place_of(device, x_init, subject.net), "check": check, "backend": backend,
-    }  # fmt: skip
-    solver = samplers.get(sampler, subject.process)
-    run: AdaptiveRun | TableRun
+    process, solver = _process_and_sampler(model, sde, steps, sampler)
+    request = Request(
+        model, num_samples, seed, first_sample, cond, x_init, state_dtype, device_of(device, x_init, model.net), backend,
+        engine, check,
+    )  # fmt: skip
     if isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
-        fixed = {"steps": steps, "grid": grid, "clip": clip, "noise": noise, "callback": callback}
-        run = AdaptiveRun(
-            subject, solver, full, sde=sde, t_min=t_min, denoise=denoise, engine=engine, fixed=fixed, **common
+        _refuse_fixed(solver, steps=steps, grid=grid, clip=clip, noise=noise, callback=callback)
+        end = end_time(model, sde, t_min, solver.default_t_min(process))
+        if end == process.T:
+            raise ConfigError(f"t_min must be below T = {end:g}, where the run starts: give a smaller one")
+        result = run_adaptive(
+            request,
+            solver,
+            float(process.T),
+            end,
+            batch=batch,
+            trajectory=trajectory,
+            progress=progress,
+            denoise=denoise,
         )
     else:
-        table = _table(subject, sde, steps, sampler, grid, t_min, clip, denoise)
-        run = TableRun(subject, table, full, noise=noise, engine=engine, **common)
-    if run.couples_batch and batch < num_samples:
-        raise ConfigError(
-            f"batch_size={batch} < num_samples={num_samples} would change the samples: {run.couples_batch}, or one batch"
+        table = make_table(
+            process, solver, steps, prediction=model.prediction, time_input=model.time_input, clock=model.process, grid=grid,
+            t_min=t_min, clip=clip, denoise=denoise,
+        )  # fmt: skip
+        result = run_table(
+            request, table, noise=noise, batch=batch, trajectory=trajectory, callback=callback, progress=progress
         )
-    x, states = run.execute(batch, trajectory, callback, progress)
-    x = _like_start(_narrowed(x, dtype, check), x_init)
-    if states is None and not return_info:
+    x = _like_start(_narrowed(result.x, dtype, check), x_init)
+    if result.states is None and not return_info:
         return x
-    seconds = time.perf_counter() - began
-    rows = 0 if run.table is None else len(run.table)
-    info = SampleInfo(seed, run.calls, rows, seconds, run.backend, run.engine, run.why, run.table, run.nfe)
-    return (x, *([] if states is None else [_narrowed(states, dtype, check)]), *([info] if return_info else []))
-
-
-def _table(
-    subject: Subject, sde: Any, steps: int | None, sampler: Any, grid: Any, t_min: Any, clip: Any, denoise: bool
-) -> StepTable:
-    process, chosen = _process_and_sampler(subject, sde, steps, sampler)
-    if subject.variance is not None:
-        chosen = samplers.with_variance(chosen, subject.variance)
-    return plan(
-        process, steps, sampler=chosen, prediction=subject.prediction, grid=grid, t_min=t_min, clip=clip,
-        denoise=denoise, time_input=subject.time_input, clock=subject.process,
+    info = SampleInfo(
+        seed, result.calls, 0 if result.table is None else len(result.table), time.perf_counter() - began, result.backend,
+        result.engine, result.why, result.table, result.nfe,
     )  # fmt: skip
+    states = [] if result.states is None else [_narrowed(result.states, dtype, check)]
+    return (x, *states, *([info] if return_info else []))
 
 
 def _process_and_sampler(
-    subject: Subject, sde: Any, steps: int | None, sampler: Any
+    model: ScoreModel, sde: Any, steps: int | None, sampler: Any
 ) -> tuple[processes.Process, samplers.Sampler]:
-    """The process to run on the model's path, by the rules of `sample`'s `sde`."""
-    own = subject.process
-    check_path(sde, own)
-    process = own if sde is None or sde == own.name else sde
-    if isinstance(process, str):
-        trial = samplers.get(sampler, processes.get(process))
-        count = trial.default_steps(own, own.t_min) if steps is None else checks.integer("steps", steps, 1, MAX_STEPS)
-        # a ladder has the sampler's own levels; a chain is fine enough for every step to be one of its own
-        process = chains.chain_on(
-            own, process, trial.intervals(own, count) + 1 if process == "ncsn" else max(count, 1000)
+    """The process to run on the model's path, by the rules of `sample`'s `sde`, and the sampler."""
+    process = model.process
+    check_path(sde, process)
+    name = sde if isinstance(sde, str) and sde != process.name else None
+    if isinstance(sde, processes.Process):
+        process = sde
+    solver = samplers.get(sampler, process if name is None else processes.get(name))
+    if isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
+        return model.process, solver
+    if name is not None:
+        count = (
+            solver.default_steps(process, process.t_min)
+            if steps is None
+            else checks.integer("steps", steps, 1, MAX_STEPS)
         )
-    return process, samplers.get(sampler, process)
+        # a ladder has the sampler's own levels; a chain is fine enough for every step to be one of its own
+        levels = solver.intervals(process, count) + 1 if processes.get(name).ladder else max(count, 1000)
+        process = chains.chain_on(process, name, levels)
+    return process, solver if model.variance is None else samplers.with_variance(solver, model.variance)
+
+
+def _refuse_fixed(solver: samplers.Sampler, **fixed: Any) -> None:
+    """Refuse what only samplers of fixed steps take."""
+    ways_out = {"steps": ", its rtol and atol say how finely", "callback": ", or ask for a trajectory"}
+    for name, value in fixed.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name} belongs to samplers of fixed steps, and {solver.name!r} chooses its steps: leave it out"
+                + ways_out.get(name, "")
+            )
 
 
 def _dtypes(dtype: torch.dtype | None, x_init: Any) -> tuple[torch.dtype, torch.dtype]:
     """The result's dtype and the state's."""
     if x_init is not None:
         tensor_checks.check_floating("x_init", x_init)
-    asked = dtype if dtype is not None else torch.float32 if x_init is None else x_init.dtype
-    if asked not in tensor_checks.DTYPES:
+    result = dtype if dtype is not None else torch.float32 if x_init is None else x_init.dtype
+    if result not in tensor_checks.DTYPES:
         raise DTypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
-    return asked, torch.float64 if asked == torch.float64 else torch.float32
+    return result, torch.float64 if result == torch.float64 else torch.float32
 
 
 def _narrowed(x: Tensor, dtype: torch.dtype, check: str) -> Tensor:

@@ -1,11 +1,11 @@
 """The step table, which every fixed-step sampler becomes: a list of affine rows. numpy only; knows no SDE, no tensor.
 
     row:  [saves_base]        base ← x
-          [calls_network]     h_0 = P(p·x + q·model(in_scale·x, network_time))    P = identity | clamp to `clip`
+          [calls_network]     h_0 = P(p·x + q·network(in_scale·x, network_time))   P = identity | clamp to `clip`
                               x ← a·x + e·base + Σ_j b_j·h_j + c·z                z ~ N(0, 1), the draw that the row names
           [keeps_prediction]  the history takes h_0
 
-h_1, h_2 … are the predictions pushed before, newest first. A row that calls no model has no h_0: its b starts at h_1.
+h_1, h_2 … are the predictions that earlier rows kept, newest first. A row that calls no network has no h_0: its b starts at h_1.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ class Level(NamedTuple):
     t: float
     alpha: float
     sigma: float
+
+    @property
+    def sigma_hat(self) -> float:
+        """The noise ratio σ̂ = σ/α."""
+        return self.sigma / self.alpha
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,28 +94,27 @@ class StepTable:
     def __post_init__(self) -> None:
         if not self.rows:
             raise ConfigError("a table needs at least one row")
-        pushed, opened = 0, False
+        predictions, saved = 0, False
         for k, row in enumerate(self.rows):
-            asked = (row.network_time, row.in_scale, row.p, row.q) if row.calls_network else ()
-            numbers = (row.a, row.e, row.c, *row.b, *asked)
-            if not all(map(math.isfinite, numbers)):
+            call = (row.network_time, row.in_scale, row.p, row.q) if row.calls_network else ()
+            if not all(map(math.isfinite, (row.a, row.e, row.c, *row.b, *call))):
                 raise ConfigError(f"row {k} ({row.label}, t = {row.level.t:g}) has a coefficient that is not finite")
-            opened |= row.saves_base
-            if row.e != 0 and not opened:
-                raise ConfigError(f"row {k} ({row.label}) reads a base state that no row has opened")
-            if len(row.b) > pushed + row.calls_network:
+            saved |= row.saves_base
+            if row.e != 0 and not saved:
+                raise ConfigError(f"row {k} ({row.label}) reads a base state that no row before it saves")
+            if len(row.b) > predictions + row.calls_network:
                 raise ConfigError(
-                    f"row {k} ({row.label}) reads {len(row.b)} predictions, {pushed + row.calls_network} exist"
+                    f"row {k} ({row.label}) reads {len(row.b)} predictions, {predictions + row.calls_network} exist"
                 )
             if row.measure is not None and not (row.calls_network and len(row.b) == 1):
-                raise ConfigError(f"row {k} ({row.label}) measures a step but does not call the model alone")
+                raise ConfigError(f"row {k} ({row.label}) measures its step, which takes a network call and one b")
             if (row.keeps_prediction or row.clips or row.log_variance is not None) and not row.calls_network:
-                raise ConfigError(f"row {k} ({row.label}) needs a prediction but does not call the model")
+                raise ConfigError(f"row {k} ({row.label}) needs a prediction but does not call the network")
             if row.clips and self.clip is None:
-                raise ConfigError(f"row {k} ({row.label}) clips, and the table has no range")
-            pushed += row.keeps_prediction
-        if self.history > MAX_HISTORY:
-            raise ConfigError(f"the table reads {self.history} predictions, at most {MAX_HISTORY} are kept")
+                raise ConfigError(f"row {k} ({row.label}) clips x0, and the table has no range clip=(lo, hi)")
+            if len(row.b) > MAX_HISTORY:
+                raise ConfigError(f"row {k} ({row.label}) reads {len(row.b)} predictions, at most {MAX_HISTORY}")
+            predictions += row.keeps_prediction
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -119,11 +123,6 @@ class StepTable:
     def calls(self) -> int:
         """Network evaluations of one run."""
         return sum(row.calls_network for row in self.rows)
-
-    @cached_property
-    def history(self) -> int:
-        """The most predictions that a row reads."""
-        return max(len(row.b) for row in self.rows)
 
     @cached_property
     def memory(self) -> int:
@@ -136,13 +135,9 @@ class StepTable:
         return any(row.measure is not None and row.measure.norm == "batch" for row in self.rows)
 
     @cached_property
-    def columns(self) -> dict[str, NDArray[np.float64]]:
-        """The numbers by column, float64 [rows] (b: [rows, history])."""
-        b = np.zeros((len(self.rows), max(self.history, 1)))
-        for k, row in enumerate(self.rows):
-            b[k, : len(row.b)] = row.b
-        names = ("network_time", "in_scale", "p", "q", "a", "e", "c")
-        return {**{n: np.array([getattr(row, n) for row in self.rows]) for n in names}, "b": b}
+    def times(self) -> tuple[float, ...]:
+        """The time that each row gives the network, 0 where it calls none."""
+        return tuple(row.network_time if row.calls_network else 0.0 for row in self.rows)
 
     @cached_property
     def matrix(self) -> NDArray[np.float64]:
@@ -187,11 +182,11 @@ class StepTable:
             raise ImportError("plot() needs matplotlib, which is missing: pip install 'fastdiff[demo]'") from error
         figure = Figure(figsize=(9, 6), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True)
-        columns, k = self.columns, np.arange(len(self.rows))
+        columns, k = dict(zip(COLUMNS, self.matrix.T)), np.arange(len(self.rows))
         top.semilogy(k, [row.level.alpha for row in self.rows], label="alpha")
         top.semilogy(k, [row.level.sigma for row in self.rows], label="sigma")
         bottom.plot(k, columns["a"] + columns["e"], label="a + e  (state)")
-        bottom.plot(k, columns["b"].sum(1), label="Σ b  (predictions)")
+        bottom.plot(k, sum(columns[f"b{j}"] for j in range(MAX_HISTORY)), label="Σ b  (predictions)")
         bottom.plot(k, columns["c"], label="c  (noise)")
         bottom.set_yscale("symlog", linthresh=1e-3)
         bottom.set_xlabel("row")
@@ -237,9 +232,14 @@ def _sum(terms: list[tuple[float, str]]) -> str:
 
 @dataclass(frozen=True)
 class Tableau:
-    """An embedded pair whose last stage is the next step's first: nodes c, rows a (the last are the weights b), b − b̂.
+    """An embedded Runge–Kutta pair whose last stage is the next step's first. Validates itself.
 
-    `order` of b; b̂ has one less. `dense`: weights of the fourth-order term of the interpolant (none: cubic Hermite).
+        k_i = f(t + c_i h, y + h Σ_{j<i} a_ij k_j),     y' = y + h Σ_j b_j k_j,     error = h Σ_j e_j k_j,  e = b − b̂
+
+    c      nodes, s of them, from 0 to 1
+    a      the rows i = 2 … s of a, of i − 1 numbers each; the last is b
+    order  of b; b̂ has one less
+    dense  s weights of the fourth-order term of the interpolant (none: cubic Hermite)
     """
 
     order: int
@@ -247,3 +247,21 @@ class Tableau:
     a: tuple[tuple[float, ...], ...]
     e: tuple[float, ...]
     dense: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        stages = len(self.c)
+        if [len(row) for row in self.a] != list(range(1, stages)):
+            raise ConfigError(
+                f"a tableau of {stages} nodes c needs rows a of 1, 2, … {stages - 1} numbers, got {self.a}"
+            )
+        if len(self.e) != stages or len(self.dense) not in (0, stages):
+            raise ConfigError(
+                f"a tableau of {stages} nodes c needs as many e, and dense or none, got {self.e}, {self.dense}"
+            )
+        if (self.c[0], self.c[-1]) != (0, 1):
+            raise ConfigError(f"a tableau's nodes c must run from 0 to 1, got {self.c}")
+        rows = [*zip((f"row {i} of a" for i in range(2, stages + 1)), self.a, self.c[1:]), ("e", self.e, 0.0)]
+        for name, row, total in [*rows, ("dense", self.dense, 0.0)]:
+            # numbers of 16 digits, rounded again to float64
+            if not abs(math.fsum(row) - total) <= 2**-50 * (math.fsum(map(abs, row)) + total):
+                raise ConfigError(f"{name} of a tableau must sum to {total:g}, got {math.fsum(row):.17g} of {row}")

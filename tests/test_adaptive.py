@@ -49,9 +49,11 @@ class Linear:
 
 
 def run(field, y, end=3.0, start=0.0, backend="cpu", **options):
-    options = {"rtol": 1e-8, "atol": 1e-8, "integrals": 1, **options}
-    tableau = METHODS[options.pop("method", "dopri5")]
-    return integrate(field, y, start, end, operations=ops.backend_module(backend), tableau=tableau, **options)
+    given = {"rtol": 1e-8, "atol": 1e-8, "integrals": 1, **options}
+    solver = fastdiff.samplers.Adaptive(
+        **{name: given.pop(name) for name in ("method", "rtol", "atol", "couple", "max_nfe") if name in given}
+    )
+    return integrate(field, y, start, end, solver, operations=ops.backend_module(backend), **given)
 
 
 Y = torch.linspace(-1, 2, 12, dtype=torch.float64).view(4, 3)
@@ -142,13 +144,13 @@ def test_every_sample_runs_as_if_alone():
 
 def test_the_last_error_steadies_the_step(monkeypatch):
     """PI control at the limit of stability: where the error alone decides, steps in vain are more frequent."""
-    settle, vain = adaptive.Run.settle, []
+    settle, vain = adaptive.AdaptiveRun.settle, []
 
     def noted(self, accepted, *args):
         vain[-1] += int((self.running & ~accepted).sum())
         settle(self, accepted, *args)
 
-    monkeypatch.setattr(adaptive.Run, "settle", noted)
+    monkeypatch.setattr(adaptive.AdaptiveRun, "settle", noted)
     for gains in (adaptive.GAINS, (1.0, 0.0)):
         monkeypatch.setattr(adaptive, "GAINS", gains)
         vain.append(0)
@@ -227,6 +229,32 @@ def test_a_field_that_is_not_finite_stops_at_once_and_names_the_sample(value, fr
     assert caught.value.sample == 2
     assert caught.value.t <= from_u
     assert len(field.shapes) < (3 if from_u == 0 else 1000)
+
+
+class Walled:
+    """dy/du = −0.01 y, from u = 1 on −30 y; not finite where |y| > 4, as a network in half precision overflows."""
+
+    beyond = 0
+
+    def at(self, u, samples):
+        def stage(v):
+            def rates(y):
+                out = y.abs() > 4
+                self.beyond += int(out.any())
+                return torch.where(out, math.nan, torch.where(v < 1, -0.01, -30.0)[:, None] * y), None
+
+            return rates
+
+        return [stage(v) for v in u]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_that_leaves_the_finite_numbers_is_tried_again_at_a_tenth(method):
+    """Long steps reach u = 1, and their stages then |y| = 30 h: a tenth is within the field again, nine tenths are not."""
+    field = Walled()
+    found = run(field, torch.ones(1, 2, dtype=torch.float64), end=1.2, integrals=0, method=method)
+    assert field.beyond > 0
+    assert (found.y - math.exp(-0.01 - 30 * 0.2)).abs().max() < 1e-6
 
 
 def test_max_nfe_says_how_far_it_came():

@@ -52,10 +52,10 @@ def test_the_flow_takes_the_prior_to_the_data(name, method):
 
 def test_states_on_the_way():
     x, states = draw(sampler=samplers.Adaptive(rtol=1e-7, atol=1e-7), trajectory=5)
-    chart = samplers.Adaptive().chart(VP)
+    variables = samplers.Adaptive().variables(VP)
     start = fastdiff.normal(6, (3,), seed=0).double()
-    for state, u in zip(states, np.linspace(chart.of_time(1.0), chart.of_time(1e-3), 5)):
-        assert (state - mapped(VP, start, chart.place(u).t)).abs().max() < 1e-4
+    for state, u in zip(states, np.linspace(variables.of_time(1.0), variables.of_time(1e-3), 5)):
+        assert (state - mapped(VP, start, variables.point(u).t)).abs().max() < 1e-4
     assert torch.equal(states[0], start)
     assert torch.equal(states[-1], x)
     assert torch.equal(x, draw(sampler=samplers.Adaptive(rtol=1e-7, atol=1e-7)))

@@ -77,7 +77,7 @@ CONFIGURATION = [
     ({"sampler": "lms", "clip": (-1, 1), "steps": 5}, ConfigError, "clip is not defined"),
     ({"sampler": 7}, ConfigError, "sampler must be one of"),
     ({"prediction": "epsilon"}, ConfigError, "prediction must be one of"),
-    ({"prediction": "prev_mean"}, ConfigError, "step before"),
+    ({"prediction": "prev_mean"}, ConfigError, "discrete chains only"),
     ({"time_input": "time"}, ConfigError, "time_input must be one of"),
     ({"time_input": "index"}, ConfigError, "continuous"),
     ({"grid": "unifrom"}, ConfigError, "did you mean 'uniform'"),

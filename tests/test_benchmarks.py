@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import csv
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,54 +20,87 @@ def bench(monkeypatch):
     """The modules of benchmarks/, as pytest there imports them."""
     pytest.importorskip("pytest_benchmark")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import cases
     import counting
-    import paired
     import peers
+    import recorder
     import test_runs
 
-    monkeypatch.setattr(paired, "ROWS", [])
-    return {"counting": counting, "paired": paired, "peers": peers, "runs": test_runs}
+    return SimpleNamespace(cases=cases, counting=counting, peers=peers, recorder=recorder, runs=test_runs)
+
+
+@pytest.fixture
+def rows(bench):
+    """A recorder of rows."""
+    return bench.recorder.Recorder(commit="abc")
 
 
 def own(bench):
     """The opponents that need no package."""
-    return [p for p in bench["peers"].PEERS if p.exact and p.opponent in (bench["peers"].PRINTED, "in place, by hand")]
+    return [p for p in bench.peers.PEERS if p.exact and p.opponent in (bench.peers.PRINTED, "in place, by hand")]
 
 
 def test_the_printed_algorithms_are_the_same_work(bench):
     assert len(own(bench)) >= 7
     for name in SMALL:
         for peer in own(bench):
-            bench["runs"].check_same(bench["runs"].CASES[name], peer, 50)
+            bench.runs.check_same(name, peer, 50)
 
 
-def test_another_result_gets_no_number(bench, monkeypatch):
+def test_another_result_gets_no_number(bench, rows, monkeypatch):
     for peer in own(bench):
         for wrong in (  # a factor; half the steps
             peer._replace(build=lambda *args, right=peer.build: lambda: 1.001 * right(*args)()),
             peer._replace(build=lambda net, start, steps, right=peer.build: right(net, start, steps // 2)),
         ):
             with pytest.raises(AssertionError, match="gives other samples"):
-                bench["runs"].test_run(None, monkeypatch, SMALL[0], 1, wrong)
-    net_of = bench["runs"].network
+                bench.runs.test_run(None, monkeypatch, rows, SMALL[0], 1, wrong)
+    network = bench.cases.Subject.network
     for peer in own(bench):  # the network's own time, and what is made of it beforehand
         frozen = peer._replace(build=lambda net, *args, right=peer.build: right(lambda x, t: net(x, t * 0), *args))
         with pytest.raises(AssertionError, match="gives other samples"):
-            bench["runs"].check_same(bench["runs"].CASES["MLP 256x2"], frozen, 50)
+            bench.runs.check_same("MLP 256x2", frozen, 50)
 
-        def features_of_the_first_row(*args):
-            net = net_of(*args)
+        def features_of_the_first_row(subject):
+            net = network(subject)
             net.time_features = lambda t, right=net.time_features: right(t[:1]).expand(len(t), -1)
             return net
 
         with monkeypatch.context() as patch:
-            patch.setattr(bench["runs"], "network", features_of_the_first_row)
+            patch.setattr(bench.cases.Subject, "network", features_of_the_first_row)
             with pytest.raises(AssertionError, match="gives other samples"):
-                bench["runs"].check_same(bench["runs"].CASES["MLP 256x2"], peer, 50)
+                bench.runs.check_same("MLP 256x2", peer, 50)
     biased = own(bench)[0]._replace(exact=False, build=lambda net, start, steps: lambda: start)
     with pytest.raises(AssertionError):
-        bench["runs"].test_run(None, monkeypatch, SMALL[0], 1, biased)
-    assert not bench["paired"].ROWS
+        bench.runs.test_run(None, monkeypatch, rows, SMALL[0], 1, biased)
+    assert not rows.rows
+
+
+def test_an_operation_of_other_bits_or_meaning_gets_no_number(bench):
+    import operations
+
+    from fastdiff.execution import reference
+
+    for op in operations.OPS:
+        t = operations.tensors(1024, torch.device("cpu"), 8)
+        operations.check_bits(op, reference, t, reference, t)
+        ours = lambda op=op, t=t: op.ours(reference, t)  # noqa: E731
+        operations.check_meaning(op, ours, "eager", op.eager(t))
+
+        def off_by_a_bit(k, t, op=op):
+            first, *others = op.ours(k, t)
+            first = first.detach().clone()
+            first.flatten()[-1:].copy_(torch.nextafter(first.flatten()[-1], torch.tensor(99.0, dtype=first.dtype)))
+            return first, *others
+
+        wrong = op._replace(ours=off_by_a_bit, oracle=op.oracle or op.ours)
+        with pytest.raises(AssertionError, match="not timed"):
+            operations.check_bits(wrong, reference, t, reference, t)
+        if op.name in ("step", "normal"):  # what another run left in its place is not its result
+            with pytest.raises(AssertionError, match="not timed"):
+                operations.check_bits(wrong._replace(ours=lambda k, t: (t["out"],)), reference, t, reference, t)
+        with pytest.raises(AssertionError, match="computes something else"):
+            operations.check_meaning(op, ours, "eager", lambda ours=ours: operations.first(ours()) + 1.0)
 
 
 def test_operations_reads_and_memory_are_counted(bench):
@@ -79,19 +113,19 @@ def test_operations_reads_and_memory_are_counted(bench):
             float(y[0, 0])
         return x
 
-    found = bench["counting"].count(run, 1000, 5)
+    found = bench.counting.count(run, 1000, 5)
     assert found.large_operations == 2
     assert found.small_operations == 1  # of a column
     assert found.host_reads == 1
     assert 4000 * 2 <= found.peak <= 4000 * 3 + 5 * 40
 
 
-def test_more_network_calls_get_no_number(bench):
-    from cases import Clock
+def test_more_network_calls_get_no_number(bench, rows):
+    compare = bench.recorder.compare_runs
 
     class Twice:
         def __init__(self, count):
-            self.clock = Clock(lambda x: x)
+            self.clock = bench.cases.Clock(lambda x: x)
             self.count = count
 
         def __call__(self):
@@ -100,26 +134,26 @@ def test_more_network_calls_get_no_number(bench):
 
     one, two = Twice(100), Twice(200)
     with pytest.raises(AssertionError, match="calls the network 200 times"):
-        bench["paired"].compare_runs("g", "c", "o", 1, 100, [(one, one.clock), (two, two.clock)], 0.1)
-    assert not bench["paired"].ROWS
-    bench["paired"].compare_runs("g", "c", "o", 1, 100, [(one, one.clock), (one, one.clock)], 0.1)
-    assert {row["metric"] for row in bench["paired"].ROWS} == {"us per step", "us outside the network per step"}
+        compare(rows, "g", "c", "o", 1, 100, [(one, one.clock), (two, two.clock)], 0.1)
+    assert not rows.rows
+    compare(rows, "g", "c", "o", 1, 100, [(one, one.clock), (one, one.clock)], 0.1)
+    assert {row["metric"] for row in rows.rows} == {"us per step", "us outside the network per step"}
 
 
-def test_a_larger_error_gets_no_number(bench):
-    paired = bench["paired"]
+def test_a_larger_error_gets_no_number(bench, rows):
+    recorder = bench.recorder
 
     def solution(tolerance, error):
-        return paired.Solution(lambda: None, tolerance, error, 10, 10)
+        return recorder.Solution(lambda: None, tolerance, error, 10, 10)
 
     for error in (2e-3, float("nan")):
         with pytest.raises(AssertionError, match="the error is"):
-            paired.compare_solutions("g", "c", "o", 1, solution(1e-3, error), solution(1e-5, 1e-3), 0.1)
-    assert not paired.ROWS
-    paired.compare_solutions("g", "c", "o", 1, solution(1e-3, 1e-3), solution(1e-5, 1e-3), 0.001)
-    assert [row["metric"] for row in paired.ROWS] == ["ms", "error", "tolerance", "evaluations", "calls"]
+            recorder.compare_solutions(rows, "g", "c", "o", 1, solution(1e-3, error), solution(1e-5, 1e-3), 0.1)
+    assert not rows.rows
+    recorder.compare_solutions(rows, "g", "c", "o", 1, solution(1e-3, 1e-3), solution(1e-5, 1e-3), 0.001)
+    assert [row["metric"] for row in rows.rows] == ["ms", "error", "tolerance", "evaluations", "calls"]
     errors = {1e-5: 0.1, 1e-4: 0.2, 1e-3: 0.9, 1e-2: 0.3}  # the last is within 0.5 by luck
-    assert paired.loosest(lambda t: solution(t, errors[t]), list(errors), 0.5).tolerance == 1e-4
+    assert recorder.loosest(lambda t: solution(t, errors[t]), list(errors), 0.5).tolerance == 1e-4
 
 
 def test_the_mixture_is_exact(bench):
@@ -135,22 +169,67 @@ def test_the_mixture_is_exact(bench):
     assert torch.allclose(exact_eps(x, t), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_results_of_other_measurements_are_kept(bench, tmp_path, monkeypatch):
-    paired = bench["paired"]
-    monkeypatch.setattr(paired, "ROOT", tmp_path)
-    monkeypatch.setattr(paired, "commit", lambda: "abc")
-    paired.record("ops", "step", "eager", 8, "us", [1.0, 2.0, 4.0], [2.0, 6.0, 4.0])
-    path = paired.save()
-    paired.ROWS.clear()
-    paired.note("a case", "DDIM", "somebody", 8, "host reads per step", 0, 13)
-    paired.save()
-    rows = list(csv.DictReader(path.read_text().splitlines()))
-    assert [(r["group"], r["ours"], r["theirs"], r["ratio_p50"]) for r in rows] == [
-        ("ops", "2", "4", "2.0"),
-        ("a case", "0", "13", ""),
-    ]
-    paired.ROWS.clear()
-    paired.record("ops", "step", "eager", 8, "us", [1.0, 1.0], [3.0, 3.0])
-    paired.save()
-    rows = list(csv.DictReader(path.read_text().splitlines()))
-    assert [(r["group"], r["ratio_p50"]) for r in rows] == [("ops", "3.0"), ("a case", "")]
+def test_results_of_other_measurements_are_kept(bench, rows, tmp_path):
+    rows.row("ops", "step", 8, "us", [1.0, 2.0, 4.0], "eager", [2.0, 6.0, 4.0])
+    path = rows.save(tmp_path)
+    later = bench.recorder.Recorder(commit="abc")
+    later.row("a case", "DDIM", 8, "host reads per step", [0], "somebody", [13])
+    later.save(tmp_path)
+    found = [(r["group"], r["ours"], r["theirs"], r["ratio_p50"]) for r in bench.recorder.read(path)]
+    assert found == [("ops", "2", "4", "2.0"), ("a case", "0", "13", "")]
+    latest = bench.recorder.Recorder(commit="abc")
+    latest.row("ops", "step", 8, "us", [1.0, 1.0], "eager", [3.0, 3.0])
+    latest.save(tmp_path)
+    assert [(r["group"], r["ratio_p50"]) for r in bench.recorder.read(path)] == [("ops", "3.0"), ("a case", "")]
+
+
+def test_results_come_from_commits_only(bench, rows, tmp_path, monkeypatch):
+    """A repository of one file, clean and then not; results alone may have changed."""
+    recorder, root = bench.recorder, tmp_path / "repository"
+    (root / "fastdiff").mkdir(parents=True)
+    (root / "fastdiff" / "a.py").write_text("a = 1")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(root)]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(recorder, "ROOT", root)
+    monkeypatch.setattr(recorder, "RESULTS", root / "benchmarks" / "results")
+    results = recorder.RESULTS
+    rows = recorder.Recorder()
+    rows.row("ops", "step", 8, "us", [1.0, 2.0], "eager", [2.0, 6.0])
+    before = rows.save(results).read_text()
+    assert rows.commit in before
+    (root / "README.md").write_text("the new table")
+    rows.save(results)
+    assert not recorder.Recorder().commit.endswith("-dirty")
+    (root / "fastdiff" / "a.py").write_text("a = 2")
+    assert recorder.Recorder().commit == f"{rows.commit}-dirty"
+    with pytest.raises(
+        recorder.Unsaveable, match=r"fastdiff/a.py differ.* commit: commit them first, or run without saving"
+    ):
+        rows.save(results)
+    assert rows.save(tmp_path / "elsewhere").exists()
+    (root / "fastdiff" / "a.py").write_text("a = 1")
+    (root / "fastdiff" / "new.py").write_text("b = 1")  # git does not know it
+    with pytest.raises(recorder.Unsaveable, match=r"new\.py"):
+        rows.save(results)
+    rows.commit = ""
+    (root / "fastdiff" / "new.py").unlink()
+    with pytest.raises(recorder.Unsaveable, match="name --commit"):
+        rows.save(results)
+
+
+def test_the_tables_mark_what_is_compared_by_statistics_alone(bench):
+    """Of each sampler the fastest rival; every rival that is not fed the same noise has its mark, in both documents."""
+    import report
+
+    found = report.best(bench.recorder.read(report.MACHINE), report.IMAGES, report.OUTSIDE)
+    assert {"DDIM", "Heun", "LMS", "DEIS"} <= found.keys()
+    assert found["DDIM"]["opponent"] == bench.peers.PRINTED
+    short, full = report.summary(), report.results()
+    for peer in bench.peers.PEERS:
+        row = found[peer.sampler]
+        assert float(row["ratio_p50"]) > 0
+        if peer.opponent == row["opponent"]:
+            line = next(line for line in short.splitlines() if line.startswith(f"| {peer.sampler} |"))
+            assert ("†" in line.split("|")[3]) is not peer.exact
+    assert len([line for line in full.splitlines() if line.startswith("| LMS | ") and "×†" in line]) >= 10

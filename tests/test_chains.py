@@ -12,12 +12,12 @@ import torch
 from oracles import gaussian_chain
 
 import fastdiff
-from fastdiff.papers import score_based as papers
+from fastdiff.papers import score_based
 from fastdiff.planning.samplers import DDIM, Ancestral, EulerMaruyama, PredictorCorrector
 
 SAMPLES = 200_000
 MEAN, STD = 0.7, 0.5
-KERNELS = {"ve": papers.ve, "vp": papers.vp, "subvp": papers.subvp}
+KERNELS = {"ve": score_based.ve, "vp": score_based.vp, "subvp": score_based.subvp}
 
 
 def score_of(process):
@@ -38,7 +38,10 @@ def chain(name, rule, steps, **options):
     levels = [kernel(t) for t in times]
     rows = []
     for here, there, step, dt in zip(
-        levels, levels[1:], papers.transitions([k.alpha for k in levels], [k.sigma for k in levels]), np.diff(times)
+        levels,
+        levels[1:],
+        score_based.transitions([k.alpha for k in levels], [k.sigma for k in levels]),
+        np.diff(times),
     ):
         slope = -1 / ((here.alpha * STD) ** 2 + here.sigma**2)  # score = slope·(x − αm)
         if rule == "euler_maruyama":
@@ -138,7 +141,7 @@ def test_every_member_of_the_family_has_the_same_marginal(lam):
     for steps in (400, 800, 1600):
         rows = chain("vp", "euler_maruyama", steps, lam=lam)
         _, variance = gaussian_chain(0.0, 1.0, rows)
-        end = papers.vp(1e-3)
+        end = score_based.vp(1e-3)
         errors.append(abs(variance - ((end.alpha * STD) ** 2 + end.sigma**2)))
     assert errors[0] / errors[1] == pytest.approx(2, abs=0.35)
     assert errors[1] / errors[2] == pytest.approx(2, abs=0.25)

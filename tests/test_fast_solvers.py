@@ -12,8 +12,7 @@ from test_solvers import DATA, X, exact, noise, same, states
 
 import fastdiff
 from fastdiff.errors import ConfigError
-from fastdiff.papers import fast_solvers as papers_fast
-from fastdiff.papers import score_based as papers
+from fastdiff.papers import fast_solvers, score_based
 from fastdiff.planning.grids import sigmas
 from fastdiff.planning.processes import get
 from fastdiff.planning.samplers import (  # fmt: skip
@@ -30,8 +29,8 @@ from fastdiff.planning.samplers import (  # fmt: skip
     UniPC,
 )
 
-PATHS = {"ve": papers_fast.ve_path(), "vp": papers_fast.vp_path(), "subvp": papers_fast.subvp_path()}
-KERNELS = {"ve": papers.ve, "vp": papers.vp, "subvp": papers.subvp}
+PATHS = {"ve": fast_solvers.ve_path(), "vp": fast_solvers.vp_path(), "subvp": fast_solvers.subvp_path()}
+KERNELS = {"ve": score_based.ve, "vp": score_based.vp, "subvp": score_based.subvp}
 N = 10
 
 
@@ -83,17 +82,17 @@ def ours_on(name, sampler, prediction, **options):
 # --- row by row ------------------------------------------------------------------------------------------------------
 
 ON_PATHS = {
-    **{f"dpm_solver_{k}": (DPMSolver(k), "eps", lambda m, x, p, t, k=k: papers_fast.dpm_solver(m, x, p, t, k))
+    **{f"dpm_solver_{k}": (DPMSolver(k), "eps", lambda m, x, p, t, k=k: fast_solvers.dpm_solver(m, x, p, t, k))
        for k in (1, 2, 3)},
-    "dpmpp_2s": ("dpmpp_2s", "x0", papers_fast.dpmpp_2s),
-    "dpmpp_2m": ("dpmpp_2m", "x0", lambda m, x, p, t: papers_fast.dpmpp_2m(m, x, p, t, True)),
+    "dpmpp_2s": ("dpmpp_2s", "x0", fast_solvers.dpmpp_2s),
+    "dpmpp_2m": ("dpmpp_2m", "x0", lambda m, x, p, t: fast_solvers.dpmpp_2m(m, x, p, t, True)),
     "dpmpp_2m, to the end": (DPMSolverPP(lower_order_final=False), "x0",
-                             lambda m, x, p, t: papers_fast.dpmpp_2m(m, x, p, t, False)),
+                             lambda m, x, p, t: fast_solvers.dpmpp_2m(m, x, p, t, False)),
     **{f"unipc {k} {v} {h} {f}": (UniPC(k, v, h, f), h,
-                                  lambda m, x, p, t, o=(k, v, h, f): papers_fast.unipc(m, x, p, t, *o))
+                                  lambda m, x, p, t, o=(k, v, h, f): fast_solvers.unipc(m, x, p, t, *o))
        for k in (1, 2, 3) for v in ("bh1", "bh2") for h in ("x0", "eps") for f in (True, False)},
     **{f"sa {p} {c} {u} {f}": (SA(p, c, u, f), "x0",
-                               lambda m, x, w, t, o=(p, c, u, f): papers_fast.sa_solver(m, x, w, t, noise, *o))
+                               lambda m, x, w, t, o=(p, c, u, f): fast_solvers.sa_solver(m, x, w, t, noise, *o))
        for p, c, u, f in ((1, 0, 1.0, True), (1, 1, 0.5, True), (2, 2, 1.0, True), (3, 3, 1.0, True), (3, 4, 0.7, True),
                           (3, 3, 0.0, False), (2, 4, 1.4, False), (3, 1, 1.0, True))},
 }  # fmt: skip
@@ -114,7 +113,7 @@ def test_rows_are_the_papers(case, name):
 def test_deis_is_equation_15(name, order, final):
     kernel = KERNELS[name]
     sampler = DEIS(order, lower_order_final=final)
-    theirs = papers_fast.deis(
+    theirs = fast_solvers.deis(
         as_prediction(name, "eps"), start_of(name), PATHS[name], lambda t: kernel(t).g ** 2, times(name), order, final
     )
     same(ours_on(name, sampler, "eps"), theirs)
@@ -131,9 +130,9 @@ def test_lms_and_the_midpoint_method_in_process_time(name):
     # many steps: with few, those of an explicit method in t amplify every rounding
     t = times(name, 60)
     for order in (1, 2, 3, 4):
-        theirs = papers_fast.lms(velocity, start_of(name), t, order)
+        theirs = fast_solvers.lms(velocity, start_of(name), t, order)
         same(ours_on(name, LMS(order), "score", steps=60), theirs)
-    theirs = papers_fast.midpoint(velocity, start_of(name), t)
+    theirs = fast_solvers.midpoint(velocity, start_of(name), t)
     same(ours_on(name, "dpm_2", "score", steps=60), theirs)
 
 
@@ -164,21 +163,21 @@ def eps_of(denoiser):
 
 
 ON_RATIOS = {
-    **{f"lms {k}": (LMS(k), lambda d, x, s, k=k: papers_fast.lms(eps_of(d), x, s, k)) for k in (1, 2, 3, 4)},
-    "dpm_2": ("dpm_2", papers_fast.dpm_2),
-    "dpm_2_ancestral": ("dpm_2_ancestral", lambda d, x, s: papers_fast.dpm_2(d, x, s, noise, 1.0)),
-    "dpm_2, eta": (DPM2(eta=0.4), lambda d, x, s: papers_fast.dpm_2(d, x, s, noise, 0.4)),
-    "dpmpp_2s, ancestral": ("dpmpp_2s_ancestral", lambda d, x, s: papers_fast.dpmpp_2s_stochastic(d, x, s, noise)),
-    "dpmpp_2s, eta": (DPMSolverPP2S(0.6), lambda d, x, s: papers_fast.dpmpp_2s_stochastic(d, x, s, noise, 0.6)),
-    "dpmpp_sde": ("dpmpp_sde", lambda d, x, s: papers_fast.dpmpp_2s_stochastic(d, x, s, noise, 1.0, True)),
+    **{f"lms {k}": (LMS(k), lambda d, x, s, k=k: fast_solvers.lms(eps_of(d), x, s, k)) for k in (1, 2, 3, 4)},
+    "dpm_2": ("dpm_2", fast_solvers.dpm_2),
+    "dpm_2_ancestral": ("dpm_2_ancestral", lambda d, x, s: fast_solvers.dpm_2(d, x, s, noise, 1.0)),
+    "dpm_2, eta": (DPM2(eta=0.4), lambda d, x, s: fast_solvers.dpm_2(d, x, s, noise, 0.4)),
+    "dpmpp_2s, ancestral": ("dpmpp_2s_ancestral", lambda d, x, s: fast_solvers.dpmpp_2s_stochastic(d, x, s, noise)),
+    "dpmpp_2s, eta": (DPMSolverPP2S(0.6), lambda d, x, s: fast_solvers.dpmpp_2s_stochastic(d, x, s, noise, 0.6)),
+    "dpmpp_sde": ("dpmpp_sde", lambda d, x, s: fast_solvers.dpmpp_2s_stochastic(d, x, s, noise, 1.0, True)),
     "dpmpp_sde, eta": (
-        DPMSolverPP2S(0.3, True), lambda d, x, s: papers_fast.dpmpp_2s_stochastic(d, x, s, noise, 0.3, True),
+        DPMSolverPP2S(0.3, True), lambda d, x, s: fast_solvers.dpmpp_2s_stochastic(d, x, s, noise, 0.3, True),
     ),
     **{f"dpmpp_2m_sde {eta}": (
-        DPMSolverPP(2, eta, False), lambda d, x, s, eta=eta: papers_fast.dpmpp_2m_sde(d, x, s, noise, eta),
+        DPMSolverPP(2, eta, False), lambda d, x, s, eta=eta: fast_solvers.dpmpp_2m_sde(d, x, s, noise, eta),
     ) for eta in (0.0, 0.5, 1.0, 1.7)},
     **{f"dpmpp_3m_sde {eta}": (
-        DPMSolverPP(3, eta, False), lambda d, x, s, eta=eta: papers_fast.dpmpp_3m_sde(d, x, s, noise, eta),
+        DPMSolverPP(3, eta, False), lambda d, x, s, eta=eta: fast_solvers.dpmpp_3m_sde(d, x, s, noise, eta),
     ) for eta in (0.0, 0.5, 1.0)},
 }  # fmt: skip
 

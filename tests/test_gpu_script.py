@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 COLUMNS = "device threads group case opponent n metric ours theirs ratio_p20 ratio_p50 ratio_p80 rounds commit torch version date"
 OPERATIONS = {
-    "step, fp32", "step, mixed", "step, mixed, flagged", "normal", "perturb", "dsm_loss", "probe_dot, rademacher",
-    "probe_dot, normal", "rk_error",
+    "step", "step, mixed", "step, bf16 network", "normal", "rademacher", "perturb", "dsm_loss", "perturb + dsm_loss + backward",
+    "measured Langevin row", "probe_dot, rademacher", "probe_dot, normal", "rk_error", "timestep_embedding",
 }  # fmt: skip
 NETWORKS = {
     "MLP 256x2x1x1 float32", "MLP 256x2x1x1 bfloat16", "demo U-Net 16x1x8x8 float32", "demo U-Net 16x1x8x8 bfloat16",

@@ -19,10 +19,11 @@ from torch import nn
 import fastdiff
 from fastdiff.errors import ConfigError, DataError, DTypeError, ModelOutputError, ShapeError, SolverError
 from fastdiff.execution import ops
+from fastdiff.execution.divergence import Forward, Reverse
 from fastdiff.execution.noise import PROBES
 from fastdiff.likelihood import LogLikelihood
 from fastdiff.networks import MLP, UNet
-from fastdiff.planning.ode_variables import Chart
+from fastdiff.planning.ode_variables import OdeVariables
 from fastdiff.planning.processes import PROCESSES, get
 
 VP = fastdiff.VP()
@@ -86,7 +87,7 @@ def test_closed_forms_in_float64(name, numbers, bound, make):
 @pytest.mark.parametrize("variable", ["t", "sigma", "logsnr", "asinh"])
 @pytest.mark.parametrize("form", ["x", "eps", "x0", "v"])
 @pytest.mark.parametrize("name", ["vp", "ve"])
-def test_every_chart_gives_the_same(name, variable, form):
+def test_all_variables_give_the_same(name, variable, form):
     process, data = get(name), mixture(2)
     x = draw(data)
     options = {"trace": "exact", "rtol": 1e-6, "atol": 1e-6}
@@ -169,11 +170,11 @@ def test_predictions(kind):
 
 def flow_matrix(data, form):
     """∫ ∂(field)/∂y du of Gaussian data, whose estimator is vᵀ M v: the log of what the flow stretches y = x/s by."""
-    chart = Chart(VP, "asinh", form)
+    variables = OdeVariables(VP, "asinh", form)
     t = np.array([1e-5, 1.0])
-    place = chart.place(np.array([chart.of_time(float(v)) for v in t]))
-    variances = [float(a) ** 2 * data._variances + float(s) ** 2 for a, s in zip(place.alpha, place.sigma)]
-    logs = 0.5 * (variances[1] / variances[0]).log() - math.log(place.scale[1] / place.scale[0])
+    point = variables.point(np.array([variables.of_time(float(v)) for v in t]))
+    variances = [float(a) ** 2 * data._variances + float(s) ** 2 for a, s in zip(point.alpha, point.sigma)]
+    logs = 0.5 * (variances[1] / variances[0]).log() - math.log(point.scale[1] / point.scale[0])
     return data._basis @ torch.diag(logs) @ data._basis.T
 
 
@@ -253,15 +254,54 @@ NETS = {
 }
 
 
+def of_net(name):
+    """(network in float64, x [3, *], the relative rounding of a derivative of its).
+
+    A derivative is a sum over paths through the layers. A path is within one sum of n terms for each layer that it meets,
+    and each term rounds it by 2⁻⁵³ at most. Two ways to add up are apart by some √Σn of these 2⁻⁵³, which leaves as much
+    again for paths that cancel: measured 13 of Σn = 465 for the U-Net, 9 of 133 for the MLP.
+    """
+    make, shape = NETS[name]
+    net = trained(make()).double()
+    x = 0.5 * torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return net, x, sum(p[0].numel() for p in net.parameters() if p.ndim > 1) * 2.0**-53
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_forward_and_reverse_derivatives_are_one_matrix(name):
+    """Its columns by the one, its rows by the other."""
+    net, x, rounding = of_net(name)
+    numbers = x[0].numel()
+    units = torch.eye(numbers, dtype=torch.float64).view(numbers, 1, *x.shape[1:]).expand(numbers, *x.shape)
+    for t in (0.1, 0.5, 1.0):
+
+        def network(x, t=t):
+            return net(x, torch.full((len(x),), t, dtype=torch.float64))
+
+        rows, columns = (
+            torch.cat([product for _, product in kind(network, x.clone()).products(units)]).flatten(2).transpose(0, 1)
+            for kind in (Reverse, Forward)
+        )
+        size = rows.abs().amax((1, 2))
+        assert ((rows - columns.mT).abs().amax((1, 2)) <= rounding * size).all()
+        assert ((rows - columns).abs().amax((1, 2)) > 0.1 * size).all()  # it is not symmetric
+
+
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("trace", ["hutchinson", "exact"])  # Hutch++ has other bases of J than of its transpose
-def test_forward_and_reverse_derivatives_are_the_same(name, trace):
-    make, shape = NETS[name]
-    model = fastdiff.ScoreModel(trained(make()).double(), VP, "eps", data_shape=shape)
-    x = 0.5 * torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    options = {"trace": trace, "probes": 3, "t_min": 0.1, "rtol": 1e-3, "atol": 1e-3}
+def test_forward_and_reverse_likelihoods_are_the_same(name, trace):
+    """In steps of one sequence of lengths, so that both are one weighted sum of traces.
+
+    The tolerance is one that every step meets by far, and each is then ten times the last. Where the error decides, so does
+    rounding: a step's error is a difference of traces, 1e-13 of which is rounding at rtol=1e-3; step lengths take over a
+    seventh of it, and each step about doubles what it finds. In 20 steps 1e-13 to 2e-9 of the nats, by processor.
+    """
+    net, x, rounding = of_net(name)
+    model = fastdiff.ScoreModel(net, VP, "eps", data_shape=x.shape[1:])
+    options = {"trace": trace, "probes": 3, "t_min": 0.1, "rtol": 1e15, "atol": 1e15}
     a, b = (fastdiff.log_likelihood(model, x, derivative=kind, **options) for kind in ("reverse", "forward"))
-    assert ((a.nats - b.nats) / a.nats).abs().max() < 1e-9
+    prior = log_prior(a.latent, VP)  # nats is this and the integral
+    assert ((a.nats - b.nats).abs() <= rounding * (prior.abs() + (a.nats - prior).abs())).all()
     assert torch.equal(a.nfe, b.nfe)
 
 
@@ -601,7 +641,7 @@ def test_compiled_networks_and_those_without_batches_of_gradients():
     wanted = fastdiff.log_likelihood(net, x, **options)
     found = fastdiff.log_likelihood(compiled, x, **options)
     assert (wanted.nats - found.nats).abs().max() < 1e-3
-    with pytest.raises(ModelOutputError, match="gives up its graph"):
+    with pytest.raises(ModelOutputError, match="frees the graph"):
         fastdiff.log_likelihood(compiled, x, probes=3, **options)
 
     class Halved(torch.autograd.Function):
@@ -653,7 +693,7 @@ def test_what_is_far_away():
     with pytest.warns(UserWarning, match="far outside of the model's data_range"):
         fastdiff.log_likelihood(model, torch.full((1, 3), 16.0))
     x = torch.tensor([[0.0], [1e160]], dtype=torch.float64)
-    with pytest.raises(DataError, match=r"sample 1, of up to 1e.160, has -inf"):
+    with pytest.raises(DataError, match=r"sample 1 .*1e.160.* is -inf"):
         fastdiff.log_likelihood(lambda x, t: -x, x, VP, trace="exact", form="x")
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import fastdiff
 import fastdiff.errors as errors
-from fastdiff import probability_flow, table_run
+from fastdiff import probability_flow, runs
 from fastdiff.networks import MLP, MODELS, TimeEmbedding, UNet, build, describe
 
 SHAPES = [(1, 8), (2, 13), (3, 1), (1, 8, 8), (3, 7, 10), (5, 1, 6), (2, 1, 1), (1, 2, 3, 5), (2, 4, 1, 7)]
@@ -345,7 +345,7 @@ def test_too_many_time_features_are_made_row_by_row(monkeypatch):
     model = fastdiff.ScoreModel(net, "vp", data_shape=(5,))
     ours = fastdiff.sample(model, steps=6, num_samples=4)
     flowing = fastdiff.sample(model, sampler="rk45", num_samples=4)
-    for module in (table_run, probability_flow):
+    for module in (runs, probability_flow):
         monkeypatch.setattr(module, "MAX_FEATURES", 100)
     monkeypatch.setattr(MLP, "forward", lambda self, x, t, y=None: torch.zeros_like(x))  # takes no features
     assert torch.equal(fastdiff.sample(model, steps=6, num_samples=4), ours)  # the last layer starts at zero

@@ -1,4 +1,4 @@
-"""Charts of the probability flow: the variables' inverses, and the slopes against differences."""
+"""Changes of variables of the probability-flow ODE: the variables' inverses, and the slopes against differences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 import fastdiff
 from fastdiff.errors import ConfigError
-from fastdiff.planning.ode_variables import FORMS, VARIABLES, Chart
+from fastdiff.planning.ode_variables import FORMS, VARIABLES, OdeVariables
 from fastdiff.planning.processes import PROCESSES, get
 
 EVERY = [(name, variable, form) for name in PROCESSES for variable in VARIABLES for form in FORMS]
@@ -22,35 +22,35 @@ def times(process):
 
 
 @pytest.mark.parametrize(("name", "variable", "form"), EVERY)
-def test_place(name, variable, form):
+def test_point(name, variable, form):
     """t, α, σ and s are the process's at u(t), and the slopes those of α/s and σ/s; arrays and tensors alike."""
     process = get(name)
-    chart = Chart(process, variable, form)
+    variables = OdeVariables(process, variable, form)
     t = times(process)
-    u = np.array([chart.of_time(float(value)) for value in t])
+    u = np.array([variables.of_time(float(value)) for value in t])
     assert (np.diff(u) > 0).all() or (np.diff(u) < 0).all()
-    place = chart.place(u)
+    point = variables.point(u)
     alpha, sigma = process.alpha(t), process.sigma(t)
-    root = np.sqrt(alpha**2 + sigma**2 / chart.c**2)
+    root = np.sqrt(alpha**2 + sigma**2 / variables.c**2)
     scale = {"x": np.ones(4), "eps": alpha, "x0": sigma, "v": root}[form]
-    for found, wanted in zip(place[:4], (t, alpha, sigma, scale)):
+    for found, wanted in zip(point[:4], (t, alpha, sigma, scale)):
         np.testing.assert_allclose(found, wanted, rtol=1e-9)
     h = 1e-6 * np.maximum(np.abs(u), 1e-3)
-    there, back = chart.place(u + h), chart.place(u - h)
-    for slope, of in zip(place.slopes, ("alpha", "sigma")):
+    there, back = variables.point(u + h), variables.point(u - h)
+    for slope, of in zip(point.slopes, ("alpha", "sigma")):
         difference = (getattr(there, of) / there.scale - getattr(back, of) / back.scale) / (2 * h)
-        size = np.abs(place.slopes).max(0)
+        size = np.abs(point.slopes).max(0)
         assert (np.abs(slope - difference) < 1e-6 * size + 1e-9).all()
-    tensors = chart.place(torch.from_numpy(u))
-    for found, wanted in zip((*tensors[:4], *tensors.slopes), (*place[:4], *place.slopes)):
+    tensors = variables.point(torch.from_numpy(u))
+    for found, wanted in zip((*tensors[:4], *tensors.slopes), (*point[:4], *point.slopes)):
         np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-12, atol=1e-300)
 
 
 def test_the_v_form_at_the_data_is_the_data():
-    chart = Chart(fastdiff.VP(), "asinh", "v")
-    assert chart.of_time(0.0) == 0
-    place = chart.place(np.array([0.0]))
-    assert (place.t, place.alpha, place.scale) == (0, 1, 1)
+    variables = OdeVariables(fastdiff.VP(), "asinh", "v")
+    assert variables.of_time(0.0) == 0
+    point = variables.point(np.array([0.0]))
+    assert (point.t, point.alpha, point.scale) == (0, 1, 1)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ncsn"])
@@ -68,6 +68,6 @@ def test_a_chains_time_of_a_ratio_on_tensors(name):
 
 def test_names_are_refused():
     with pytest.raises(ConfigError, match="variable must be one of"):
-        Chart(fastdiff.VP(), "lambda", "v")
+        OdeVariables(fastdiff.VP(), "lambda", "v")
     with pytest.raises(ConfigError, match="form must be one of"):
-        Chart(fastdiff.VP(), "t", "score")
+        OdeVariables(fastdiff.VP(), "t", "score")

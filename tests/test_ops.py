@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
 import torch
 from torch.library import opcheck
+from watching import Names
 
 import fastdiff
 from fastdiff import losses
@@ -46,8 +48,12 @@ def arguments(grad=False):
 def test_every_operation_has_a_case_and_three_implementations():
     assert set(arguments()) == set(ops.SCHEMAS)
     for name in ops.SCHEMAS:
-        assert callable(getattr(reference, name))
-        assert callable(getattr(cpu, name))
+        schema = [argument.name for argument in getattr(OPERATORS, name).default._schema.arguments]
+        assert list(inspect.signature(getattr(reference, name)).parameters) == schema
+        ours = [
+            name for name, p in inspect.signature(getattr(cpu, name)).parameters.items() if p.kind != p.KEYWORD_ONLY
+        ]
+        assert ours == schema
 
 
 @pytest.mark.parametrize("name", ops.SCHEMAS)
@@ -201,17 +207,9 @@ def test_gradients_by_the_short_way_are_those_of_the_operators():
 
 
 def test_dispatch_modes_see_every_operation():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    seen = []
-    with Watch(), torch.no_grad():
+    with Names() as names, torch.no_grad():
         ops.perturb(random(2, 3), torch.ones(2), torch.ones(2), ops.cursor(0, 0, 0), 2)
-    assert "fastdiff.perturb.default" in seen
+    assert "fastdiff.perturb.default" in names.seen
 
 
 def test_bfloat16_data_train_in_float32():

@@ -1,4 +1,4 @@
-"""The oracle is right: every algorithm of papers.py and every closed form of oracles.py against other closed forms."""
+"""The oracle is right: papers/score_based.py and every closed form of oracles.py against other closed forms."""
 
 import math
 from itertools import pairwise
@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracles import Gaussian, Mixture, gaussian_chain, measured_order
 
-from fastdiff.papers import score_based as papers
+from fastdiff.papers import score_based
 
 F64 = torch.float64
 BETAS = torch.linspace(0.02, 0.3, 8, dtype=F64)
@@ -120,12 +120,12 @@ def test_samples_have_mean_score_zero_and_fisher_identity(data):
 def test_ode_map_composes_and_has_the_velocity_of_the_flow(name):
     data = DISTRIBUTIONS[name]
     x = randn(5, *data.shape)
-    t, r, s = (papers.vp(time) for time in (0.9, 0.5, 0.2))
+    t, r, s = (score_based.vp(time) for time in (0.9, 0.5, 0.2))
     halfway = data.ode_map(x, t.alpha, t.sigma, r.alpha, r.sigma)
     direct = data.ode_map(x, t.alpha, t.sigma, s.alpha, s.sigma)
     close(data.ode_map(halfway, r.alpha, r.sigma, s.alpha, s.sigma), direct)
     h = 1e-5
-    ahead, behind = papers.vp(0.9 + h), papers.vp(0.9 - h)
+    ahead, behind = score_based.vp(0.9 + h), score_based.vp(0.9 - h)
     moved = data.ode_map(x, t.alpha, t.sigma, ahead.alpha, ahead.sigma)
     moved = moved - data.ode_map(x, t.alpha, t.sigma, behind.alpha, behind.sigma)
     close(moved / (2 * h), t.f * x - t.g**2 / 2 * data.score(x, t.alpha, t.sigma), 1e-7)
@@ -142,7 +142,7 @@ def test_gaussian_chain_keeps_its_fixed_point_and_measured_order_reads_a_power_l
 # ---- processes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sde", [papers.ve, papers.vp, papers.subvp])
+@pytest.mark.parametrize("sde", [score_based.ve, score_based.vp, score_based.subvp])
 def test_kernel_solves_its_moment_equations(sde):
     """alpha' = f alpha and (sigma^2)' = 2 f sigma^2 + g^2."""
     h = 1e-5
@@ -154,18 +154,18 @@ def test_kernel_solves_its_moment_equations(sde):
 
 
 def test_process_end_points():
-    assert (papers.ve(0).sigma, papers.ve(1).sigma) == pytest.approx((0.01, 50))
-    assert papers.vp(0)[2:] == papers.subvp(0)[2:] == (1, 0)
-    assert papers.vp(1).alpha == pytest.approx(math.exp(-(0.1 + 20) / 4))
-    assert papers.subvp(0.3).sigma == pytest.approx(papers.vp(0.3).sigma ** 2)
+    assert (score_based.ve(0).sigma, score_based.ve(1).sigma) == pytest.approx((0.01, 50))
+    assert score_based.vp(0)[2:] == score_based.subvp(0)[2:] == (1, 0)
+    assert score_based.vp(1).alpha == pytest.approx(math.exp(-(0.1 + 20) / 4))
+    assert score_based.subvp(0.3).sigma == pytest.approx(score_based.vp(0.3).sigma ** 2)
 
 
 def test_transitions_agree_with_betas_and_compose():
     bars = [*reversed(BARS), 1.0]
-    general = papers.transitions([b**0.5 for b in bars], [(1 - b) ** 0.5 for b in bars])
-    for one, other in zip(general, papers.ddpm_transitions(BETAS), strict=True):
+    general = score_based.transitions([b**0.5 for b in bars], [(1 - b) ** 0.5 for b in bars])
+    for one, other in zip(general, score_based.ddpm_transitions(BETAS), strict=True):
         assert one == pytest.approx(other, abs=1e-14)
-    first, second = papers.transitions([1, 1, 1], [3.0, 2.0, 0.0])
+    first, second = score_based.transitions([1, 1, 1], [3.0, 2.0, 0.0])
     assert first == (1, 5, 2, 3)
     assert second == (1, 4, 0, 2)
 
@@ -180,9 +180,9 @@ def ddpm_eps(data):
 
 def test_ddpm_loss_of_exact_models():
     x0, eps, t = randn(4, 2, 3), randn(4, 2, 3, seed=1), torch.tensor([1, 8, 3, 3])
-    assert torch.equal(papers.ddpm_training_loss(lambda x, t: eps, x0, t, eps, BARS), torch.zeros(4, dtype=F64))
+    assert torch.equal(score_based.ddpm_training_loss(lambda x, t: eps, x0, t, eps, BARS), torch.zeros(4, dtype=F64))
     # A model that returns its input leaves (eps - sqrt(ab) x0 - sqrt(1 - ab) eps)^2.
-    loss = papers.ddpm_training_loss(lambda x, t: x, x0, t, eps, torch.tensor(BARS, dtype=F64))
+    loss = score_based.ddpm_training_loss(lambda x, t: x, x0, t, eps, torch.tensor(BARS, dtype=F64))
     for i, ti in enumerate(t.tolist()):
         bar = math.prod(1 - b for b in BETAS[:ti].tolist())
         close(loss[i], ((1 - math.sqrt(1 - bar)) * eps[i] - math.sqrt(bar) * x0[i]).square().mean())
@@ -192,7 +192,7 @@ def test_ddpm_posterior_variance_keeps_the_marginals_of_a_point_mass():
     point = Gaussian([1.5], std=0.0)
     start = BARS[-1]
     mean, var = exact_moments(
-        lambda x, noise: papers.ddpm_sample(ddpm_eps(point), x, BETAS, noise), 8, 1.5 * start**0.5, 1 - start
+        lambda x, noise: score_based.ddpm_sample(ddpm_eps(point), x, BETAS, noise), 8, 1.5 * start**0.5, 1 - start
     )
     bars = torch.tensor([*reversed(BARS[:-1]), 1.0], dtype=F64)
     close(mean, 1.5 * bars.sqrt())
@@ -202,7 +202,7 @@ def test_ddpm_posterior_variance_keeps_the_marginals_of_a_point_mass():
 def test_ddpm_beta_variance_keeps_unit_gaussian_data():
     unit = Gaussian([0.0], std=1.0)
     mean, var = exact_moments(
-        lambda x, noise: papers.ddpm_sample(ddpm_eps(unit), x, BETAS, noise, variance="beta"), 8, 0.0, 1.0
+        lambda x, noise: score_based.ddpm_sample(ddpm_eps(unit), x, BETAS, noise, variance="beta"), 8, 0.0, 1.0
     )
     close(mean, torch.zeros(8))
     close(var, [1.0] * 7 + [1 - BETAS[0].item()])
@@ -211,39 +211,41 @@ def test_ddpm_beta_variance_keeps_unit_gaussian_data():
 @pytest.mark.parametrize(("v", "variance"), [(1.0, "beta"), (-1.0, "posterior")])
 def test_learned_range_ends_at_both_variances(v, variance):
     eps, x = ddpm_eps(DISTRIBUTIONS["mixture"]), randn(3, 2)
-    learned = papers.improved_ddpm_sample(lambda x, t: (eps(x, t), torch.full_like(x, v)), x, BETAS, noise_like(x))
-    all_close(learned, papers.ddpm_sample(eps, x, BETAS, noise_like(x), variance))
+    learned = score_based.improved_ddpm_sample(lambda x, t: (eps(x, t), torch.full_like(x, v)), x, BETAS, noise_like(x))
+    all_close(learned, score_based.ddpm_sample(eps, x, BETAS, noise_like(x), variance))
 
 
 def test_learned_range_middle_is_the_geometric_mean():
     x, two = torch.zeros(1, 1, dtype=F64), [0.1, 0.2]
-    first = papers.improved_ddpm_sample(lambda x, t: (x, x), x, two, lambda k: torch.ones_like(x))[0]
+    first = score_based.improved_ddpm_sample(lambda x, t: (x, x), x, two, lambda k: torch.ones_like(x))[0]
     tilde = 0.1 / (1 - 0.9 * 0.8) * 0.2
     close(first, [[(0.2 * tilde) ** 0.25]])
 
 
 def test_ddim_lands_on_a_point_mass_from_any_subsequence():
     x, point = randn(4, 2), Gaussian([1.5, -2.0], std=0.0)
-    out = papers.ddim_sample(ddpm_eps(point), x, [BARS[7], BARS[4], BARS[1], 1.0], [8, 5, 2], no_noise)
+    out = score_based.ddim_sample(ddpm_eps(point), x, [BARS[7], BARS[4], BARS[1], 1.0], [8, 5, 2], no_noise)
     close(out[-1], point.mean.expand(4, 2))
-    out = papers.ddim_sample(ddpm_eps(point), x, [BARS[7], BARS[4], BARS[1], 1.0], [8, 5, 2], noise_like(x), eta=1.0)
+    out = score_based.ddim_sample(
+        ddpm_eps(point), x, [BARS[7], BARS[4], BARS[1], 1.0], [8, 5, 2], noise_like(x), eta=1.0
+    )
     close(out[-1], point.mean.expand(4, 2))
 
 
 def test_ddim_with_eta_one_is_ddpm():
     eps, x = ddpm_eps(DISTRIBUTIONS["mixture"]), randn(3, 2)
-    ddim = papers.ddim_sample(eps, x, [*reversed(BARS), 1.0], range(8, 0, -1), noise_like(x), eta=1.0)
-    all_close(ddim, papers.ddpm_sample(eps, x, BETAS, noise_like(x)))
+    ddim = score_based.ddim_sample(eps, x, [*reversed(BARS), 1.0], range(8, 0, -1), noise_like(x), eta=1.0)
+    all_close(ddim, score_based.ddpm_sample(eps, x, BETAS, noise_like(x)))
 
 
 def test_ddim_is_first_order_in_its_own_variable():
     data = DISTRIBUTIONS["diagonal"]
     x, steps, errors = randn(3, 2, 3), [16, 32, 64], []
-    start, end = papers.vp(0.9), papers.vp(0.1)
+    start, end = score_based.vp(0.9), score_based.vp(0.1)
     exact = data.ode_map(x, start.alpha, start.sigma, end.alpha, end.sigma)
     for n in steps:
-        levels = [papers.vp(t) for t in torch.linspace(0.9, 0.1, n + 1, dtype=F64).tolist()]
-        out = papers.ddim_sample(
+        levels = [score_based.vp(t) for t in torch.linspace(0.9, 0.1, n + 1, dtype=F64).tolist()]
+        out = score_based.ddim_sample(
             lambda x, i, levels=levels: data.eps(x, levels[int(i)].alpha, levels[int(i)].sigma),
             x,
             [level.alpha**2 for level in levels],
@@ -260,7 +262,7 @@ def test_ddim_is_first_order_in_its_own_variable():
 def test_annealed_langevin_is_its_chain_and_denoises_a_point_mass():
     data, sigmas, lr = Gaussian([0.7], std=0.5), [1.0, 0.4], 0.02
     mean, var = exact_moments(
-        lambda x, noise: papers.annealed_langevin(
+        lambda x, noise: score_based.annealed_langevin(
             lambda x, s: data.score(x, 1.0, s), x, sigmas, 3, lr, noise, denoise=False
         ),
         6,
@@ -274,7 +276,7 @@ def test_annealed_langevin_is_its_chain_and_denoises_a_point_mass():
     assert (mean[-1].item(), var[-1].item()) == pytest.approx(gaussian_chain(0.0, 1.0, rows), rel=1e-12)
 
     x, point = randn(3, 2), Gaussian([1.0, 2.0], std=0.0)
-    out = papers.annealed_langevin(lambda x, s: point.score(x, 1.0, s), x, sigmas, 3, lr, noise_like(x))
+    out = score_based.annealed_langevin(lambda x, s: point.score(x, 1.0, s), x, sigmas, 3, lr, noise_like(x))
     assert len(out) == 7
     close(out[-1], point.mean.expand(3, 2))
 
@@ -289,28 +291,28 @@ def sde_score(sde, data):
 
 def test_euler_maruyama_without_noise_is_the_probability_flow():
     x, times = randn(3, 2), [0.9, 0.7, 0.4, 0.1]
-    for sde in (papers.ve, papers.vp, papers.subvp):
+    for sde in (score_based.ve, score_based.vp, score_based.subvp):
         score = sde_score(sde, DISTRIBUTIONS["mixture"])
-        drift = papers.euler_maruyama(*coefficients(sde), score, x, times, no_noise, lam=0.0)
-        all_close(drift, papers.probability_flow_euler(*coefficients(sde), score, x, times))
+        drift = score_based.euler_maruyama(*coefficients(sde), score, x, times, no_noise, lam=0.0)
+        all_close(drift, score_based.probability_flow_euler(*coefficients(sde), score, x, times))
 
 
 def reverse_time_sampler(name, sde, data, times):
     """The sampler `name` as a function of the start and the noise, without its last denoising."""
     levels, score = [sde(t) for t in times], sde_score(sde, data)
-    steps = papers.transitions([k.alpha for k in levels], [k.sigma for k in levels])
+    steps = score_based.transitions([k.alpha for k in levels], [k.sigma for k in levels])
     if name == "reverse_diffusion":
-        return lambda x, noise: papers.reverse_diffusion(score, x, times, steps, noise, denoise=False)
+        return lambda x, noise: score_based.reverse_diffusion(score, x, times, steps, noise, denoise=False)
     if name == "probability_flow":
-        return lambda x, noise: papers.reverse_diffusion(score, x, times, steps, noise, probability_flow=True)
+        return lambda x, noise: score_based.reverse_diffusion(score, x, times, steps, noise, probability_flow=True)
     if name.startswith("ancestral"):
         variance = name.removeprefix("ancestral_")
-        return lambda x, noise: papers.ancestral_vp(score, x, times, steps, noise, variance, denoise=False)
+        return lambda x, noise: score_based.ancestral_vp(score, x, times, steps, noise, variance, denoise=False)
     lam = float(name.removeprefix("euler_maruyama_"))
-    return lambda x, noise: papers.euler_maruyama(*coefficients(sde), score, x, times, noise, lam, denoise=False)
+    return lambda x, noise: score_based.euler_maruyama(*coefficients(sde), score, x, times, noise, lam, denoise=False)
 
 
-@pytest.mark.parametrize("sde", [papers.ve, papers.vp, papers.subvp])
+@pytest.mark.parametrize("sde", [score_based.ve, score_based.vp, score_based.subvp])
 @pytest.mark.parametrize(
     "name",
     [
@@ -340,7 +342,7 @@ def test_weak_order_is_one(name, sde):
     assert measured_order(errors, steps) == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("sde", [papers.ve, papers.vp, papers.subvp])
+@pytest.mark.parametrize("sde", [score_based.ve, score_based.vp, score_based.subvp])
 def test_posterior_ancestral_keeps_the_marginals_of_a_point_mass(sde):
     point, times = Gaussian([1.5], std=0.0), [0.9, 0.6, 0.5, 0.2]
     start, levels = sde(0.9), [sde(t) for t in times[1:]]
@@ -353,35 +355,35 @@ def test_posterior_ancestral_keeps_the_marginals_of_a_point_mass(sde):
 
 def test_the_ancestral_samplers_agree_where_they_meet():
     data, x, sigmas = DISTRIBUTIONS["mixture"], randn(3, 2), [2.0, 1.0, 0.5, 0.0]
-    steps = papers.transitions([1.0] * 4, sigmas)
+    steps = score_based.transitions([1.0] * 4, sigmas)
 
     def score(x, sigma):
         return data.score(x, 1.0, sigma)
 
     both = [
-        papers.ancestral_ve(score, x, sigmas[:-1], sigmas, noise_like(x)),
-        papers.ancestral_vp(score, x, sigmas[:-1], steps, noise_like(x), "posterior"),
+        score_based.ancestral_ve(score, x, sigmas[:-1], sigmas, noise_like(x)),
+        score_based.ancestral_vp(score, x, sigmas[:-1], steps, noise_like(x), "posterior"),
     ]
     all_close(*both)
 
     eps, bars = ddpm_eps(data), [1.0, *BARS]
-    ancestral = papers.ancestral_vp(
+    ancestral = score_based.ancestral_vp(
         lambda x, t: -eps(x, t) / (1 - bars[int(t)]) ** 0.5,
         x,
         range(8, 0, -1),
-        papers.ddpm_transitions(BETAS),
+        score_based.ddpm_transitions(BETAS),
         noise_like(x),
     )
-    all_close(ancestral, papers.ddpm_sample(eps, x, BETAS, noise_like(x), "beta"))
+    all_close(ancestral, score_based.ddpm_sample(eps, x, BETAS, noise_like(x), "beta"))
 
 
 def test_reverse_diffusion_prints_algorithms_2_and_3():
     x, s, z = randn(3, 2), randn(3, 2, seed=1), randn(3, 2, seed=2)
-    (step,) = papers.transitions([1, 1], [2.0, 1.5])
-    mean, std = papers.reverse_diffusion_step(x, s, step)
+    (step,) = score_based.transitions([1, 1], [2.0, 1.5])
+    mean, std = score_based.reverse_diffusion_step(x, s, step)
     close(mean + std * z, x + (4 - 2.25) * s + math.sqrt(4 - 2.25) * z)
-    step = papers.ddpm_transitions(BETAS)[0]
-    mean, std = papers.reverse_diffusion_step(x, s, step)
+    step = score_based.ddpm_transitions(BETAS)[0]
+    mean, std = score_based.reverse_diffusion_step(x, s, step)
     close(mean + std * z, (2 - math.sqrt(0.7)) * x + 0.3 * s + math.sqrt(0.3) * z)
 
 
@@ -389,24 +391,24 @@ def test_langevin_steps():
     x, s, z = randn(4, 2, 3), randn(4, 2, 3, seed=1), randn(4, 2, 3, seed=2)
     for i in range(4):
         one = slice(i, i + 1)
-        batch = papers.langevin_step_batch_norm(x[one], s[one], z[one], 0.16, 0.9)
-        close(papers.langevin_step_sample_norm(x, s, z, 0.16, 0.9)[one], batch)
+        batch = score_based.langevin_step_batch_norm(x[one], s[one], z[one], 0.16, 0.9)
+        close(score_based.langevin_step_sample_norm(x, s, z, 0.16, 0.9)[one], batch)
         # The defining property of the ratio: ||noise part|| * snr = ||score part|| up to alpha.
         score_part = (z[i] * z[i]).sum() / (s[i] * s[i]).sum() * 2 * 0.9 * 0.16**2
         close(batch[0], x[i] + score_part * s[i] + (2 * score_part).sqrt() * z[i])
     norms = [v.flatten(1).norm(dim=1).mean() for v in (z, s)]
     eps = 2 * (0.16 * norms[0] / norms[1]) ** 2
-    close(papers.langevin_step_batch_norm(x, s, z, 0.16), x + eps * s + (2 * eps).sqrt() * z)
-    close(papers.langevin_step_sample_norm(x, s, z, 0.16, cap=1e-3), x + 1e-3 * s + math.sqrt(2e-3) * z)
-    assert torch.equal(papers.langevin_step_sample_norm(x, 0 * s, z, 0.16), x)
-    close(papers.ald_step(x, s, z, 0.1, 3.0, 0.5), x + 0.09 * s + math.sqrt(0.18) * z)
+    close(score_based.langevin_step_batch_norm(x, s, z, 0.16), x + eps * s + (2 * eps).sqrt() * z)
+    close(score_based.langevin_step_sample_norm(x, s, z, 0.16, cap=1e-3), x + 1e-3 * s + math.sqrt(2e-3) * z)
+    assert torch.equal(score_based.langevin_step_sample_norm(x, 0 * s, z, 0.16), x)
+    close(score_based.ald_step(x, s, z, 0.1, 3.0, 0.5), x + 0.09 * s + math.sqrt(0.18) * z)
 
 
 def test_predictor_corrector_orders_and_noise_indices():
     """x counts what was done to it: the predictor writes 10 i + 1, the corrector 10 i + 2, noise adds k / 1000."""
 
     def run(order, **options):
-        out = papers.predictor_corrector(
+        out = score_based.predictor_corrector(
             lambda x, i: (x * 0 + 10 * i + 1, 1.0),
             lambda x, i, z: x * 0 + 10 * i + 2 + z,
             torch.zeros(1, dtype=F64),
@@ -430,51 +432,55 @@ def ladder_times(n, eps):
 @pytest.mark.parametrize("predictor", ["reverse_diffusion", "ancestral"])
 def test_score_sde_loop_on_ve_is_its_discrete_chain(predictor):
     n, x = 6, randn(3, 2) * 50
-    score = sde_score(papers.ve, DISTRIBUTIONS["mixture"])
+    score = sde_score(score_based.ve, DISTRIBUTIONS["mixture"])
     times, sigmas = ladder_times(n, 1e-5), [*(0.01 * 5000 ** (i / (n - 1)) for i in reversed(range(n))), 0.0]
-    steps = papers.transitions([1.0] * (n + 1), sigmas)
-    step_of = {"reverse_diffusion": papers.reverse_diffusion_step, "ancestral": papers.ancestral_step}[predictor]
-    loop = papers.score_sde_loop("ve", score, x, n, noise_like(x), predictor, "langevin", eps=1e-5)
-    printed = papers.predictor_corrector(
+    steps = score_based.transitions([1.0] * (n + 1), sigmas)
+    step_of = {"reverse_diffusion": score_based.reverse_diffusion_step, "ancestral": score_based.ancestral_step}[
+        predictor
+    ]
+    loop = score_based.score_sde_loop("ve", score, x, n, noise_like(x), predictor, "langevin", eps=1e-5)
+    printed = score_based.predictor_corrector(
         lambda x, i: step_of(x, score(x, times[i]), steps[i]),
-        lambda x, i, z: papers.langevin_step_batch_norm(x, score(x, times[i]), z, 0.16),
+        lambda x, i, z: score_based.langevin_step_batch_norm(x, score(x, times[i]), z, 0.16),
         x,
         n,
         noise_like(x),
     )
     all_close(loop, printed, 1e-10)
-    alone = papers.score_sde_loop("ve", score, x, n, noise_like(x), predictor, eps=1e-5)
+    alone = score_based.score_sde_loop("ve", score, x, n, noise_like(x), predictor, eps=1e-5)
     if predictor == "ancestral":
-        all_close(alone, papers.ancestral_ve(score, x, times, sigmas, noise_like(x)), 1e-10)
+        all_close(alone, score_based.ancestral_ve(score, x, times, sigmas, noise_like(x)), 1e-10)
     else:
-        all_close(alone, papers.reverse_diffusion(score, x, times, steps, noise_like(x)), 1e-10)
+        all_close(alone, score_based.reverse_diffusion(score, x, times, steps, noise_like(x)), 1e-10)
 
 
 def test_score_sde_loop_on_vp_is_its_discrete_chain():
     n, x = 30, randn(3, 2)
-    score = sde_score(papers.vp, DISTRIBUTIONS["mixture"])
+    score = sde_score(score_based.vp, DISTRIBUTIONS["mixture"])
     betas = [(0.1 + i / (n - 1) * 19.9) / n for i in range(n)]
-    times, steps = ladder_times(n, 1e-3), papers.ddpm_transitions(betas)
-    loop = papers.score_sde_loop("vp", score, x, n, noise_like(x), "ancestral")
-    all_close(loop, papers.ancestral_vp(score, x, times, steps, noise_like(x)), 1e-11)
-    loop = papers.score_sde_loop("vp", score, x, n, noise_like(x), "none", "ald", corrector_steps=2, snr=0.1)
+    times, steps = ladder_times(n, 1e-3), score_based.ddpm_transitions(betas)
+    loop = score_based.score_sde_loop("vp", score, x, n, noise_like(x), "ancestral")
+    all_close(loop, score_based.ancestral_vp(score, x, times, steps, noise_like(x)), 1e-11)
+    loop = score_based.score_sde_loop("vp", score, x, n, noise_like(x), "none", "ald", corrector_steps=2, snr=0.1)
     x_k = x
     for k, after in enumerate(loop):
         i = k // 2
         alpha = 1 - betas[n - 1 - i]
-        x_k = papers.ald_step(x_k, score(x_k, times[i]), noise_like(x)(k), 0.1, papers.vp(times[i]).sigma, alpha)
+        x_k = score_based.ald_step(
+            x_k, score(x_k, times[i]), noise_like(x)(k), 0.1, score_based.vp(times[i]).sigma, alpha
+        )
         close(after, x_k)
 
 
 @pytest.mark.parametrize("sde", ["vp", "subvp"])
 def test_score_sde_loop_euler_maruyama_steps_by_one_over_n(sde):
     """From each of its N points the loop makes euler_maruyama's step from t to t - 1/N, which is not the next point."""
-    n, x, process = 5, randn(3, 2), getattr(papers, sde)
+    n, x, process = 5, randn(3, 2), getattr(score_based, sde)
     score = sde_score(process, DISTRIBUTIONS["mixture"])
-    loop = papers.score_sde_loop(sde, score, x, n, noise_like(x), "euler_maruyama")
+    loop = score_based.score_sde_loop(sde, score, x, n, noise_like(x), "euler_maruyama")
     for i, (before, after) in enumerate(pairwise([x, *loop])):
         t = ladder_times(n, 1e-3)[i]
-        (step,) = papers.euler_maruyama(
+        (step,) = score_based.euler_maruyama(
             *coefficients(process),
             score,
             before,
@@ -487,7 +493,7 @@ def test_score_sde_loop_euler_maruyama_steps_by_one_over_n(sde):
 
 def test_score_sde_loop_refuses_what_the_reference_lacks():
     with pytest.raises(NotImplementedError, match="ancestral predictor for subvp"):
-        papers.score_sde_loop("subvp", lambda x, t: -x, randn(2, 2), 3, no_noise, "ancestral")
+        score_based.score_sde_loop("subvp", lambda x, t: -x, randn(2, 2), 3, no_noise, "ancestral")
 
 
 # ---- EDM --------------------------------------------------------------------------------------------------------------
@@ -496,7 +502,7 @@ def test_score_sde_loop_refuses_what_the_reference_lacks():
 def test_karras_sigmas_of_the_published_setting():
     published = "80 57.586 40.7856 28.3746 19.3525 12.9101 8.4009 5.3152 3.2568 1.9233 1.0882 .5853 .2964 .1395 .0599"
     published += " .0229 .0075 .002 0"
-    assert papers.karras_sigmas(18) == pytest.approx([float(s) for s in published.split()], abs=5.1e-5)
+    assert score_based.karras_sigmas(18) == pytest.approx([float(s) for s in published.split()], abs=5.1e-5)
 
 
 def test_edm_orders_on_gaussian_data():
@@ -505,16 +511,16 @@ def test_edm_orders_on_gaussian_data():
     exact = data.ode_map(x, 1.0, 5.0, 1.0, 0.2)
     errors = {"heun": [], "euler": []}
     for n in steps:
-        sigmas = papers.karras_sigmas(n + 1, 0.2, 5.0)[:-1]
-        heun = papers.edm_deterministic(lambda x, s: data.x0(x, 1.0, s), x, sigmas)
+        sigmas = score_based.karras_sigmas(n + 1, 0.2, 5.0)[:-1]
+        heun = score_based.edm_deterministic(lambda x, s: data.x0(x, 1.0, s), x, sigmas)
         assert len(heun) == 2 * n
-        euler = papers.probability_flow_euler(
+        euler = score_based.probability_flow_euler(
             lambda t: 0.0, lambda t: math.sqrt(2 * t), lambda x, s: data.score(x, 1.0, s), x, sigmas
         )
         close(heun[0], euler[0])
         for name, out in (("heun", heun), ("euler", euler)):
             errors[name].append((out[-1] - exact).norm().item())
-        velocity = papers.heun_general(lambda x, s: -s * data.score(x, 1.0, s), x, sigmas)
+        velocity = score_based.heun_general(lambda x, s: -s * data.score(x, 1.0, s), x, sigmas)
         all_close(heun, velocity, 1e-11)
     assert measured_order(errors["heun"], steps) == pytest.approx(2, abs=0.15)
     assert measured_order(errors["euler"], steps) == pytest.approx(1, abs=0.15)
@@ -522,31 +528,31 @@ def test_edm_orders_on_gaussian_data():
 
 def test_heun_is_second_order_in_time_on_vp():
     data, steps, errors = DISTRIBUTIONS["diagonal"], [16, 32, 64], []
-    x, start, end = randn(3, 2, 3), papers.vp(0.9), papers.vp(0.1)
+    x, start, end = randn(3, 2, 3), score_based.vp(0.9), score_based.vp(0.1)
     exact = data.ode_map(x, start.alpha, start.sigma, end.alpha, end.sigma)
 
     def velocity(x, t):
-        kernel = papers.vp(t)
+        kernel = score_based.vp(t)
         return kernel.f * x - kernel.g**2 / 2 * data.score(x, kernel.alpha, kernel.sigma)
 
     for n in steps:
-        out = papers.heun_general(velocity, x, torch.linspace(0.9, 0.1, n + 1, dtype=F64))
+        out = score_based.heun_general(velocity, x, torch.linspace(0.9, 0.1, n + 1, dtype=F64))
         errors.append((out[-1] - exact).norm().item())
     assert measured_order(errors, steps) == pytest.approx(2, abs=0.15)
 
 
 def test_edm_stochastic_without_churn_is_deterministic_and_both_land_on_a_point_mass():
-    x, sigmas = 80 * randn(3, 2), papers.karras_sigmas(6)
+    x, sigmas = 80 * randn(3, 2), score_based.karras_sigmas(6)
     point = Gaussian([1.0, -1.0], std=0.0)
 
     def D(x, sigma):
         return point.x0(x, 1.0, sigma)
 
-    plain = papers.edm_deterministic(D, x, sigmas)
+    plain = score_based.edm_deterministic(D, x, sigmas)
     assert len(plain) == 11
-    all_close(papers.edm_stochastic(D, x, sigmas, no_noise, 0.0), plain)
-    all_close(papers.edm_stochastic(D, x, sigmas, no_noise, 5.0, s_min=100.0), plain)
-    churned = papers.edm_stochastic(D, x, sigmas, noise_like(x), 3.0, 0.05, 50.0, 1.003)
+    all_close(score_based.edm_stochastic(D, x, sigmas, no_noise, 0.0), plain)
+    all_close(score_based.edm_stochastic(D, x, sigmas, no_noise, 5.0, s_min=100.0), plain)
+    churned = score_based.edm_stochastic(D, x, sigmas, noise_like(x), 3.0, 0.05, 50.0, 1.003)
     inside = sum(0.05 <= s <= 50 for s in sigmas[:-1])
     assert len(churned) == 11 + inside
     close(plain[-1], point.mean.expand(3, 2))
@@ -557,7 +563,7 @@ def test_edm_stochastic_without_churn_is_deterministic_and_both_land_on_a_point_
 def test_churn_raises_the_variance_to_the_new_level(churn, gamma):
     data, sigmas = Gaussian([0.7], std=0.5), [3.0, 2.0, 1.5, 1.0, 0.5]
     mean, var = exact_moments(
-        lambda x, noise: papers.edm_stochastic(lambda x, s: data.x0(x, 1.0, s), x, sigmas, noise, churn),
+        lambda x, noise: score_based.edm_stochastic(lambda x, s: data.x0(x, 1.0, s), x, sigmas, noise, churn),
         12,
         0.7,
         0.25 + 9.0,
@@ -565,9 +571,9 @@ def test_churn_raises_the_variance_to_the_new_level(churn, gamma):
     close(mean, [0.7] * 12)
     close(var[0], 0.25 + (3 * (1 + gamma)) ** 2)
     x = randn(3, 1)
-    out = papers.edm_stochastic(lambda x, s: data.x0(x, 1.0, s), x, sigmas, noise_like(x), churn)
-    all_close(out[1:3], papers.edm_deterministic(lambda x, s: data.x0(x, 1.0, s), out[0], [3 * (1 + gamma), 2.0]))
-    louder = papers.edm_stochastic(
+    out = score_based.edm_stochastic(lambda x, s: data.x0(x, 1.0, s), x, sigmas, noise_like(x), churn)
+    all_close(out[1:3], score_based.edm_deterministic(lambda x, s: data.x0(x, 1.0, s), out[0], [3 * (1 + gamma), 2.0]))
+    louder = score_based.edm_stochastic(
         lambda x, s: x, torch.zeros(1, 1, dtype=F64), sigmas, lambda k: torch.ones(1, 1, dtype=F64), churn, s_noise=1.5
     )
     close(louder[0], [[1.5 * 3 * math.sqrt((1 + gamma) ** 2 - 1)]])
@@ -584,11 +590,11 @@ def test_edm_preconditioning_is_exact_for_gaussian_data_and_scales_to_unit_varia
         return 0 * x
 
     for level in (0.3, sigma):
-        close(papers.edm_precondition(zero, sd)(x, level), data.x0(x, 1.0, level))
+        close(score_based.edm_precondition(zero, sd)(x, level), data.x0(x, 1.0, level))
     close(seen[1][0], x / (sigma**2 + sd**2).sqrt()[:, None])
     close(seen[0][1], math.log(0.3) / 4)
     close(seen[1][1], sigma.log() / 4)
-    one = papers.edm_precondition(lambda x, c: torch.ones_like(x), sd)(x, sigma) - data.x0(x, 1.0, sigma)
+    one = score_based.edm_precondition(lambda x, c: torch.ones_like(x), sd)(x, sigma) - data.x0(x, 1.0, sigma)
     posterior = 1 / (1 / sigma**2 + 1 / sd**2)
     close(one.square(), posterior[:, None].expand(3, 2))
 
@@ -597,7 +603,9 @@ def test_edm_preconditioning_is_exact_for_gaussian_data_and_scales_to_unit_varia
 
 
 def test_ula_is_its_chain():
-    mean, var = exact_moments(lambda x, noise: papers.ula(lambda x: (0.7 - x) / 0.25, x, 0.1, 4, noise), 4, 0.0, 1.0)
+    mean, var = exact_moments(
+        lambda x, noise: score_based.ula(lambda x: (0.7 - x) / 0.25, x, 0.1, 4, noise), 4, 0.0, 1.0
+    )
     expected = gaussian_chain(0.0, 1.0, [(1 - 0.4, 0.4 * 0.7, math.sqrt(0.2))] * 4)
     assert (mean[-1].item(), var[-1].item()) == pytest.approx(expected, rel=1e-12)
 
@@ -610,10 +618,10 @@ def test_mala_log_ratio_is_antisymmetric():
     def energy(x):
         return -data.log_prob(x)
 
-    new, accept, there = papers.mala(energy, x, tau, z, ones)
+    new, accept, there = score_based.mala(energy, x, tau, z, ones)
     assert accept.all()
     back_noise = (x - new - tau * data.score(new)) / math.sqrt(2 * tau)
-    again, _, back = papers.mala(energy, new, tau, back_noise, ones)
+    again, _, back = score_based.mala(energy, new, tau, back_noise, ones)
     close(again, x)
     close(back, -there, 1e-10)
     # An independent form: the joint density of (x, x') one way over the other.
@@ -630,20 +638,20 @@ def test_hmc_is_the_leapfrog_matrix_and_its_energy_error_is_second_order():
     e = 0.3
     half, drift = torch.tensor([[1, 0], [-e / 2, 1]], dtype=F64), torch.tensor([[1, e], [0, 1]], dtype=F64)
     q, p = torch.einsum("ij,jb...->ib...", torch.linalg.matrix_power(half @ drift @ half, 3), torch.stack([x, z]))
-    new, accept, log_ratio = papers.hmc(energy, x, e, 3, z, zeros)
+    new, accept, log_ratio = score_based.hmc(energy, x, e, 3, z, zeros)
     assert accept.all()
     close(new, q)
     close(log_ratio, energy(x) + energy(z) - energy(q) - energy(p))
     steps = [8, 16, 32]
-    errors = [papers.hmc(energy, x, 1 / n, n, z, zeros)[2].norm().item() for n in steps]
+    errors = [score_based.hmc(energy, x, 1 / n, n, z, zeros)[2].norm().item() for n in steps]
     assert measured_order(errors, steps) == pytest.approx(2, abs=0.1)
 
 
 def test_rejected_chains_stay():
     x, z = randn(4, 2), randn(4, 2, seed=1)
     for move in (
-        lambda u: papers.mala(lambda x: x.square().sum(1) * 50, x, 2.0, z, u),
-        lambda u: papers.hmc(lambda x: x.square().sum(1) * 50, x, 2.0, 3, z, u),
+        lambda u: score_based.mala(lambda x: x.square().sum(1) * 50, x, 2.0, z, u),
+        lambda u: score_based.hmc(lambda x: x.square().sum(1) * 50, x, 2.0, 3, z, u),
     ):
         new, accept, log_ratio = move(torch.full((4,), 0.999, dtype=F64))
         assert (log_ratio < -1).all()
@@ -663,7 +671,7 @@ def test_metropolis_keeps_a_gaussian_target(method):
     for _ in range(20):
         z = torch.randn(chains, 2, dtype=F64, generator=generator)
         u = torch.rand(chains, dtype=F64, generator=generator)
-        move = papers.mala(energy, x, 0.4, z, u) if method == "mala" else papers.hmc(energy, x, 0.9, 3, z, u)
+        move = score_based.mala(energy, x, 0.4, z, u) if method == "mala" else score_based.hmc(energy, x, 0.9, 3, z, u)
         x, accepted = move[0], accepted + move[1].sum().item() / (20 * chains)
     assert 0.3 < accepted < 0.98
     centred = x - data.mean

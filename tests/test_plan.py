@@ -72,6 +72,11 @@ def test_a_run_that_starts_below_T_starts_from_its_own_level():
     assert fastdiff.plan("edm", grid=sigmas([10, 5, 1, 0])).prior_std == 10.0
     assert fastdiff.plan("ve", grid=[0.5, 0.2]).prior_std == pytest.approx(float(fastdiff.VE().sigma(0.5)))
     assert fastdiff.plan("ddpm", grid=[981, 500, 0]).prior_std == pytest.approx(1, abs=1e-3)
+    # the data's share of x may be a tenth of the noise, not more
+    assert fastdiff.plan("vp", grid=sigmas([10.01, 1]), sampler="ddim").prior_std == pytest.approx(
+        10.01 / math.hypot(10.01, 1)
+    )
+    assert math.isnan(fastdiff.plan("vp", grid=sigmas([9.99, 1]), sampler="ddim").prior_std)
     late = fastdiff.plan("vp", grid=[0.3, 0.1])
     assert math.isnan(late.prior_std)
     assert "starts from x_init" in late.explain()
@@ -134,3 +139,9 @@ def test_noise_in_rows_that_draw_none_may_be_anything():
     noise = torch.zeros(3, 2, 2)
     noise[-1] = math.nan
     assert fastdiff.sample(lambda x, t: -x, "vp", 3, shape=(2,), num_samples=2, noise=noise).isfinite().all()
+
+
+@pytest.mark.parametrize("predictor", ["dpmpp_2m", "heun", "ddim"])
+def test_the_reference_grid_has_the_references_predictors_only(predictor):
+    with pytest.raises(ConfigError, match=f"no predictor '{predictor}'"):
+        fastdiff.plan("ve", 30, sampler=PredictorCorrector(predictor), grid="score_sde")

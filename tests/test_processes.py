@@ -200,17 +200,26 @@ def test_what_a_process_has_no_formula_for_is_found_by_numbers(process, kind):
     assert narrow.dtype == torch.float32
 
 
-@pytest.mark.parametrize("sampler", fastdiff.samplers.SAMPLERS)
-@pytest.mark.parametrize("grid", [None, "uniform", "karras"])
+@pytest.mark.parametrize(
+    ("sampler", "grid"),
+    [
+        (sampler, grid)
+        for sampler in fastdiff.samplers.SAMPLERS
+        for grid in (None, "uniform", "karras")
+        if grid is None or sampler not in ("rk45", "adaptive_sde")  # which take no grid
+    ],
+)
 def test_every_sampler_runs_on_alpha_and_sigma_alone(sampler, grid):
     options = {"shape": (2,), "num_samples": 2, "dtype": torch.float64, "sampler": sampler}
     if sampler not in ("rk45", "adaptive_sde"):
         options |= {"steps": 10, "grid": grid}
     score = lambda x, t: -x  # noqa: E731
-    try:
-        wanted = fastdiff.sample(score, fastdiff.VP(), **options)
-    except ConfigError:  # that go with no such grid: test_solvers knows which
+    refused = {"euler_maruyama": "process time", "annealed_langevin": "sigma = 0", "ula": "sigma = 0"}
+    if grid == "karras" and sampler in refused:
+        with pytest.raises(ConfigError, match=refused[sampler]):
+            fastdiff.sample(score, bare(fastdiff.VP()), **options)
         return
+    wanted = fastdiff.sample(score, fastdiff.VP(), **options)
     found = fastdiff.sample(score, bare(fastdiff.VP()), **options)
     assert found.isfinite().all()
     if sampler != "adaptive_sde":  # a last bit decides otherwise on a step
@@ -229,3 +238,76 @@ def test_names_of_fastdiffs_own_are_not_given_twice():
     ):
         with pytest.raises(ConfigError, match="must have a name of its own"):
             make()
+
+
+class Rungs(processes.Process):
+    """The ladder σ = 2^{t−6}, t = 1 … 5, which overrides whatever a process may."""
+
+    T, t_min, first_time, discrete, ladder = 5, 1.0, 1.0, True, True
+    default_sampler, sigma_data = "annealed_langevin", 0.25
+
+    def alpha(self, t):
+        return 0.0 * t + 1.0
+
+    def sigma(self, t):
+        return 2.0 ** (t - 6.0)
+
+    def index(self, t):
+        return 10 * t
+
+    def training_times(self, u):
+        return 0.0 * u + 3.0
+
+    def reference_transitions(self, t):
+        return 0.0 * t + 0.5, 0.0 * t + 0.25, 0.0 * t + 0.125
+
+
+def test_a_users_process_gives_its_own_times_and_defaults():
+    process = Rungs()
+    table = fastdiff.plan(process, denoise=False)
+    assert [(row.label, row.level.t) for row in table.rows[::200]] == [
+        ("langevin", t) for t in (5.0, 4.0, 3.0, 2.0, 1.0)
+    ]
+    assert len(table) == 1000
+    chain = fastdiff.plan(process, 4, sampler="ddim", prediction="eps", time_input="index")
+    assert [row.network_time for row in chain.rows] == [50.0, 40.0, 30.0, 20.0]
+    before_the_smallest = fastdiff.predictions.coordinates("prev_mean", process, np.array([2.0, 1.0]), 1.0, 1.0)
+    np.testing.assert_array_equal(before_the_smallest[1], [process.sigma(1.0) ** 2, 0.0])
+    for options, match in (
+        ({"grid": [5.0, 0.5]}, r"\[1, 5\]"),
+        ({"steps": 5, "t_min": 0.5}, "smallest level of 'rungs'"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            fastdiff.plan(process, sampler="ddim", **options)
+    assert fastdiff.losses.training_times(process, torch.rand(3)).tolist() == [3.0] * 3
+    reference = fastdiff.plan(process, 4, sampler="reverse_diffusion", grid="score_sde", denoise=False)
+    assert {(row.a, row.c) for row in reference.rows} == {(1.5, 0.5)}
+    edm = fastdiff.plan(process, 4, sampler="ddim", prediction="edm")
+    assert edm.rows[0].in_scale == pytest.approx(1 / math.hypot(process.sigma(5.0), 0.25))
+
+
+def test_a_users_default_sampler_may_be_an_object():
+    class Halfway(fastdiff.VP):
+        default_sampler = fastdiff.samplers.DDIM(eta=0.5)
+
+    assert "DDIM(eta=0.5)" in fastdiff.plan(Halfway(), 3).title
+    with pytest.raises(ConfigError, match="score_sde"):  # β may be another than VP's
+        fastdiff.plan(Halfway(), 30, sampler="ancestral", grid="score_sde")
+
+
+def test_a_users_chain_is_on_the_path_of_its_process():
+    class Coarse(processes.Process):
+        T, t_min, discrete = 50, 0.0, True
+
+        def alpha(self, t):
+            return fastdiff.VP().alpha(t / self.T)
+
+        def sigma(self, t):
+            return fastdiff.VP().sigma(t / self.T)
+
+    score = lambda x, t: -x / (1 + t[:, None])  # noqa: E731
+    model = fastdiff.ScoreModel(score, "vp", "score", data_shape=(2,))
+    x, info = fastdiff.sample(model, Coarse(), sampler="ddim", num_samples=2, return_info=True)
+    assert len(info.table) == 50
+    np.testing.assert_allclose([row.network_time for row in info.table.rows], np.arange(50, 0, -1) / 50, rtol=1e-9)
+    assert x.isfinite().all()

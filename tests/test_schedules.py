@@ -100,8 +100,7 @@ def test_technique_4s_ratio_is_the_variance_of_its_chain():
     assert schedules.variance_ratio(eta, gamma, 5) == pytest.approx(variance / sigma**2)
 
 
-def test_techniques_3_and_5():
-    assert schedules.scale_by_sigma(6.0, 2.0) == 3.0
+def test_technique_5():
     assert [schedules.ema_decay(n, 0.999) for n in (0, 90, 10**6)] == [0.1, 0.91, 0.999]
 
 

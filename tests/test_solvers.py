@@ -14,7 +14,7 @@ from oracles import Gaussian, Mixture, measured_order
 import fastdiff
 from fastdiff import predictions, samplers
 from fastdiff.errors import ConfigError
-from fastdiff.papers import score_based as papers
+from fastdiff.papers import score_based
 from fastdiff.planning.grids import sigmas
 from fastdiff.planning.processes import PROCESSES, get
 from fastdiff.planning.samplers import (
@@ -47,7 +47,7 @@ def minus(x, t):
 
 
 def states(model, sde, steps=None, **options):
-    """Every state after its row, float64 [rows, B, D], with the start and the noise that `case` shares with the papers."""
+    """Every state after its row, float64 [rows, B, D], with the start and the noise that `case` shares with the score_based."""
     options = {"num_samples": B, "shape": (D,), "x_init": X, "noise": NOISE, "dtype": torch.float64, **options}
     plan_keys = ("sampler", "grid", "t_min", "denoise", "prediction", "clip", "time_input")
     rows = len(fastdiff.plan(sde, steps, **{k: v for k, v in options.items() if k in plan_keys}))
@@ -78,7 +78,7 @@ def same(ours, theirs):
 def test_ddpm_is_algorithm_2(variance):
     process = fastdiff.DDPM("linear", T=60)
     ours = states(nonlinear, process, sampler=Ancestral(variance), prediction="eps")
-    same(ours, papers.ddpm_sample(nonlinear, X, process.beta_table, noise, variance))
+    same(ours, score_based.ddpm_sample(nonlinear, X, process.beta_table, noise, variance))
 
 
 def test_learned_range_is_nichol_and_dhariwals():
@@ -88,7 +88,7 @@ def test_learned_range_is_nichol_and_dhariwals():
         return nonlinear(x, t), torch.sin(3 * x)
 
     ours = states(lambda x, t: torch.cat(both(x, t), 1), process, sampler=Ancestral("learned_range"), prediction="eps")
-    same(ours, papers.improved_ddpm_sample(both, X, process.beta_table, noise))
+    same(ours, score_based.improved_ddpm_sample(both, X, process.beta_table, noise))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
@@ -96,7 +96,7 @@ def test_ddim_is_equation_12(eta):
     process = fastdiff.DDPM()
     ours = states(nonlinear, process, 20, sampler=DDIM(eta), prediction="eps")
     times = np.arange(1000, -1, -50.0)
-    same(ours, papers.ddim_sample(nonlinear, X, process.alpha(times) ** 2, times[:-1], noise, eta))
+    same(ours, score_based.ddim_sample(nonlinear, X, process.alpha(times) ** 2, times[:-1], noise, eta))
 
 
 @pytest.mark.parametrize("denoise", [True, False])
@@ -105,13 +105,13 @@ def test_annealed_langevin_is_algorithm_1(denoise):
     ours = states(
         minus, process, 18, sampler=AnnealedLangevin(step_size=1e-3), denoise=denoise, time_input="sigma"
     )  # fmt: skip
-    same(ours, papers.annealed_langevin(minus, X, process.sigmas, 3, 1e-3, noise, denoise))
+    same(ours, score_based.annealed_langevin(minus, X, process.sigmas, 3, 1e-3, noise, denoise))
 
 
 def test_ula_is_one_step_repeated():
     process = fastdiff.OU()
     ours = states(minus, process, 7, sampler=ULA(0.05), t_min=0.3)
-    same(ours, papers.ula(lambda x: minus(x, 0.3), X, 0.05, 7, noise))
+    same(ours, score_based.ula(lambda x: minus(x, 0.3), X, 0.05, 7, noise))
 
 
 def scaled(name):
@@ -127,7 +127,7 @@ def scaled(name):
     return score
 
 
-KERNELS = {"ve": papers.ve, "vp": papers.vp, "subvp": papers.subvp}
+KERNELS = {"ve": score_based.ve, "vp": score_based.vp, "subvp": score_based.subvp}
 N = 12
 
 
@@ -137,7 +137,7 @@ def song(name):
     times = np.linspace(1, 1e-5 if name == "ve" else 1e-3, N + 1).tolist()
     levels = [kernel(t) for t in times]
     start = X * (50.0 if name == "ve" else 1.0)
-    return start, times, levels, papers.transitions([k.alpha for k in levels], [k.sigma for k in levels])
+    return start, times, levels, score_based.transitions([k.alpha for k in levels], [k.sigma for k in levels])
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -146,9 +146,9 @@ def test_reverse_diffusion_is_equation_46(name, denoise):
     score = scaled(name)
     start, times, _, steps = song(name)
     ours = states(score, name, N, sampler="reverse_diffusion", x_init=start, denoise=denoise)
-    same(ours, papers.reverse_diffusion(score, start, times[:-1], steps, noise, denoise=denoise))
+    same(ours, score_based.reverse_diffusion(score, start, times[:-1], steps, noise, denoise=denoise))
     ours = states(score, name, N, sampler=ReverseDiffusion(lam=0.0), x_init=start)
-    same(ours, papers.reverse_diffusion(score, start, times[:-1], steps, noise, probability_flow=True))
+    same(ours, score_based.reverse_diffusion(score, start, times[:-1], steps, noise, probability_flow=True))
 
 
 @pytest.mark.parametrize("denoise", [True, False])
@@ -156,13 +156,13 @@ def test_ancestral_is_equations_4_and_47(denoise):
     score = scaled("ve")
     start, times, levels, _ = song("ve")
     ours = states(score, "ve", N, sampler="ancestral", x_init=start, denoise=denoise)
-    same(ours, papers.ancestral_ve(score, start, times[:-1], [k.sigma for k in levels], noise, denoise=denoise))
+    same(ours, score_based.ancestral_ve(score, start, times[:-1], [k.sigma for k in levels], noise, denoise=denoise))
     for name in ("vp", "subvp"):
         score = scaled(name)
         start, times, _, steps = song(name)
         for variance in ("beta", "posterior"):
             ours = states(score, name, N, sampler=Ancestral(variance), x_init=start, denoise=denoise)
-            same(ours, papers.ancestral_vp(score, start, times[:-1], steps, noise, variance, denoise=denoise))
+            same(ours, score_based.ancestral_vp(score, start, times[:-1], steps, noise, variance, denoise=denoise))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -171,16 +171,16 @@ def test_euler_maruyama_and_the_family_down_to_the_ode(name, lam):
     score = scaled(name)
     start, times, _, _ = song(name)
     kernel = KERNELS[name]
-    theirs = papers.euler_maruyama(lambda t: kernel(t).f, lambda t: kernel(t).g, score, start, times, noise, lam)
+    theirs = score_based.euler_maruyama(lambda t: kernel(t).f, lambda t: kernel(t).g, score, start, times, noise, lam)
     same(states(score, name, N, sampler=EulerMaruyama(lam), x_init=start), theirs)
     if lam == 0:
         same(states(score, name, N, sampler="ode", x_init=start), theirs)
 
 
 CORRECTORS = {
-    "ald": lambda x, s, z, step, sigma: papers.ald_step(x, s, z, 0.2, sigma, step.ratio**2),
-    "batch": lambda x, s, z, step, sigma: papers.langevin_step_batch_norm(x, s, z, 0.2, step.ratio**2),
-    "sample": lambda x, s, z, step, sigma: papers.langevin_step_sample_norm(
+    "ald": lambda x, s, z, step, sigma: score_based.ald_step(x, s, z, 0.2, sigma, step.ratio**2),
+    "batch": lambda x, s, z, step, sigma: score_based.langevin_step_batch_norm(x, s, z, 0.2, step.ratio**2),
+    "sample": lambda x, s, z, step, sigma: score_based.langevin_step_sample_norm(
         x, s, z, 0.2, step.ratio**2, 4 * step.ratio**2 * (0.2 * sigma) ** 2
     ),
 }
@@ -206,7 +206,7 @@ def test_predictor_corrector_is_algorithm_1(name, predictor, corrector, order):
         if predictor == "euler_maruyama":
             level, dt = levels[i], times[i + 1] - times[i]
             return x + (level.f * x - level.g**2 * s) * dt, level.g * math.sqrt(-dt)
-        rule = papers.reverse_diffusion_step if predictor == "reverse_diffusion" else papers.ancestral_step
+        rule = score_based.reverse_diffusion_step if predictor == "reverse_diffusion" else score_based.ancestral_step
         return rule(x, s, steps[i])
 
     def correct(x, i, z):
@@ -218,7 +218,7 @@ def test_predictor_corrector_is_algorithm_1(name, predictor, corrector, order):
         norm="sample" if corrector == "sample" else "batch",
     )  # fmt: skip
     ours = states(score, name, count, sampler=sampler, x_init=start)
-    theirs = papers.predictor_corrector(
+    theirs = score_based.predictor_corrector(
         None if predictor == "none" else predict, correct, start, count, noise, corrector_steps=2, order=order
     )
     same(ours, theirs)
@@ -248,7 +248,10 @@ def test_the_score_sde_grid_is_its_loop(name, predictor, corrector, denoise):
     eps = 1e-5 if name == "ve" else 1e-3
     sampler = PredictorCorrector(predictor, corrector)
     ours = states(score, name, count, sampler=sampler, x_init=start, grid="score_sde", denoise=denoise)
-    same(ours, papers.score_sde_loop(name, score, start, count, noise, predictor, corrector, eps=eps, denoise=denoise))
+    same(
+        ours,
+        score_based.score_sde_loop(name, score, start, count, noise, predictor, corrector, eps=eps, denoise=denoise),
+    )
 
 
 def denoiser(x, sigma):
@@ -257,12 +260,12 @@ def denoiser(x, sigma):
 
 
 def test_heun_is_karras_algorithm_1():
-    grid = papers.karras_sigmas(9)
+    grid = score_based.karras_sigmas(9)
     ours = states(denoiser, "edm", 9, x_init=80 * X, prediction="x0")
-    same(ours, papers.edm_deterministic(denoiser, 80 * X, grid))
+    same(ours, score_based.edm_deterministic(denoiser, 80 * X, grid))
 
 
-GRID = papers.karras_sigmas(9)
+GRID = score_based.karras_sigmas(9)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +274,7 @@ GRID = papers.karras_sigmas(9)
 def test_heun_with_churn_is_karras_algorithm_2(s_churn, s_max, rows):
     """By the cap √2 − 1, by S_churn/N, and with a level that stands on S_max itself."""
     ours = states(denoiser, "edm", 9, sampler=Heun(s_churn, 0.05, s_max, 1.003), x_init=80 * X, prediction="x0")
-    theirs = papers.edm_stochastic(denoiser, 80 * X, GRID, noise, s_churn, 0.05, s_max, 1.003)
+    theirs = score_based.edm_stochastic(denoiser, 80 * X, GRID, noise, s_churn, 0.05, s_max, 1.003)
     same(ours, theirs)
     assert len(ours) == 17 + sum(0.05 <= sigma <= s_max for sigma in GRID)
 
@@ -288,7 +291,7 @@ def test_churn_on_vp_is_the_same_algorithm_on_x_over_alpha():
 
     ratios = [level.sigma / level.alpha for level in fastdiff.grids.build("karras", vp, 9, None).levels]
     start = ratios[0] * X
-    theirs = papers.edm_stochastic(rescaled, start, ratios, noise, 2.0, 0.02, 50.0, 1.01)
+    theirs = score_based.edm_stochastic(rescaled, start, ratios, noise, 2.0, 0.02, 50.0, 1.01)
     sampler = Heun(2.0, 0.02, 50.0, 1.01)
     ours = states(clean, vp, 9, sampler=sampler, x_init=float(vp.alpha(1.0)) * start, prediction="x0")
     assert len(ours) == len(theirs) > 20
@@ -308,7 +311,9 @@ def test_edm_preconditioning_is_equation_7():
         c_noise = c_noise[:, None] if c_noise.ndim else c_noise
         return torch.tanh(x) + 0.2 * torch.sin(c_noise * x)
 
-    theirs = papers.edm_deterministic(papers.edm_precondition(network, 0.7), 80 * X, papers.karras_sigmas(9))
+    theirs = score_based.edm_deterministic(
+        score_based.edm_precondition(network, 0.7), 80 * X, score_based.karras_sigmas(9)
+    )
     same(states(network, fastdiff.EDM(sigma_data=0.7), 9, x_init=80 * X, prediction="edm"), theirs)
 
 
@@ -322,7 +327,7 @@ def test_heun_in_process_time(name):
         return kernel(t).f * x - 0.5 * kernel(t).g ** 2 * score(x, t)
 
     ours = states(score, name, N, sampler="heun", grid="uniform", x_init=start)
-    same(ours, papers.heun_general(velocity, start, times))
+    same(ours, score_based.heun_general(velocity, start, times))
 
 
 def test_ode_on_noise_ratios_is_ddim():
@@ -330,7 +335,7 @@ def test_ode_on_noise_ratios_is_ddim():
     ours = states(nonlinear, "vp", sampler="ode", grid=sigmas(ratios), prediction="eps")
     bars = [1 / (1 + r * r) for r in ratios]
     times = fastdiff.VP().time(np.array(ratios[:-1]))
-    same(ours, papers.ddim_sample(nonlinear, X, bars, times, noise))
+    same(ours, score_based.ddim_sample(nonlinear, X, bars, times, noise))
 
 
 def test_the_last_learned_variance_is_bounded_by_the_one_before():
@@ -375,7 +380,7 @@ def exact(kind, process, data=DATA):
         if kind == "edm":  # told ln σ/4, given c_in x
             ratio = torch.exp(4 * t)
             t = torch.as_tensor(process.time(ratio.numpy()))
-            x = x * (process.sigma(t) ** 2 + (process.alpha(t) * predictions.sigma_data(process)) ** 2).sqrt()[:, None]
+            x = x * (process.sigma(t) ** 2 + (process.alpha(t) * process.sigma_data) ** 2).sqrt()[:, None]
         alpha, sigma = process.alpha(t), process.sigma(t)
         r, w = predictions.coordinates(kind, process, t, alpha, sigma)
         x0 = data.x0(x.double(), alpha, sigma)
@@ -485,7 +490,7 @@ def test_every_process_sampler_and_prediction_runs_or_is_refused(name, sampler):
     for kind in predictions.PREDICTIONS:
         run = functools.partial(fastdiff.sample, exact(kind, process), process, steps, prediction=kind, **options)
         if kind in ("prev_mean", "increment") and not process.discrete:
-            with pytest.raises(ConfigError, match="speaks of the step before"):
+            with pytest.raises(ConfigError, match="discrete chains only"):
                 run()
         else:
             results[kind] = run()
@@ -547,7 +552,7 @@ def test_clip_leaves_correctors_alone():
 def test_a_corrector_never_enters_the_history():
     table = fastdiff.plan("vp", 4, sampler=PredictorCorrector("heun"))
     assert {row.label for row in table.rows if row.keeps_prediction} == {"euler"}
-    assert table.history == 2
+    assert table.memory == 1
 
 
 def test_mixture_is_sampled():

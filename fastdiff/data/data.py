@@ -24,7 +24,7 @@ import torch
 
 from .. import checks
 from ..errors import ConfigError, DataError, DTypeError, ShapeError
-from ..execution.tensor_checks import check_dense, check_device, check_finite, check_floating
+from ..execution.tensor_checks import check_dense, check_device, check_floating
 from .dequantize import bin_edges, bin_noise
 
 MAX_BINS = 65536
@@ -81,7 +81,7 @@ class Data:
     def _extremes(self) -> tuple[float, float]:
         lo, hi = (end.item() for end in self.x.aminmax())
         if not (math.isfinite(lo) and math.isfinite(hi)):  # aminmax propagates NaN
-            check_finite("x", self.x)
+            _check_finite(self.x)
         return lo, hi
 
     @property
@@ -118,7 +118,7 @@ class Data:
         if lowest < lo or highest > hi:
             index = _first((self.x < lo) | (self.x > hi))
             raise DataError(
-                f"x must be >= {lo:g} and <= {hi:g}, its range, got {self.x[index].item():g} at index {index}: "
+                f"x must be >= {lo:g} and <= {hi:g}, its range, got {self.x[index].item():g} at index {list(index)}: "
                 f"give a range= that holds all values, {lowest:g} to {highest:g}"
             )
         return self.range  # type: ignore[return-value]
@@ -143,8 +143,8 @@ class Data:
                 i, *rest = _first(off)
                 index = (start + i, *rest)
                 raise DataError(
-                    f"x must lie on its {bins} levels from {lo:g} to {hi:g}, got {self.x[index].item():g} at index {index}: "
-                    f"give the right range= and bins=, or convert continuous data to float32"
+                    f"x must lie on its {bins} levels from {lo:g} to {hi:g}, got {self.x[index].item():g} at index "
+                    f"{list(index)}: give the right range= and bins=, or convert continuous data to float32"
                 )
         return bins
 
@@ -261,7 +261,7 @@ class Data:
         check_floating("x", x)
         if tuple(x.shape[1:]) != self.shape or x.ndim == 0:
             raise ShapeError(f"x must have shape [B, {str(list(self.shape))[1:-1]}], got {list(x.shape)}")
-        check_finite("x", x)
+        _check_finite(x)
         x, (lo, hi) = x.detach(), self._ends
         if self.bins is None:
             return _linear(x.clamp(a, b), (a, b), (lo, hi)).clamp(lo, hi).to(self.x.dtype)
@@ -352,6 +352,13 @@ def _checked_indices(indices: Any, count: int) -> torch.Tensor:
     if outside.any():
         raise DataError(f"indices must be >= 0 and <= {count - 1}, got {int(checked[outside][0])}")
     return checked
+
+
+def _check_finite(x: torch.Tensor) -> None:
+    finite = x.isfinite()
+    if not finite.all():
+        index = _first(~finite)
+        raise DataError(f"x must be finite, got {x[index].item()} at index {list(index)}: drop that sample")
 
 
 def _first(mask: torch.Tensor) -> tuple[int, ...]:

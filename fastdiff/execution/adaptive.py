@@ -1,8 +1,8 @@
-"""Solvers with a step size for each sample: each goes its own way from `start` to `end`, in steps h_i that are accepted where
-its own error norm is at most 1. Here the run that they share, and embedded Runge–Kutta; adaptive_sde is the other.
+"""Adaptive solvers with a step size for each sample: sample i goes from `start` to `end` in steps h_i, accepted where its
+own error norm is at most 1. Here is what they share, and embedded Runge–Kutta; adaptive_sde has the other.
 
-Whoever is done idles and is then left out, so that a stiff sample costs the others nothing. Nothing is read back within a
-step; who is done is looked up every few steps, by one read.
+Finished samples are dropped from the batch every few steps (POLL), which is the only host read: a stiff sample costs the
+others nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -35,10 +35,32 @@ class Field(Protocol):
     def at(self, u: Tensor, samples: Tensor) -> Sequence[Stage]: ...
 
 
+class Solver(Protocol):
+    """The options of an adaptive solver; max_nfe: evaluations that a sample may spend."""
+
+    @property
+    def rtol(self) -> float: ...
+
+    @property
+    def atol(self) -> float: ...
+
+    @property
+    def max_nfe(self) -> int: ...
+
+
+class PairSolver(Solver, Protocol):
+    """The same of an embedded Runge–Kutta pair."""
+
+    @property
+    def tableau(self) -> Tableau: ...
+
+    @property
+    def couple(self) -> bool: ...
+
+
 SAFETY, SLOWEST, FASTEST = 0.9, 0.2, 10.0
-# steps between looks at who is done: where a look stalls the device, not each
-POLL = {"cpu": 1}
-SELDOM = 4
+# steps between looks at which samples are done, by device type: where a look stalls the device, not each
+POLL, POLL_OTHERS = {"cpu": 1}, 4
 GAINS = 0.7, 0.4  # of PI control
 
 Progress = Callable[[float], None]
@@ -46,9 +68,9 @@ Progress = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Solution:
-    """y [B, *] at the end, the integrals [B, K], evaluations [B] of each sample, the states [M, B, *] at the asked times.
+    """y [B, *] at the end, the integrals [B, K], evaluations [B] of each sample, the states [M, B, *] at the requested times.
 
-    `calls` of the field: as many as the slowest sample has evaluations, or a few more where who is done is seldom looked up.
+    `calls` of the field: as many as the slowest sample has evaluations, or a few more where POLL is above 1.
     """
 
     y: Tensor
@@ -63,54 +85,47 @@ def integrate(
     y: Tensor,
     start: float,
     end: float,
+    solver: PairSolver,
     *,
     operations: ModuleType,
-    tableau: Tableau,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    couple: bool = False,
-    max_nfe: int = 100_000,
     integrals: int = 0,
     times: Sequence[float] = (),
     progress: Progress | None = None,
 ) -> Solution:
     """dy/du = field(u, y) from `start` to `end` (in either direction) by an embedded Runge–Kutta pair; y [B, *] is left as it is.
 
-    rtol, atol   a step's error is at most atol + rtol·|y|, root mean square over a sample's numbers, and over its integrals
-    couple       one step size for the whole batch, by the root mean square over it (what other libraries do)
-    integrals    K of the rates that the field returns beside dy/du; float64
-    times        asked times from start to end, in any order: there y is interpolated
+    solver       a step's error is at most atol + rtol·|y|, root mean square over a sample's numbers, and over its integrals;
+                 couple: one step size for the whole batch, by the root mean square over it (what other libraries do)
     operations   the backend's (fastdiff.execution.ops.backend_module)
-    progress     told, now and then, by how many samples' worth of the way the run has moved
+    integrals    K of the rates that the field returns beside dy/du; float64
+    times        times from start to end, in any order, at which y is interpolated
+    progress     called now and then with how many samples' worth of the way the run has moved
 
     Raises SolverError where the field is not finite, a step gets too small for float64, or a sample spends max_nfe.
     """
     outside = [time for time in times if not min(start, end) <= time <= max(start, end)]
     if outside:
         raise ConfigError(f"times must lie between {start:g} and {end:g}, got {outside[0]:g}")
-    run = _RungeKutta(
-        field, y, start, end, operations, rtol, atol, max_nfe, progress, tableau, couple, integrals, times
-    )
-    return run.solve()
+    return _RungeKutta(field, y, start, end, solver, operations, progress, integrals, times).solve()
 
 
-class Run:
-    """The samples that still run: where each stands (u, y), its step h, what it has spent; done ones are left out."""
+class AdaptiveRun:
+    """The samples that still run: where each stands (u, y), its step h, its evaluations; finished ones are left out."""
 
     carried: ClassVar[tuple[str, ...]] = ("samples", "u", "y", "h", "spent", "strikes", "running")
     cost: int  # evaluations of a step
 
     def __init__(
-        self, field: Field, y: Tensor, start: float, end: float, operations: ModuleType, rtol: float, atol: float,
-        max_nfe: int, progress: Progress | None,
-    ) -> None:  # fmt: skip
+        self, y: Tensor, start: float, end: float, solver: Solver, operations: ModuleType, progress: Progress | None
+    ) -> None:
         # below this the state's own rounding would be taken for the method's error
         floor = 4 * torch.finfo(y.dtype).eps
-        self.rtol, self.atol = checks.number("rtol", rtol, floor), checks.number("atol", atol, floor)
-        self.max_nfe = checks.integer("max_nfe", max_nfe, 1, 2**62)
+        self.rtol, self.atol = checks.number("rtol", solver.rtol, floor), checks.number("atol", solver.atol, floor)
+        self.max_nfe = solver.max_nfe
         self.operations, self.start, self.end, self.progress = operations, start, end, progress
         self.span, self.sign = abs(end - start), 1.0 if end >= start else -1.0
-        count, self.wide = len(y), {"dtype": torch.float64, "device": y.device}
+        count = len(y)
+        self.wide: dict[str, Any] = {"dtype": torch.float64, "device": y.device}
         self.final, self.y = y.clone(), y.clone()
         self.nfe = torch.zeros(count, dtype=torch.int64, device=y.device)
         self.samples = torch.arange(count, device=y.device)
@@ -118,8 +133,8 @@ class Run:
         self.h = torch.full((count,), 0.01 * self.span, **self.wide)
         self.running = torch.ones(count, dtype=torch.bool, device=y.device)
         self.spent, self.strikes = torch.zeros_like(self.nfe), torch.zeros_like(self.nfe)
-        self.steps, self.calls, self.told = 0, 0, 0.0
-        self.look = POLL.get(y.device.type, SELDOM)
+        self.steps, self.calls, self.reported = 0, 0, 0.0
+        self.look = POLL.get(y.device.type, POLL_OTHERS)
 
     def solve(self) -> Solution:
         if self.start != self.end and self.final.numel():
@@ -144,7 +159,7 @@ class Run:
         return Solution(self.final, torch.zeros(len(self.final), 0, **self.wide), self.nfe, None, self.calls)
 
     def trial(self, most: Tensor | float = math.inf) -> tuple[Tensor, Tensor, Tensor]:
-        """This step's signed h, |h| up to `most` (0 for who idles), and whether it ends at the end."""
+        """This step's signed h, |h| up to `most` (0 for a sample that is done), and whether it ends at the end."""
         self.running_before = self.running
         left, h = (self.sign * (self.end - self.u)).clamp(min=0), torch.clamp(self.h, max=most)
         last = self.running & (h >= left * (1 - 1e-10))
@@ -154,7 +169,7 @@ class Run:
     def settle(
         self, accepted: Tensor, finite: Tensor, last: Tensor, reached: Tensor, h: Tensor, new: dict[str, Tensor]
     ) -> None:
-        """Take over what was accepted; `h` is the next step."""
+        """Move the accepted samples on; `h` is the next step."""
         for name, value in new.items():
             old = getattr(self, name)
             setattr(self, name, torch.where(accepted.view(-1, *[1] * (old.ndim - 1)), value, old))
@@ -164,21 +179,21 @@ class Run:
         self.running = self.running & ~(accepted & last)
 
     def poll(self) -> None:
-        """Leave out who is done; refuse to go on where a sample cannot."""
+        """Drop finished samples; refuse to go on where a sample cannot."""
         tiny = 8 * torch.finfo(torch.float64).eps * self.u.abs().clamp(min=self.span)
         troubles = {
             "the field is not finite": self.strikes >= 2,
             "step size underflow": self.running & (self.h < tiny),
             f"max_nfe = {self.max_nfe} is spent": self.running & (self.spent >= self.max_nfe),
         }
-        *troubled, finished = torch.stack([*troubles.values(), ~self.running]).any(1).tolist()
-        for (reason, bad), found in zip(troubles.items(), troubled):
-            if found:
+        *present, finished = torch.stack([*troubles.values(), ~self.running]).any(1).tolist()
+        for (reason, bad), troubled in zip(troubles.items(), present):
+            if troubled:
                 self.refuse(bad, reason)
         if self.progress is not None:
             way = float((len(self.final) - len(self.u)) + ((self.u - self.start).abs() / self.span).sum())
-            self.progress(way - self.told)
-            self.told = way
+            self.progress(way - self.reported)
+            self.reported = way
         if finished:
             self.leave(torch.nonzero(~self.running).flatten())
             keep = torch.nonzero(self.running).flatten()
@@ -186,7 +201,7 @@ class Run:
                 setattr(self, name, getattr(self, name)[keep])
 
     def leave(self, done: Tensor) -> None:
-        """Put the results of who is done in their places."""
+        """Store the results of finished samples."""
         places = self.samples[done]
         self.final[places], self.nfe[places] = self.y[done], self.spent[done]
 
@@ -195,17 +210,18 @@ class Run:
         raise SolverError(reason, int(self.samples[i]), float(self.u[i]), int(self.spent[i]), float(self.h[i]))
 
 
-class _RungeKutta(Run):
+class _RungeKutta(AdaptiveRun):
     """Also carried: the first stage k with its rates, the integrals q, the last accepted error."""
 
-    carried = (*Run.carried, "k", "rate", "q", "before")
+    carried = (*AdaptiveRun.carried, "k", "rate", "q", "before")
 
     def __init__(
-        self, field: Field, y: Tensor, start: float, end: float, operations: ModuleType, rtol: float, atol: float,
-        max_nfe: int, progress: Progress | None, tableau: Tableau, couple: bool, integrals: int, times: Sequence[float],
+        self, field: Field, y: Tensor, start: float, end: float, solver: PairSolver, operations: ModuleType,
+        progress: Progress | None, integrals: int, times: Sequence[float],
     ) -> None:  # fmt: skip
-        super().__init__(field, y, start, end, operations, rtol, atol, max_nfe, progress)
-        self.field, self.tableau, self.couple, self.times = field, tableau, couple, times
+        super().__init__(y, start, end, solver, operations, progress)
+        self.field, self.tableau, self.couple, self.times = field, solver.tableau, solver.couple, times
+        tableau = self.tableau
         self.cost = len(tableau.a)
         self.q = torch.zeros(len(y), integrals, **self.wide)
         self.totals = torch.zeros_like(self.q)
@@ -258,7 +274,7 @@ class _RungeKutta(Run):
             q = self.q + h[:, None] * _weighted(b, stacked)
             tolerance = self.atol + self.rtol * torch.maximum(q.abs(), self.q.abs())
             error = torch.maximum(error, self._norm(h[:, None] * _weighted(t.e, stacked) / tolerance))
-        own = error.isfinite()
+        finite = error.isfinite()
         if self.couple:
             mean = torch.where(self.running, error, 0.0).square().sum() / self.running.sum()
             error = mean.sqrt().expand_as(error)
@@ -268,7 +284,7 @@ class _RungeKutta(Run):
             self._interpolate(ks, h, after, reached, accepted)
         factor = self._factor(error, accepted)
         new = {"y": after, "k": ks[-1], "q": q, "rate": rates[-1], "before": error.clamp(min=1e-4)}
-        self.settle(accepted, own, last, reached, size * factor, new)
+        self.settle(accepted, finite, last, reached, size * factor, new)
 
     def _factor(self, error: Tensor, accepted: Tensor) -> Tensor:
         """What multiplies h: PI control (Hairer & Wanner, Solving ODEs II, IV.2)."""
@@ -285,7 +301,7 @@ class _RungeKutta(Run):
         return Solution(self.final, self.totals, self.nfe, self.states if len(self.times) else None, self.calls)
 
     def _interpolate(self, ks: list[Tensor], h: Tensor, after: Tensor, reached: Tensor, accepted: Tensor) -> None:
-        """y at the asked times within this step: Hairer, Nørsett & Wanner, Solving ODEs I, eq. II.6.7 and DOPRI5's `contd5`."""
+        """y at requested times within this step: Hairer, Nørsett & Wanner, Solving ODEs I, eq. II.6.7 and DOPRI5's `contd5`."""
         shape = (-1, *[1] * (after.ndim - 1))
         rise, first = after - self.y, h.to(after.dtype).view(shape) * ks[0]
         end = h.to(after.dtype).view(shape) * ks[-1]

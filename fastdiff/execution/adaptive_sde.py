@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .adaptive import Field, Progress, Run, Solution, power
+from .adaptive import AdaptiveRun, Field, Progress, Solution, Solver, power
 from .reference import tree_sum
 
 
@@ -25,11 +25,9 @@ def integrate_sde(
     y: Tensor,
     start: float,
     end: float,
+    solver: Solver,
     *,
     operations: ModuleType,
-    rtol: float = 0.05,
-    atol: float = 0.0078,
-    max_nfe: int = 100_000,
     progress: Progress | None = None,
 ) -> Solution:
     """dy = field(u, y) du + g(u) dw from `start` to `end` (Jolicoeur-Martineau et al. 2021, Alg. 1, with extrapolation):
@@ -39,38 +37,38 @@ def integrate_sde(
     accepted where √mean(((y' − y'')/δ)²) = E ≤ 1, δ = max(atol, rtol·max(|y'|, |y'_before|)); h ← 0.9 h E^{−0.9}. Theirs
     draws anew for each attempt; here the noise that a rejected step has seen stays (see _Stochastic). Raises as `integrate`.
     """
-    return _Stochastic(field, y, start, end, operations, rtol, atol, max_nfe, progress).solve()
+    return _Stochastic(field, y, start, end, solver, operations, progress).solve()
 
 
-class _Stochastic(Run):
-    """Also carried: y' of the last accepted step, and what is known of the Brownian path ahead.
+class _Stochastic(AdaptiveRun):
+    """Also carried: y' of the last accepted step, and the pieces of the Brownian path ahead that rejected steps have drawn.
 
     An attempt that is rejected has seen its noise, and drawing anew until a step passes would choose the noise: of few
     numbers, whose error has luck, far too large a variance. So what was drawn stays (Rackauckas & Nie 2017, RSwM1): the
     path ahead is a stack of pieces (length, increment), of which a shorter step takes a part by a Brownian bridge.
     """
 
-    carried = (*Run.carried, "before", "lengths", "pieces", "depth")
+    carried = (*AdaptiveRun.carried, "before", "lengths", "pieces", "depth")
     cost = 2
 
-    def __init__(self, field: NoisyField, y: Tensor, *args: object) -> None:
-        super().__init__(field, y, *args)  # type: ignore[arg-type]
+    def __init__(self, field: NoisyField, y: Tensor, *args: Any) -> None:
+        super().__init__(y, *args)
         self.field, self.before = field, self.y
         self.depth = torch.zeros_like(self.nfe)
         self.lengths, self.pieces = torch.zeros(len(y), 0, **self.wide), y.new_zeros(len(y), 0, *y.shape[1:])
 
     def step(self) -> None:
-        known, every = self.depth > 0, torch.arange(len(self.u), device=self.u.device)
+        bridged, every = self.depth > 0, torch.arange(len(self.u), device=self.u.device)
         self._make_room()
         top = (self.depth - 1).clamp(min=0)
         length, piece = self.lengths[every, top], self.pieces[every, top]
-        h, size, last = self.trial(torch.where(known, length, torch.inf))
+        h, size, last = self.trial(torch.where(bridged, length, torch.inf))
         shape = (-1, *[1] * (self.y.ndim - 1))
-        part = torch.where(known, size / torch.where(known, length, 1.0), 0.0)
-        spread = torch.where(known, size * (1 - part).clamp(min=0), size).sqrt()
+        part = torch.where(bridged, size / torch.where(bridged, length, 1.0), 0.0)
+        spread = torch.where(bridged, size * (1 - part).clamp(min=0), size).sqrt()
         z = self.field.noise(self.steps, self.samples)
         wiener = part.to(z.dtype).view(shape) * piece + spread.to(z.dtype).view(shape) * z
-        split = known & (size < length)
+        split = bridged & (size < length)
         self.lengths[every, top] = torch.where(split, length - size, size)
         self.pieces[every, top] = torch.where(split.view(shape), piece - wiener, wiener)
         place = torch.where(split, self.depth, top)

@@ -1,4 +1,7 @@
-"""One CUDA graph: captured on a stream of fastdiff's, torch brought back where that fails, and the settings it bakes in."""
+"""One CUDA graph: its capture on a stream of fastdiff's, the repair of torch's state where that fails, the settings it bakes in.
+
+Experimental: no device has run it yet.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import GraphError
+from . import torch_private
 
 _capturing = threading.Lock()  # torch takes one capture at a time
 
@@ -33,7 +37,7 @@ def capture(warm: Callable[[], None], body: Callable[[], None], device: torch.de
         graph, first = torch.cuda.CUDAGraph(), None
         pool = torch.cuda.graph_pool_handle() if pool is None else pool
         with _capturing, _no_collection():
-            _clear_workspaces()  # so that the graph's own lie in its own pool, and not where others' do
+            torch_private.clear_cublas_workspaces()  # so that the graph's own lie in its own pool, and not where others' do
             try:
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     try:
@@ -45,7 +49,7 @@ def capture(warm: Callable[[], None], body: Callable[[], None], device: torch.de
                 _recover(graph, pool, stream, device)
                 raise GraphError(first_line(first or error)) from (first or error)
             finally:
-                _clear_workspaces()
+                torch_private.clear_cublas_workspaces()
     return graph, pool
 
 
@@ -53,17 +57,13 @@ def _recover(graph: Any, pool: Any, stream: Any, device: torch.device) -> None:
     """Bring torch back from a capture that failed, of which it leaves the allocator and the generator in the midst."""
     graph.reset()
     with contextlib.suppress(RuntimeError):  # where torch has done so itself
-        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch_private.end_allocate_to_pool(device.index, pool)
     # the generator is told of the end of a capture only by one that succeeds
     again = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local")
     with contextlib.suppress(RuntimeError), again:
         torch.zeros(1, device=device)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-
-
-def _clear_workspaces() -> None:
-    torch._C._cuda_clearCublasWorkspaces()
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ def surroundings(device: torch.device) -> tuple[Any, ...]:
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
-        (cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision),
+        (cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision),  # type: ignore[attr-defined]
         (cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction),
         cuda.matmul.allow_fp16_accumulation,
         (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),

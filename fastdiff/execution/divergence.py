@@ -1,9 +1,9 @@
-"""Traces of a network's Jacobian J = ∂m/∂x for each sample, from one call of the network: exact, Hutchinson's, Hutch++.
+"""The trace of a network's Jacobian J = ∂m/∂x for each sample, from one call of the network: exact, Hutchinson's, Hutch++.
 
-Each is a function (network, x [B, *], samples) -> (m [B, *], estimates [B, K] of tr J, [B or 1, K or 1] of tr 1); the K
-estimates are independent of each other given what they share, so that their spread is the standard error of their mean.
-Of the unit matrix an estimator makes what suits it: Hutchinson's is |v|² = D for ±1, but for normals the same probe's |v|²,
-so that the estimate is ⟨v, Av⟩ for the whole Jacobian A = P·1 + q·J of a field, which is less spread than that of J alone.
+Each is a function (network, x [B, *], samples) -> (m [B, *], estimates [B, K] of tr J, [B or 1, K or 1] of tr 1). The K
+estimates have independent probes, so that their spread gives the standard error of their mean. Each also returns its
+estimate of tr 1 by the same probe, D for ±1 and |v|² for normals: the estimate of tr(P·1 + q·J) is then ⟨v, (P·1 + q·J)v⟩,
+which has less variance than P·D + q⟨v, Jv⟩.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from ..errors import ModelOutputError
 
 Network = Callable[[Tensor], Tensor]
 
-AT_ONCE = 2**11  # numbers in one backward pass of many probes; of more, each probe's own pass is as fast and holds less
+AT_ONCE = (
+    2**11
+)  # numbers in one backward pass of many probes; above, a pass for each probe is as fast and needs less memory
 
 
 class Reverse:
@@ -39,40 +41,40 @@ class Reverse:
         self.m = self.output.detach()
 
     def products(self, vs: Tensor, last: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-        """(v, Jᵀv) for vs [n, B, *], as [some, B, *]; `last`: no more will be asked for."""
+        """(v, Jᵀv) for vs [n, B, *], as [some, B, *]; `last`: no other call follows."""
         size = max(1, AT_ONCE // max(self.x.numel(), 1))
         if size > 1 and len(vs) > 1:
             try:
                 for some in vs.split(size):
                     yield some, self._product(some, True, batched=True)
                 return
-            except RuntimeError as error:  # a part of the network knows no batches of gradients
+            except RuntimeError as error:  # a part of the network has no rule for batches of gradients
                 if "batching rule" not in str(error).lower():
                     raise
         for k, v in enumerate(vs):
             yield v[None], self._product(v, not last or k + 1 < len(vs))[None]
 
     def _product(self, v: Tensor, retain: bool, batched: bool = False) -> Tensor:
-        found = None
+        gradient = None
         if self.output.requires_grad:
             try:
-                (found,) = torch.autograd.grad(
+                (gradient,) = torch.autograd.grad(
                     self.output, self.x, v, retain_graph=retain, allow_unused=True, is_grads_batched=batched
                 )
             except RuntimeError as error:
                 if "donated" not in str(error):
                     raise
                 raise ModelOutputError(
-                    "a compiled network gives up its graph after one backward pass, and several probes, an exact trace and "
-                    "Hutch++ take more: use derivative='forward', or set torch._functorch.config.donated_buffer = False "
-                    "before it is compiled"
+                    "torch.compile frees the graph of a network after one backward pass, and several probes, an exact trace and "
+                    "Hutch++ need more: use derivative='forward', or set torch._functorch.config.donated_buffer = False "
+                    "before compiling"
                 ) from error
-        if found is None:
+        if gradient is None:
             raise ModelOutputError(
                 "the divergence needs gradients through the model, and its output has none with respect to x: look in it "
                 "for no_grad, detach, argmax, numpy, or an output that does not depend on x"
             )
-        return found
+        return gradient
 
 
 class Forward:
@@ -104,25 +106,24 @@ class Forward:
                 "the divergence needs derivatives through the model, and its output has none with respect to x: look in it "
                 "for detach, argmax, numpy, or an output that does not depend on x"
             )
-        return tangent
+        return tangent  # type: ignore[no-any-return]
 
 
 DERIVATIVES: dict[str, type[Reverse] | type[Forward]] = {"reverse": Reverse, "forward": Forward}
 
 
 class Probes:
-    """Vectors [K, B, *], and of the samples that still run."""
+    """Vectors [K, B, *], and those of the samples that still run."""
 
     def __init__(self, every: Tensor) -> None:
-        self.every, self.samples, self.some = every, None, every
+        self.every, self.some = every, every
+        self.samples: Tensor | None = None
 
     def of(self, samples: Tensor) -> Tensor:
         """Those of `samples`, gathered once as long as they are the same."""
         if samples is not self.samples:
-            self.samples, self.some = (
-                samples,
-                self.every if len(samples) == self.every.shape[1] else self.every[:, samples],
-            )
+            self.samples = samples
+            self.some = self.every if len(samples) == self.every.shape[1] else self.every[:, samples]
         return self.some
 
 
@@ -154,8 +155,8 @@ class Hutchinson:
 
     def __call__(self, network: Network, x: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         j = self.derivative(network, x)
-        found = [_dots(v, product) for v, product in j.products(self.probes.of(samples))]
-        return j.m, torch.cat(found).T, self.squares.of(samples).T
+        estimates = [_dots(v, product) for v, product in j.products(self.probes.of(samples))]
+        return j.m, torch.cat(estimates).T, self.squares.of(samples).T
 
     @cached_property
     def squares(self) -> Probes:
@@ -176,9 +177,8 @@ class HutchPlusPlus:
 
     def __call__(self, network: Network, x: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         j, numbers = self.derivative(network, x), x[0].numel()
-        seen = torch.cat([product for _, product in j.products(self.sketch.of(samples), last=False)]).flatten(
-            2
-        )  # [K, B, D]
+        images = torch.cat([product for _, product in j.products(self.sketch.of(samples), last=False)])
+        seen = images.flatten(2)  # [K, B, D]
         with torch.autocast(x.device.type, enabled=False):
             basis = torch.linalg.qr(seen.permute(1, 2, 0)).Q  # [B, D, K]
             probes = self.probes.of(samples).flatten(2).permute(1, 2, 0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, GraphError
 from ..table import StepTable
-from . import monitor
+from . import monitor, ops
 from .cuda_graph import capture, first_line
 from .loop import Condition, Draw, Loop, Network, RowPlan, raise_if_bad
 
 LIMIT = 8  # loops kept while nobody runs them; one more retires all of them
-WORTHWHILE = 100  # rows that pay for capturing a callable whose graphs cannot be kept
+WORTHWHILE = 100  # rows that pay for capturing a callable whose graphs cannot be cached
 
 
-class _Kept(NamedTuple):
+class _Cached(NamedTuple):
     """A module's loops that nobody is running, by what they were captured under."""
 
     fingerprint: Any
@@ -36,12 +36,12 @@ class _Kept(NamedTuple):
 
 
 _lock = threading.Lock()  # of these two
-_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+_cache: weakref.WeakKeyDictionary[nn.Module, _Cached] = weakref.WeakKeyDictionary()
 _refused: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
-def obstacle(net: Any, device: torch.device, rows: int, noise: Any, asked: bool) -> str | None:
-    """Why a run is not captured, or None. `asked`: graphs were asked for by name, so whether they pay is not a question."""
+def obstacle(net: Any, device: torch.device, rows: int, noise: Any, named: bool) -> str | None:
+    """Why a run is not captured, or None. `named`: the caller asked for graphs by name, whether or not they pay."""
     if device.type != "cuda":
         return f"CUDA graphs need a CUDA device, not {device.type}"
     if torch.cuda.is_current_stream_capturing():
@@ -51,7 +51,7 @@ def obstacle(net: Any, device: torch.device, rows: int, noise: Any, asked: bool)
         )
     if noise is not None:
         return "the noise comes from the caller"
-    if not isinstance(net, nn.Module) and rows < WORTHWHILE and not asked:
+    if not isinstance(net, nn.Module) and rows < WORTHWHILE and not named:
         return f"a plain callable is captured anew for each run, and this one has {rows} rows"
     try:
         return _refused.get(net)
@@ -63,7 +63,7 @@ def refuse(net: Any, reason: str) -> None:
     """Remember that a network cannot be captured."""
     with _lock, contextlib.suppress(TypeError):
         _refused[net] = reason
-        _kept.pop(net, None)
+        _cache.pop(net, None)
 
 
 def clear() -> None:
@@ -74,8 +74,11 @@ def clear() -> None:
 
 
 def _retire() -> None:
+    """Free all graphs that nobody is running."""
     with _lock:
-        _kept.clear()
+        for cached in _cache.values():
+            cached.loops.clear()  # which a run of this network holds too
+        _cache.clear()
 
 
 @contextlib.contextmanager
@@ -84,14 +87,14 @@ def borrowed(net: Any, key: Any, make: Callable[[], GraphLoop]) -> Iterator[Grap
 
     key   all that a capture bakes in, but for the network itself
     """
-    kept, loop = None, None
+    cached, loop = None, None
     if isinstance(net, nn.Module):
         now = fingerprint(net)
         with _lock:
-            kept = _kept.get(net)
-            if kept is None or kept.fingerprint != now:
-                kept = _kept[net] = _Kept(now, {})
-            free = kept.loops.get(key)
+            cached = _cache.get(net)
+            if cached is None or cached.fingerprint != now:
+                cached = _cache[net] = _Cached(now, {})
+            free = cached.loops.get(key)
             loop = free.pop() if free else None
     loop = make() if loop is None else loop
     loop.follow()
@@ -99,18 +102,18 @@ def borrowed(net: Any, key: Any, make: Callable[[], GraphLoop]) -> Iterator[Grap
         yield loop
     finally:
         loop.leave()
-        if kept is not None and loop.graphs:
-            _keep(net, kept, key, loop)
+        if cached is not None and loop.graphs:
+            _keep(net, cached, key, loop)
 
 
-def _keep(net: nn.Module, kept: _Kept, key: Any, loop: GraphLoop) -> None:
+def _keep(net: nn.Module, cached: _Cached, key: Any, loop: GraphLoop) -> None:
     with _lock:
-        if _kept.get(net) is not kept:  # retired, or the module has changed, while the loop ran
+        if _cache.get(net) is not cached:  # retired, or the module has changed, while the loop ran
             return
-        if sum(len(free) for own in _kept.values() for free in own.loops.values()) >= LIMIT:
-            _kept.clear()
-            kept = _kept[net] = _Kept(kept.fingerprint, {})
-        kept.loops.setdefault(key, []).append(loop)
+        if sum(len(free) for cached in _cache.values() for free in cached.loops.values()) >= LIMIT:
+            _cache.clear()
+            cached = _cache[net] = _Cached(cached.fingerprint, {})
+        cached.loops.setdefault(key, []).append(loop)
 
 
 def fingerprint(net: nn.Module) -> Any:
@@ -120,9 +123,11 @@ def fingerprint(net: nn.Module) -> Any:
     try:
         tensors = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in [*net.parameters(), *net.buffers(), *loose]]
     except (RuntimeError, ValueError) as error:
-        raise GraphError(f"a tensor of its has no place in memory: {first_line(error)}") from error
+        raise GraphError(
+            f"one of its tensors has no storage (meta, fake or functional): {first_line(error)}"
+        ) from error
     if any(not address and shape.numel() for address, _, shape, _ in tensors):
-        raise GraphError("a tensor of its does not tell where it lies in memory")
+        raise GraphError("one of its tensors has no storage (meta, fake or functional)")
     parts = [
         (id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules
     ]
@@ -130,7 +135,7 @@ def fingerprint(net: nn.Module) -> Any:
 
 
 class GraphLoop(Loop):
-    """A runner.Loop that replays. Everything that its graphs touch is made once and stays where it is.
+    """A Loop that replays. Everything that its graphs touch is made once and stays where it is.
 
     capacity  rows of the longest table that it takes
     net       of whose graphs these are; not held
@@ -146,9 +151,9 @@ class GraphLoop(Loop):
         super().__init__(*args, **kwargs)
         self.cursor = torch.zeros(3, dtype=torch.int64, device=self.start.device)
 
-    def load(self, table: StepTable, times: Sequence[float], features: Tensor | None, seed: int) -> None:
-        super().load(table, times, features, seed)
-        self.row_times = self.placed("times", torch.tensor(times, dtype=self.time.dtype))
+    def load(self, table: StepTable, features: Tensor | None, seed: int) -> None:
+        super().load(table, features, seed)
+        self.row_times = self.placed("times", torch.tensor(self.times, dtype=self.time.dtype))
 
     def placed(self, name: str, values: Tensor) -> Tensor:
         """The values on the device, in the first rows of a tensor that stays in its place."""
@@ -157,16 +162,19 @@ class GraphLoop(Loop):
         self.static[name][: len(values)].copy_(values)
         return self.static[name]
 
-    def run(self, network: Network, cond: Condition, first_sample: int, noise: Draw | None = None) -> Iterator[Tensor]:
-        """As Loop.run, without noise of the caller's. Raises GraphError before the first row, and leaves `start` as it
-        was, where capture fails."""
+    def run(
+        self, network: Network, cond: Condition, first_sample: int, x_init: Tensor | None = None, noise: Draw | None = None
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """As Loop.run, without noise of the caller's. Raises GraphError, before it yields, where capture fails."""
+        self.begin(first_sample, x_init)
         if not self.graphs.keys() >= set(self.plans):
             self._capture_plans(network, self._conditioned(cond), first_sample)
+            self.begin(first_sample, x_init)
         self._conditioned(cond)  # a network may have changed it in the warm-up
-        self.begin()
+        yield self.start
         self._stand_at(0, first_sample)
         every = self.check == "every"
-        replay = monitor.marked("row", lambda plan: self.graphs[plan].replay())
+        replay: Callable[[RowPlan], None] = monitor.marker()("row", lambda plan: self.graphs[plan].replay())
         for plan in self.plans:
             replay(plan)
             if every and self.first_bad is not None:
@@ -186,41 +194,38 @@ class GraphLoop(Loop):
             stream = torch.cuda.current_stream(self.start.device)
             self.done = torch.cuda.Event()
             self.done.record(stream)
-            own = (self.net_input, self.time, self.measured, self.cursor, self.first_bad)
-            for tensor in (*self.buffers, *self.static.values(), *own):
+            static = (self.net_input, self.time, self.measured, self.cursor, self.first_bad)
+            for tensor in (*self.buffers, *self.static.values(), *static):
                 if tensor is not None:
                     tensor.record_stream(stream)
 
     def _stand_at(self, row: int, first_sample: int) -> None:
-        seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed
-        self.cursor.copy_(torch.tensor([row, first_sample, seed]))
+        self.cursor.copy_(ops.cursor(row, first_sample, self.seed))
 
     def _conditioned(self, cond: Condition) -> Condition:
-        """The condition in memory of the loop's own, which the graphs read."""
+        """The condition in the loop's memory, which the graphs read."""
         if isinstance(cond, dict):
-            return {name: self._kept_at(f"cond {name}", value) for name, value in cond.items()}
-        return None if cond is None else self._kept_at("cond", cond)
+            return {name: self._copied(f"cond {name}", value) for name, value in cond.items()}
+        return None if cond is None else self._copied("cond", cond)
 
-    def _kept_at(self, name: str, value: Tensor) -> Tensor:
+    def _copied(self, name: str, value: Tensor) -> Tensor:
         if name not in self.static:
             self.static[name] = torch.empty_like(value)
         return self.static[name].copy_(value)
 
     def _capture_plans(self, network: Network, cond: Condition, first_sample: int) -> None:
-        start, net = self.start.clone(), self.net()
+        net = self.net()
         before = None if net is None else fingerprint(net)
         try:
             for plan in dict.fromkeys(self.plans):
                 if plan not in self.graphs:
                     self._capture(plan, network, cond, first_sample)
             if net is not None and fingerprint(net) != before:
-                raise GraphError("its forward puts other tensors in the place of its own")
+                raise GraphError("its forward rebinds parameters or buffers")
         except GraphError:
             self.graphs.clear()
             self.pool = None
             raise
-        finally:
-            self.start.copy_(start)
 
     def _capture(self, plan: RowPlan, network: Network, cond: Condition, first_sample: int) -> None:
         at, device = self.plans.index(plan), self.start.device
@@ -236,7 +241,7 @@ class GraphLoop(Loop):
             number.add_(1)
 
         def warm() -> None:
-            self.begin()
+            self.feed()
             self._stand_at(at, first_sample)
             body()
 

@@ -16,32 +16,35 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..table import Row, StepTable
-from . import monitor
-from .noise import SAMPLER
+from . import monitor, ops, torch_private
+from .noise import PRIOR, SAMPLER
 
 Condition = Tensor | dict[str, Tensor] | None
-# (input already scaled [B, *], time [B], or instead of it what the network made of it beforehand, condition)
+# (input already scaled [B, *], time [B], time features that replace it or None, condition)
 #     -> prediction [B, *], and the second half of its channels where the variance is learned
 Network = Callable[[Tensor, Tensor, Tensor | None, Condition], tuple[Tensor, Tensor | None]]
 # (row number) -> noise like the state
 Draw = Callable[[int], Tensor]
+# (cursor, prediction, variance's half of the channels)
+Step = Callable[[Tensor, Tensor | None, Tensor | None], None]
 
 CHECKS = ("final", "every", "off")
 BLOCK = 1024  # rows whose views are made at a time
 
 
 class RowPlan(NamedTuple):
-    """All that a row's host code does: rows of one plan differ only in numbers that the device reads.
+    """The host side of a row. Rows with equal plans differ only in coefficients that the device reads, so one captured graph
+    serves them all.
 
-    x, out, base, history, pushed and kept are numbers of buffers. The state starts in buffer 0.
+    x, out, base, history, pushed and noise index Loop.buffers; the state starts in buffer 0.
     """
 
     x: int
     out: int
     base: int | None
     history: tuple[int, ...]
-    pushed: int | None
-    kept: int | None
+    pushed: int | None  # where the prediction is kept
+    noise: int | None  # where a measured row leaves its noise
     calls_network: bool
     draws: bool
     norm: str | None  # of a measured row
@@ -51,12 +54,19 @@ class RowPlan(NamedTuple):
 
 def plans(table: StepTable, keeps_noise: bool) -> list[RowPlan]:
     """Each row's plan. The state is updated in place unless a later row still needs it as its base."""
+    made: dict[bool, list[RowPlan]] = vars(table).setdefault("_plans", {})  # a table does not change
+    if keeps_noise not in made:
+        made[keeps_noise] = _plans(table, keeps_noise)
+    return made[keeps_noise]
+
+
+def _plans(table: StepTable, keeps_noise: bool) -> list[RowPlan]:
     rows, reads, needed = table.rows, False, []
     for row in reversed(rows):  # whether rows after this one read the base that it leaves
         needed.append(reads)
         reads = row.e != 0 or (reads and not row.saves_base)
     needed.reverse()
-    found = list[RowPlan]()
+    listed = list[RowPlan]()
     x, base, history = 0, None, tuple[int, ...]()
     for k, row in enumerate(rows):
         base = x if row.saves_base else base
@@ -67,50 +77,51 @@ def plans(table: StepTable, keeps_noise: bool) -> list[RowPlan]:
             taken.add(free)
             return free
 
-        kept = spare() if row.measure is not None and keeps_noise else None
+        noise = spare() if row.measure is not None and keeps_noise else None
         out = spare() if base == x and (needed[k] or row.e != 0) else x
         pushed = spare() if row.keeps_prediction and table.memory else None
         feeds = k + 1 < len(rows) and rows[k + 1].calls_network
-        found.append(RowPlan(
-            x, out, base if row.e != 0 else None, history[: len(row.b) - row.calls_network], pushed, kept,
-            row.calls_network, row.draws,
-            None if row.measure is None else row.measure.norm, row.log_variance is not None, feeds,
+        listed.append(RowPlan(
+            x, out, base if row.e != 0 else None, history[: len(row.b) - row.calls_network], pushed, noise,
+            row.calls_network, row.draws, None if row.measure is None else row.measure.norm,
+            row.log_variance is not None, feeds,
         ))  # fmt: skip
         x = out
         if pushed is not None:
             history = (pushed, *history)[: table.memory]
-    return found
+    return listed
 
 
 class Loop:
     """A table and the buffers to run it on, for states of one shape; one run at a time, as many as you like.
 
-    operations  the module that implements them (fastdiff.execution.ops.backend_module)
-    start       the buffer that the state starts in, [B, *]: to be filled before each run
+    operations  the module that implements them (ops.backend_module)
+    start       the buffer that the state starts in, [B, *]
     net_input   the buffer of the network's input, whose dtype and layout it has
-    time        the buffer of the network's time [B]
-    times       each row's
+    time        the buffer of the network's time [B], of integers where it counts a chain's steps
     features    [rows, …], or None: what the network makes of the rows' times, instead of from `time` in each call
     """
 
     def __init__(
         self, table: StepTable, operations: ModuleType, start: Tensor, net_input: Tensor, time: Tensor,
-        times: Sequence[float], features: Tensor | None, *, seed: int, check: str,
+        features: Tensor | None, *, seed: int, check: str,
     ) -> None:  # fmt: skip
         self.operations, self.net_input, self.time, self.check = operations, net_input, time, check
         self.buffers = [start]
         self.measured = start.new_empty((len(start), 2))
         self.first_bad = None if check == "off" else torch.empty(len(start), dtype=torch.int64, device=start.device)
-        self._measure = monitor.marked("measure_langevin", operations.measure_langevin)
-        self._steps: dict[RowPlan, Callable[[Tensor, Tensor | None, Tensor | None], None]] = {}
-        self.load(table, times, features, seed)
+        self.mark = monitor.marker()
+        self._measure = self.mark("measure_langevin", operations.measure_langevin)
+        self._steps: dict[RowPlan, Step] = {}
+        self.load(table, features, seed)
 
-    def load(self, table: StepTable, times: Sequence[float], features: Tensor | None, seed: int) -> None:
-        """What the next runs are of."""
-        self.table, self.times, self.seed = table, times, seed
+    def load(self, table: StepTable, features: Tensor | None, seed: int) -> None:
+        """Set the table, time features and seed of the next runs."""
+        self.table, self.seed = table, seed
+        self.times = network_times(table, self.time.dtype)
         self._steps.clear()
         self.plans = plans(table, self.operations.KEEPS_NOISE)
-        numbers = [n for plan in set(self.plans) for n in (plan.x, plan.out, plan.pushed, plan.kept) if n is not None]
+        numbers = [n for plan in set(self.plans) for n in (plan.x, plan.out, plan.pushed, plan.noise) if n is not None]
         self.buffers += [torch.empty_like(self.start) for _ in range(max(numbers) + 1 - len(self.buffers))]
         self.matrix = self.placed("matrix", torch.from_numpy(table.matrix).to(self.start.dtype))
         self.features = None if features is None else self.placed("features", features)
@@ -123,28 +134,45 @@ class Loop:
     def start(self) -> Tensor:
         return self.buffers[0]
 
-    def run(self, network: Network, cond: Condition, first_sample: int, noise: Draw | None = None) -> Iterator[Tensor]:
-        """Yield the state after each row, from `start` on. What is yielded, and the network's input, are overwritten later.
+    def run(
+        self, network: Network, cond: Condition, first_sample: int, x_init: Tensor | None = None, noise: Draw | None = None
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Yield the start, then the state after each row. What is yielded, and the network's input, are overwritten later.
 
-        noise   instead of the counter's, where given
+        x_init  the start, instead of the prior's draw
+        noise   instead of the counter's
         """
-        table, first_bad, every = self.table, self.first_bad, self.check == "every"
-        self.begin()
-        network, row = monitor.marked("network", network), monitor.marked("row", self.row)
-        cursors = self.cursors(first_sample)
-        for k, (plan, cursor, time, features) in enumerate(zip(self.plans, cursors, self.times, self._features())):
-            if plan.calls_network and features is None:
-                self.time.fill_(time)
-            z = noise(k) if noise is not None and plan.draws else None
-            row(plan, network, cond, cursor, features, z)
-            if every and first_bad is not None:
-                raise_if_bad(table, first_bad, first_sample)
-            yield self.buffers[plan.out]
+        first_bad, every = self.first_bad, self.check == "every"
+        self.begin(first_sample, x_init)
+        yield self.start
+        network, row = self.mark("network", network), self.mark("row", self.row)
+        rows = np.zeros((len(self.table), 3), dtype=np.int64)
+        rows[:, 0], rows[:, 1], rows[:, 2] = np.arange(len(rows)), first_sample, ops.signed(self.seed)
+        cursors = torch.from_numpy(rows).to(self.start.device)
+        for low in range(0, len(rows), BLOCK):
+            block = self.plans[low : low + BLOCK]
+            ahead = [None] * len(block) if self.features is None else self.features[low : low + len(block)].split(1)
+            for k, (plan, cursor, features) in enumerate(zip(block, cursors[low : low + BLOCK].unbind(), ahead), low):
+                if features is None and plan.calls_network:
+                    self.time.fill_(self.times[k])
+                row(plan, network, cond, cursor, features, noise(k) if noise is not None and plan.draws else None)
+                if every and first_bad is not None:
+                    raise_if_bad(self.table, first_bad, first_sample)
+                yield self.buffers[plan.out]
         if first_bad is not None:
-            raise_if_bad(table, first_bad, first_sample)
+            raise_if_bad(self.table, first_bad, first_sample)
 
-    def begin(self) -> None:
-        """What a run needs before its first row."""
+    def begin(self, first_sample: int, x_init: Tensor | None) -> None:
+        """Fill what the first row reads: the start, drawn from the prior or x_init, and the network's input."""
+        if x_init is None:
+            self.operations.normal(self.start, ops.cursor(0, first_sample, self.seed, self.start.device), PRIOR)
+            self.start.mul_(self.table.prior_std)
+        else:
+            self.start.copy_(x_init)
+        self.feed()
+
+    def feed(self) -> None:
+        """Write the first row's network input from the start."""
         first = self.table.rows[0]
         if first.calls_network:
             self.net_input.copy_(self.start if first.in_scale == 1 else self.start * first.in_scale)
@@ -160,19 +188,20 @@ class Loop:
         features: Tensor | None,
         z: Tensor | None,
     ) -> None:
-        """One row. `cursor`: see fastdiff.execution.reference."""
+        """One row. `cursor`: see fastdiff.execution.reference; z: the caller's noise."""
         m = v = None
         if plan.calls_network:
             # tensors of their own, so that what a network does to them (grad, shape, data) is gone with them
             m, v = network(self.net_input.detach(), self.time.detach(), features, cond)
+            m, v = m.detach(), v.detach() if plan.learned and v is not None else None
             # a network may return its input, which this row overwrites
-            if plan.feeds and torch._C._is_alias_of(m, self.net_input):
+            if plan.feeds and torch_private.is_alias_of(m, self.net_input):
                 m, v = m.clone(), None if v is None else v.clone()
         if plan.norm is not None and m is not None:
-            kept = None if plan.kept is None or z is not None else self.buffers[plan.kept]
+            stored = None if plan.noise is None or z is not None else self.buffers[plan.noise]
             stream = SAMPLER if z is None else None
             state = self.buffers[plan.x]
-            self._measure(self.measured, self.matrix, cursor, stream, plan.norm == "batch", state, m, None, z, kept)
+            self._measure(self.measured, self.matrix, cursor, stream, plan.norm == "batch", state, m, None, z, stored)
         if z is not None:
             self._prepare(plan, z)(cursor, m, v)
             return
@@ -181,46 +210,29 @@ class Loop:
             step = self._steps[plan] = self._prepare(plan, None)
         step(cursor, m, v)
 
-    def _prepare(self, plan: RowPlan, z: Tensor | None) -> Callable[[Tensor, Tensor | None, Tensor | None], None]:
-        """(cursor, m, v) -> the `step` of a row's plan."""
+    def _prepare(self, plan: RowPlan, z: Tensor | None) -> Step:
+        """The `step` of a row's plan, on this loop's buffers."""
 
         def at(number: int | None) -> Tensor | None:
             return None if number is None else self.buffers[number]
 
-        measured = None if plan.norm is None else self.measured
-        kept = at(plan.kept) if z is None else None
-        stream = SAMPLER if plan.draws and z is None and kept is None else None
+        stored = at(plan.noise) if z is None else None
+        stream = SAMPLER if plan.draws and z is None and stored is None else None
         operands = {
             "history": [self.buffers[n] for n in plan.history] or None, "base": at(plan.base),
-            "z": z if kept is None else kept, "measured": measured, "pushed": at(plan.pushed),
-            "net_input": self.net_input if plan.feeds else None, "first_bad": self.first_bad,
+            "z": z if stored is None else stored, "measured": None if plan.norm is None else self.measured,
+            "pushed": at(plan.pushed), "net_input": self.net_input if plan.feeds else None, "first_bad": self.first_bad,
         }  # fmt: skip
-        out, x, step = self.buffers[plan.out], self.buffers[plan.x], monitor.marked("step", self.operations.step)
-        if z is None and plan.calls_network and not plan.learned and hasattr(self.operations, "fixed_step"):
-            return monitor.marked("step", self.operations.fixed_step(out, self.matrix, stream, x, **operands))
+        out, x, matrix = self.buffers[plan.out], self.buffers[plan.x], self.matrix
+        if z is None:
+            return self.mark("step", self.operations.prepare_step(out, matrix, stream, x, **operands))  # type: ignore[no-any-return]
+        step = self.mark("step", self.operations.step)  # once, with this z: to prepare it would take longer
+        return lambda cursor, m, v: step(out, matrix, cursor, stream, x, m, v=v, **operands)
 
-        matrix = self.matrix  # not self, which would then hold itself and its buffers until a collection
 
-        def run(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
-            step(out, matrix, cursor, stream, x, m, v=v if plan.learned else None, **operands)
-
-        return run
-
-    def _features(self) -> Iterator[Tensor | None]:
-        for low in range(0, len(self.table), BLOCK):
-            if self.features is None:
-                yield from [None] * min(BLOCK, len(self.table) - low)
-            else:
-                yield from self.features[low : low + BLOCK].split(1)
-
-    def cursors(self, first_sample: int) -> Iterator[Tensor]:
-        """Each row's cursor, views of one table on the device."""
-        rows = np.zeros((len(self.table), 3), dtype=np.int64)
-        rows[:, 0], rows[:, 1] = np.arange(len(rows)), first_sample
-        rows[:, 2] = np.uint64(self.seed).astype(np.int64)
-        on_device = torch.from_numpy(rows).to(self.start.device)
-        for low in range(0, len(rows), BLOCK):
-            yield from on_device[low : low + BLOCK].unbind()
+def network_times(table: StepTable, dtype: torch.dtype) -> Sequence[float]:
+    """Each row's network time, whole numbers for integers; 0 for rows that call no network."""
+    return table.times if dtype.is_floating_point else [round(time) for time in table.times]
 
 
 def raise_if_bad(table: StepTable, first_bad: Tensor, first_sample: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,26 +17,27 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def shape_of(shape: Any) -> tuple[int, ...]:
     """One sample's shape: at least one axis, lengths >= 0."""
-    if isinstance(shape, (int, str)) or not isinstance(shape, Sequence) or not len(shape):
+    lengths = () if isinstance(shape, str) or not isinstance(shape, Iterable) else tuple(shape)
+    if not lengths:
         raise ConfigError(f"shape must be one sample's shape, a tuple such as (1, 28, 28) or (2,), got {shape!r}")
-    return tuple(checks.integer("shape", n, 0, 2**34) for n in shape)
+    return tuple(checks.integer("shape", n, 0, 2**34) for n in lengths)
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
     """The device, which must hold data and exist here; "cuda" becomes the current one."""
     try:
-        found = torch.device("cpu" if device is None else device)
-        if found.type != "meta":
-            found = torch.empty(0, device=found).device
+        place = torch.device("cpu" if device is None else device)
+        if place.type != "meta":
+            place = torch.empty(0, device=place).device
     except (RuntimeError, AssertionError, TypeError) as error:
         raise DeviceError(f"device={str(device)!r} cannot be used here: {str(error).splitlines()[0]:.100}") from error
-    if found.type == "meta":
+    if place.type == "meta":
         raise DeviceError("device='meta' holds no data: use 'cpu' or 'cuda'")
-    return found
+    return place
 
 
 def check_tensor(name: str, x: Any, shape: tuple[int, ...], device: torch.device, finite: bool) -> None:
-    """A dense floating tensor of this shape on this device, finite if asked."""
+    """A dense floating tensor of this shape on this device, finite if `finite`."""
     check_floating(name, x)
     check_dense(name, x)
     if tuple(x.shape) != shape:

@@ -1,9 +1,9 @@
 """The fast solvers as their papers, or their authors' codes, print them, in plain PyTorch; see fastdiff.papers.score_based.
 
-Nothing of fastdiff is imported. A `Path` is what a noise-prediction paper assumes known: alpha(t), sigma(t) and the
+Nothing of fastdiff is imported. A `Path` is what a noise-prediction paper presupposes: alpha(t), sigma(t) and the
 inverse t(lambda) of lambda = log(alpha/sigma). `times` decrease, `[N + 1]`; models are called with the state and a time.
-A sampler returns the states after each update of x, as those of `papers`: a stage of a singlestep solver is one; a
-predictor-corrector of many steps gives the predicted states, at which the network is asked, one each step.
+A sampler returns the states after each update of x, as those of `score_based`: a stage of a singlestep solver is one; a
+predictor-corrector of many steps gives the predicted states, at which the network is called, one each step.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ or the noise level), except in `ddpm_training_loss`. The perturbation kernel is 
 
 Every sampler returns the list of states after each update of x: a predictor, a corrector and a churn are one update,
 a Heun step is two (the Euler stage, then the corrected state). Where update k (from 0) needs noise it is `noise(k)`,
-a tensor like x; it is not asked for where its coefficient is zero.
+a tensor like x; not called where its coefficient is zero.
 """
 
 from __future__ import annotations

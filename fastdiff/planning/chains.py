@@ -18,7 +18,7 @@ CHAINS: dict[str, type[Process]] = {"ddpm": VP, "ncsn": VE}
 def chain_on(process: Process, name: str, levels: int) -> Process:
     """The chain `name` of `levels` levels on the path of `process`: DDPM on VP, NCSN on VE (see CHAINS)."""
     if type(process) is not CHAINS.get(name):
-        raise ConfigError(f"sde={name!r} is no chain on the path of {process.name!r}: use sde={process.name!r}")
+        raise ConfigError(f"sde={name!r} is not on the path of {process.name!r}: use sde={process.name!r}")
     if isinstance(process, VP):
         t = np.arange(levels + 1) / levels
         return DDPM(tuple((-np.expm1(-np.diff(process.integral(t)))).tolist()))
@@ -28,14 +28,14 @@ def chain_on(process: Process, name: str, levels: int) -> Process:
 
 @lru_cache(maxsize=64)
 def on_path(chain: Process, process: Process) -> bool:
-    """Whether every level of `chain` is a level of `process`, up to 1 % of T beyond its end.
+    """Whether every level of the discrete `chain` is a level of the continuous `process`, up to 1 % of T beyond its end.
 
-    (DDPM's linear schedule ends 0.3 % beyond VP's T; the network is then told T.)
+    (DDPM's linear schedule ends 0.3 % beyond VP's T; the network is then given T.)
     """
-    if type(chain) not in (DDPM, NCSN) or process.discrete:
+    if not chain.discrete or process.discrete:
         return False
-    t = np.arange(1.0, chain.T + 1)
-    alpha, sigma = chain.alpha(t), chain.sigma(t)
-    own = process.time(sigma / alpha)
-    reached = np.allclose(process.alpha(own), alpha, rtol=1e-9, atol=1e-12)
-    return bool(reached and own.max() <= 1.01 * process.T and own.min() >= -1e-9 * process.T)
+    steps = np.arange(1.0, chain.T + 1)
+    alpha, sigma = chain.alpha(steps), chain.sigma(steps)
+    t = process.time(sigma / alpha)
+    reached = np.allclose(process.alpha(t), alpha, rtol=1e-9, atol=1e-12)
+    return bool(reached and t.max() <= 1.01 * process.T and t.min() >= -1e-9 * process.T)

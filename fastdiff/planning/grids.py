@@ -1,4 +1,4 @@
-"""Where the steps stand. A grid becomes `Step`s: consecutive levels with the transition kernel between them.
+"""Time grids. A grid becomes `Step`s: consecutive levels with the transition kernel between them.
 
 A grid is a name, a strictly decreasing list of process times, or `sigmas([...])`, a list of noise ratios σ̂ = σ/α.
 """
@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from .. import checks
 from ..errors import ConfigError, choose
 from ..table import Level
-from . import schedules
-from .processes import VE, VP, Process, SubVP
+from .processes import Process
 
 Array = NDArray[np.float64]
 
@@ -47,15 +46,15 @@ class Sigmas(tuple[float, ...]):
 
 def sigmas(values: Sequence[float]) -> Sigmas:
     """A grid given by its noise ratios σ̂ = σ/α; ODE solvers then integrate x/α in σ̂ (Karras et al. 2022)."""
-    ratios = Sigmas(decreasing("grid", values))
-    if ratios[-1] < 0:
-        raise ConfigError(f"grid of sigmas must be >= 0, got {ratios[-1]:g} at the end")
-    return ratios
+    sigma_hats = Sigmas(decreasing("grid", values))
+    if sigma_hats[-1] < 0:
+        raise ConfigError(f"grid of sigmas must be >= 0, got {sigma_hats[-1]:g} at the end")
+    return sigma_hats
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Steps, and whether ODE solvers integrate in the noise ratio (`in_sigma`) or in process time."""
+    """Steps, and whether ODE solvers integrate in σ̂ (`in_sigma`) or in process time."""
 
     steps: tuple[Step, ...]
     in_sigma: bool = False
@@ -129,7 +128,7 @@ def karras(sigma_max: float, sigma_min: float, n: int, rho: float = 7.0) -> Arra
 
 
 def build(spec: object, process: Process, n: int | None, t_min: float | None) -> Grid:
-    """The grid of `n` steps (None: what an explicit grid says) that ends at `t_min` (None: the process's own)."""
+    """The grid of `n` steps that ends at `t_min` (None: the process's); an explicit `spec` has both, and takes neither."""
     if isinstance(spec, str):
         choose("grid", spec, GRIDS)
         if n is None:
@@ -137,34 +136,36 @@ def build(spec: object, process: Process, n: int | None, t_min: float | None) ->
         end = process.t_min if t_min is None else t_min
         if not 0 <= end < process.T:
             raise ConfigError(f"t_min must satisfy 0 <= t_min < T = {process.T:g}, got {end:g}")
-        if process.name == "ncsn" and end < 1:
-            raise ConfigError(f"t_min must be >= 1, NCSN's smallest level, got {end:g}")
+        if end < process.first_time:
+            raise ConfigError(
+                f"t_min must be >= {process.first_time:g}, the smallest level of {process.name!r}, got {end:g}"
+            )
         if spec == "score_sde":
             return Grid(_reference_steps(process, n, end), reference=True)
         if spec == "karras":
-            return Grid(_steps(process, _levels_of_ratios(process, karras(*_ends(process, end, spec), n))), True)
+            return Grid(_steps(process, _levels_of_sigma_hat(process, karras(*_ends(process, end, spec), n))), True)
         return Grid(_steps(process, _levels_of_times(process, TIMES[spec](process, n, end))))
     in_sigma = isinstance(spec, Sigmas)
     values = np.array(decreasing("grid", spec))
     if t_min is not None:
         raise ConfigError(f"t_min={t_min:g} contradicts an explicit grid, which ends at {values[-1]:g}: drop t_min")
     if in_sigma:
-        return Grid(_steps(process, _levels_of_ratios(process, values)), True)
-    lowest = 1.0 if process.name == "ncsn" else 0.0
-    outside = np.flatnonzero((values < lowest) | (values > process.T))
+        return Grid(_steps(process, _levels_of_sigma_hat(process, values)), True)
+    first = process.first_time
+    outside = np.flatnonzero((values < first) | (values > process.T))
     if len(outside):
-        raise ConfigError(f"grid times must lie in [{lowest:g}, {process.T:g}], got {values[outside[0]]:g}")
+        raise ConfigError(f"grid times must lie in [{first:g}, {process.T:g}], got {values[outside[0]]:g}")
     return Grid(_steps(process, _levels_of_times(process, values)))
 
 
-def level_at(process: Process, ratio: float) -> Level:
+def level_at(process: Process, sigma_hat: float) -> Level:
     """The level of `process` at the noise ratio σ̂ = σ/α."""
-    return levels_at(process, np.array([ratio]))[0]
+    return levels_at(process, np.array([sigma_hat]))[0]
 
 
-def levels_at(process: Process, ratios: Array) -> list[Level]:
+def levels_at(process: Process, sigma_hat: Array) -> list[Level]:
     """The levels of `process` at the noise ratios σ̂ = σ/α [n]."""
-    return _levels_of_ratios(process, ratios) if len(ratios) else []
+    return _levels_of_sigma_hat(process, sigma_hat) if len(sigma_hat) else []
 
 
 def step_between(process: Process, level: Level, following: Level) -> Step:
@@ -185,20 +186,20 @@ def _levels_of_times(process: Process, t: Array) -> list[Level]:
     return [Level(*row) for row in np.stack([t, process.alpha(t), process.sigma(t)], 1).tolist()]
 
 
-def _levels_of_ratios(process: Process, ratio: Array) -> list[Level]:
+def _levels_of_sigma_hat(process: Process, sigma_hat: Array) -> list[Level]:
     # σ̂ = 0 is the data itself, which a process with σ(0) > 0 never reaches: there t = 0 stands for it
-    t = np.where(ratio > 0, process.time(np.where(ratio > 0, ratio, 1.0)), 0.0)
-    first = 1.0 if process.name == "ncsn" else 0.0
+    t = np.where(sigma_hat > 0, process.time(np.where(sigma_hat > 0, sigma_hat, 1.0)), 0.0)
+    first = process.first_time
     inside = (t >= first - 1e-9) & (t <= process.T * 1.000001)
-    outside = np.flatnonzero((ratio > 0) & ~inside)
+    outside = np.flatnonzero((sigma_hat > 0) & ~inside)
     if len(outside):
         low, high = (float(process.sigma(v) / process.alpha(v)) for v in (first, float(process.T)))
         raise ConfigError(
-            f"sigma/alpha = {ratio[outside[0]]:g} is not among the process's levels, {low:g} to {high:g}: stay inside"
+            f"sigma/alpha = {sigma_hat[outside[0]]:g} is not among the process's levels, {low:g} to {high:g}: stay inside"
         )
-    t = np.clip(t, first if ratio.min() > 0 else 0.0, process.T)
-    alpha = np.where(ratio > 0, process.alpha(t), 1.0)
-    return [Level(*row) for row in np.stack([t, alpha, ratio * alpha], 1).tolist()]
+    t = np.clip(t, first if sigma_hat.min() > 0 else 0.0, process.T)
+    alpha = np.where(sigma_hat > 0, process.alpha(t), 1.0)
+    return [Level(*row) for row in np.stack([t, alpha, sigma_hat * alpha], 1).tolist()]
 
 
 def _steps(process: Process, levels: list[Level]) -> tuple[Step, ...]:
@@ -222,33 +223,13 @@ def _steps(process: Process, levels: list[Level]) -> tuple[Step, ...]:
 
 
 def _reference_steps(process: Process, n: int, t_min: float) -> tuple[Step, ...]:
-    """score_sde's discretisation: N times from T to t_min, each stepped with T/N and its truncated ladder index.
-
-    sde_lib.py: VP β_i = linspace(β_min/N, β_max/N)[i], VE σ_i = geometric ladder[i], σ_{−1} = 0, sub-VP Euler; the
-    ancestral noise of VP is √β_i, of VE the posterior's. i = trunc(t (N − 1)/T).
-    """
+    """score_sde's discretisation (its sde_lib.py): N times from T to t_min, each stepped with T/N and the process's own
+    `reference_transitions`."""
     if n < 2:
         raise ConfigError(f"steps must be >= 2 with grid='score_sde', got {n}")
     t = np.linspace(process.T, t_min, n)
-    index = (t * (n - 1) / process.T).astype(int)
     levels = _levels_of_times(process, t)
-    dt = process.T / n
-    drift, diffusion = process.drift(t), process.diffusion(t)
-    if type(process) is VE:
-        ladder = np.append(schedules.geometric(process.sigma_max, process.sigma_min, n)[::-1], 0.0)  # [-1] is 0
-        high, low = ladder[index], ladder[index - 1]
-        ratio, var = np.ones(n), (high - low) * (high + low)
-        posterior = var * (low / high) ** 2
-    elif type(process) is VP:
-        var = np.linspace(process.beta_min / n, process.beta_max / n, n)[index]
-        # with steps <= beta_max a β reaches 1: NaN, which the planner refuses where a row uses it (Euler's do not)
-        var = np.where(var < 1, var, np.nan) if n > process.beta_max else np.full(n, np.nan)
-        ratio, posterior = np.sqrt(1 - var), var
-    elif type(process) is SubVP:
-        ratio, var = 1 + drift * dt, diffusion**2 * dt
-        posterior = var
-    else:
-        raise ConfigError(f"grid='score_sde' exists for ve, vp and subvp, not for {process.name!r}: use 'uniform'")
-    numbers = np.stack([np.full(n, -dt), ratio, var, posterior, drift, diffusion], 1).tolist()
+    transitions = process.reference_transitions(t)
+    columns = (np.full(n, -process.T / n), *transitions, process.drift(t), process.diffusion(t))
     following = [*levels[1:], levels[-1]]
-    return tuple(Step(levels[k], following[k], *row) for k, row in enumerate(numbers))
+    return tuple(Step(levels[k], following[k], *row) for k, row in enumerate(np.stack(columns, 1).tolist()))

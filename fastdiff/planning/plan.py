@@ -1,8 +1,9 @@
-"""plan(): a process, a grid, a solver and a prediction become one StepTable."""
+"""plan(): a process, a grid, a sampler and a prediction become one StepTable."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from ..errors import ConfigError, names_keywords
 from ..table import Level, Row, StepTable
 from . import grids, predictions, processes, samplers
 from .processes import Process
-from .solvers.draft import X0, Draft, Drafts, Meaning
+from .samplers.base import X0, Combination, SolverRow
 
 LONGEST_CACHED = 10_000
 MAX_STEPS = 10**6  # a longer table would take many gigabytes on the host
@@ -39,68 +40,97 @@ def plan(
     """The table of a run, by the same rules and defaults as `fastdiff.sample`.
 
     `clock`: the process the network was trained on, where `sde` is a chain on its path (DDPM on VP, NCSN on VE): the
-    network is then told the clock's time of each level.
+    network is then given the clock's time of each level.
 
         print(fastdiff.plan("vp", 100).explain())
     """
     process = processes.get(sde)
-    chosen = samplers.get(sampler, process)
+    return make_table(
+        process,
+        samplers.get(sampler, process),
+        steps,
+        prediction=prediction,
+        time_input=predictions.default_time_input(prediction) if time_input is None else time_input,
+        clock=process if clock is None else clock,
+        grid=grid,
+        t_min=t_min,
+        clip=clip,
+        denoise=denoise,
+    )
+
+
+def make_table(
+    process: Process,
+    sampler: samplers.Sampler,
+    steps: int | None = None,
+    *,
+    prediction: str,
+    time_input: str,
+    clock: Process,
+    grid: Any = None,
+    t_min: float | None = None,
+    clip: Clip = None,
+    denoise: bool = True,
+) -> StepTable:
+    """What `plan` does once its names are objects: its arguments checked, and the table, from a cache unless it is long."""
     steps = None if steps is None else checks.integer("steps", steps, 1, MAX_STEPS)
     # typed: a grid of times and the same numbers as sigmas are equal tuples. A long table is not worth its memory
-    make = _plan if steps is not None and steps > LONGEST_CACHED else _cached
+    make = _make if steps is not None and steps > LONGEST_CACHED else _cached
     return make(
         process,
+        sampler,
         steps,
-        chosen,
         prediction,
+        time_input,
+        clock,
         grid if grid is None or isinstance(grid, (str, grids.Sigmas)) else grids.decreasing("grid", grid),
         None if t_min is None else checks.number("t_min", t_min),
         None if clip is None else checks.pair("clip", clip),
         checks.flag("denoise", denoise),
-        predictions.default_time_input(prediction) if time_input is None else time_input,
-        process if clock is None else clock,
     )
 
 
-def _plan(
+def _make(
     process: Process,
-    steps: int | None,
     sampler: samplers.Sampler,
+    steps: int | None,
     prediction: str,
+    time_input: str,
+    clock: Process,
     grid_spec: Any,
     t_min: float | None,
     clip: Clip,
     denoise: bool,
-    time_input: str,
-    clock: Process,
 ) -> StepTable:
     predictions.check(prediction, time_input, clock)
     with np.errstate(all="ignore"):  # what overflows is refused by name
         grid, steps = _grid(process, steps, sampler, grid_spec, t_min)
-        drafts, end = sampler.rows(process, grid, steps, denoise)
-    if grid.reference and any(
-        math.isnan(number) for step in drafts for row in step for number in (row.a, row.c, *row.b)
-    ):
-        raise ConfigError(f"grid='score_sde' with VP needs steps > beta_max = {process.beta_max:g}, got {steps}")  # type: ignore[attr-defined]
+        solver_rows, end = sampler.rows(process, grid, steps, denoise)
+    flat = [_without_zeros(row) for step in solver_rows for row in step]
+    if grid.reference and any(math.isnan(number) for row in flat for number in (row.a, row.c, *row.b)):
+        raise ConfigError(
+            f"grid='score_sde' has no steps of sampler {sampler.name!r} on {process!r:.80} at steps={steps}: use more "
+            "(on VP, more than beta_max) or grid='uniform'"
+        )
     title = f"{process!r:.120} | {sampler!r} | {steps} steps, prediction {prediction}"
-    rows = _rows(drafts, prediction, time_input, clip, process, clock)
+    rows = _rows(flat, clip, _network_columns(flat, prediction, time_input, process, clock))
     if clip is not None and not any(row.clips for row in rows):
         raise ConfigError(f"clip acts on predictions of x0, and sampler {sampler.name!r} makes none: leave clip out")
     return StepTable(title, tuple(rows), end, _start_std(process, grid.steps[0].level), clip)
 
 
-_cached = lru_cache(maxsize=64, typed=True)(_plan)
+_cached = lru_cache(maxsize=64, typed=True)(_make)
 
 
 def _grid(
     process: Process, steps: int | None, sampler: samplers.Sampler, spec: Any, t_min: float | None
 ) -> tuple[grids.Grid, int]:
-    """The grid and the number of steps, by the caller's word or by the sampler's defaults."""
+    """The grid and the number of steps: the caller's, else the sampler's defaults."""
     if spec is not None and not isinstance(spec, str):
-        meant = sampler.steps_on(process, len(spec))
-        if not sampler.any_steps and steps not in (None, meant):
-            raise ConfigError(f"steps={steps} contradicts a grid of {len(spec)} points ({meant} steps): drop one")
-        return grids.build(spec, process, None, t_min), steps or meant
+        implied = sampler.steps_on(process, len(spec))
+        if not sampler.any_steps and steps not in (None, implied):
+            raise ConfigError(f"steps={steps} contradicts a grid of {len(spec)} points ({implied} steps): drop one")
+        return grids.build(spec, process, None, t_min), steps or implied
     end = sampler.default_t_min(process) if t_min is None else t_min
     if steps is None:
         steps = sampler.default_steps(process, end)
@@ -119,93 +149,97 @@ def _start_std(process: Process, first: Level) -> float:
     return first.sigma if first.alpha == 1 or first.sigma >= 10 * first.alpha else math.nan
 
 
-class _Kept(NamedTuple):
-    """A prediction in the history: what it is stored as, what its solver meant, and where x stood."""
+class _Network(NamedTuple):
+    """What a row's network call takes and returns: the time it is given, its input's scale, what it predicts."""
 
-    stored: Meaning
-    meaning: Meaning
+    time: float
+    in_scale: float
+    predicts: Combination
+
+
+class _Stored(NamedTuple):
+    """A prediction in the history: the combination it is stored as, the one its sampler meant, and where x stood."""
+
+    stored: Combination
+    meant: Combination
     level: Level
-    base: int  # which opening of the base register held that x; 0: none did
+    base: int  # the number of the row that saved that x as the base; -1: none did
 
 
-def _rows(drafts: Drafts, prediction: str, time_input: str, clip: Clip, process: Process, clock: Process) -> list[Row]:
-    """Turn the solver's meanings into the network's prediction, and fold what can be folded on the host.
+def _rows(flat: Sequence[SolverRow], clip: Clip, networks: dict[Level, _Network]) -> list[Row]:
+    """Turn the sampler's combinations into the network's prediction, and fold what can be folded on the host.
 
     A prediction that only its own row reads is used as the network gives it (p = 0, q = 1) with the conversion in a
     and b; one that later rows read, or that is clipped, is converted by p and q.
     """
-    flat = [_without_zeros(draft) for step in drafts for draft in step]
     read = _read_later(flat)
-    asked = [draft.level for draft in flat if draft.meaning is not None]
-    told = dict(zip(asked, _network_columns(asked, prediction, time_input, process, clock)))
-    rows, history = [], list[_Kept]()
-    openings, base = 0, 0
-    for k, draft in enumerate(flat):
-        if draft.saves_base:
-            openings += 1
-            base = openings
-        a, e, b = draft.a, draft.e, list(draft.b)
-        row = Row(
-            draft.level, draft.label, a, e=e, c=draft.c, saves_base=draft.saves_base, log_variance=draft.log_variance
-        )
-        if draft.meaning is None:
-            b = _from_history(b, history, base, 0)[0]
-            rows.append(replace(row, b=tuple(b)))
+    rows, history = [], list[_Stored]()
+    base = -1
+    for k, solver in enumerate(flat):
+        if solver.saves_base:
+            base = k
+        if solver.h0 is None:
+            b, _ = _from_history(solver.b, history, base, k)
+            rows.append(Row(
+                solver.level, solver.label, solver.a, tuple(b), solver.e, solver.c, saves_base=solver.saves_base,
+                measure=solver.measure, log_variance=solver.log_variance,
+            ))  # fmt: skip
             continue
-        time, in_scale, source = told[draft.level]
-        clips = clip is not None and draft.clips
-        keep = draft.keeps_prediction and k in read
-        stored = X0 if clips else draft.meaning if keep or draft.measure is not None else source
-        p, q = _convert(source, stored, draft.level)
-        u, v = _convert(stored, draft.meaning, draft.level)
-        own = b[0] if b else 0.0
-        older, shift = _from_history(b[1:], history, base, k)
-        row = replace(
-            row, a=a + own * u, e=e + shift, b=(own * v, *older), calls_network=True, keeps_prediction=keep, clips=clips,
-            network_time=time, in_scale=in_scale, p=p, q=q, measure=draft.measure,
-        )  # fmt: skip
-        rows.append(row)
-        if keep:
-            history.append(_Kept(stored, draft.meaning, draft.level, base if draft.saves_base else 0))
+        time, in_scale, predicts = networks[solver.level]
+        clips = clip is not None and solver.clips
+        keeps = solver.keeps_prediction and k in read
+        stored = X0 if clips else solver.h0 if keeps or solver.measure is not None else predicts
+        p, q = _convert(predicts, stored, solver.level)
+        u, v = _convert(stored, solver.h0, solver.level)
+        b0 = solver.b[0] if solver.b else 0.0
+        older, shift = _from_history(solver.b[1:], history, base, k)
+        rows.append(Row(
+            solver.level, solver.label, solver.a + b0 * u, (b0 * v, *older), solver.e + shift, solver.c,
+            calls_network=True, saves_base=solver.saves_base, keeps_prediction=keeps, clips=clips, network_time=time,
+            in_scale=in_scale, p=p, q=q, measure=solver.measure, log_variance=solver.log_variance,
+        ))  # fmt: skip
+        if keeps:
+            history.append(_Stored(stored, solver.h0, solver.level, base if solver.saves_base else -1))
     return rows
 
 
-def _without_zeros(draft: Draft) -> Draft:
-    """The draft without zero weights on its oldest predictions."""
-    b = draft.b
-    while len(b) > (draft.meaning is not None) and b[-1] == 0:
+def _without_zeros(row: SolverRow) -> SolverRow:
+    """The row without zero weights on its oldest predictions."""
+    b = row.b
+    while len(b) > (row.h0 is not None) and b[-1] == 0:
         b = b[:-1]
-    return draft if b is draft.b else replace(draft, b=b)
+    return row if b is row.b else replace(row, b=b)
 
 
-def _read_later(flat: list[Draft]) -> set[int]:
-    """Which drafts' predictions some later draft reads, or are between those and it: a history has no gaps."""
+def _read_later(flat: Sequence[SolverRow]) -> set[int]:
+    """Which rows' predictions some later row reads, or are between those and it: a history has no gaps."""
     pushed, read = list[int](), set[int]()
-    for k, draft in enumerate(flat):
-        older = draft.b if draft.meaning is None else draft.b[1:]
+    for k, row in enumerate(flat):
+        older = row.b if row.h0 is None else row.b[1:]
         read.update(pushed[len(pushed) - len(older) :])
-        if draft.meaning is not None and draft.keeps_prediction:
+        if row.h0 is not None and row.keeps_prediction:
             pushed.append(k)
     return read
 
 
-def _from_history(b: Any, history: list[_Kept], base: int, k: int) -> tuple[list[float], float]:
+def _from_history(b: Sequence[float], history: list[_Stored], base: int, k: int) -> tuple[list[float], float]:
     """Coefficients on stored predictions, and what they add to the base's, for coefficients on meant ones."""
     converted, shift = [], 0.0
     for j, value in enumerate(b):
-        kept = history[-1 - j]
-        u, v = _convert(kept.stored, kept.meaning, kept.level)
+        entry = history[-1 - j]
+        u, v = _convert(entry.stored, entry.meant, entry.level)
         if u != 0 and value != 0:
-            if kept.base == 0 or kept.base != base:
+            if entry.base < 0 or entry.base != base:
                 raise ConfigError(
-                    f"clip is not defined for this sampler: row {k} reuses a prediction from another state"
+                    f"clip is not defined for this sampler: row {k} reuses a prediction of which x is no longer there, "
+                    "so leave clip out"
                 )
             shift += value * u
         converted.append(value * v)
     return converted, shift
 
 
-def _convert(source: Meaning, target: Meaning, level: Level) -> tuple[float, float]:
+def _convert(source: Combination, target: Combination, level: Level) -> tuple[float, float]:
     if source == target:
         return 0.0, 1.0
     p, q = predictions.convert(source, target, level.alpha, level.sigma)
@@ -213,18 +247,19 @@ def _convert(source: Meaning, target: Meaning, level: Level) -> tuple[float, flo
 
 
 def _network_columns(
-    levels: list[Level], prediction: str, time_input: str, process: Process, clock: Process
-) -> list[tuple[float, float, Meaning]]:
-    """For each level that asks the network: what it is told, its input's scale, what it answers."""
+    flat: Sequence[SolverRow], prediction: str, time_input: str, process: Process, clock: Process
+) -> dict[Level, _Network]:
+    """The network's side of a call at each level where there is one."""
+    levels = list(dict.fromkeys(row.level for row in flat if row.h0 is not None))
     if not levels:
-        return []
+        return {}
     t, alpha, sigma = (np.array(column, dtype=np.float64) for column in zip(*levels))
     if (sigma <= 0).any():
         at = t[int(np.argmin(sigma))]
-        raise ConfigError(f"the network would be asked at t = {at:g}, where sigma = 0: use a larger t_min")
-    own = t if clock == process else np.minimum(clock.time(sigma / alpha), clock.T)
-    told = predictions.network_time(time_input, clock, own, alpha, sigma)
-    r, w = predictions.coordinates(prediction, clock, own, alpha, sigma)
-    scale = predictions.input_scale(prediction, clock, alpha, sigma)
-    columns = np.stack(np.broadcast_arrays(told, scale, r, w), 1).tolist()
-    return [(time, in_scale, (r, w)) for time, in_scale, r, w in columns]
+        raise ConfigError(f"the network would be called at t = {at:g}, where sigma = 0: use a larger t_min")
+    clock_t = t if clock == process else np.minimum(clock.time(sigma / alpha), clock.T)
+    time = predictions.network_time(time_input, clock, clock_t, alpha, sigma)
+    r, w = predictions.coordinates(prediction, clock, clock_t, alpha, sigma)
+    in_scale = predictions.input_scale(prediction, clock, alpha, sigma)
+    columns = np.stack(np.broadcast_arrays(time, in_scale, r, w), 1).tolist()
+    return {level: _Network(time, in_scale, (r, w)) for level, (time, in_scale, r, w) in zip(levels, columns)}

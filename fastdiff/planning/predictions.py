@@ -1,4 +1,4 @@
-"""What a network's output means, and what time it is told.
+"""What a network's output means, and the time that it is given.
 
 Every prediction in use is a fixed combination of the clean data and the noise, m = r·x0 + w·ε, at its level. With
 x = α x0 + σ ε that makes any prediction an affine function of x and any other: `convert` solves the 2×2 system.
@@ -27,16 +27,15 @@ Pair = tuple[Any, Any]
 def _needs_chain(kind: str, process: Process) -> None:
     if not process.discrete:
         raise ConfigError(
-            f"prediction={kind!r} speaks of the step before, which {process.name!r} does not have: use ddpm or ncsn"
+            f"prediction={kind!r} is defined on discrete chains only, and {process.name!r} is continuous: use ddpm or ncsn"
         )
 
 
 def _previous(process: Process, t: Any) -> Pair:
     """α, σ one step of the chain before t (before NCSN's smallest level there is only the data: σ = 0)."""
-    first = process.t_min if process.t_min > 0 else 0.0
     before = t - 1
-    inside = before >= first
-    clipped = lib(t).where(inside, before, 0.0 * t + first)
+    inside = before >= process.first_time
+    clipped = lib(t).where(inside, before, 0.0 * t + process.first_time)
     return process.alpha(clipped), process.sigma(clipped) * lib(t).where(inside, 0.0 * t + 1, 0.0 * t)
 
 
@@ -53,10 +52,10 @@ def _increment(process: Process, t: Any, alpha: Any, sigma: Any) -> Pair:
 
 
 def _edm(process: Process, t: Any, alpha: Any, sigma: Any) -> Pair:
-    data = sigma_data(process)
-    ratio = sigma / alpha
-    root = lib(ratio).sqrt(ratio**2 + data**2)
-    return ratio / (data * root), -data / root
+    data = process.sigma_data
+    sigma_hat = sigma / alpha
+    root = lib(sigma_hat).sqrt(sigma_hat**2 + data**2)
+    return sigma_hat / (data * root), -data / root
 
 
 # name -> (process, t, alpha, sigma) -> (r, w)
@@ -87,16 +86,11 @@ def convert(source: Pair, target: Pair, alpha: Any, sigma: Any) -> Pair:
     return (r_target * w - w_target * r) / determinant, (alpha * w_target - sigma * r_target) / determinant
 
 
-def sigma_data(process: Process) -> float:
-    """The data's standard deviation in EDM's preconditioning: `EDM(sigma_data)`'s, on other processes the paper's 0.5."""
-    return float(getattr(process, "sigma_data", 0.5))
-
-
 def input_scale(prediction: str, process: Process, alpha: Any, sigma: Any) -> Any:
     """What multiplies x before the network sees it: EDM's c_in = 1/√(σ̂² + σ_data²) on x/α, else 1."""
     if prediction != "edm":
         return 0.0 * alpha + 1.0
-    return 1 / lib(alpha).sqrt(sigma**2 + (alpha * sigma_data(process)) ** 2)
+    return 1 / lib(alpha).sqrt(sigma**2 + (alpha * process.sigma_data) ** 2)
 
 
 def _index(process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
@@ -108,13 +102,13 @@ def _index(process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
     whole = lib(t).round(t)
     if bool((abs(t - whole) > 1e-6).any()):
         raise ConfigError(
-            "time_input='index' needs whole steps of the chain: use grid='trained', and a sampler that asks nothing between "
-            "its steps, such as 'ddim', 'dpmpp_2m' or 'unipc'"
+            "time_input='index' needs whole steps of the chain: use grid='trained', and a sampler without intermediate stages, "
+            "such as 'ddim', 'dpmpp_2m' or 'unipc'"
         )
-    return process.T - whole if process.name == "ncsn" else whole - 1
+    return process.index(whole)
 
 
-# name -> (process, t, alpha, sigma) -> what the network is told
+# name -> (process, t, alpha, sigma) -> the time that the network is given
 TIME_INPUTS: dict[str, Callable[[Process, Any, Any, Any], Any]] = {
     "t": lambda process, t, alpha, sigma: 1.0 * t,
     "index": _index,
@@ -126,31 +120,32 @@ TIME_INPUTS: dict[str, Callable[[Process, Any, Any, Any], Any]] = {
 
 
 def default_time_input(prediction: str) -> str:
-    """What a network is told unless its owner says: the process time "t", with EDM's preconditioning its "c_noise"."""
+    """The default time input: the process time "t", with EDM's preconditioning its "c_noise"."""
     return "c_noise" if prediction == "edm" else "t"
 
 
 def network_time(time_input: str, process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
-    """What the network is told at process time t, level (α, σ).
+    """The time that the network is given at process time t, level (α, σ).
 
-    "index" counts a chain's steps from 0 (see the process); "c_noise" is EDM's ln(σ/α)/4.
+    "index" counts a chain's steps from 0 (`Process.index`); "c_noise" is EDM's ln(σ/α)/4.
     """
     return TIME_INPUTS[choose("time_input", time_input, TIME_INPUTS)](process, t, alpha, sigma)
 
 
 def check(prediction: str, time_input: str, process: Process) -> None:
-    """Refuse a prediction or time input that the process cannot carry, and a process that is none."""
+    """Refuse a prediction or time input that the process does not define, and a process without T, or without any x_t."""
     checks.number("T", getattr(process, "T", None), 0, above=True)
     if not process.linear:
         _check_sampled(prediction, time_input, process)
         return
     t = np.array([float(process.T)])
-    coordinates(prediction, process, t, process.alpha(t), process.sigma(t))
-    network_time(time_input, process, t, process.alpha(t), process.sigma(t))
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    coordinates(prediction, process, t, alpha, sigma)
+    network_time(time_input, process, t, alpha, sigma)
 
 
 def _check_sampled(prediction: str, time_input: str, process: Process) -> None:
-    """The same for a process that is known by its sampler alone."""
+    """The same for a process that is not linear."""
     choose("prediction", prediction, PREDICTIONS)
     choose("time_input", time_input, TIME_INPUTS)
     if not process.defines("sample"):

@@ -1,8 +1,9 @@
-"""Forward processes dx = f(t) x dt + g(t) dw, each known by its perturbation kernel x_t = α(t) x_0 + σ(t) ε, and how to
-write others, known by a sampler of x_t alone.
+"""Forward processes dx = f(t) x dt + g(t) dw: linear ones by their perturbation kernel x_t = α(t) x_0 + σ(t) ε, any other by a
+sampler of x_t alone.
 
-A process takes its functions from its argument's own library, so that one formula serves floats, numpy arrays and
-device tensors. `time` is the inverse of the noise ratio σ/α, which is what different clocks on one path share.
+Processes, predictions and the variables of the ODE are generic over numpy and torch: each formula takes its functions from its
+argument's own library (`lib`), so that one formula serves floats, arrays and device tensors. `time` is the inverse of the
+noise ratio σ̂ = σ/α, which is what different clocks on one path share.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from .. import checks
 from ..errors import ConfigError, choose
 from . import schedules
 
+Array = NDArray[np.float64]
+
 _SHORTEST = 1e-5
 # float32 must hold the square of every level
 _LARGEST = math.sqrt(float(np.finfo(np.float32).max))
@@ -29,35 +32,43 @@ _LARGEST = math.sqrt(float(np.finfo(np.float32).max))
 class Process:
     """dx = f(t) x dt + g(t) dw on 0 ≤ t ≤ T: α(t), σ(t), f(t) = `drift`, g(t) = `diffusion`, prior N(0, prior_std²).
 
-    A subclass, best a frozen dataclass of plain numbers, is a process of one's own. With `alpha` and `sigma` (of floats,
-    arrays and tensors, see `lib`) it is linear: it trains on every loss, and all samplers run on it; what else they ask for is
-    found by numbers, a formula is faster and exact. With `T`, `t_min` and `sample` alone it may be any process whatever, say a
-    simulated nonlinear SDE, and trains a "score" network on the losses that need no transition density, "ism", "ssm" and
-    "ssm_vr".
+    To write another process, subclass this one, best as a frozen dataclass of plain numbers.
+
+    - With `alpha` and `sigma` (of floats, arrays and tensors, see `lib`) it is linear: it trains on every loss and runs with
+      every sampler. `drift`, `diffusion` and `time` are then computed numerically; a formula is faster and exact.
+    - With `T`, `t_min` and `sample` alone it may be any process, say a simulated nonlinear SDE. It trains a "score" network on
+      the losses that need no transition density, "ism", "ssm" and "ssm_vr".
+
+    Whatever differs from one process to another is an attribute or a method here, with a default that a subclass overrides.
     """
 
     name: ClassVar[str]
     T: float
-    t_min: ClassVar[float] = 1e-5
-    discrete: ClassVar[bool] = False
+    t_min: ClassVar[float] = 1e-5  # where sampling ends
+    first_time: ClassVar[float] = 0.0  # the lowest time of any grid
+    discrete: ClassVar[bool] = False  # a chain: its whole times are the steps that a network was trained on
+    ladder: ClassVar[bool] = False  # its whole times 1 … T are also the levels of annealed Langevin dynamics
+    default_sampler: ClassVar[Any] = "euler_maruyama"  # a name, or an object of fastdiff.samplers
+    sigma_data: float = 0.5  # the data's standard deviation in EDM's preconditioning
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "name" not in vars(cls):
             cls.name = cls.__name__.lower()
-        if cls.name in globals().get("PROCESSES", ()):  # a file would be read as fastdiff's own, and defaults be its
+        # a checkpoint would be loaded as fastdiff's process of that name
+        if cls.name in globals().get("PROCESSES", ()):
             raise ConfigError(
-                f"process {cls.__name__} must have a name of its own, and {cls.name!r} is fastdiff's: set its attribute name"
+                f"process {cls.__name__} must have a name of its own, and {cls.name!r} is fastdiff's: set {cls.__name__}.name"
             )
 
     def defines(self, method: str) -> bool:
-        """Whether this process has the method, which here only says that it is missing."""
-        found = getattr(self, method, None)
-        return callable(found) and getattr(found, "__func__", found) is not getattr(Process, method)
+        """Whether this process overrides the method, which in the base class only raises."""
+        bound = getattr(self, method, None)
+        return callable(bound) and getattr(bound, "__func__", bound) is not getattr(Process, method)
 
     @property
     def linear(self) -> bool:
-        """Whether x_t = α(t) x_0 + σ(t) ε, with both known."""
+        """Whether x_t = α(t) x_0 + σ(t) ε, by `alpha` and `sigma`."""
         return self.defines("alpha") and self.defines("sigma")
 
     @property
@@ -67,18 +78,35 @@ class Process:
 
     @property
     def t_train(self) -> float:
-        """The shortest time that training draws: 1e-5, as in score_sde; of a process known by its sampler, t_min."""
+        """The shortest time that training draws: 1e-5, as in score_sde; t_min where the process is not linear."""
         return _SHORTEST if self.linear else self.t_min
 
     @property
     def t_noisy(self) -> float:
-        """The lowest time at which a network can be asked: a chain's first step where t_min is the data itself."""
+        """The lowest time at which a network can be called: a chain's first step where t_min is the data."""
         return self.t_min if self.t_min > 0 else 1.0
 
     @property
     def t_likelihood(self) -> float:
         """Where likelihoods and encodings start: the lowest noise, on VE, VP, sub-VP and OU 1e-5 (score_sde's)."""
         return self.t_noisy
+
+    def training_times(self, u: Any) -> Any:
+        """Times of training, a tensor [B], from uniform numbers u [B] in [0, 1): uniform on [t_train, T] or a chain's steps."""
+        if self.discrete:
+            return (u * self.T).floor().clamp(max=self.T - 1) + 1
+        return self.t_train + (self.T - self.t_train) * u
+
+    def index(self, t: Any) -> Any:
+        """The number, from 0, of a chain's step t, which networks of time_input="index" take."""
+        return t - 1
+
+    def reference_transitions(self, t: Array) -> tuple[Array, Array, Array]:
+        """(α_{t|s}, σ²_{t|s}, the ancestral variance), each [N], of score_sde's own steps from the N times t down, T/N each.
+
+        NaN where the reference has none.
+        """
+        raise ConfigError(f"grid='score_sde' exists for ve, vp and subvp, not for {self.name!r}: use grid='uniform'")
 
     def alpha(self, t: Any) -> Any:
         raise self._missing("alpha(t)")
@@ -99,9 +127,9 @@ class Process:
         rise = library.log(self.sigma(high) * self.alpha(low) / (self.sigma(low) * self.alpha(high))) / (high - low)
         return _as(self.sigma(middle) * library.sqrt(2 * rise), t)
 
-    def time(self, ratio: Any) -> Any:
-        """The t at which σ(t)/α(t) equals `ratio`: by halving unless a process has a formula, outside [0, T] where none does."""
-        wanted = _double(ratio)
+    def time(self, sigma_hat: Any) -> Any:
+        """The t at which σ(t)/α(t) is `sigma_hat`: by bisection unless a process has a formula; outside [0, T] where none is."""
+        wanted = _double(sigma_hat)
         low, high = 0.0 * wanted, 0.0 * wanted + float(self.T)
         first, last = (self.sigma(t) / self.alpha(t) for t in (low, high))
         below, above = wanted < first * (1 - 1e-9), wanted > last * (1 + 1e-9)
@@ -110,7 +138,7 @@ class Process:
             middle = 0.5 * (low + high)
             lower = self.sigma(middle) / self.alpha(middle) < wanted
             low, high = where(lower, middle, low), where(lower, high, middle)
-        return _as(where(below, -1.0 + low, where(above, 1.0 + 2 * high, 0.5 * (low + high))), ratio)
+        return _as(where(below, -1.0 + low, where(above, 1.0 + 2 * high, 0.5 * (low + high))), sigma_hat)
 
     def _around(self, t: Any) -> tuple[Any, Any]:
         """Times about t, within (0, T]."""
@@ -119,10 +147,10 @@ class Process:
         return middle - step + step * (middle <= step), lib(middle).clip(middle + step, None, float(self.T))
 
     def _missing(self, method: str) -> ConfigError:
-        return ConfigError(f"{method} is asked for here, and {type(self).__name__} does not define it: define it")
+        return ConfigError(f"process {type(self).__name__} must define {method}, which this needs")
 
     def sample(self, x0: Any, t: Any, noise: Any) -> Any:
-        """x_t [B, *] for x0 [B, *] and times t [B] in [t_min, T], on x0's device: asked of processes that are not linear.
+        """x_t [B, *] for x0 [B, *] and times t [B] in [t_min, T], on x0's device; processes that are not linear define it.
 
         `noise(k)` gives the k-th draw of standard normals [B, *], k = 0 … 2**20 − 1; all randomness must come from there,
         so that a seed repeats a run. Gradients are off.
@@ -142,6 +170,7 @@ class VE(Process):
     sigma_min: float = 0.01
     sigma_max: float = 50.0
     name: ClassVar[str] = "ve"
+    default_sampler: ClassVar[Any] = "pc"
     T = 1.0
     t_min: ClassVar[float] = 1e-5
 
@@ -169,8 +198,18 @@ class VE(Process):
     def diffusion(self, t: Any) -> Any:
         return self.sigma(t) * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
 
-    def time(self, ratio: Any) -> Any:
-        return lib(ratio).log(ratio / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+    def time(self, sigma_hat: Any) -> Any:
+        return lib(sigma_hat).log(sigma_hat / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+
+    def reference_transitions(self, t: Array) -> tuple[Array, Array, Array]:
+        """σ_i the geometric ladder, σ_{−1} = 0, i = trunc(t (N − 1)/T); the ancestral variance is the posterior's."""
+        if type(self) is not VE:  # whose σ may be another
+            return super().reference_transitions(t)
+        ladder = np.append(schedules.geometric(self.sigma_max, self.sigma_min, len(t))[::-1], 0.0)  # [-1] is 0
+        index = _truncated(t, self.T)
+        high, low = ladder[index], ladder[index - 1]
+        var = (high - low) * (high + low)
+        return np.ones(len(t)), var, var * (low / high) ** 2
 
 
 @dataclass(frozen=True)
@@ -219,8 +258,20 @@ class VP(Process):
     def diffusion(self, t: Any) -> Any:
         return lib(t).sqrt(self.beta(t))
 
-    def time(self, ratio: Any) -> Any:
-        return self._time_of_integral(lib(ratio).log1p(ratio * ratio))
+    def time(self, sigma_hat: Any) -> Any:
+        return self._time_of_integral(lib(sigma_hat).log1p(sigma_hat * sigma_hat))
+
+    def reference_transitions(self, t: Array) -> tuple[Array, Array, Array]:
+        """β_i = linspace(β_min/N, β_max/N)[i], i = trunc(t (N − 1)/T): α² = 1 − β_i, σ² = β_i, and so is the ancestral variance.
+
+        NaN for N ≤ β_max, where a β_i reaches 1 (Euler–Maruyama's steps do not use them).
+        """
+        n = len(t)
+        if type(self) is not VP:  # whose β may be another
+            return super().reference_transitions(t)
+        var = np.linspace(self.beta_min / n, self.beta_max / n, n)[_truncated(t, self.T)]
+        var = np.where(var < 1, var, np.nan) if n > self.beta_max else np.full(n, np.nan)
+        return np.sqrt(1 - var), var, var
 
     def _time_of_integral(self, integral: Any) -> Any:
         # the root of ½t²Δ + tβ_min = B, in the form that keeps its digits at small B
@@ -241,9 +292,14 @@ class SubVP(VP):
     def diffusion(self, t: Any) -> Any:
         return lib(t).sqrt(-self.beta(t) * lib(t).expm1(-2 * self.integral(t)))
 
-    def time(self, ratio: Any) -> Any:
+    def time(self, sigma_hat: Any) -> Any:
         # (1 − α²)/α = r has the root α = √(1 + r²/4) − r/2, so B/2 = −log α = asinh(r/2)
-        return self._time_of_integral(2 * lib(ratio).arcsinh(ratio / 2))
+        return self._time_of_integral(2 * lib(sigma_hat).arcsinh(sigma_hat / 2))
+
+    def reference_transitions(self, t: Array) -> tuple[Array, Array, Array]:
+        """Euler's steps; the reference has no ancestral sampler."""
+        dt = self.T / len(t)
+        return 1 + self.drift(t) * dt, self.diffusion(t) ** 2 * dt, np.full(len(t), np.nan)
 
 
 @dataclass(frozen=True)
@@ -289,9 +345,9 @@ class OU(Process):
     def diffusion(self, t: Any) -> Any:
         return 0.0 * t + self.noise
 
-    def time(self, ratio: Any) -> Any:
-        square = (ratio / self.noise) ** 2
-        return square if self.rate == 0 else lib(ratio).log1p(2 * self.rate * square) / (2 * self.rate)
+    def time(self, sigma_hat: Any) -> Any:
+        square = (sigma_hat / self.noise) ** 2
+        return square if self.rate == 0 else lib(sigma_hat).log1p(2 * self.rate * square) / (2 * self.rate)
 
 
 @dataclass(frozen=True)
@@ -302,6 +358,7 @@ class EDM(Process):
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     name: ClassVar[str] = "edm"
+    default_sampler: ClassVar[Any] = "heun"
 
     def __post_init__(self) -> None:
         sigma_min, sigma_max = _checked_sigmas(self.sigma_min, self.sigma_max)
@@ -332,8 +389,14 @@ class EDM(Process):
     def diffusion(self, t: Any) -> Any:
         return lib(t).sqrt(2.0 * t)
 
-    def time(self, ratio: Any) -> Any:
-        return 1.0 * ratio
+    def time(self, sigma_hat: Any) -> Any:
+        return 1.0 * sigma_hat
+
+    def training_times(self, u: Any) -> Any:
+        """ln σ ~ N(−1.2, 1.2²) (Karras et al. 2022, Table 1)."""
+        torch = lib(u)
+        quantile = torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))
+        return torch.exp(-1.2 + 1.2 * quantile).to(u.dtype)
 
 
 @dataclass(frozen=True)
@@ -347,6 +410,7 @@ class DDPM(Process):
     betas: str | Sequence[float] = "linear"
     T: int = 1000
     name: ClassVar[str] = "ddpm"
+    default_sampler: ClassVar[Any] = "ancestral"
     t_min: ClassVar[float] = 0.0
     discrete: ClassVar[bool] = True
 
@@ -364,12 +428,12 @@ class DDPM(Process):
             raise ConfigError(f"betas must lie in (0, 1), got betas[{bad[0]}] = {values[bad[0]]:g}{way_out}")
 
     @cached_property
-    def beta_table(self) -> NDArray[np.float64]:
+    def beta_table(self) -> Array:
         """β_1 … β_T."""
         return schedules.betas(self.betas, self.T) if isinstance(self.betas, str) else np.array(self.betas)
 
     @cached_property
-    def _log_alpha(self) -> NDArray[np.float64]:
+    def _log_alpha(self) -> Array:
         """log α at t = 0 … T."""
         return np.concatenate(([0.0], 0.5 * np.cumsum(np.log1p(-self.beta_table))))
 
@@ -385,8 +449,8 @@ class DDPM(Process):
     def diffusion(self, t: Any) -> Any:
         return lib(t).sqrt(-2 * self.drift(t))
 
-    def time(self, ratio: Any) -> Any:
-        return _position(0.5 * lib(ratio).log1p(ratio * ratio), -self._log_alpha, 0)
+    def time(self, sigma_hat: Any) -> Any:
+        return _position(0.5 * lib(sigma_hat).log1p(sigma_hat * sigma_hat), -self._log_alpha, 0)
 
 
 @dataclass(frozen=True)
@@ -398,8 +462,11 @@ class NCSN(Process):
 
     sigmas: Sequence[float] = tuple(schedules.geometric(1.0, 0.01, 10))
     name: ClassVar[str] = "ncsn"
+    default_sampler: ClassVar[Any] = "annealed_langevin"
     t_min: ClassVar[float] = 1.0
+    first_time: ClassVar[float] = 1.0
     discrete: ClassVar[bool] = True
+    ladder: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _keep(self, sigmas=checks.sequence("sigmas", self.sigmas))
@@ -422,7 +489,7 @@ class NCSN(Process):
         return self.sigmas[0]
 
     @cached_property
-    def _log_sigma(self) -> NDArray[np.float64]:
+    def _log_sigma(self) -> Array:
         """log σ at t = 1 … L."""
         return np.log(self.sigmas)[::-1].copy()
 
@@ -438,8 +505,11 @@ class NCSN(Process):
     def diffusion(self, t: Any) -> Any:
         return self.sigma(t) * lib(t).sqrt(2 * _slope(t, self._log_sigma, 1))
 
-    def time(self, ratio: Any) -> Any:
-        return _position(lib(ratio).log(ratio), self._log_sigma, 1)
+    def time(self, sigma_hat: Any) -> Any:
+        return _position(lib(sigma_hat).log(sigma_hat), self._log_sigma, 1)
+
+    def index(self, t: Any) -> Any:
+        return self.T - t
 
 
 PROCESSES: dict[str, type[Process]] = {c.name: c for c in (VE, VP, SubVP, DDPM, NCSN, EDM, OU)}
@@ -453,7 +523,7 @@ def get(sde: object) -> Process:
 
 
 def require_linear(process: Process, what: str, way_out: str) -> None:
-    """Refuse what needs α(t) and σ(t) on a process that is known by its sampler alone."""
+    """Refuse what needs α(t) and σ(t) on a process that is not linear."""
     if not process.linear:
         raise ConfigError(
             f"{what} needs a linear process, one that defines alpha(t) and sigma(t), and {type(process).__name__} does not: "
@@ -468,7 +538,7 @@ def from_config(config: dict[str, Any]) -> Process:
 
 
 def lib(t: Any) -> Any:
-    """numpy, or torch if `t` is a tensor (which this wing never imports: whoever made the tensor has)."""
+    """The library of t's functions: numpy, or torch if `t` is a tensor (then torch is loaded; it is not imported here)."""
     return sys.modules["torch"] if hasattr(t, "detach") else np
 
 
@@ -482,7 +552,7 @@ def _as(values: Any, t: Any) -> Any:
     return values.to(t.dtype) if hasattr(t, "detach") and t.is_floating_point() else values
 
 
-def _interpolate(t: Any, table: NDArray[np.float64], first: int) -> Any:
+def _interpolate(t: Any, table: Array, first: int) -> Any:
     """Piecewise linear through table[k] at t = first + k, in t's own library."""
     if lib(t) is np:
         return np.interp(t, np.arange(first, first + len(table)), table)
@@ -493,7 +563,7 @@ def _interpolate(t: Any, table: NDArray[np.float64], first: int) -> Any:
     return values[k] + (t - first - k) * (values[k + 1] - values[k])
 
 
-def _position(value: Any, table: NDArray[np.float64], first: int) -> Any:
+def _position(value: Any, table: Array, first: int) -> Any:
     """The inverse of `_interpolate` for a rising table, whose end intervals go on beyond it: so that the caller sees by how
     much a level overshoots."""
     library = lib(value)
@@ -502,7 +572,12 @@ def _position(value: Any, table: NDArray[np.float64], first: int) -> Any:
     return first + k - 1 + (value - values[k - 1]) / (values[k] - values[k - 1])
 
 
-def _slope(t: Any, table: NDArray[np.float64], first: int) -> Any:
+def _truncated(t: Array, T: float) -> NDArray[np.int64]:
+    """score_sde's index i = trunc(t (N − 1)/T) of N times."""
+    return (t * (len(t) - 1) / T).astype(int)
+
+
+def _slope(t: Any, table: Array, first: int) -> Any:
     """The slope of that line on the interval that ends at or contains t."""
     if lib(t) is np:
         return np.diff(table)[np.clip(np.ceil(np.asarray(t) - first).astype(int) - 1, 0, len(table) - 2)]

@@ -145,11 +145,6 @@ def langevin_step(sigma_min: float, gamma: float, steps_per_level: int) -> float
     return (lo + hi) / 2 * sigma_min**2
 
 
-def scale_by_sigma(output: Any, sigma: Any) -> Any:
-    """Technique 3: score = output/σ, for a network that is not told the noise level (`prediction="scaled_score"`)."""
-    return output / sigma
-
-
 def ema_decay(step: int, decay: float = 0.999) -> float:
     """Technique 5, θ' ← mθ' + (1 − m)θ, with score_sde's warm-up: m = min(decay, (1 + n)/(10 + n)) at update n."""
     return min(decay, (1 + step) / (10 + step))

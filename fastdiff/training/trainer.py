@@ -172,7 +172,7 @@ class _State:
     def update(self, loss: Tensor, rate: float, grad_clip: float | None) -> Tensor:
         """One step of Adam and of the average; returns the norm of the gradient before clipping."""
         self.adam.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if grad_clip is None else grad_clip)
         self.adam.param_groups[0]["lr"] = rate
         self.adam.step()

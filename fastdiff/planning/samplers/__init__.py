@@ -1,4 +1,4 @@
-"""What a user names: sampler objects. Each checks its options and turns a grid into rows by a solver."""
+"""Sampler objects: one file a family, with options, equation, paper and rows of each sampler on one page."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from dataclasses import replace
 from ...errors import choose
 from ..processes import Process, require_linear
 from .adaptive import Adaptive, AdaptiveSDE
+from .ancestral import DDIM, Ancestral
 from .base import Sampler
+from .dpm_solver import DPMSolver, DPMSolverPP2S
 from .langevin import ULA, AnnealedLangevin
-from .multistep import DEIS, LMS, SA, DPMSolverPP, UniPC
-from .one_step import DDIM, ODE, Ancestral, EulerMaruyama, ReverseDiffusion
+from .multistep import DEIS, LMS, DPMSolverPP
+from .ode import DPM2, ODE, Heun
 from .predictor_corrector import PREDICTORS, PredictorCorrector
-from .stages import DPM2, DPMSolver, DPMSolverPP2S, Heun
+from .reverse_sde import EulerMaruyama, ReverseDiffusion
+from .unipc_sa import SA, UniPC
 
 __all__ = [
     "DDIM",
@@ -53,37 +56,26 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "rk45": Adaptive,
     "adaptive_sde": AdaptiveSDE,
 }
-# each process's own sampler; any other's is Euler-Maruyama
-DEFAULTS: dict[str, type[Sampler]] = {
-    "ve": PredictorCorrector,
-    "vp": EulerMaruyama,
-    "subvp": EulerMaruyama,
-    "ou": EulerMaruyama,
-    "ddpm": Ancestral,
-    "ncsn": AnnealedLangevin,
-    "edm": Heun,
-}
 
 
 def get(sampler: object, process: Process) -> Sampler:
-    """A sampler from its name, itself, or None: the process's own."""
+    """A sampler from its name, itself, or None: the process's default."""
     require_linear(process, "sampling", "integrate its reverse SDE on model.score(x, t)")
-    if sampler is None:
-        return DEFAULTS.get(process.name, EulerMaruyama)()
+    sampler = process.default_sampler if sampler is None else sampler
     if isinstance(sampler, Sampler):
         return sampler
     return SAMPLERS[choose("sampler", sampler, SAMPLERS)]()
 
 
 def variance_of(sampler: object) -> str | None:
-    """ "learned_range" if a sampler, or a predictor-corrector's predictor, asks the network for its variance."""
+    """ "learned_range" if a sampler, or a predictor-corrector's predictor, has the network give its variance."""
     if isinstance(sampler, PredictorCorrector):
         return variance_of(sampler.predicting)
     return "learned_range" if isinstance(sampler, Ancestral) and sampler.variance == "learned_range" else None
 
 
 def with_variance(sampler: Sampler, variance: str) -> Sampler:
-    """The sampler with a model's own variance, where it is ancestral and says none itself."""
+    """The sampler with the model's `variance`, where it is ancestral and has none of its own."""
     if isinstance(sampler, PredictorCorrector) and sampler.predicting is not None:
         return replace(sampler, predictor=with_variance(sampler.predicting, variance))
     return (

@@ -8,13 +8,11 @@ from typing import ClassVar
 from ... import checks
 from ...errors import ConfigError, choose
 from ...table import Level, Tableau
-from .. import ode_variables
 from ..grids import Grid
-from ..ode_variables import Chart
+from ..ode_variables import FORMS, VARIABLES, OdeVariables
 from ..processes import Process
-from ..solvers.draft import Drafts
 from ..tableaus import METHODS
-from .base import Sampler
+from .base import Sampler, SolverRows
 
 # float32 states resolve no less
 _FLOOR = 2.0**-50
@@ -26,7 +24,7 @@ class StepChoosing(Sampler):
     def default_t_min(self, process: Process) -> float:
         return process.t_noisy
 
-    def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[Drafts, Level]:
+    def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[SolverRows, Level]:
         raise ConfigError(f"sampler {self.name!r} chooses its steps as it runs and has no table: call fastdiff.sample")
 
 
@@ -54,8 +52,8 @@ class Adaptive(StepChoosing):
     def __post_init__(self) -> None:
         choose("method", self.method, METHODS)
         _tolerances(self.rtol, self.atol)
-        choose("variable", self.variable, ode_variables.VARIABLES)
-        choose("form", self.form, ode_variables.FORMS)
+        choose("variable", self.variable, VARIABLES)
+        choose("form", self.form, FORMS)
         checks.flag("couple", self.couple)
         checks.integer("max_nfe", self.max_nfe, 1, 2**62)
 
@@ -63,8 +61,8 @@ class Adaptive(StepChoosing):
     def tableau(self) -> Tableau:
         return METHODS[self.method]
 
-    def chart(self, process: Process) -> Chart:
-        return Chart(process, self.variable, self.form)
+    def variables(self, process: Process) -> OdeVariables:
+        return OdeVariables(process, self.variable, self.form)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,57 @@
-"""What every sampler answers: its defaults, and its rows on a grid."""
+"""What every sampler is: options that check themselves, its defaults, and its rows on a grid.
+
+A sampler writes rows on predictions of its own choice, each a combination h = r·x0 + w·ε; `fastdiff.planning.plan` turns
+them into rows on the network's prediction. The letters of this package: a step leads from x at (α, σ) down to x' at (α', σ');
+σ̂ = σ/α, λ = log(α/σ), h = λ' − λ > 0; z is standard normal noise. Where σ' = 0, λ' is infinite and a step of order 1.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ...errors import ConfigError
-from ...table import Level
+from ...table import Level, Measure
 from ..grids import Grid
 from ..processes import Process
-from ..solvers.draft import Drafts
+
+# (r, w) of a prediction r·x0 + w·ε
+Combination = tuple[float, float]
+X0: Combination = (1.0, 0.0)
+EPS: Combination = (0.0, 1.0)
+
+
+def score(level: Level) -> Combination:
+    """∇ log p = −ε/σ."""
+    return 0.0, -1.0 / level.sigma if level.sigma > 0 else math.nan
+
+
+def velocity(level: Level, drift: float, diffusion: float) -> Combination:
+    """dx/dt = f x − ½ g² score = α̇ x0 + σ̇ ε, with α̇ = f α and σ̇ = f σ + g²/(2σ)."""
+    return drift * level.alpha, drift * level.sigma + diffusion**2 / (2 * level.sigma)
+
+
+@dataclass(frozen=True, slots=True)
+class SolverRow:
+    """x ← a·x + e·base + b_0·h_0 + b_1·h_1 + … + c·z as in fastdiff.table, with h_0 the combination `h0` (None: the row calls
+    no network, and b starts at h_1)."""
+
+    level: Level
+    label: str
+    a: float
+    b: tuple[float, ...] = ()
+    h0: Combination | None = None
+    e: float = 0.0
+    c: float = 0.0
+    saves_base: bool = False
+    keeps_prediction: bool = True  # a Langevin row does not: its prediction must not shift a multistep history
+    clips: bool = True  # nor is its score clipped
+    measure: Measure | None = None
+    log_variance: tuple[float, float] | None = None
+
+
+SolverRows = list[list[SolverRow]]  # one list for each step
 
 
 class Sampler:
@@ -39,11 +81,11 @@ class Sampler:
         """Intervals of the grid; `steps` of them, unless levels and steps are different things."""
         return steps
 
-    def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[Drafts, Level]:
+    def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[SolverRows, Level]:
         """One list of rows for each step, and the level on which the run ends."""
         return finished(self.predict(process, grid), grid, denoise)
 
-    def predict(self, process: Process, grid: Grid) -> Drafts:
+    def predict(self, process: Process, grid: Grid) -> SolverRows:
         """One list of rows for each step of the grid."""
         raise ConfigError(f"sampler {self.name!r} cannot serve as a predictor: use another, such as reverse_diffusion")
 
@@ -55,15 +97,21 @@ class FewSteps(Sampler):
         return super().default_grid(process, steps, t_min) if process.discrete else "karras"
 
 
-def finished(drafts: Drafts, grid: Grid, denoise: bool) -> tuple[Drafts, Level]:
-    """The rows, with `denoise` without the last one's noise, and the level on which they end."""
-    if denoise:
-        drop_last_noise(drafts)
-    return drafts, grid.steps[-1].next
+def finished(rows: SolverRows, grid: Grid, denoise: bool) -> tuple[SolverRows, Level]:
+    """The rows, with `denoise` without the last one's noise if it calls the network, and the level on which they end."""
+    last = rows[-1][-1]
+    if denoise and last.h0 is not None:
+        rows[-1][-1] = replace(last, c=0.0, log_variance=None)
+    return rows, grid.steps[-1].next
 
 
-def drop_last_noise(drafts: Drafts) -> None:
-    """Leave out the noise of the last row, if it is a stochastic one that calls the model."""
-    last = drafts[-1][-1]
-    if last.meaning is not None:
-        drafts[-1][-1] = replace(last, c=0.0, log_variance=None)
+def split_noise(here: Level, there: Level, eta: float) -> tuple[float, float]:
+    """(c, σ_↓) of a step down to `there`: DDIM's noise c = η σ' √(1 − σ̂'²/σ̂²), and σ_↓² = σ'² − c²."""
+    fall = there.sigma_hat * here.alpha / here.sigma
+    c = eta * there.sigma * math.sqrt((1 - fall) * (1 + fall))
+    return c, there.sigma * math.hypot(math.sqrt((1 - eta) * (1 + eta)), eta * fall)
+
+
+def ddim_step(here: Level, there: Level) -> tuple[float, float]:
+    """(A, B) of x' = A x + B ε, exact where ε is constant: A = α'/α, B = σ' − α' σ̂ = −σ' (e^h − 1)."""
+    return there.alpha / here.alpha, there.sigma - there.alpha * here.sigma / here.alpha

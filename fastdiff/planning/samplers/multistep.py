@@ -1,32 +1,44 @@
-"""Samplers of one network call a step that remember predictions.
+"""Samplers of one network call a step that remember predictions: LMS, DEIS, DPM-Solver++ (2M, 3M, ODE and SDE).
 
-`lower_order_final` ends with steps of order …, 2, 1; None: in runs of fewer than 15 steps, as in DPM-Solver's code. A step
-into σ = 0 is of order 1 in any case, except LMS's, whose variable is finite there. UniPC and SA, whose row corrects the
-step before, do not `predict` for another corrector, which would move x in between.
+- Each integrates the polynomial ℓ through its last predictions, fewer at the start.
+- `lower_order_final` ends with steps of order …, 2, 1; None: in runs of fewer than 15 steps, as in DPM-Solver's code.
+- A step into σ' = 0, where λ' is infinite, is of order 1, except LMS's, whose variable is finite there.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from ... import checks
 from ...errors import choose
-from ...table import Level
-from .. import solvers
-from ..grids import Grid
+from ..grids import Grid, Step
 from ..processes import Process
-from ..solvers.draft import Drafts
-from .base import FewSteps, finished
+from .base import EPS, X0, FewSteps, SolverRow, SolverRows, velocity
+from .integrals import Array, exponential, lambdas, linear, middle, orders, weights
 
 
-def _lowers(lower_order_final: bool | None, grid: Grid) -> bool:
-    return len(grid.steps) < 15 if lower_order_final is None else lower_order_final
+def _check_final(lower_order_final: bool | None) -> None:
+    if lower_order_final is not None:
+        checks.flag("lower_order_final", lower_order_final)
+
+
+def _orders(steps: Sequence[Step], order: int, lower_order_final: bool | None) -> list[int]:
+    return orders(steps, order, len(steps) < 15 if lower_order_final is None else lower_order_final)
 
 
 @dataclass(frozen=True)
 class LMS(FewSteps):
-    """Adams–Bashforth of `order` 1 to 4, in the grid's own variable: in t, or in σ̂ = σ/α on x/α (k-diffusion's LMS)."""
+    """Adams–Bashforth of `order` 1 to 4 on a grid of any spacing (the linear multistep method of k-diffusion):
+
+    in t:  x' = x + Σ_j ∫ℓ_j(t) dt · (dx/dt)_j,     in σ̂:  x'/α' = x/α + Σ_j ∫ℓ_j(σ̂) dσ̂ · ε_j
+
+    in the grid's own variable. In σ̂ this is ρAB-DEIS (Zhang & Chen 2023).
+    """
 
     order: int = 4
     name: ClassVar[str] = "lms"
@@ -34,15 +46,27 @@ class LMS(FewSteps):
     def __post_init__(self) -> None:
         checks.integer("order", self.order, 1, 4)
 
-    def predict(self, process: Process, grid: Grid) -> Drafts:
-        return solvers.lms(grid, self.order)
+    def predict(self, process: Process, grid: Grid) -> SolverRows:
+        rows: SolverRows = []
+        points = [level.sigma_hat if grid.in_sigma else level.t for level in grid.levels]
+        for i, step in enumerate(grid.steps):
+            w = weights(points[i], points[i + 1], points[max(i - self.order + 1, 0) : i + 1][::-1])
+            if grid.in_sigma:
+                a, b, h0 = step.next.alpha / step.level.alpha, [step.next.alpha * v for v in w], EPS
+            else:
+                a, b, h0 = 1.0, w, velocity(step.level, step.drift, step.diffusion)
+            rows.append([SolverRow(step.level, self.name, a, tuple(b), h0)])
+        return rows
 
 
 @dataclass(frozen=True)
 class DEIS(FewSteps):
-    """DEIS (Zhang & Chen 2023) of `order` 1 to 4: as many predictions, so that the paper's tAB3 is order 4.
+    """DEIS (Zhang & Chen 2023, eq. 13–15) of `order` 1 to 4: as many predictions, so that the paper's tAB3 is order 4.
 
-    `variable`: ε is a polynomial in "t" (tAB-DEIS) or in "lambda" = log(α/σ) (what diffusers has, as "logrho").
+        x'/α' = x/α + Σ_j ∫ℓ_j(v) dσ̂ · ε_j
+
+    The linear part is exact, and ε a polynomial in `variable` v: "t" (tAB-DEIS, which the authors find best) or
+    "lambda" = log(α/σ) (what diffusers calls "logrho").
     """
 
     order: int = 3
@@ -55,16 +79,45 @@ class DEIS(FewSteps):
         choose("variable", self.variable, ("t", "lambda"))
         _check_final(self.lower_order_final)
 
-    def predict(self, process: Process, grid: Grid) -> Drafts:
-        lower = _lowers(self.lower_order_final, grid)
-        return solvers.deis(process, grid.steps, self.order, self.variable, lower)
+    def predict(self, process: Process, grid: Grid) -> SolverRows:
+        rows: SolverRows = []
+        lam = lambdas(grid.steps)
+        for i, (step, k) in enumerate(zip(grid.steps, _orders(grid.steps, self.order, self.lower_order_final))):
+            if k == 1:
+                b = [step.next.sigma - step.next.alpha * step.level.sigma_hat]
+            elif self.variable == "lambda":
+                b = [-step.next.sigma * w for w in exponential(lam, i, range(i, i - k, -1), 1.0)]
+            else:
+                b = [-step.next.alpha * w for w in _in_time(process, grid.steps, i, k)]
+            rows.append([SolverRow(step.level, self.name, step.next.alpha / step.level.alpha, tuple(b), EPS)])
+        return rows
+
+
+def _in_time(process: Process, steps: Sequence[Step], i: int, order: int) -> list[float]:
+    """−∫ℓ_j(t(σ̂)) dσ̂ over step i, taken over u = λ − λ_i, in which it is smooth: σ̂ = σ̂_i e^{−u}."""
+    start = steps[i].level.sigma_hat
+    h = math.log(start / steps[i].next.sigma * steps[i].next.alpha)
+    here = steps[i].level.t
+
+    def sigma_hat(u: Array) -> Array:
+        return start * np.exp(-u)
+
+    def t(u: Array) -> Array:
+        return np.asarray(process.time(sigma_hat(u)) - here)
+
+    return weights(0.0, h, [steps[i - j].level.t - here for j in range(order)], sigma_hat, t)
 
 
 @dataclass(frozen=True)
 class DPMSolverPP(FewSteps):
-    """DPM-Solver++ of many steps (Lu et al. 2022b): `order` 1, 2 (2M) or 3 (3M).
+    """DPM-Solver++ of many steps, of `order` 1, 2 (2M) or 3 (3M), on the SDE whose noise has rate `eta`; κ = 1 + η:
 
-    `eta` >= 0 is the rate of the SDE's noise, as in k-diffusion: 0 the ODE, 1 the reverse SDE.
+        x' = σ'/σ e^{−ηh} x + α' κ ∫₀ʰ e^{−κ(h−u)} x̂_0(λ + u) du + σ' √(1 − e^{−2ηh}) z
+
+    `eta` >= 0 as in k-diffusion: 0 the ODE, 1 the reverse SDE. Order 2 takes x̂_0 constant at the middle,
+    (1 + 1/2r) x̂_0 − 1/2r x̂_0', r = h'/h of the step before: Lu et al. 2022b, Alg. 2 (2M), and its SDE form as in k-diffusion.
+    Order 3 integrates the parabola through three predictions exactly; the third-order formula in the authors' code and in
+    k-diffusion has half of its coefficient on the second difference, which leaves the method at order 2.
     """
 
     order: int = 2
@@ -77,56 +130,15 @@ class DPMSolverPP(FewSteps):
         checks.number("eta", self.eta, 0)
         _check_final(self.lower_order_final)
 
-    def predict(self, process: Process, grid: Grid) -> Drafts:
-        return solvers.dpmpp_multistep(grid.steps, self.order, self.eta, _lowers(self.lower_order_final, grid))
-
-
-@dataclass(frozen=True)
-class UniPC(FewSteps):
-    """UniPC of `order` 1 to 3 (Zhao et al. 2023); corrected, it converges as `order` + 1. Defaults are diffusers'.
-
-    `variant`: B(h), "bh1" or "bh2". `predicts`: polynomials of "x0" or of "eps".
-    """
-
-    order: int = 2
-    variant: str = "bh2"
-    predicts: str = "x0"
-    lower_order_final: bool = True
-    name: ClassVar[str] = "unipc"
-
-    def __post_init__(self) -> None:
-        checks.integer("order", self.order, 1, 3)
-        choose("variant", self.variant, ("bh1", "bh2"))
-        choose("predicts", self.predicts, ("x0", "eps"))
-        checks.flag("lower_order_final", self.lower_order_final)
-
-    def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[Drafts, Level]:
-        drafts = solvers.unipc(grid.steps, self.order, self.variant, self.predicts, self.lower_order_final)
-        return finished(drafts, grid, denoise)
-
-
-@dataclass(frozen=True)
-class SA(FewSteps):
-    """SA-Solver (Xue et al. 2023): stochastic Adams, `predictor` predictions (1 to 3), corrected with `corrector` (0 to 4,
-    0: not), the new one among them. `tau`: the noise, 0 the ODE, 1 the reverse SDE; the orders are diffusers'."""
-
-    predictor: int = 2
-    corrector: int = 2
-    tau: float = 1.0
-    lower_order_final: bool = True
-    name: ClassVar[str] = "sa"
-
-    def __post_init__(self) -> None:
-        checks.integer("predictor", self.predictor, 1, 3)
-        checks.integer("corrector", self.corrector, 0, 4)
-        checks.number("tau", self.tau, 0)
-        checks.flag("lower_order_final", self.lower_order_final)
-
-    def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[Drafts, Level]:
-        drafts = solvers.sa(grid.steps, self.predictor, self.corrector, self.tau, self.lower_order_final)
-        return finished(drafts, grid, denoise)
-
-
-def _check_final(value: bool | None) -> None:
-    if value is not None:
-        checks.flag("lower_order_final", value)
+    def predict(self, process: Process, grid: Grid) -> SolverRows:
+        rows: SolverRows = []
+        lam = lambdas(grid.steps)
+        for i, (step, k) in enumerate(zip(grid.steps, _orders(grid.steps, self.order, self.lower_order_final))):
+            a, scale, c = linear(step, self.eta)
+            if k == 2 and self.order == 2:
+                (total,) = exponential(lam, i, [i], -1 - self.eta)
+                w = middle(total, total, (lam[i] - lam[i - 1]) / (lam[i + 1] - lam[i]))
+            else:
+                w = exponential(lam, i, range(i, i - k, -1), -1 - self.eta)
+            rows.append([SolverRow(step.level, "dpmpp", a, tuple(scale * v for v in w), X0, c=c)])
+        return rows

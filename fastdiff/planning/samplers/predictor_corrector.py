@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
 from ... import checks
 from ...errors import ConfigError, choose
-from ...table import Level
-from .. import solvers
+from ...table import Level, Measure
 from ..grids import Grid, Step
 from ..processes import Process
-from ..solvers.draft import Draft, Drafts
-from .base import Sampler, drop_last_noise
+from .ancestral import DDIM, Ancestral
+from .base import Sampler, SolverRow, SolverRows, finished
+from .dpm_solver import DPMSolver, DPMSolverPP2S
+from .langevin import langevin_row
 from .multistep import DEIS, LMS, DPMSolverPP
-from .one_step import DDIM, ODE, Ancestral, EulerMaruyama, ReverseDiffusion
-from .stages import DPM2, DPMSolver, DPMSolverPP2S, Heun
+from .ode import DPM2, ODE, Heun
+from .reverse_sde import EulerMaruyama, ReverseDiffusion
 
 PREDICTORS: dict[str, Callable[[], Sampler]] = {
     "ancestral": Ancestral,
@@ -46,10 +48,12 @@ PREDICTORS: dict[str, Callable[[], Sampler]] = {
 class PredictorCorrector(Sampler):
     """Predictor–corrector sampling (Song et al. 2021, Alg. 1), by default in the authors' order, corrector first.
 
-    `predictor`: a name, "none", or any sampler object that can predict. `corrector`: "ald" steps by δ = 2α (snr·σ)², a plain row
-    that is the same for every sample; "langevin" by 2α (snr·‖z‖/‖score‖)², with `norm="batch"` means (the reference's;
-    they couple the samples of a batch, so `batch_size < num_samples` is refused) or `norm="sample"`, each sample's own
-    norms, at most twice ald's step. α = 1 (VE) or the step's α_t²/α_s².
+    predictor        a name, "none", or any sampler object that can predict
+    corrector        x ← x + δ score + √(2δ) z: "ald" with δ = 2α (snr·σ)², a plain row that is the same for every sample;
+                     "langevin" with δ = 2α (snr·‖z‖/‖score‖)² (Alg. 4–5). α = 1 (VE) or the step's α_t²/α_s²
+    norm             of "langevin": "batch" means (the reference's; they couple the samples of a batch, so
+                     `batch_size < num_samples` is refused) or each "sample"'s own norms, at most twice ald's step
+    corrector_steps  corrections at each level
 
     On N(0, 1) data, VE, 200 steps and the exact score, the variance of the samples is 1.01–1.02 with ald and 1.02–1.03
     with batch norms in 1 to 48 dimensions, but with sample norms 1.66, 1.34, 1.08, 1.02 in 1, 2, 8, 48 dimensions: a step
@@ -85,47 +89,53 @@ class PredictorCorrector(Sampler):
 
     def default_grid(self, process: Process, steps: int, t_min: float) -> str:
         inner = self.predicting
-        return (
-            super().default_grid(process, steps, t_min) if inner is None else inner.default_grid(process, steps, t_min)
-        )
+        if inner is None:
+            return super().default_grid(process, steps, t_min)
+        return inner.default_grid(process, steps, t_min)
 
     def steps_on(self, process: Process, points: int) -> int:
         return points if self.predicting is None else points - 1
 
     def default_t_min(self, process: Process) -> float:
-        asks_at_the_end = self.predicting is None or (self.order == "predictor_first" and self.corrector != "none")
-        return process.t_noisy if asks_at_the_end else process.t_min
+        calls_at_the_end = self.predicting is None or (self.order == "predictor_first" and self.corrector != "none")
+        return process.t_noisy if calls_at_the_end else process.t_min
 
     def intervals(self, process: Process, steps: int) -> int:
         # the corrector alone stands on every level, the last one included
         return steps if self.predicting is not None else max(steps - 1, 1)
 
-    def predict(self, process: Process, grid: Grid) -> Drafts:
+    def predict(self, process: Process, grid: Grid) -> SolverRows:
         raise ConfigError("predictor must not itself be a predictor-corrector: raise corrector_steps instead")
 
-    def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[Drafts, Level]:
+    def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[SolverRows, Level]:
         inner = self.predicting
         if inner is None:
             visits: list[tuple[Level, Step]] = [(step.level, step) for step in grid.steps]
             if len(visits) < steps:
                 visits.append((grid.steps[-1].next, grid.steps[-1]))
             return [self._corrections(level, step) for level, step in visits], visits[-1][0]
-        predicted = inner.predict(process, grid)
-        if denoise:
-            drop_last_noise(predicted)
+        if grid.reference and not inner.reference_grid:
+            raise ConfigError(f"grid='score_sde' has no predictor {inner.name!r}: use grid='uniform'")
+        predicted, end = finished(inner.predict(process, grid), grid, denoise)
         first = self.order == "corrector_first"
-        drafts = []
-        for step, rows in zip(grid.steps, predicted):
+        rows = []
+        for step, predictions in zip(grid.steps, predicted):
             corrections = self._corrections(step.level if first else step.next, step)
-            drafts.append([*corrections, *rows] if first else [*rows, *corrections])
-        return drafts, grid.steps[-1].next
+            rows.append([*corrections, *predictions] if first else [*predictions, *corrections])
+        return rows, end
 
-    def _corrections(self, level: Level, step: Step) -> list[Draft]:
+    def _corrections(self, level: Level, step: Step) -> list[SolverRow]:
         if self.corrector == "none":
             return []
         if level.sigma <= 0:
             raise ConfigError(
-                "order='predictor_first' asks the network after the last step, where sigma = 0: "
+                "order='predictor_first' calls the network after the last step, where sigma = 0: "
                 "use t_min > 0 or order='corrector_first'"
             )
-        return solvers.corrector(self.corrector, level, step, self.snr, self.norm, self.corrector_steps)
+        shrinkage = step.ratio**2  # the paper's α
+        ald = 2 * shrinkage * (self.snr * level.sigma) ** 2
+        row = langevin_row(level, "corrector", ald)
+        if self.corrector == "langevin":
+            cap = 2 * ald if self.norm == "sample" else math.inf
+            row = replace(row, b=(0.0,), c=0.0, measure=Measure(self.norm, 2 * shrinkage * self.snr**2, cap))
+        return [row] * self.corrector_steps

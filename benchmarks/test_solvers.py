@@ -1,5 +1,4 @@
-"""What deterministic solvers make of their network calls, on a mixture whose score is known; and the sampler that chooses its
-steps against score_sde_pytorch's, at equal measured error.
+"""What deterministic solvers make of their network calls, on a mixture whose score is known.
 
 The solvers share their start and their levels: Karras' without the last, 0, from t = 1 to 1e-3. Their error is the distance of
 the end states from those of SciPy's eighth-order pair at 1e-10, root mean square over the samples' numbers.
@@ -8,16 +7,14 @@ the end states from those of SciPy's eighth-order pair at 1e-10, root mean squar
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import Clock
 from cases import ours as run_of
-from paired import Solution, compare_runs, compare_solutions, loosest, note
-from peers import Labelled, missing, score_sde, score_sde_flow
-from problems import PROBLEMS, VECTOR, counted, double, exact_eps, trained
+from problems import VECTOR, distance, exact_eps, start_of
+from recorder import compare_runs
 from torch import Tensor
 
 import fastdiff
@@ -25,7 +22,6 @@ from fastdiff import grids, samplers
 
 pytestmark = pytest.mark.usefixtures("kept_memory")
 
-PEER = "score_sde_pytorch"
 END = 1e-3
 COUNT = 256
 CALLS = (6, 12, 24, 48, 96)
@@ -49,18 +45,6 @@ FIRST_ORDER = ("ddim", "ode, uniform in t")
 # name -> method of a sampler that chooses its steps, one size for all samples
 ADAPTIVE = {"rk45": "dopri5", "rk45, bosh3": "bosh3"}
 TOLERANCES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
-STEPS = {"each sample's steps": False, "couple=True": True}
-
-
-def start_of(x: Tensor) -> Tensor:
-    return torch.empty_like(x).normal_(generator=torch.Generator().manual_seed(2))
-
-
-def distance(x: Tensor, y: Tensor) -> float:
-    return float((x.double() - y).square().mean().sqrt())
-
-
-# --- steps against quality -------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -114,7 +98,7 @@ def errors(name: str) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("name", [*SOLVERS, *ADAPTIVE])
-def test_solver(benchmark, name):
+def test_solver(benchmark, recorder, name):
     found, last = errors(name), CALLS[-1]
     if not found[last] <= 0.02:
         raise AssertionError(f"{name} is {found[last]:.2g} off after {last} calls: another flow or end")
@@ -131,75 +115,8 @@ def test_solver(benchmark, name):
     ]
     benchmark.group = "solvers"
     benchmark.extra_info.update(
-        compare_runs("solvers", name, "ddim", start.numel(), used, list(zip(runs, clocks)), 0.5, "call")
+        compare_runs(recorder, "solvers", name, "ddim", start.numel(), used, list(zip(runs, clocks)), 0.5, "call")
     )
     for n, error in found.items():
-        note("solvers", name, "ddim", start.numel(), f"error of {n} calls", error, errors("ddim")[n])
+        recorder.row("solvers", name, start.numel(), f"error of {n} calls", [error], "ddim", [errors("ddim")[n]])
     benchmark.pedantic(runs[0], rounds=1)
-
-
-# --- the sampler that chooses its steps ------------------------------------------------------------------------------
-
-
-def ours(net: Any, start: Tensor, tolerance: float, couple: bool = False) -> Any:
-    """The samples, and what the run was."""
-    sampler = samplers.Adaptive(rtol=tolerance, atol=tolerance, couple=couple)
-    return run_of("vp", net, start, sde="vp", sampler=sampler, t_min=END)(return_info=True, dtype=start.dtype)
-
-
-def theirs(start: Tensor) -> Callable[[Any], tuple[Tensor, int]]:
-    """net -> samples and evaluations."""
-    sampling, sde_lib, _ = score_sde()
-    sampler = sampling.get_ode_sampler(sde_lib.VPSDE(), tuple(start.shape), lambda x: x, eps=END, device=start.device)
-    return lambda net: sampler(Labelled(net), start)
-
-
-@functools.cache
-def ends_of(name: str) -> tuple[Tensor, Tensor]:
-    """Starts, and where the network's flow takes them: ours in float64 at 1e-8, confirmed on score_sde_pytorch's own."""
-    net, x = trained(name)
-    start = start_of(x)
-    ends, _ = ours(double(net), start.double(), 1e-8)
-    with torch.no_grad():
-        others, _ = score_sde_flow(double(net), start[:4].double(), 1.0, END)
-    apart = distance(others, ends[:4])
-    if not apart <= 1e-6:
-        raise AssertionError(f"{name}: the reference is {apart:.2g} off")
-    return start, ends
-
-
-@functools.cache
-def their_solution(name: str) -> Solution:
-    net, (start, ends) = trained(name)[0], ends_of(name)
-    run, copied = theirs(start), counted(net)
-    x, evaluations = run(copied.net)
-    error = distance(x, ends)
-    if not error <= 0.01:
-        raise AssertionError(f"{name}: {PEER} is {error:.2g} off: another time or flow")
-    return Solution(lambda: run(net), 1e-5, error, evaluations, copied.calls)
-
-
-def our_solution(name: str, couple: bool) -> Callable[[float], Solution]:
-    def solve(tolerance: float) -> Solution:
-        net, (start, ends) = trained(name)[0], ends_of(name)
-        copied = counted(net)
-        x, info = ours(copied.net, start, tolerance, couple)
-        run = lambda: ours(net, start, tolerance, couple)  # noqa: E731
-        return Solution(run, tolerance, distance(x, ends), float(info.nfe.double().mean()), copied.calls)
-
-    return solve
-
-
-@pytest.mark.filterwarnings("ignore")  # the peer's own
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_rk45(benchmark, name, steps):
-    reason = missing(PEER)
-    if reason:
-        pytest.skip(reason)
-    their = their_solution(name)
-    mine = loosest(our_solution(name, STEPS[steps]), TOLERANCES, their.error)
-    benchmark.group = f"rk45: {name}"
-    numbers = ends_of(name)[0].numel()
-    benchmark.extra_info["whole"] = compare_solutions("rk45", f"{name}; {steps}", PEER, numbers, mine, their, 1.0)
-    benchmark.pedantic(mine.run, rounds=1)

@@ -1,0 +1,308 @@
+"""What every benchmark of either device does with its measurements: take them in turns, make ratios of neighbours, write a CSV.
+
+Figures are those of commits: nothing is saved in benchmarks/results while the sources differ from their commit.
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import importlib.metadata
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from cases import CPU, Clock, clock
+
+from fastdiff.execution import cuda_graph
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MEASURED = (
+    "fastdiff",
+    "kernels",
+    "csrc",
+    "setup.py",
+    "benchmarks",
+    ":!benchmarks/results",
+)  # what the figures depend on
+# One row a measurement. `ours` and `theirs` are medians in the unit that `metric` names; the ratios are theirs by ours.
+COLUMNS = (
+    "device", "threads", "group", "case", "opponent", "n", "metric", "ours", "theirs", "ratio_p20", "ratio_p50", "ratio_p80",
+    "rounds", "commit", "torch", "version", "date",
+)  # fmt: skip
+KEY = ("group", "case", "opponent", "threads", "n", "metric")  # two rows that share it are the same measurement
+Row = dict[str, Any]
+Run = Callable[[], object]
+T = TypeVar("T")
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+class Unsaveable(RuntimeError):
+    """These figures belong to no commit."""
+
+
+class Recorder:
+    """The rows of one device. `commit`: of the sources, where git cannot tell it."""
+
+    def __init__(self, device: torch.device = CPU, commit: str = "") -> None:
+        self.cuda = device.type == "cuda"
+        self.name = re.sub(r"[^\w.-]+", "-", torch.cuda.get_device_name(device) if self.cuda else _processor())
+        self.commit = commit or _git("describe", "--always") + ("-dirty" if _changed() else "")
+        self.rows: list[Row] = []
+
+    def row(
+        self, group: str, case: str, n: int, metric: str, ours: Sequence[float], opponent: str = "",
+        theirs: Sequence[float] | None = None,
+    ) -> float:  # fmt: skip
+        """A row of measurements, those of two systems paired; the median of ours, or of the ratios theirs by ours."""
+        value = statistics.median(ours)
+        row = {
+            **dict.fromkeys(COLUMNS, ""), "device": self.name, "threads": "" if self.cuda else torch.get_num_threads(),
+            "group": group, "case": case, "opponent": opponent, "n": n, "metric": metric, "ours": f"{value:.5g}",
+            "rounds": len(ours) if len(ours) > 1 else "", "commit": self.commit, "torch": torch.__version__,
+            "version": _version(opponent), "date": date.today().isoformat(),
+        }  # fmt: skip
+        if theirs is not None:
+            row["theirs"] = f"{statistics.median(theirs):.5g}"
+        if theirs is not None and len(ours) > 1:
+            ratios = [b / a for a, b in zip(ours, theirs)]
+            value = statistics.median(ratios)
+            low, *_, high = statistics.quantiles(ratios, n=5, method="inclusive")
+            row |= {"ratio_p20": round(low, 2), "ratio_p50": round(value, 2), "ratio_p80": round(high, 2)}
+        self.rows.append(row)
+        return value
+
+    def save(self, folder: Path = RESULTS) -> Path:
+        """The rows in <folder>/<device>.csv, in the place of what the file had of the same measurements."""
+        self.refuse_unclean(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.csv"
+        rows = {
+            tuple(str(row[name]) for name in KEY): row for row in [*(read(path) if path.exists() else []), *self.rows]
+        }
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows.values())
+        return path
+
+    def refuse_unclean(self, folder: Path = RESULTS) -> None:
+        """Raises Unsaveable where figures in the repository's folder of results would belong to no commit."""
+        if folder.resolve() != RESULTS:
+            return
+        changed = _changed()
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise Unsaveable(
+                f"benchmarks/results holds figures of commits only, and {', '.join(changed[:3])}{more} differ from the last "
+                "commit: commit them first, or run without saving there"
+            )
+        if not self.commit:
+            raise Unsaveable(
+                "benchmarks/results holds figures of commits only, and this folder has no git: name --commit"
+            )
+
+
+def shown(row: Row) -> str:
+    """A row as a line of text."""
+    line = (
+        f"{row['group']:22} {row['case']:32} {row['threads']:>2} {row['n']:>11,}  {row['metric']:36} {row['ours']:>10}"
+    )
+    line += f" against {row['theirs']:>10}" if row["theirs"] else ""
+    line += (
+        f" {row['ratio_p50']:7.2f}x [{row['ratio_p20']:.2f}-{row['ratio_p80']:.2f}]" if row["ratio_p50"] != "" else ""
+    )
+    return f"{line}  {row['opponent']}".rstrip()
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a results file."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def _git(*arguments: str) -> str:
+    with suppress(FileNotFoundError):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.rstrip()
+    return ""
+
+
+def _changed() -> list[str]:
+    """The files on which figures depend and that differ from the last commit."""
+    return [line[3:] for line in _git("status", "--porcelain", "--", *MEASURED).splitlines()]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(opponent: str) -> str:
+    """The opponent's, where it is a package; else the machine's Python and cores."""
+    with suppress(importlib.metadata.PackageNotFoundError, ValueError):
+        return importlib.metadata.version(opponent)
+    return f"Python {platform.python_version()}, {os.cpu_count()} cores"
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def turns(systems: dict[str, Callable[[], T]], seconds: float, least: int = 4, most: int = 40) -> dict[str, list[T]]:
+    """What the systems measure of themselves in turns, A B, B A, …, for so long."""
+    times: dict[str, list[T]] = {name: [] for name in systems}
+    gc.collect()
+    gc.disable()  # as timeit does: a collection would fall on whoever is at it
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the opponents'
+            began, rounds = time.monotonic(), 0
+            while rounds < least or (rounds < most and time.monotonic() - began < seconds):
+                for name in list(systems) if rounds % 2 else reversed(list(systems)):
+                    times[name].append(systems[name]())
+                rounds += 1
+    finally:
+        gc.enable()
+    return times
+
+
+class Stopwatch:
+    """Microseconds: of a GPU by its own events, of whole runs and of a CPU by `clock`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.cuda = device, device.type == "cuda"
+
+    def settle(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def batch(self, run: Run, calls: int) -> float:
+        """One call's part of a batch, from when the device begins it to when it is done."""
+        if not self.cuda:
+            return self.whole(run, calls)
+        self.settle()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / calls * 1e3
+
+    def whole(self, run: Run, calls: int = 1) -> float:
+        self.settle()
+        now = time.perf_counter if self.cuda else clock
+        began = now()
+        for _ in range(calls):
+            run()
+        self.settle()
+        return (now() - began) / calls * 1e6
+
+    def batches(self, run: Run, calls_each: int = 1) -> Callable[[], float]:
+        """A measurement of `run`, which is `calls_each` calls: batches of 4 ms on a GPU, 0.2 ms on a CPU, warmed up."""
+        warm, least = (5, 4000.0) if self.cuda else (1, 200.0)
+        self.batch(run, warm)
+        calls = min(max(1, round(least / max(self.batch(run, warm), 0.1))), 400)
+        return lambda: self.batch(run, calls) / calls_each
+
+
+def replayed(run: Run, calls: int, device: torch.device) -> Run:
+    """So many calls as one CUDA graph: what they cost without being launched one by one."""
+
+    def body() -> None:
+        for _ in range(calls):
+            run()
+
+    graph, _ = cuda_graph.capture(run, body, device, None)
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.keep = run  # type: ignore[attr-defined]  # whose tensors the graph reads
+    return replay
+
+
+def compare_runs(
+    recorder: Recorder, group: str, case: str, opponent: str, n: int, steps: int,
+    systems: Sequence[tuple[Run, Clock | None]], seconds: float, unit: str = "step",
+) -> dict[str, float]:  # fmt: skip
+    """Whole runs, ours and theirs, with the clocks of their networks: a step's time end to end, and outside the network.
+
+    Without a clock the network is within what they compile, and only the whole is compared. Refused where one of them calls
+    the network more often than the other (but for a call at an end). `unit`: what `steps` counts.
+    """
+    for run, _ in systems:
+        run()
+    calls, theirs = (network.calls if network else None for _, network in systems)
+    if theirs is not None and abs(calls - theirs) > 2 + 0.01 * calls:
+        raise AssertionError(f"{opponent} calls the network {theirs} times, not {calls}")
+
+    def timed(run: Run, network: Clock | None) -> tuple[float, float]:
+        before, began = network.seconds if network else 0.0, clock()
+        run()
+        whole = clock() - began
+        outside = whole - (network.seconds - before if network else 0.0)
+        return whole / steps * 1e6, outside / steps * 1e6
+
+    measured = {str(k): (lambda system=system: timed(*system)) for k, system in enumerate(systems)}
+    wholes, outsides = zip(*(zip(*pairs) for pairs in turns(measured, seconds, 7 if seconds < 3 else 3).values()))
+    ratios = {"whole": recorder.row(group, case, n, f"us per {unit}", wholes[0], opponent, wholes[1])}
+    if all(network for _, network in systems):
+        metric = f"us outside the network per {unit}"
+        ratios["outside"] = recorder.row(group, case, n, metric, outsides[0], opponent, outsides[1])
+    return ratios
+
+
+class Solution(NamedTuple):
+    """A run of a solver that chooses its steps: at which tolerance, and what it gave and took.
+
+    error        measured, against a much finer solution
+    evaluations  of the ODE's right-hand side, the mean over the samples
+    calls        of the network
+    """
+
+    run: Run
+    tolerance: float
+    error: float
+    evaluations: float
+    calls: int
+
+
+def loosest(solve: Callable[[float], Solution], tolerances: Sequence[float], error: float) -> Solution:
+    """Ours at the loosest of the tolerances, tightest first, up to which the measured error is at most `error`."""
+    best = solve(tolerances[0])
+    for tolerance in tolerances[1:]:
+        looser = solve(tolerance)
+        if not looser.error <= error:  # one that is looser still would be within it by luck
+            break
+        best = looser
+    return best
+
+
+def compare_solutions(
+    recorder: Recorder, group: str, case: str, opponent: str, n: int, ours: Solution, theirs: Solution, seconds: float
+) -> float:
+    """Whole runs of solvers that each choose their steps; refused where our measured error is above theirs."""
+    if not ours.error <= theirs.error:
+        raise AssertionError(f"{case}: the error is {ours.error:.3g}, above {opponent}'s {theirs.error:.3g}")
+    watch = Stopwatch(CPU)
+    runs = {"ours": ours.run, "theirs": theirs.run}
+    for run in runs.values():
+        run()
+    times = turns({name: lambda run=run: watch.whole(run) / 1e3 for name, run in runs.items()}, seconds, 7)
+    ratio = recorder.row(group, case, n, "ms", times["ours"], opponent, times["theirs"])
+    for metric in ("error", "tolerance", "evaluations", "calls"):
+        recorder.row(group, case, n, metric, [getattr(ours, metric)], opponent, [getattr(theirs, metric)])
+    return ratio

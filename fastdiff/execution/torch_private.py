@@ -1,0 +1,34 @@
+"""What fastdiff uses of torch's private interface, in one place (torch 2.11 to 2.13 have it all; a test holds each name).
+
+CUDA builds alone have the last two, which are looked up when they are called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+# (a, b) -> whether two tensors share storage
+is_alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]
+# () -> whether torch.func transforms are active, and how many dispatch modes are
+functorch_is_active = torch._C._are_functorch_transforms_active
+dispatch_modes = torch._C._len_torch_dispatch_stack
+# (tensors, others, weight) -> None: each tensor ← tensor + weight·(other − tensor), in one call
+foreach_lerp_ = torch._foreach_lerp_
+
+
+def forward_mode_is_active() -> bool:
+    """Whether the caller is within torch.autograd.forward_ad.dual_level()."""
+    return bool(forward_ad._current_level >= 0)
+
+
+def end_allocate_to_pool(device: int, pool: Any) -> None:
+    """End the routing of allocations to a graph's memory pool, which a failed capture leaves on."""
+    torch._C._cuda_endAllocateToPool(device, pool)
+
+
+def clear_cublas_workspaces() -> None:
+    """Free cuBLAS's workspaces, so that a graph allocates its own."""
+    torch._C._cuda_clearCublasWorkspaces()

@@ -1,0 +1,74 @@
+"""Samplers that draw x_s given x_t and the predicted x_0, with α_{t|s} = α_t/α_s and σ²_{t|s} = σ_t² − α²_{t|s} σ_s²."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ... import checks
+from ...errors import ConfigError, choose
+from ..grids import Grid
+from ..processes import Process
+from .base import EPS, Sampler, SolverRow, SolverRows, score
+
+
+@dataclass(frozen=True)
+class Ancestral(Sampler):
+    """Ancestral sampling on any process (Ho et al. 2020, Alg. 2, where σ²_{t|s} = β; Song et al. 2021, eq. 47 for VE):
+
+        x_s = (x_t + σ²_{t|s} score)/α_{t|s} + c z
+
+    variance  c²: "posterior" β̃ = σ²_{t|s} σ_s²/σ_t², "beta" σ²_{t|s}, or "learned_range" between them by a network with
+              twice the channels (Nichol & Dhariwal 2021, eq. 15), whose lower bound at σ_s = 0 is that of the step before;
+              None: the model's own, else "posterior"
+    """
+
+    variance: str | None = None
+    name: ClassVar[str] = "ancestral"
+    reference_grid: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.variance is not None:
+            choose("variance", self.variance, ("posterior", "beta", "learned_range"))
+
+    def predict(self, process: Process, grid: Grid) -> SolverRows:
+        if any(math.isnan(step.posterior) and not math.isnan(step.var) for step in grid.steps):
+            raise ConfigError(f"grid='score_sde' has no ancestral sampler for {process.name!r}: use another grid")
+        rows: SolverRows = []
+        low = -math.inf
+        for step in grid.steps:
+            c, bounds = 0.0, None
+            if self.variance == "learned_range":
+                low = math.log(step.posterior) if step.posterior > 0 else low
+                bounds = (low, math.log(step.var)) if low > -math.inf else None
+            else:
+                c = math.sqrt(step.var if self.variance == "beta" else step.posterior)
+            a, b = 1 / step.ratio, step.var / step.ratio
+            rows.append([SolverRow(step.level, "ancestral", a, (b,), score(step.level), c=c, log_variance=bounds)])
+        return rows
+
+
+@dataclass(frozen=True)
+class DDIM(Sampler):
+    """DDIM on any process (Song, Meng & Ermon 2021, eq. 12 and 16):
+
+        x_s = α_s x̂_0 + √(σ_s² − c²) ε + c z,     c = η √(σ²_{t|s} σ_s²/σ_t²)
+
+    `eta` from 0 (deterministic) to 1 (ancestral sampling with the posterior variance).
+    """
+
+    eta: float = 0.0
+    name: ClassVar[str] = "ddim"
+
+    def __post_init__(self) -> None:
+        checks.number("eta", self.eta, 0, 1)
+
+    def predict(self, process: Process, grid: Grid) -> SolverRows:
+        rows: SolverRows = []
+        for step in grid.steps:
+            c = self.eta * math.sqrt(step.posterior)
+            a = step.next.alpha / step.level.alpha
+            b = math.sqrt(max(step.next.sigma**2 - c * c, 0.0)) - a * step.level.sigma
+            rows.append([SolverRow(step.level, "ddim", a, (b,), EPS, c=c)])
+        return rows

@@ -1,0 +1,380 @@
+"""A run of a table, and a run of a solver that chooses its steps: both take a Request and return a Result."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, DTypeError, GraphError, SolverError
+from .execution import cuda_graph, graphs, monitor, ops, tensor_checks
+from .execution.adaptive import Solution
+from .execution.loop import Condition, Draw, Loop, network_times
+from .execution.noise import PRIOR
+from .model import ScoreModel, answer, dtype_of, evaluating, memory_format_of, picked, takes_features, time_features
+from .planning import samplers
+from .probability_flow import Flow, ReverseSDE, Trace
+from .table import StepTable
+
+MAX_FEATURES = 2**28  # bytes of the time features of a whole run; beyond, the network makes them in each row
+UNREPLAYABLE = "a sampler that chooses its steps has no rows to replay"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of every run; tensors are checked when it is made.
+
+    count          samples
+    x_init         their start [count, *data_shape], called `start_name` in messages; None: the prior's draw
+    dtype, device  of the state
+    backend, engine, check    as the caller named them
+    """
+
+    model: ScoreModel
+    count: int
+    seed: int
+    first_sample: int
+    cond: Condition
+    x_init: Tensor | None
+    dtype: torch.dtype
+    device: torch.device
+    backend: str
+    engine: str
+    check: str
+    start_name: str = "x_init"
+
+    def __post_init__(self) -> None:
+        if self.x_init is not None:
+            tensor_checks.check_tensor(self.start_name, self.x_init, self.shape, self.device, self.finite)
+        tensor_checks.check_condition(self.cond, self.count, self.device, self.finite)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[count, *data_shape]."""
+        return (self.count, *self.model.data_shape)
+
+    @property
+    def finite(self) -> bool:
+        """Whether inputs must be finite."""
+        return self.check != "off"
+
+    def resolve(self, uncaptured: str | None) -> tuple[str, str, str]:
+        """(backend, engine, why), for rows that cannot be captured for the reason `uncaptured`."""
+        return ops.resolve(self.backend, self.engine, self.device, self.dtype, uncaptured)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The samples, the states of the trajectory, and what ran: `nfe` [B] and no table where a solver chose its steps."""
+
+    x: Tensor
+    states: Tensor | None
+    calls: int
+    backend: str
+    engine: str
+    why: str
+    table: StepTable | None = None
+    nfe: Tensor | None = None
+
+
+@contextlib.contextmanager
+def _running(model: ScoreModel, progress: bool | None, total: int, what: str, unit: str) -> Iterator[Any]:
+    """Evaluation mode, no gradients, an NVTX range and a progress bar, which is what it yields."""
+    with evaluating(model.net), torch.no_grad(), monitor.range(what), monitor.bar(progress, total, what, unit) as bar:
+        yield bar
+
+
+# --- a table ---------------------------------------------------------------------------------------------------------
+
+
+def run_table(
+    request: Request,
+    table: StepTable,
+    *,
+    noise: Tensor | Callable[[int], Tensor] | None = None,
+    batch: int,
+    trajectory: int = 0,
+    callback: Callable[[int, float, Tensor], object] | None = None,
+    progress: bool | None = None,
+) -> Result:
+    """Run the table for all samples, `batch` at a time. Arguments as in `fastdiff.sample`."""
+    if request.x_init is None and math.isnan(table.prior_std):
+        raise ConfigError(
+            f"grid starts at t = {table.rows[0].level.t:g}, where the data still show: give x_init, or start at T"
+        )
+    if table.couples_batch and batch < request.count:
+        _refuse_batch(
+            batch, request.count, "norm='batch' takes its step from the whole batch; use norm='sample', corrector='ald'"
+        )
+    draws = None if noise is None else _CallersNoise(request, table, noise)
+    loops = _Loops(request, table, noise)
+    result = torch.empty(request.shape, dtype=request.dtype, device=request.device)
+    states = result.new_empty((trajectory, *request.shape)) if trajectory else None
+    bounds = [(lo, min(lo + batch, request.count)) for lo in range(0, request.count, batch)] if result.numel() else []
+    # a noise callable is called once for each row, so then all batches walk the rows together
+    groups = [bounds] if callable(noise) else [[bound] for bound in bounds]
+    slots, last = _slots(trajectory, len(table)), len(table) - 1
+    with _running(request.model, progress, len(table) * len(bounds), "sample", "row") as bar, loops:
+        for group in groups:
+            runs = [loops.run(lo, hi, len(group) > 1, None if draws is None else draws.of(lo, hi)) for lo, hi in group]
+            for k, now in enumerate(zip(*runs, strict=True), start=-1):
+                for (lo, hi), x in zip(group, now):
+                    for slot in slots.get(k, ()):
+                        states[slot, lo:hi] = x  # type: ignore[index]
+                    if k >= 0 and callback is not None:
+                        after = table.rows[k + 1].level if k < last else table.end
+                        callback(k, after.t, x.clone())
+                    if k == last:
+                        result[lo:hi] = x
+                bar.update(len(group) if k >= 0 else 0)
+    return Result(result, states, table.calls * len(bounds), loops.backend, loops.engine, loops.why, table)
+
+
+class _Loops(contextlib.ExitStack):
+    """The loops of one run of a table, one for each number of samples; as a context it gives borrowed graphs back."""
+
+    def __init__(self, request: Request, table: StepTable, noise: Any) -> None:
+        super().__init__()
+        net, device = request.model.net, request.device
+        self.request, self.table = request, table
+        uncaptured = graphs.obstacle(net, device, len(table), noise, request.engine == "graph")
+        self.backend, self.engine, self.why = request.resolve(uncaptured)
+        self.operations = ops.backend_module(self.backend)
+        self.net_dtype = dtype_of(net, request.dtype)
+        self.time_dtype = torch.int64 if request.model.time_input == "index" else request.dtype
+        self.network = functools.partial(answer, net, request.model.variance)
+        self.loops: dict[int, Loop] = {}
+
+    def run(self, lo: int, hi: int, beside: bool, noise: Draw | None) -> Iterator[Tensor]:
+        """The states of samples lo … hi − 1: the start, then one after each row; the next overwrites it.
+
+        beside  whether other batches run at the same time, so that this one needs buffers of its own
+        """
+        request = self.request
+        cond, first = picked(request.cond, slice(lo, hi)), request.first_sample + lo
+        x_init = None if request.x_init is None else request.x_init[lo:hi].detach()
+        loop = None if beside else self.loops.get(hi - lo)
+        if loop is None:
+            loop = self.loops[hi - lo] = self._loop(hi - lo, cond)
+        states = loop.run(self.network, cond, first, x_init, noise)
+        try:
+            start = next(states)
+        except GraphError as error:
+            self._fall_back(error)
+            loop = self.loops[hi - lo] = self._loop(hi - lo, cond)
+            states = loop.run(self.network, cond, first, x_init, noise)
+            start = next(states)
+        return itertools.chain((start,), states)
+
+    @functools.cached_property
+    def features(self) -> Tensor | None:
+        """The time features of each row, [rows, *], if the network can make them beforehand."""
+        net = self.request.model.net
+        if not takes_features(net):
+            return None
+        times = torch.tensor(
+            network_times(self.table, self.time_dtype), dtype=self.time_dtype, device=self.request.device
+        )
+        return time_features(net, times, self.capacity, MAX_FEATURES)
+
+    @property
+    def capacity(self) -> int:
+        """Rows that a loop makes room for."""
+        return len(self.table) if self.engine == "eager" else max(1024, 1 << (len(self.table) - 1).bit_length())
+
+    def _loop(self, count: int, cond: Condition) -> Loop:
+        """A loop for `count` samples at a time."""
+        request, net = self.request, self.request.model.net
+        shape, dtype, device = (count, *request.model.data_shape), request.dtype, request.device
+
+        def make(kind: Callable[..., Any] = Loop) -> Any:
+            start = torch.empty(shape, dtype=dtype, device=device)
+            layout = memory_format_of(net, len(shape))
+            net_input = torch.empty(shape, dtype=self.net_dtype, device=device, memory_format=layout)
+            time = torch.empty(count, dtype=self.time_dtype, device=device)
+            return kind(
+                self.table,
+                self.operations,
+                start,
+                net_input,
+                time,
+                self.features,
+                seed=request.seed,
+                check=request.check,
+            )
+
+        if self.engine == "graph":
+            parts = cond if isinstance(cond, dict) else {None: cond}
+            of_cond = tuple((name, value.shape, value.dtype) for name, value in parts.items() if value is not None)
+            # what follows from the network's own tensors, such as its dtype, is in its fingerprint
+            key = (
+                shape, dtype, device, self.time_dtype, request.check, self.backend, of_cond, self.capacity,
+                cuda_graph.surroundings(device),
+            )  # fmt: skip
+            kind = functools.partial(graphs.GraphLoop, self.capacity, net)
+            try:
+                loop = self.enter_context(graphs.borrowed(net, key, lambda: make(kind)))
+            except GraphError as error:
+                self._fall_back(error)
+            else:
+                loop.load(self.table, self.features, request.seed)
+                return loop
+        return make()  # type: ignore[no-any-return]
+
+    def _fall_back(self, error: GraphError) -> None:
+        """From here on, and for this network in later runs, eager loops."""
+        reason = f"the network cannot be captured as CUDA graphs ({error})"
+        if not isinstance(error.__cause__, torch.OutOfMemoryError):  # which a smaller batch need not meet
+            graphs.refuse(self.request.model.net, reason)
+        if self.request.engine == "graph":
+            raise GraphError(f"{reason}: use engine='auto' or 'eager'") from error
+        _, self.engine, self.why = self.request.resolve(reason)
+        warnings.warn(
+            f"{reason}, so its loop runs eagerly, slower where the network is small; engine='eager' does so without this "
+            "warning",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+class _CallersNoise:
+    """The noise [rows, count, *] that the caller gives, a tensor or a callable row -> [count, *]."""
+
+    def __init__(self, request: Request, table: StepTable, noise: Any) -> None:
+        self.request, self.noise = request, noise
+        self.last: tuple[int, Tensor] | None = None  # a callable is called once for each row
+        if isinstance(noise, Tensor):
+            tensor_checks.check_tensor("noise", noise, (len(table), *request.shape), request.device, finite=False)
+            drawn = [k for k, row in enumerate(table.rows) if row.draws]
+            if request.finite and not math.isfinite(noise.detach().sum(dtype=torch.float64)):
+                tensor_checks.check_finite("noise", noise[drawn])  # rows that draw none may hold anything
+        elif not callable(noise):
+            raise DTypeError(f"noise must be a tensor or a callable row -> tensor, got {type(noise).__name__}")
+
+    def of(self, lo: int, hi: int) -> Draw:
+        """row -> its noise for samples lo … hi − 1."""
+        return lambda k: self._row(k)[lo:hi].to(self.request.dtype).resolve_neg()
+
+    def _row(self, k: int) -> Tensor:
+        if isinstance(self.noise, Tensor):
+            return self.noise[k]
+        if self.last is None or self.last[0] != k:
+            z = self.noise(k)
+            tensor_checks.check_tensor(f"noise({k})", z, self.request.shape, self.request.device, self.request.finite)
+            self.last = (k, z)
+        return self.last[1]
+
+
+def _slots(trajectory: int, rows: int) -> dict[int, list[int]]:
+    """Which states a trajectory keeps: row number (−1 the start) -> its slots; the end always has one."""
+    slots: dict[int, list[int]] = {}
+    for slot in range(trajectory):
+        k = rows - 1 if trajectory == 1 else round(slot * rows / (trajectory - 1)) - 1
+        slots.setdefault(k, []).append(slot)
+    return slots
+
+
+# --- a solver that chooses its steps ---------------------------------------------------------------------------------
+
+
+def run_adaptive(
+    request: Request,
+    solver: samplers.Adaptive | samplers.AdaptiveSDE,
+    start: float,
+    end: float,
+    *,
+    batch: int,
+    trajectory: int = 0,
+    progress: bool | None = None,
+    denoise: bool = True,
+) -> Result:
+    """Take all samples from process time `start` to `end`, `batch` at a time. Arguments as in `fastdiff.sample`."""
+    if trajectory and isinstance(solver, samplers.AdaptiveSDE):
+        raise ConfigError(f"trajectory={trajectory} needs a smooth path, and {solver.name!r} has none: leave it out")
+    if isinstance(solver, samplers.Adaptive) and solver.couple and batch < request.count:
+        _refuse_batch(batch, request.count, "couple=True takes its step from the whole batch; use couple=False")
+    backend, engine, why = request.resolve(UNREPLAYABLE)
+    if request.x_init is None:
+        x = torch.empty(request.shape, dtype=request.dtype, device=request.device)
+        cursor = ops.cursor(0, request.first_sample, request.seed, request.device)
+        ops.backend_module(backend).normal(x, cursor, PRIOR)
+        x.mul_(request.model.process.prior_std)
+    else:
+        x = request.x_init.detach().to(request.dtype).contiguous()
+    solution = follow(
+        request,
+        x,
+        start,
+        end,
+        solver,
+        batch=batch,
+        states=trajectory,
+        progress=progress,
+        what="sample",
+        denoise=denoise,
+    )
+    return Result(solution.y, solution.states, solution.calls, backend, engine, why, nfe=solution.nfe)
+
+
+def follow(
+    request: Request,
+    x: Tensor,
+    start: float,
+    end: float,
+    solver: samplers.Adaptive | samplers.AdaptiveSDE,
+    *,
+    batch: int,
+    traces: Callable[[int, int], Trace] | None = None,
+    integrals: int = 0,
+    states: int = 0,
+    progress: bool | None = None,
+    what: str,
+    denoise: bool = False,
+) -> Solution:
+    """x [B, *] taken along the flow (or the reverse SDE) from time `start` to `end`, batch by batch.
+
+    traces, integrals  (lo, hi) -> the trace for samples lo … hi − 1, and how many estimates it makes
+    states             so many states, evenly spaced in the solver's variable, from the start to the end
+    denoise            at the end of an SDE the mean of x0 (Tweedie's formula) instead of the sample
+
+    Raises SolverError with the process time and the index of the sample.
+    """
+    operations = ops.backend_module(request.resolve(UNREPLAYABLE)[0])
+    parts: list[Solution] = []
+    with _running(request.model, progress, len(x), what, "sample") as bar:
+        for lo in range(0, len(x), batch):
+            hi = min(lo + batch, len(x))
+            part, cond = x[lo:hi], picked(request.cond, slice(lo, hi))
+            if isinstance(solver, samplers.AdaptiveSDE):
+                first = request.first_sample + lo
+                field: Flow = ReverseSDE(request.model, part, cond, operations, first, request.seed, denoise)
+            else:
+                trace, variables = None if traces is None else traces(lo, hi), solver.variables(request.model.process)
+                field = Flow(request.model, variables, part, cond, operations, trace, integrals, states)
+            try:
+                parts.append(field.integrate(start, end, solver, bar.update))
+            except SolverError as error:
+                raise SolverError(error.reason, lo + error.sample, error.t, error.nfe, error.last_step) from None
+    return parts[0] if len(parts) == 1 else _joined(parts, x, integrals, states)
+
+
+def _joined(parts: list[Solution], x: Tensor, integrals: int, states: int) -> Solution:
+    if not parts:
+        none = torch.zeros(0, integrals, dtype=torch.float64, device=x.device)
+        stored = x.new_empty((states, *x.shape)) if states else None
+        return Solution(x.clone(), none, torch.zeros(0, dtype=torch.int64, device=x.device), stored, 0)
+    stored = torch.cat([part.states for part in parts], 1) if states else None  # type: ignore[misc]
+    y, q, nfe = (torch.cat([getattr(part, name) for part in parts]) for name in ("y", "integrals", "nfe"))
+    return Solution(y, q, nfe, stored, sum(part.calls for part in parts))
+
+
+def _refuse_batch(batch: int, count: int, reason: str) -> None:
+    raise ConfigError(f"batch_size={batch} < num_samples={count} would change the samples: {reason}, or one batch")
