@@ -458,7 +458,7 @@ def test_round_trip(name):
 
 
 def test_round_trip_of_digits(digits_vp):
-    model, x = digits_vp
+    model, x = digits_vp[0], digits_vp[1][:2]
     z = fastdiff.encode(model, x, rtol=1e-6, atol=1e-6)
     assert (fastdiff.decode(model, z, rtol=1e-6, atol=1e-6) - x).abs().max() < 4e-3  # in float32, through a network
 
@@ -755,6 +755,7 @@ def test_a_million_probes_are_chunked():
         "t_min": 0.9,
         "rtol": 0.1,
         "atol": 0.1,
+        "method": "bosh3",  # of the fewest evaluations
     }
     ll, exact = fastdiff.log_likelihood(probes=10**6, **options), fastdiff.log_likelihood(trace="exact", **options)
     assert 0 < ll.stderr < 1e-2

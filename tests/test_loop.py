@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 
@@ -37,8 +38,11 @@ def table(rows):
     return StepTable("by hand", tuple(lines), Level(0.0, 1.0, 0.0), 1.0)
 
 
-def by_hand(rows, x, first_sample):
-    """The same, with lists and no buffers."""
+@functools.cache
+def by_hand(length, first_sample):
+    """(table of this length, its start, states and network inputs), with lists and no buffers."""
+    rows = table(length)
+    x = start = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     base, history, states, inputs = x, [], [], []
     for k, line in enumerate(rows.rows):
         base = x if line.saves_base else base
@@ -53,7 +57,7 @@ def by_hand(rows, x, first_sample):
         x = line.a * x + line.e * base + sum(b * v for b, v in zip(line.b, used)) + line.c * z
         history = used if line.keeps_prediction else history
         states.append(x)
-    return states, inputs
+    return rows, start, states, inputs
 
 
 def loop_on(rows, operations, x, features=None):
@@ -66,9 +70,7 @@ def loop_on(rows, operations, x, features=None):
 @pytest.mark.parametrize("operations", [cpu, reference], ids=["cpu", "reference"])
 @pytest.mark.parametrize("ahead", [False, True])
 def test_runs_are_the_loop_by_hand(operations, ahead):
-    rows = table(1100)  # more than the rows whose views are made at a time
-    x = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected, inputs = by_hand(rows, x, 7)
+    rows, x, expected, inputs = by_hand(1100, 7)  # more than the rows whose views are made at a time
     seen = []
 
     def network(given, time, features, cond):

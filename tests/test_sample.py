@@ -19,7 +19,7 @@ from torch import nn
 import fastdiff
 from fastdiff.errors import ConfigError, NonFiniteError
 from fastdiff.planning.processes import PROCESSES
-from fastdiff.planning.samplers import SAMPLERS, ULA, Ancestral, Heun, PredictorCorrector
+from fastdiff.planning.samplers import SAMPLERS, ULA, Adaptive, AdaptiveSDE, Ancestral, Heun, PredictorCorrector
 
 
 def score(x, t):
@@ -32,7 +32,7 @@ def score(x, t):
 
 def draw(**options):
     options = {"model": score, "sde": "vp", "steps": 12, "shape": (5,), "num_samples": 8, **options}
-    if options.get("sampler") in CHOOSE_THEIR_STEPS:
+    if isinstance(options.get("sampler"), Adaptive | AdaptiveSDE):
         del options["steps"]
     return fastdiff.sample(**options)
 
@@ -75,7 +75,12 @@ def test_clips_conversions_and_learned_variances_are_the_same_bits_on_both_backe
 
 @pytest.mark.parametrize(
     "sampler",
-    [*(name for name in SAMPLERS if name != "annealed_langevin"), *OPTIONS],  # 12 steps are no multiple of its 5
+    [
+        *(name for name in SAMPLERS if name not in ("annealed_langevin", *CHOOSE_THEIR_STEPS)),
+        *OPTIONS,
+        Adaptive(),
+        AdaptiveSDE(0.3, 0.1),
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("shape", [(5,), (1,), (2, 3), (1, 7, 9)])
