@@ -28,14 +28,8 @@ from fastdiff.execution import cuda_graph
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MEASURED = (
-    "fastdiff",
-    "kernels",
-    "csrc",
-    "setup.py",
-    "benchmarks",
-    ":!benchmarks/results",
-)  # what the figures depend on
+# what the figures depend on
+MEASURED = ("fastdiff", "kernels", "csrc", "setup.py", "benchmarks", ":!benchmarks/results")
 # One row a measurement. `ours` and `theirs` are medians in the unit that `metric` names; the ratios are theirs by ours.
 COLUMNS = (
     "device", "threads", "group", "case", "opponent", "n", "metric", "ours", "theirs", "ratio_p20", "ratio_p50", "ratio_p80",
@@ -45,9 +39,6 @@ KEY = ("group", "case", "opponent", "threads", "n", "metric")  # two rows that s
 Row = dict[str, Any]
 Run = Callable[[], object]
 T = TypeVar("T")
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 class Unsaveable(RuntimeError):
@@ -72,11 +63,10 @@ class Recorder:
         row = {
             **dict.fromkeys(COLUMNS, ""), "device": self.name, "threads": "" if self.cuda else torch.get_num_threads(),
             "group": group, "case": case, "opponent": opponent, "n": n, "metric": metric, "ours": f"{value:.5g}",
+            "theirs": "" if theirs is None else f"{statistics.median(theirs):.5g}",
             "rounds": len(ours) if len(ours) > 1 else "", "commit": self.commit, "torch": torch.__version__,
             "version": _version(opponent), "date": date.today().isoformat(),
         }  # fmt: skip
-        if theirs is not None:
-            row["theirs"] = f"{statistics.median(theirs):.5g}"
         if theirs is not None and len(ours) > 1:
             ratios = [b / a for a, b in zip(ours, theirs)]
             value = statistics.median(ratios)
@@ -90,42 +80,34 @@ class Recorder:
         self.refuse_unclean(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.csv"
-        rows = {
-            tuple(str(row[name]) for name in KEY): row for row in [*(read(path) if path.exists() else []), *self.rows]
-        }
+        rows = [*(read(path) if path.exists() else []), *self.rows]
+        latest = {tuple(str(row[name]) for name in KEY): row for row in rows}
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(rows.values())
+            writer.writerows(latest.values())
         return path
 
     def refuse_unclean(self, folder: Path = RESULTS) -> None:
         """Raises Unsaveable where figures in the repository's folder of results would belong to no commit."""
-        if folder.resolve() != RESULTS:
-            return
-        changed = _changed()
+        changed = _changed() if folder.resolve() == RESULTS else []
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise Unsaveable(
                 f"benchmarks/results holds figures of commits only, and {', '.join(changed[:3])}{more} differ from the last "
                 "commit: commit them first, or run without saving there"
             )
-        if not self.commit:
-            raise Unsaveable(
-                "benchmarks/results holds figures of commits only, and this folder has no git: name --commit"
-            )
+        if folder.resolve() == RESULTS and not self.commit:
+            raise Unsaveable("benchmarks/results holds figures of commits only, and git knows none here: name --commit")
 
 
 def shown(row: Row) -> str:
     """A row as a line of text."""
-    line = (
-        f"{row['group']:22} {row['case']:32} {row['threads']:>2} {row['n']:>11,}  {row['metric']:36} {row['ours']:>10}"
-    )
-    line += f" against {row['theirs']:>10}" if row["theirs"] else ""
-    line += (
-        f" {row['ratio_p50']:7.2f}x [{row['ratio_p20']:.2f}-{row['ratio_p80']:.2f}]" if row["ratio_p50"] != "" else ""
-    )
-    return f"{line}  {row['opponent']}".rstrip()
+    theirs = f" against {row['theirs']:>10}" if row["theirs"] else ""
+    if row["ratio_p50"] != "":
+        theirs += f" {row['ratio_p50']:7.2f}x [{row['ratio_p20']:.2f}-{row['ratio_p80']:.2f}]"
+    what = f"{row['group']:22} {row['case']:32} {row['threads']:>2} {row['n']:>11,}  {row['metric']:36}"
+    return f"{what} {row['ours']:>10}{theirs}  {row['opponent']}".rstrip()
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -157,9 +139,6 @@ def _version(opponent: str) -> str:
     return f"Python {platform.python_version()}, {os.cpu_count()} cores"
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
 def turns(systems: dict[str, Callable[[], T]], seconds: float, least: int = 4, most: int = 40) -> dict[str, list[T]]:
     """What the systems measure of themselves in turns, A B, B A, …, for so long."""
     times: dict[str, list[T]] = {name: [] for name in systems}
@@ -188,6 +167,15 @@ class Stopwatch:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
+    def whole(self, run: Run, calls: int = 1) -> float:
+        self.settle()
+        now = time.perf_counter if self.cuda else clock
+        began = now()
+        for _ in range(calls):
+            run()
+        self.settle()
+        return (now() - began) / calls * 1e6
+
     def batch(self, run: Run, calls: int) -> float:
         """One call's part of a batch, from when the device begins it to when it is done."""
         if not self.cuda:
@@ -200,15 +188,6 @@ class Stopwatch:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / calls * 1e3
-
-    def whole(self, run: Run, calls: int = 1) -> float:
-        self.settle()
-        now = time.perf_counter if self.cuda else clock
-        began = now()
-        for _ in range(calls):
-            run()
-        self.settle()
-        return (now() - began) / calls * 1e6
 
     def batches(self, run: Run, calls_each: int = 1) -> Callable[[], float]:
         """A measurement of `run`, which is `calls_each` calls: batches of 4 ms on a GPU, 0.2 ms on a CPU, warmed up."""

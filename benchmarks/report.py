@@ -234,7 +234,7 @@ def results() -> str:
     columns = ("kernel", "variant", "registers", "spills", "instructions_per_element", "loads_128", "stores_128")
     parts.append(
         "## The Triton kernels as compiled for sm_90\n\nNot timed on a GPU: what the compiler makes of them "
-        f"(`benchmarks/aot.py`).\n\n{plain(compiled, columns)}"
+        f"(`tests/aot.py`).\n\n{plain(compiled, columns)}"
     )
     return "\n\n".join(parts) + "\n"
 
