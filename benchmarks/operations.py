@@ -56,19 +56,14 @@ class Op(NamedTuple):
         return lambda: self.theirs(*arguments)
 
     def torch_compile(self, t: Tensors, **options: Any) -> Callable[[], Any]:
-        arguments, compiled = (
-            [t[name] for name in self.given.split()],
-            torch.compile(self.theirs, dynamic=False, **options),
-        )
-        return lambda: compiled(*arguments)
+        return self._replace(theirs=torch.compile(self.theirs, dynamic=False, **options)).eager(t)
 
 
 def tensors(n: int, device: torch.device, samples: int) -> Tensors:
     """n numbers in so many samples, and all else that the operations read and write."""
     generator, each = torch.Generator(device).manual_seed(0), n // samples
-    t = {
-        name: torch.randn(samples, each, generator=generator, device=device) for name in ("x", "m", "trained", *STAGES)
-    }
+    drawn = ("x", "m", "trained", *STAGES)
+    t = {name: torch.randn(samples, each, generator=generator, device=device) for name in drawn}
     t["trained"].requires_grad_()
     t |= {name: torch.empty_like(t["x"]) for name in ("out", "noise", "theirs")} | {"half": t["m"].bfloat16()}
     t |= {"net_input": torch.empty_like(t["half"]), "cursor": ops.cursor(0, 0, 0, device)}
@@ -142,7 +137,7 @@ def training(k: ModuleType, t: Tensors) -> Outputs:
         t["trained"], t["x"], t["none"], t["all"], t["weight"], t["cursor"], PERTURBATION
     )
     loss.mean().backward()
-    return x_t, t["trained"].grad  # type: ignore[return-value]
+    return x_t, t["trained"].grad
 
 
 def training_by_hand(k: ModuleType, t: Tensors) -> Outputs:
@@ -156,7 +151,7 @@ def eager_training(m: Tensor, x: Tensor, r: Tensor, w: Tensor, weight: Tensor) -
     m.grad, eps = None, torch.randn_like(x)
     x_t = r[:, None] * x + w[:, None] * eps
     (weight * ((m - eps) ** 2).mean(1)).mean().backward()
-    return x_t, m.grad  # type: ignore[return-value]
+    return x_t, m.grad
 
 
 def langevin(k: ModuleType, t: Tensors) -> Outputs:
@@ -202,7 +197,7 @@ OPS = (
     Op("step", 12, step("m"), "x m", affine, compiled=True, also={
         "eager, preallocated": preallocated,
         FLOOR: lambda k, t: (torch.add(t["x"], t["m"], alpha=B, out=t["theirs"]),),
-        "through torch.ops": lambda k, t: step("m")(torch.ops.fastdiff, t),  # type: ignore[arg-type]
+        "through torch.ops": lambda k, t: step("m")(torch.ops.fastdiff, t),
     }),
     Op("step, mixed", 12, step("half", "net_input"), "x half", affine_mixed, compiled=True),
     # what the loop asks of a row: the state, the network's next input, the flag of what is not finite
@@ -240,6 +235,11 @@ def check_bits(op: Op, module: ModuleType, t: Tensors, oracle: ModuleType, on_cp
         raise AssertionError(f"{op.name}: of its results {differ} numbers differ from the reference's: not timed")
 
 
+def contestants(op: Op, module: ModuleType, t: Tensors) -> dict[str, Callable[[], Any]]:
+    runs = {"ours": lambda: op.ours(module, t), op.called: op.eager(t)}
+    return runs | {name: (lambda run=run: run(module, t)) for name, run in op.also.items()}
+
+
 def first(results: Tensor | Outputs) -> Tensor:
     return (results if isinstance(results, Tensor) else results[0]).detach()
 
@@ -254,3 +254,9 @@ def check_meaning(op: Op, ours: Callable[[], Any], name: str, theirs: Callable[[
         alike = torch.allclose(a, b, rtol=op.noiseless, atol=op.noiseless)
     if not alike:
         raise AssertionError(f"{op.name}: {name} computes something else: not timed")
+
+
+def check_meanings(op: Op, runs: dict[str, Callable[[], Any]]) -> None:
+    for name, run in runs.items():
+        if name != FLOOR:
+            check_meaning(op, runs["ours"], name, run)

@@ -60,24 +60,22 @@ MODULES = {
 
 # --- loading them ----------------------------------------------------------------------------------------------------
 
-# imported at the top by k-diffusion and denoising-diffusion-pytorch, used by no sampler
-UNUSED = (
-    "accelerate", "cleanfid", "cleanfid.inception_torchscript", "clip", "dctorch", "dctorch.functional", "ema_pytorch",
-    "jsonmerge", "kornia", "pytorch_fid", "pytorch_fid.fid_score", "pytorch_fid.inception", "skimage", "torchdiffeq",
-    "torchvision", "torchvision.transforms", "wandb",
-)  # fmt: skip
-
 
 @functools.cache
 def load(name: str) -> Any:
-    """A module of a peer; while one of the two is imported, what is not installed of UNUSED has stand-ins."""
-    names = UNUSED if name.startswith(("k_diffusion", "denoising")) else ()
-    absent = {module: MagicMock() for module in names if importlib.util.find_spec(module.split(".")[0]) is None}
-    sys.modules.update(absent)
+    """A module of a peer. Two of them import at their top much that no sampler uses: what is not installed has stand-ins."""
+    absent: list[str] = []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
+        while True:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    return importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if name.split(".")[0] in ("diffusers", "azula", "torchsde", error.name) or error.name in absent:
+                    raise
+                absent.append(error.name)
+                sys.modules[error.name] = MagicMock()
     finally:
         for module in absent:
             del sys.modules[module]
@@ -117,6 +115,22 @@ def _vp_rows(steps: int) -> list[tuple[float, float, float, float]]:
         (t, 1 + b / (2 * steps), -b / (steps * papers.vp(t).sigma), math.sqrt(b / steps) if k < steps - 1 else 0.0)
         for k, (t, b) in enumerate(zip(times.tolist(), (0.1 + 19.9 * times).tolist()))
     ]
+
+
+def eager(net: Any, start: Tensor, steps: int, before: Callable[[], None] = lambda: None) -> Run:
+    """A scheduler's loop in plain PyTorch: each step's numbers are Python's, its tensors are new."""
+    rows = _vp_rows(steps)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        x = start
+        for t, a, b, c in rows:
+            before()
+            m = net(x, torch.full((len(x),), t, device=x.device))
+            x = a * x + b * m + (c * torch.randn_like(x) if c else 0.0)
+        return x
+
+    return run
 
 
 def in_place(net: Any, start: Tensor, steps: int) -> Run:

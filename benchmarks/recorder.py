@@ -75,6 +75,11 @@ class Recorder:
         self.rows.append(row)
         return value
 
+    def pairs(self, group: str, case: str, n: int, metric: str, times: dict[str, list[float]]) -> dict[str, float]:
+        """A row for each opponent of "ours", and the ratios."""
+        opponents = [name for name in times if name != "ours"]
+        return {name: self.row(group, case, n, metric, times["ours"], name, times[name]) for name in opponents}
+
     def save(self, folder: Path = RESULTS) -> Path:
         """The rows in <folder>/<device>.csv, in the place of what the file had of the same measurements."""
         self.refuse_unclean(folder)

@@ -6,7 +6,7 @@ import operations
 import pytest
 import torch
 from cases import CPU
-from operations import FLOOR, OPS
+from operations import OPS
 from recorder import Stopwatch, turns
 
 from fastdiff.execution import ops
@@ -31,18 +31,13 @@ def test_operation(benchmark, recorder, name, n, samples, case, threads):
     op, module = next(op for op in OPS if op.name == name), ops.backend_module("cpu")
     t = operations.tensors(n, CPU, samples)
     operations.check_bits(op, module, t, ops.backend_module("reference"), t)
-    runs = {"ours": lambda: op.ours(module, t), op.called: op.eager(t)}
-    runs |= {other: (lambda run=run: run(module, t)) for other, run in op.also.items()}
+    runs = operations.contestants(op, module, t)
     if case == "step" and threads == 1:  # its randn is a scalar call for each element, whatever the threads
         runs["torch.compile of eager"] = op.torch_compile(t)
         runs["torch.compile, fallback_random"] = op.torch_compile(t, options={"fallback_random": True})
-    for other, run in runs.items():
-        if other != FLOOR:
-            operations.check_meaning(op, runs["ours"], other, run)
+    operations.check_meanings(op, runs)
     benchmark.group = f"ops: {case}"
     benchmark.pedantic(runs["ours"], rounds=5 if n > 10**6 else 30, iterations=1, warmup_rounds=1)
     watch = Stopwatch(CPU)
     times = turns({other: watch.batches(run) for other, run in runs.items()}, 1.0, 5, 400)
-    for other in list(runs)[1:]:
-        ratio = recorder.row("ops", case, n, "us", times["ours"], other, times[other])
-        benchmark.extra_info[other] = ratio
+    benchmark.extra_info.update(recorder.pairs("ops", case, n, "us", times))

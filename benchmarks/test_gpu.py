@@ -1,0 +1,300 @@
+"""What a GPU is asked: a CPU's bits, each operation against the memory, whole runs against eager and compiled loops.
+
+Whole runs are VP Euler–Maruyama on the same rows, with the same network object; a network in bfloat16 is called in bfloat16 and
+answers to float32 states. Products may use TF32, for all alike. With --quick, small numbers on whatever device.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import operations
+import peers
+import pytest
+import torch
+from cases import CPU, Own, Subject
+from recorder import Run, Stopwatch, replayed, turns
+from torch import Tensor, nn
+
+import fastdiff
+from fastdiff import samplers
+from fastdiff.execution import cpu, graphs, ops, reference
+from fastdiff.networks.layers import TimeConditioned
+
+SIZES = (8_192, 196_608, 16_777_216, 67_108_864)
+SAMPLES = 64
+LAUNCHED = 196_608  # up to here the launch takes longer than the kernel, so that a graph of CALLS is timed, too
+CALLS = 20
+EXACT = 2**20  # numbers that the reference can be asked for; for more, the compiled library, which has its bits
+CHECKED = 50  # steps
+EAGER, COMPILED, ENGINE = "eager loop", "reduce-overhead loop", "fastdiff's eager engine"
+PROMISED = {EAGER: 5.0, COMPILED: 1.5}  # how many times our speed; of the large network at most 2 % outside of it
+PEERS = [p for p in peers.PEERS if p.sampler == "VP Euler-Maruyama" and p.exact and not p.from_prior]
+
+
+class Gpu:
+    def __init__(self, config: pytest.Config) -> None:
+        self.device, self.quick = torch.device(config.getoption("device")), config.getoption("quick")
+        self.cuda = self.device.type == "cuda"
+        self.watch = Stopwatch(self.device)
+        self.backend = ops.resolve("auto", "eager", self.device, torch.float32)[0]
+        self.module = ops.backend_module(self.backend)
+        if self.cuda:
+            torch.set_float32_matmul_precision("high")
+
+    def only(self, small: bool, cuda: bool = False) -> None:
+        """Skip what is too large for a quick run, or needs a CUDA device."""
+        if self.quick and not small:
+            pytest.skip("left out of a quick run")
+        if cuda and not self.cuda:
+            pytest.skip("left out without a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def gpu(request: pytest.FixtureRequest) -> Gpu:
+    return Gpu(request.config)
+
+
+def normals(**where: Any) -> Tensor:
+    return fastdiff.normal(1000, (1000,), seed=7, draw=3, **where)
+
+
+def pointwise(x: Tensor, t: Tensor) -> Tensor:
+    """A network of products alone, whose bits are the same on every device."""
+    return x * (0.5 * t + 0.25).view(-1, 1, 1, 1)
+
+
+def run(sde: str, sampler: Any) -> Callable[..., Tensor]:
+    given = {"shape": (3, 16, 16), "num_samples": 16, "prediction": "x0", "seed": 7, "progress": False}
+    return functools.partial(fastdiff.sample, pointwise, sde, 100, sampler=sampler, **given)
+
+
+NUMBERS = {
+    "FDN1 normals": normals,
+    "sample(), vp euler_maruyama": run("vp", "euler_maruyama"),
+    "sample(), ve langevin": run("ve", samplers.PredictorCorrector(corrector="langevin", norm="sample")),
+    "sample(), vp heun": run("vp", "heun"),
+}
+
+
+@pytest.mark.takes(10)
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_bits(gpu, recorder, name, engine):
+    gpu.only(small=True, cuda=engine == "graph")
+    given = {} if name == "FDN1 normals" else {"engine": engine}
+    x = NUMBERS[name](device=gpu.device, **given).cpu()
+    expected = NUMBERS[name](device="cpu", backend="reference")
+    differ = int((x != expected).sum())
+    case = f"{name}, {', '.join([gpu.backend, *given.values()])}"
+    recorder.row("gpu ops", case, x.numel(), "numbers unlike the reference's", [differ])
+    assert not differ, f"by {float((x - expected).abs().max()):.3g} at most"
+
+
+@pytest.fixture(scope="module")
+def copied(gpu, recorder) -> float:
+    """GB/s of a copy. Small sizes lie in the cache, as they do in a sampler's loop, and may pass it."""
+    source = torch.randn(2 ** (18 if gpu.quick else 28)).to(gpu.device)
+    target = torch.empty_like(source)
+    times = turns({"copy": gpu.watch.batches(lambda: target.copy_(source))}, 0.5)["copy"]
+    return recorder.row("gpu ops", "copy_", source.numel(), "GB/s", [2 * source.nbytes / time / 1e3 for time in times])
+
+
+@functools.lru_cache(maxsize=1)
+def tensors(n: int, device: torch.device) -> tuple[operations.Tensors, operations.Tensors]:
+    """What the operations read and write, there and on the CPU."""
+    t = operations.tensors(n, device, SAMPLES)
+    return t, {name: value.detach().to(CPU, copy=True) for name, value in t.items()}
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, marks=pytest.mark.takes(10 if op.compiled else 2), id=op.name)
+                                for op in operations.OPS])  # fmt: skip
+@pytest.mark.parametrize("n", SIZES)
+def test_operation(gpu, recorder, copied, op, n):
+    """Microseconds, bytes a second, percent of what a copy reaches, ratios to eager and compiled."""
+    gpu.only(small=n == SIZES[0])
+    if n > EXACT and not cpu.available:
+        pytest.skip("left out, for want of the compiled library to check it against")
+    t, on_cpu = tensors(n, gpu.device)
+    operations.check_bits(op, gpu.module, t, reference if n <= EXACT else cpu, on_cpu)
+    runs = operations.contestants(op, gpu.module, t)
+    if op.compiled and not gpu.quick:
+        torch.compiler.reset()  # what other sizes have taught it
+        runs["torch.compile of eager"] = op.torch_compile(t)
+    operations.check_meanings(op, runs)
+    kinds = {"us": (runs, 1)}
+    if gpu.cuda and n <= LAUNCHED and op.oracle is None:  # autograd is not captured
+        kinds["us in a graph"] = ({name: replayed(run, CALLS, gpu.device) for name, run in runs.items()}, CALLS)
+    for metric, (systems, calls) in kinds.items():
+        clocks = {name: gpu.watch.batches(run, calls) for name, run in systems.items()}
+        times = turns(clocks, 0.05 if gpu.quick else 0.4)
+        recorder.pairs("gpu ops", op.name, n, metric, times)
+    rates = [op.bytes * n / time / 1e3 for time in times["ours"]]  # of the last kind, in which launching counts least
+    recorder.row("gpu ops", op.name, n, "GB/s", rates)
+    recorder.row("gpu ops", op.name, n, "percent of copy", [100 * rate / copied for rate in rates])
+
+
+@pytest.mark.takes(20)
+def test_profile(gpu, recorder):
+    """The kernels of a run of the MLP, and the step's own time, as the device's profiler sees them."""
+    from torch.profiler import ProfilerActivity, supported_activities
+
+    wanted = ProfilerActivity.CUDA if gpu.cuda else ProfilerActivity.CPU
+    if wanted not in supported_activities():
+        pytest.skip(f"left out: this torch's profiler does not see {wanted.name}")
+    c, n, op = Contest(LOOPS[0], torch.float32, gpu), SIZES[0 if gpu.quick else 2], operations.OPS[2]
+    t, _ = tensors(n, gpu.device)
+
+    def steps() -> None:
+        for _ in range(20):
+            op.ours(gpu.module, t)
+
+    for name, run in ((f"{c.name}, 100 rows", c.ours(100)), (f"{op.name}, 20 times", steps)):
+        run()
+        gpu.watch.settle()
+        with torch.profiler.profile(activities=[wanted]) as seen:
+            run()
+            gpu.watch.settle()
+        by = "self_device_time_total" if gpu.cuda else "self_cpu_time_total"
+        table = seen.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=60)
+        print(f"{name}\n{table if seen.key_averages() else 'the profiler saw nothing of it'}")
+    for event in seen.key_averages():
+        if "step_kernel" in event.key:
+            each = event.self_device_time_total / event.count
+            recorder.row("gpu ops", op.name, n, "us of the kernel alone (CUPTI)", [each])
+
+
+class Loop(NamedTuple):
+    """A case and how to run it here; the seconds that an opponent may take, and those that a compilation may."""
+
+    case: str
+    batch: int
+    steps: int
+    seconds: float
+    compilation: float
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    large: bool = False
+
+
+LOOPS = (
+    Loop("MLP 256x2", 256, 1000, 4, 20),
+    Loop("demo U-Net 16x1x8x8", 16, 1000, 15, 50),
+    Loop("analytic 64x3x32x32", 64, 1000, 4, 15, (torch.float32,)),  # which has no dtype of its own
+    Loop("U-Net 35.4M 2x3x32x32", 64, 50, 10, 120, large=True),
+)
+
+
+class Contest:
+    """A loop's subject in one dtype, and what runs it."""
+
+    def __init__(self, loop: Loop, dtype: torch.dtype, gpu: Gpu) -> None:
+        self.subject = Subject(loop.case, "vp", device=gpu.device, dtype=dtype, batch=None if gpu.quick else loop.batch)
+        self.start, net = self.subject.start, self.subject.network()
+        self.net = net if isinstance(net, nn.Module) else Own(net)  # a module's graphs are kept
+        self.engine = "graph" if gpu.cuda else "eager"
+        self.steps = 10 if gpu.quick else loop.steps
+        shape = "x".join(map(str, self.subject.shape))
+        self.name, self.n = f"{loop.case.rsplit(' ', 1)[0]} {shape} {str(dtype)[6:]}", self.start.numel()
+        # of the same samples: float32's roundings, or those of the networks' products where these are in bfloat16 or TF32,
+        # which a difference in the last bit of the input can turn
+        rough = (dtype == torch.bfloat16 or gpu.cuda) and not isinstance(self.net, Own)
+        self.tolerance = 2**-8 if rough else 1e-5
+
+    def ours(self, steps: int, engine: str = "") -> Run:
+        return self.subject.ours(self.net, **PEERS[0].options(steps), engine=engine or self.engine)
+
+    def call(self, x: Tensor, t: Tensor) -> Tensor:
+        """The network as a loop of float32 states calls it."""
+        return self.net(x.to(self.subject.dtype), t).float()
+
+    def theirs(self, opponent: str) -> Callable[[int], Run]:
+        """Their run of so many steps, checked."""
+        few = min(CHECKED, self.steps)
+        if opponent == ENGINE:
+            a, b, c = (self.ours(few, engine=name)() for name in (self.engine, "eager", "eager"))
+            repeats = "repeats" if torch.equal(b, c) else "does not repeat"
+            apart = float((a - b).abs().max())
+            assert torch.equal(a, b), f"{self.engine} and eager are {apart:.3g} apart, and eager {repeats} itself"
+            return functools.partial(self.ours, engine="eager")
+        if opponent == COMPILED:  # the eager loop around a network whose kernels and CUDA graphs are torch.compile's
+            torch.compiler.reset()
+            net = torch.compile(self.call, mode="reduce-overhead", dynamic=False)
+            # an answer is used up before the next call overwrites it, so that no copy is needed
+            before = torch.compiler.cudagraph_mark_step_begin
+            build = lambda steps: peers.eager(net, self.start, steps, before)  # noqa: E731
+        else:
+            made = {EAGER: peers.eager, **{peer.opponent: peer.build for peer in PEERS}}[opponent]
+            build = functools.partial(made, self.call, self.start)
+        run = build(few)
+        run()  # compiles, with what noise it likes
+        apart = self.subject.distance(self.net, PEERS[0].options(few), run)
+        assert apart <= self.tolerance, f"{opponent} gives other samples, {apart:.2g} apart: not timed"
+        return build
+
+    def alone(self, watch: Stopwatch, calls: int) -> Callable[[], float]:
+        """A measurement of the network by itself, as our loop calls it: on a GPU by graphs of several calls."""
+        x, t = self.start.to(self.subject.dtype), torch.full((len(self.start),), 0.5, device=self.start.device)
+        features = {"features": self.net.time_features(t[:1])} if isinstance(self.net, TimeConditioned) else {}
+        call = torch.no_grad()(lambda: self.net(x, t, **features))
+        return watch.batches(replayed(call, calls, x.device), calls) if watch.cuda else watch.batches(call)
+
+
+contest = functools.lru_cache(maxsize=1)(Contest)
+
+
+def jobs() -> Iterator[Any]:
+    """One opponent after another, first all that compile nothing; last what takes longest."""
+    opponents = [ENGINE, EAGER, *(peer.opponent for peer in PEERS), COMPILED]
+    found = [(o, loop, dtype) for loop in LOOPS for dtype in loop.dtypes for o in opponents]
+    found.sort(key=lambda job: (job[0] == COMPILED, job[1].large))
+    for opponent, loop, dtype in found:
+        takes = pytest.mark.takes(loop.compilation if opponent == COMPILED else loop.seconds)
+        yield pytest.param(opponent, loop, dtype, marks=takes, id=f"{loop.case}-{str(dtype)[6:]}-{opponent}")
+
+
+@pytest.mark.filterwarnings("ignore")  # the opponents' own
+@pytest.mark.parametrize(("opponent", "loop", "dtype"), list(jobs()))
+def test_loop(gpu, recorder, opponent, loop, dtype):
+    gpu.only(small=not loop.large, cuda=opponent in (ENGINE, COMPILED))
+    reason = peers.missing(opponent)
+    if reason:
+        pytest.skip(f"left out: {reason}")
+    c = contest(loop, dtype, gpu)
+    runs: dict[str, Run] = {"ours": c.ours(c.steps), opponent: c.theirs(opponent)(c.steps)}
+    if opponent == EAGER and gpu.cuda:
+        held = [[peak(run)] for run in runs.values()]
+        recorder.row("gpu loops", c.name, c.n, "peak MiB", held[0], EAGER, held[1])
+    clocks: dict[str, Callable[[], float]] = {
+        name: lambda run=run: gpu.watch.whole(run) / c.steps for name, run in runs.items()
+    }
+    if opponent == EAGER:
+        clocks["network"] = c.alone(gpu.watch, 2 if loop.large else 10)
+    for run in runs.values():
+        run()
+    times = turns(clocks, 0.0 if gpu.quick else 3.0 if opponent in (EAGER, COMPILED) else 1.0, most=15)
+    ratio = recorder.row("gpu loops", c.name, c.n, "us per step", times["ours"], opponent, times[opponent])
+    if opponent in PROMISED:
+        print(f"    {ratio:.2f}x, promised of small networks: at least {PROMISED[opponent]:g}x")
+    if opponent != EAGER:
+        return
+    outside = [whole - network for whole, network in zip(times["ours"], times["network"])]
+    share = [100 * part / whole for part, whole in zip(outside, times["ours"])]
+    for metric, values in (
+        ("us of the network alone", times["network"]), ("us outside the network per step", outside),
+        ("percent of a step outside the network", share),
+    ):  # fmt: skip
+        recorder.row("gpu loops", c.name, c.n, metric, values)
+
+
+def peak(run: Run) -> float:
+    """MiB that a first run, captures included, holds at once beyond what was held before."""
+    graphs.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
