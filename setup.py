@@ -1,7 +1,7 @@
-"""What pyproject.toml cannot say: where fastdiff.kernels lies, and how csrc/ becomes fastdiff/libfastdiff.so.
+"""What pyproject.toml cannot say: that fastdiff.kernels is the folder kernels/, and how csrc/ becomes fastdiff/libfastdiff.so.
 
 The library has a plain C ABI: it needs neither torch nor Python to build, and one build serves every version of both. Each
-instruction set is a file of its own with its own flags. ninja compiles them side by side, and only what has changed.
+instruction set is one source file, compiled with flags of its own. ninja compiles them in parallel, and only what changed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# -ffp-contract=off: the library's results are those of the reference to the bit, so a product and a sum are fused exactly where
+# the source calls fma(); GCC's default would fuse others too, where the instruction set has the instruction.
+# -fno-math-errno, -fno-trapping-math: nobody reads errno or floating-point traps, and then sqrt and rint are instructions and
+# loops of comparisons become vectors. No number depends on either.
 FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall -Wextra"
 SOURCES = {"fastdiff": "", "plain": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):

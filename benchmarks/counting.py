@@ -102,4 +102,9 @@ def count(run: Callable[[int], object], numel: int, steps: int) -> Count:
 
 def dispatched() -> types.SimpleNamespace:
     """fastdiff's operations as torch's dispatcher sees them; called directly they pass it by."""
-    return types.SimpleNamespace(**{name: getattr(torch.ops.fastdiff, name) for name in ops.SCHEMAS}, KEEPS_NOISE=True)
+    operators = {name: getattr(torch.ops.fastdiff, name) for name in ops.SCHEMAS}
+
+    def prepare_step(out, table, stream, x, **operands):
+        return lambda cursor, m, v: operators["step"](out, table, cursor, stream, x, m, v=v, **operands)
+
+    return types.SimpleNamespace(**operators, prepare_step=prepare_step, KEEPS_NOISE=True)

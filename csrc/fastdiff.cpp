@@ -12,7 +12,7 @@ struct Level {
     Run run;
 };
 
-// From the plainest up, as far as this machine goes.
+// The instruction sets that this machine has, the plainest first; how many.
 int usable(Level* levels) {
     int n = 0;
     levels[n++] = {"plain", fastdiff_run_plain};
@@ -28,6 +28,7 @@ int usable(Level* levels) {
     return n;
 }
 
+// Written by fastdiff_start without a barrier: by the first import, and by tests, while no other thread is in the library.
 Level current = {nullptr, nullptr};
 
 }  // namespace

@@ -1,11 +1,12 @@
-// The library's face: a plain C ABI, called from fastdiff/native.py.
+// The library's interface: a plain C ABI, called from fastdiff/execution/cpu.py.
 #pragma once
 #include <stdint.h>
 
+// In the order of OPERATIONS in fastdiff/execution/cpu.py (a test compares them).
 enum Operation {
-    kNormal, kRademacher, kStep, kMeasureLangevin, kPerturb, kDsmLoss, kTimestepEmbedding, kProbeDot, kRkError,
-    kDsmLossBackward
+    kNormal, kRademacher, kStep, kMeasureLangevin, kPerturb, kDsmLoss, kDsmLossBackward, kTimestepEmbedding, kProbeDot, kRkError
 };
+// As fastdiff/execution/cpu.py words them.
 enum Result { kDone, kRowOutOfRange, kWrongDtype, kWrongCursor, kWrongTable };
 constexpr int kMaxStages = 16, kMaxTensors = 32;
 

@@ -1,19 +1,22 @@
-// The operations on one instruction set; what each means is said in fastdiff/reference/row.py.
+// The operations on one instruction set; what each means is said in fastdiff/execution/reference.py.
 //
-// A tile goes through short loops, one for each thing that an operation may do to it, so that operands can be present or
-// absent, of any dtype and layout, at no cost in code.
+// A tile goes through short loops, one for each part of an operation: so an operand may be absent, or of any dtype and layout,
+// and no combination of them needs code of its own. An operation's tensors are numbered as in OPERATIONS of
+// fastdiff/execution/cpu.py (a test compares them); the comment before it lists the numbers that precede them in a call.
 #pragma once
 #include "step.h"
 
 namespace {
 
-// out, cursor; stream
+namespace fill_slots { enum { kOut, kCursor }; }
+// stream
 template <bool is_sign> int fill(const int64_t* a) {
+    using namespace fill_slots;
     const Geometry g(a);
     const Arguments view(a, 1);
-    const View out = view(0);
-    if (!view.plain(1, kInt64)) return kWrongCursor;
-    const Cursor cursor(view(1).as<const int64_t>());
+    const View out = view(kOut);
+    if (!view.plain(kCursor, kInt64)) return kWrongCursor;
+    const Cursor cursor(view(kCursor).as<const int64_t>());
     const Source source = cursor.source(a[kHeader]);
     const bool wide = out.dtype == kFloat64;
     each_tile(g, [&](const Tile& tile) {
@@ -25,16 +28,18 @@ template <bool is_sign> int fill(const int64_t* a) {
     return 0;
 }
 
-// out, x0, alpha, sigma, cursor; stream
+namespace perturb_slots { enum { kOut, kX0, kAlpha, kSigma, kCursor }; }
+// stream
 template <class S> int perturb(const int64_t* a) {
+    using namespace perturb_slots;
     const Geometry g(a);
     const Arguments view(a, 1);
-    const View x0 = view(1);
-    if (!view.floating(1, 1)) return kWrongDtype;
-    S* out = view(0).as<S>();
-    const S *alpha = view(2).as<const S>(), *sigma = view(3).as<const S>();
-    if (!view.plain(4, kInt64)) return kWrongCursor;
-    const Cursor cursor(view(4).as<const int64_t>());
+    const View x0 = view(kX0);
+    if (!view.floating(kX0, kX0)) return kWrongDtype;
+    S* out = view(kOut).as<S>();
+    const S *alpha = view(kAlpha).as<const S>(), *sigma = view(kSigma).as<const S>();
+    if (!view.plain(kCursor, kInt64)) return kWrongCursor;
+    const Cursor cursor(view(kCursor).as<const int64_t>());
     const Source source = cursor.source(a[kHeader]);
     each_tile(g, [&](const Tile& tile) {
         perturbed(out + tile.first, x0, alpha, sigma, g, tile, cursor, source);
@@ -42,16 +47,18 @@ template <class S> int perturb(const int64_t* a) {
     return 0;
 }
 
-// loss, error, output, x0, r, w, weight, cursor; stream
+namespace dsm_loss_slots { enum { kLoss, kError, kOutput, kX0, kR, kW, kWeight, kCursor }; }
+// stream
 template <class S> int dsm_loss(const int64_t* a) {
+    using namespace dsm_loss_slots;
     const Geometry g(a);
     const Arguments view(a, 1);
-    const View output = view(2), x0 = view(3);
-    if (!view.floating(2, 3)) return kWrongDtype;
-    S *loss = view(0).as<S>(), *error = view(1).as<S>();
-    const S *r = view(4).as<const S>(), *w = view(5).as<const S>(), *weight = view(6).as<const S>();
-    if (!view.plain(7, kInt64)) return kWrongCursor;
-    const Cursor cursor(view(7).as<const int64_t>());
+    const View output = view(kOutput), x0 = view(kX0);
+    if (!view.floating(kOutput, kX0)) return kWrongDtype;
+    S *loss = view(kLoss).as<S>(), *error = view(kError).as<S>();
+    const S *r = view(kR).as<const S>(), *w = view(kW).as<const S>(), *weight = view(kWeight).as<const S>();
+    if (!view.plain(kCursor, kInt64)) return kWrongCursor;
+    const Cursor cursor(view(kCursor).as<const int64_t>());
     const Source source = cursor.source(a[kHeader]);
     Sums sums(g, 1);
     each_tile(g, [&](const Tile& tile) {
@@ -70,13 +77,14 @@ FASTDIFF_INDEPENDENT
     return 0;
 }
 
-// out, error, grad, weight
+namespace dsm_loss_backward_slots { enum { kOut, kError, kGrad, kWeight }; }
 template <class S> int dsm_loss_backward(const int64_t* a) {
+    using namespace dsm_loss_backward_slots;
     const Geometry g(a);
     const Arguments view(a, 0);
-    const View out = view(0), error = view(1);
-    const S *grad = view(2).as<const S>(), *weight = view(3).as<const S>();
-    if (!view.floating(0, 1)) return kWrongDtype;
+    const View out = view(kOut), error = view(kError);
+    const S *grad = view(kGrad).as<const S>(), *weight = view(kWeight).as<const S>();
+    if (!view.floating(kOut, kError)) return kWrongDtype;
     each_tile(g, [&](const Tile& tile) {
         alignas(64) S buffers[2][kTile];
         const S* e = error.read(tile.first, tile.n, buffers[0]);
@@ -92,15 +100,17 @@ template <class S> int dsm_loss_backward(const int64_t* a) {
     return 0;
 }
 
-// total, value, cursor, probe; stream, whether the probe is of signs
+namespace probe_dot_slots { enum { kTotal, kValue, kCursor, kProbe }; }
+// stream, whether the probe is of signs
 template <class S> int probe_dot(const int64_t* a) {
+    using namespace probe_dot_slots;
     const Geometry g(a);
     const Arguments view(a, 2);
-    const View value = view(1), probe = view(3);
-    if (!view.floating(1, 1) || !view.floating(3, 3)) return kWrongDtype;
-    double* total = view(0).as<double>();
-    if (!view.plain(2, kInt64)) return kWrongCursor;
-    const Cursor cursor(view(2).as<const int64_t>());
+    const View value = view(kValue), probe = view(kProbe);
+    if (!view.floating(kValue, kValue) || !view.floating(kProbe, kProbe)) return kWrongDtype;
+    double* total = view(kTotal).as<double>();
+    if (!view.plain(kCursor, kInt64)) return kWrongCursor;
+    const Cursor cursor(view(kCursor).as<const int64_t>());
     const Source source = cursor.source(a[kHeader]);
     Sums sums(g, 1);
     each_tile(g, [&](const Tile& tile) {
@@ -119,19 +129,21 @@ template <class S> int probe_dot(const int64_t* a) {
     return 0;
 }
 
-// after, norm, x, h, k_0 … k_{s-1}; s, and as float64: b_0 … b_{s-1}, e_0 … e_{s-1}, rtol, atol
+namespace rk_error_slots { enum { kAfter, kNorm, kX, kH, kStages }; }  // the stages take s slots
+// the number of stages s, and as float64: b_0 … b_{s-1}, e_0 … e_{s-1}, rtol, atol
 template <class S> int rk_error(const int64_t* a) {
+    using namespace rk_error_slots;
     const Geometry g(a);
     const int stages = int(a[kHeader]);
     const Arguments view(a, 3 + 2 * stages);
-    if (!view.floating(2, 2) || !view.floating(4, 3 + stages)) return kWrongDtype;
-    const View x = view(2);
-    S *after = view(0).as<S>(), *norm = view(1).as<S>();
-    const S* h = view(3).as<const S>();
+    if (!view.floating(kX, kX) || !view.floating(kStages, kStages + stages - 1)) return kWrongDtype;
+    const View x = view(kX);
+    S *after = view(kAfter).as<S>(), *norm = view(kNorm).as<S>();
+    const S* h = view(kH).as<const S>();
     const double* weights = reinterpret_cast<const double*>(a + kHeader + 1);
     const S rtol = S(weights[2 * stages]), atol = S(weights[2 * stages + 1]);
     View k[kMaxStages];
-    for (int j = 0; j < stages; ++j) k[j] = view(4 + j);
+    for (int j = 0; j < stages; ++j) k[j] = view(kStages + j);
     Sums sums(g, 1);
     each_tile(g, [&](const Tile& tile) {
         alignas(64) S buffers[4][kTile];
@@ -168,17 +180,17 @@ template <class S> int rk_error(const int64_t* a) {
     return 0;
 }
 
-// Sine and cosine of an angle; float32 by its quarter turns, counted in float64, and FDN1's polynomials.
+// Sine and cosine of an angle. In float32: its quarter turns are counted in float64, what is left goes to FDN1's polynomials.
 inline void sine_cosine(double angle, double& sine, double& cosine) { sine = sin(angle), cosine = cos(angle); }
 
 inline void sine_cosine(float angle, float& sine, float& cosine) {
-    const double quarters = double(angle) * 0x1.45f306dc9c883p-1, turns = rint(quarters);
+    const double quarters = double(angle) * kQuarters, turns = rint(quarters);
     const float t = float(quarters - turns), s = t * t;
-    float p = -0x1.2d9302p-8f, q = 0x1.d99f54p-11f;
-    p = fma(p, s, 0x1.465e92p-4f), q = fma(q, s, -0x1.55c4eap-6f);
-    p = fma(p, s, -0x1.4abbbap-1f), q = fma(q, s, 0x1.03c1dap-2f);
-    p = fma(p, s, 0x1.921fb6p+0f) * t, q = fma(q, s, -0x1.3bd3ccp+0f);
-    q = fma(q, s, 1.0f);
+    float p = kSin[0], q = kCos[0];
+    p = fma(p, s, kSin[1]), q = fma(q, s, kCos[1]);
+    p = fma(p, s, kSin[2]), q = fma(q, s, kCos[2]);
+    p = fma(p, s, kSin[3]) * t, q = fma(q, s, kCos[3]);
+    q = fma(q, s, kCos[4]);
     const double quadrant = turns - 4 * floor(turns / 4);
     const bool swap = quadrant == 1 || quadrant == 3;
     sine = swap ? q : p, cosine = swap ? p : q;
@@ -186,12 +198,14 @@ inline void sine_cosine(float angle, float& sine, float& cosine) {
     if (quadrant == 1 || quadrant == 2) cosine = -cosine;
 }
 
-// out [B, channels], t [B], frequencies; channels, half, order (0 sin_cos, 1 cos_sin, 2 interleaved), scale (float64)
+namespace timestep_embedding_slots { enum { kOut, kT, kFrequencies }; }  // [B, channels], [B], [channels / 2]
+// channels, half of them, order (0 sin_cos, 1 cos_sin, 2 interleaved), scale (float64)
 template <class S> int timestep_embedding(const int64_t* a) {
+    using namespace timestep_embedding_slots;
     const Geometry g(a);
     const Arguments view(a, 4);
-    S* out = view(0).as<S>();
-    const S *t = view(1).as<const S>(), *frequencies = view(2).as<const S>();
+    S* out = view(kOut).as<S>();
+    const S *t = view(kT).as<const S>(), *frequencies = view(kFrequencies).as<const S>();
     const S scale = S(*reinterpret_cast<const double*>(a + kHeader + 3));
     const int64_t channels = a[kHeader], half = a[kHeader + 1], order = a[kHeader + 2];
     const int64_t step = order == 2 ? 2 : 1, sine_at = order == 1 ? half : 0, cosine_at = order == 2 ? 1 : half - sine_at;

@@ -1,10 +1,12 @@
-// FDN1, fastdiff's random numbers: Philox4x32-10 and Box-Muller in exactly rounded steps (fastdiff/reference/noise.py).
+// FDN1, fastdiff's random numbers: Philox4x32-10 and Box-Muller in exactly rounded steps (fastdiff/execution/noise.py).
 //
 // A `Vector` of L lanes makes L counters' words at once; which counter stands in which lane (`Order`) is chosen so that the
 // normals come out of a transposition within 128 bits in the order in which they are stored.
 #pragma once
 #include <stdint.h>
 #include <string.h>
+
+#include "constants.h"
 
 namespace {
 
@@ -139,8 +141,6 @@ inline __attribute__((always_inline)) Floats horner(Floats x, const float* coeff
 
 // sqrt(-2 ln u), u = (r/2 + 1/2) 2^-31
 inline __attribute__((always_inline)) Floats radius(Words r) {
-    constexpr float kLog[9] = {-0x1.1fde88p-2f, 0x1.3b751ep-2f,  -0x1.1e7792p-2f, 0x1.50224cp-2f, -0x1.99d83ap-2f,
-                               0x1.00150cp-1f,  -0x1.5554e6p-1f, 0x1.ffffd2p-1f,  -0x1p+1f};
     const Words threshold = Vector::all(0x3F2AAAABu);
     const Floats u = Vector::fma(
         Vector::from_signed(Vector::template right<1>(r)), Vector::constant(0x1p-31f), Vector::constant(0x1p-32f));
@@ -149,13 +149,11 @@ inline __attribute__((always_inline)) Floats radius(Words r) {
     const Words mantissa = Vector::add(Vector::both(above, Vector::all(0x007FFFFFu)), threshold);
     const Floats f = Vector::subtract(Vector::bits(mantissa), Vector::constant(1.0f));
     const Floats log = Vector::multiply(horner(f, kLog, 9), f);
-    return Vector::root(Vector::fma(exponent, Vector::constant(-0x1.62e43p+0f), log));
+    return Vector::root(Vector::fma(exponent, Vector::constant(kMinusTwoLnTwo), log));
 }
 
 // Cosine and sine of the angle that r names; a sign and an exchange take its two last bits.
 inline __attribute__((always_inline)) void circle(Words r, Floats& a, Floats& b) {
-    constexpr float kSin[4] = {-0x1.2d9302p-8f, 0x1.465e92p-4f, -0x1.4abbbap-1f, 0x1.921fb6p+0f};
-    constexpr float kCos[5] = {0x1.d99f54p-11f, -0x1.55c4eap-6f, 0x1.03c1dap-2f, -0x1.3bd3ccp+0f, 0x1p+0f};
     const Floats t = Vector::multiply(Vector::from_signed(r), Vector::constant(0x1p-32f));
     const Floats s = Vector::multiply(t, t);
     b = Vector::multiply(horner(s, kSin, 4), t);

@@ -51,14 +51,14 @@ struct Vector {
 #if defined(__FP_FAST_FMAF)
         for (int i = 0; i < lanes; ++i) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
 #else
-        // where the machine has none: twice rounded, which changes nothing in FDN1 (see fastdiff/reference/noise.py)
+        // where the machine has none: twice rounded, which changes nothing in FDN1 (see fastdiff/execution/noise.py)
         using Doubles = double __attribute__((vector_size(32)));
         const Doubles x = __builtin_convertvector(a, Doubles), y = __builtin_convertvector(b, Doubles);
         out = __builtin_convertvector(x * y + __builtin_convertvector(c, Doubles), Floats);
 #endif
         return out;
     }
-    // of numbers other than FDN1's own
+    // of any numbers, not those of FDN1 alone: always rounded once
     static Floats fma_of_any(Floats a, Floats b, Floats c) {
         Floats out;
         for (int i = 0; i < lanes; ++i) out[i] = __builtin_fmaf(a[i], b[i], c[i]);

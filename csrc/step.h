@@ -1,14 +1,14 @@
 // A row of a table, and the measurement that may scale it.
 #pragma once
-#include "chains.h"
 #include "sums.h"
+#include "weighted_sum.h"
 
 namespace {
 
-// Tile of standard normals in the state's dtype: given, or drawn.
+// A tile's standard normals in the state's dtype: those of z, or, if it is absent, drawn.
 template <class S> const S* noise(
-    S* buffer, const View& given, const Geometry& g, const Tile& tile, const Cursor& cursor, const Source& source) {
-    if (given) return given.read(tile.first, tile.n, buffer);
+    S* buffer, const View& z, const Geometry& g, const Tile& tile, const Cursor& cursor, const Source& source) {
+    if (z) return z.read(tile.first, tile.n, buffer);
     if constexpr (sizeof(S) == 4) {
         normals(buffer, g, tile, cursor, source);
     } else {
@@ -23,8 +23,8 @@ template <class S> const S* noise(
 template <class S> void perturbed(
     S* out, const View& x0, const S* first, const S* second, const Geometry& g, const Tile& tile, const Cursor& cursor,
     const Source& source) {
-    alignas(64) S buffers[4][kTile];
-    const S* clean = x0.read(tile.first, tile.n, buffers[1]);
+    alignas(64) S drawn[kTile], clean_values[kTile], first_factors[kTile], second_factors[kTile];
+    const S* clean = x0.read(tile.first, tile.n, clean_values);
     if constexpr (sizeof(S) == 4) {
         if (in_one_loop(g, tile)) {
             const Term<S> term = {clean, first[tile.sample], nullptr};
@@ -32,13 +32,13 @@ template <class S> void perturbed(
             return;
         }
     }
-    Chain<S> chain;
-    add_per_sample(chain, clean, tile, first, 1, buffers[2]);
-    add_per_sample(chain, noise(buffers[0], View(), g, tile, cursor, source), tile, second, 1, buffers[3]);
-    chain.run(out, tile.n);
+    WeightedSum<S> sum;
+    add_per_sample(sum, clean, tile, first, 1, first_factors);
+    add_per_sample(sum, noise(drawn, View(), g, tile, cursor, source), tile, second, 1, second_factors);
+    sum.run(out, tile.n);
 }
 
-// A row's numbers, in the order of fastdiff.table.COLUMNS.
+// A row's numbers, in the order of fastdiff.table.COLUMNS (a test compares them).
 template <class S> struct Row {
     S a, e, b[4], c, p, q, low, high, next_scale, guidance, log_slope, log_mid, known_alpha, known_sigma, gain, cap;
 };
@@ -48,22 +48,27 @@ template <class S> S clamped(S v, S low, S high) {
     return v > high ? high : v;
 }
 
-// h_0 before its clamp: p·x + q·(guide + guidance·(m − guide)), in `buffer` unless it is m itself.
+// What h_0's parts are read to where their own memory will not do.
+template <class S> struct PredictionBuffers {
+    alignas(64) S m[kTile], other[kTile], h0[kTile];  // other: the guide, then x
+};
+
+// h_0 before its clamp: p·x + q·(guide + guidance·(m − guide)); in buffers.h0, or where m is if it is m itself.
 template <class S> const S* prediction(
-    const Row<S>& row, const View& x, const View& m, const View& guide, const Tile& tile, S* buffer, S* scratch, S* other) {
-    const S* value = m.read(tile.first, tile.n, buffer);
+    const Row<S>& row, const View& x, const View& m, const View& guide, const Tile& tile, PredictionBuffers<S>& buffers) {
+    const S* value = m.read(tile.first, tile.n, buffers.m);
     if (guide) {
-        const S* unguided = guide.read(tile.first, tile.n, scratch);
+        const S* unguided = guide.read(tile.first, tile.n, buffers.other);
         const S weight = row.guidance;
-        for (int i = 0; i < tile.n; ++i) buffer[i] = fma(value[i] - unguided[i], weight, unguided[i]);
-        value = buffer;
+        for (int i = 0; i < tile.n; ++i) buffers.m[i] = fma(value[i] - unguided[i], weight, unguided[i]);
+        value = buffers.m;
     }
     if (row.p == S(0) && row.q == S(1)) return value;
-    Chain<S> chain;
-    if (row.p != S(0)) chain.add(x.read(tile.first, tile.n, scratch), row.p);
-    chain.add(value, row.q);
-    chain.run(other, tile.n);
-    return other;
+    WeightedSum<S> sum;
+    if (row.p != S(0)) sum.add(x.read(tile.first, tile.n, buffers.other), row.p);
+    sum.add(value, row.q);
+    sum.run(buffers.h0, tile.n);
+    return buffers.h0;
 }
 
 template <class S> void clamp(S* out, const S* v, S low, S high, int n) {
@@ -80,25 +85,26 @@ template <class S> void write_scaled(const View& to, const Tile& tile, const S* 
 
 inline double exponential(double u) { return exp(u); }
 
-// e^u by exactly rounded steps, as fastdiff.reference.row has it.
+// e^u by exactly rounded steps, as fastdiff.execution.reference._exp. (Horner's rule without a loop, which would keep the
+// compiler from making vectors of the loop around it.)
 inline float exponential(float u) {
     u = clamped(u, -86.0f, 88.0f);
-    const float whole = rintf(u * 0x1.715476p+0f), n = u == u ? whole : 0.0f;
-    const float r = fma(n, -0x1.2fefa4p-17f, fma(n, -0x1.62e3p-1f, u));
-    float p = fma(0x1.a01a02p-13f, r, 0x1.6c16c2p-10f);
-    p = fma(p, r, 0x1.111112p-7f);
-    p = fma(p, r, 0x1.555556p-5f);
-    p = fma(p, r, 0x1.555556p-3f);
-    p = fma(p, r, 0x1p-1f);
-    p = fma(p, r, 1.0f);
-    p = fma(p, r, 1.0f);
+    const float whole = rintf(u * kPerLnTwo), n = u == u ? whole : 0.0f;
+    const float r = fma(n, -kLnTwoLow, fma(n, -kLnTwoHigh, u));
+    float p = fma(kExp[0], r, kExp[1]);
+    p = fma(p, r, kExp[2]);
+    p = fma(p, r, kExp[3]);
+    p = fma(p, r, kExp[4]);
+    p = fma(p, r, kExp[5]);
+    p = fma(p, r, kExp[6]);
+    p = fma(p, r, kExp[7]);
     const uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
     float scale;
     memcpy(&scale, &bits, sizeof scale);
     return p * scale;
 }
 
-// e^(mid + slope·v); without v, where slope is 0, whatever v holds.
+// e^(mid + slope·v), v null where the slope is 0.
 template <class S> void learned_scales(S* out, const S* v, S slope, S mid, int n) {
     if (!v) {
         for (int i = 0; i < n; ++i) out[i] = exponential(mid);
@@ -112,125 +118,146 @@ template <class S> const Row<S>* row_of(const View& table, const Cursor& cursor,
     return cursor.row < 0 || cursor.row >= rows ? nullptr : table.as<const Row<S>>() + cursor.row;
 }
 
-// out, table, cursor, x, m, net_input, first_bad, measured, pushed, guide, v, base, z, known, mask, h1 … h4; rows, stream
+// What the operands and intermediate results of a step are read or computed to where their own memory will not do.
+template <class S> struct StepBuffers {
+    PredictionBuffers<S> prediction;
+    alignas(64) S x[kTile], base[kTile], history[4][kTile], z[kTile], b[kTile], c[kTile];  // b, c: a factor for each element
+    alignas(64) S known[kTile], level[kTile];
+    S* mask() { return known; }                // read when `known` has been used,
+    S* net_input() { return prediction.m; }  // and computed when h_0 has
+};
+
+namespace step_slots {
+enum {
+    kOut, kTable, kCursor, kX, kM, kNetInput, kFirstBad, kMeasured, kPushed, kGuide, kV, kBase, kZ, kKnown, kMask,
+    kHistory  // and the three slots after it
+};
+}
+// the table's rows, stream (negative: no noise is drawn)
 template <class S> int step(const int64_t* a) {
+    using namespace step_slots;
     const Geometry g(a);
     const Arguments view(a, 2);
-    const View out = view(0), x = view(3), m = view(4), net_input = view(5), measured = view(7), pushed = view(8),
-               guide = view(9), v = view(10), base = view(11), given = view(12), known = view(13), mask = view(14);
-    const View history[4] = {view(15), view(16), view(17), view(18)};
-    if (!view.floating(3, 5) || !view.floating(9, 13) || !view.floating(15, 18) || (mask && mask.dtype != kBool)) return kWrongDtype;
-    if (!view.plain(2, kInt64)) return kWrongCursor;
-    if (!view.plain(1, sizeof(S) == 4 ? kFloat32 : kFloat64)) return kWrongTable;
-    int64_t* first_bad = view(6).as<int64_t>();
-    const Cursor cursor(view(2).as<const int64_t>());
-    const Row<S>* found = row_of<S>(view(1), cursor, a[kHeader]);
+    const View out = view(kOut), x = view(kX), m = view(kM), net_input = view(kNetInput), measured = view(kMeasured),
+               pushed = view(kPushed), guide = view(kGuide), v = view(kV), base = view(kBase), given_z = view(kZ),
+               known = view(kKnown), mask = view(kMask);
+    const View history[4] = {view(kHistory), view(kHistory + 1), view(kHistory + 2), view(kHistory + 3)};
+    const bool floating = view.floating(kX, kNetInput) && view.floating(kGuide, kKnown) && view.floating(kHistory, kHistory + 3);
+    if (!floating || (mask && mask.dtype != kBool)) return kWrongDtype;
+    if (!view.plain(kCursor, kInt64)) return kWrongCursor;
+    if (!view.plain(kTable, sizeof(S) == 4 ? kFloat32 : kFloat64)) return kWrongTable;
+    int64_t* first_bad = view(kFirstBad).as<int64_t>();
+    const Cursor cursor(view(kCursor).as<const int64_t>());
+    const Row<S>* found = row_of<S>(view(kTable), cursor, a[kHeader]);
     if (!found) return kRowOutOfRange;
     const Row<S> row = *found;
     const int64_t stream = a[kHeader + 1];
     const Source source = cursor.source(stream < 0 ? 0 : stream);
-    const bool noisy = (given || stream >= 0) && (row.c != S(0) || v || measured || (mask && row.known_sigma != S(0)));
+    const bool noisy = (given_z || stream >= 0) && (row.c != S(0) || v || measured || (mask && row.known_sigma != S(0)));
     const bool clips = m && (row.low > S(-INFINITY) || row.high < S(INFINITY));
     each_tile(g, [&](const Tile& tile) {
         const int n = tile.n;
-        alignas(64) S buffers[14][kTile];
+        StepBuffers<S> buffers;
         const S* h0 = nullptr;
         if (m) {
-            h0 = prediction(row, x, m, guide, tile, buffers[0], buffers[1], buffers[2]);
+            h0 = prediction(row, x, m, guide, tile, buffers.prediction);
             if (clips) {
                 if (first_bad) flag(first_bad, h0, tile, cursor.row);
-                clamp(buffers[2], h0, row.low, row.high, n);
-                h0 = buffers[2];
+                clamp(buffers.prediction.h0, h0, row.low, row.high, n);
+                h0 = buffers.prediction.h0;
             }
             if (pushed) memcpy(pushed.as<S>() + tile.first, h0, size_t(n) * sizeof(S));
         }
-        Chain<S> chain;
-        if (row.a != S(0)) chain.add(x.read(tile.first, n, buffers[4]), row.a);
-        if (base && row.e != S(0)) chain.add(base.read(tile.first, n, buffers[5]), row.e);
+        WeightedSum<S> sum;
+        if (row.a != S(0)) sum.add(x.read(tile.first, n, buffers.x), row.a);
+        if (base && row.e != S(0)) sum.add(base.read(tile.first, n, buffers.base), row.e);
         const S* per_sample = measured.as<const S>();
         const bool earlier = !h0 && measured && history[0];  // then it is the first of them that is scaled
         if (h0 && measured)
-            add_per_sample(chain, h0, tile, per_sample, 2, buffers[6]);
+            add_per_sample(sum, h0, tile, per_sample, 2, buffers.b);
         else if (earlier)
-            add_per_sample(chain, history[0].read(tile.first, n, buffers[7]), tile, per_sample, 2, buffers[6]);
+            add_per_sample(sum, history[0].read(tile.first, n, buffers.history[0]), tile, per_sample, 2, buffers.b);
         else if (h0)
-            chain.add(h0, row.b[0]);
+            sum.add(h0, row.b[0]);
         for (int j = earlier ? 1 : 0, k = h0 || earlier ? 1 : 0; j < 4 && k < 4; ++j, ++k)
-            if (history[j] && row.b[k] != S(0)) chain.add(history[j].read(tile.first, n, buffers[7 + j]), row.b[k]);
+            if (history[j] && row.b[k] != S(0)) sum.add(history[j].read(tile.first, n, buffers.history[j]), row.b[k]);
         S* result = out.as<S>() + tile.first;
         if constexpr (sizeof(S) == 4) {
-            if (noisy && !given && !v && !mask && in_one_loop(g, tile) && chain.count) {
-                if (chain.count > 3) {
-                    chain.run(result, n);
-                    chain.count = 0;
-                    chain.add_always(result, S(1));
+            if (noisy && !given_z && !v && !mask && in_one_loop(g, tile) && sum.count) {
+                if (sum.count > 3) {
+                    sum.run(result, n);
+                    sum.count = 0;
+                    sum.add_always(result, S(1));
                 }
                 const bool direct = net_input && net_input.dims == 0 && net_input.dtype == kFloat32;
-                const auto add = chain.count == 1 ? add_noise<1> : chain.count == 2 ? add_noise<2> : add_noise<3>;
+                const auto add = sum.count == 1 ? add_noise<1> : sum.count == 2 ? add_noise<2> : add_noise<3>;
                 const bool good = add(
-                    result, chain.terms, measured ? per_sample[2 * tile.sample + 1] : row.c,
+                    result, sum.terms, measured ? per_sample[2 * tile.sample + 1] : row.c,
                     direct ? net_input.as<float>() + tile.first : nullptr, row.next_scale, tile, cursor, source);
                 if (first_bad && !good) flag(first_bad, result, tile, cursor.row);
-                if (net_input && !direct) write_scaled(net_input, tile, result, row.next_scale, buffers[0]);
+                if (net_input && !direct) write_scaled(net_input, tile, result, row.next_scale, buffers.net_input());
                 return;
             }
         }
-        const S* z = noisy ? noise(buffers[3], given, g, tile, cursor, source) : nullptr;
+        const S* z = noisy ? noise(buffers.z, given_z, g, tile, cursor, source) : nullptr;
         if (z && measured) {
-            add_per_sample(chain, z, tile, per_sample + 1, 2, buffers[11]);
+            add_per_sample(sum, z, tile, per_sample + 1, 2, buffers.c);
         } else if (z && v) {
-            const S* learned = row.log_slope == S(0) ? nullptr : v.read(tile.first, n, buffers[11]);
-            learned_scales(buffers[11], learned, row.log_slope, row.log_mid, n);
-            chain.add_each(z, buffers[11]);
+            const S* learned = row.log_slope == S(0) ? nullptr : v.read(tile.first, n, buffers.c);
+            learned_scales(buffers.c, learned, row.log_slope, row.log_mid, n);
+            sum.add_each(z, buffers.c);
         } else if (z) {
-            chain.add(z, row.c);
+            sum.add(z, row.c);
         }
-        chain.run(result, n);
+        sum.run(result, n);
         if (mask) {
-            Chain<S> kept;
-            if (known && row.known_alpha != S(0)) kept.add(known.read(tile.first, n, buffers[12]), row.known_alpha);
-            if (z) kept.add(z, row.known_sigma);
-            kept.run(buffers[13], n);
-            const S* inside = mask.read(tile.first, n, buffers[12]);
-            for (int i = 0; i < n; ++i) result[i] = inside[i] != S(0) ? buffers[13][i] : result[i];
+            WeightedSum<S> level;
+            if (known && row.known_alpha != S(0)) level.add(known.read(tile.first, n, buffers.known), row.known_alpha);
+            if (z) level.add(z, row.known_sigma);
+            level.run(buffers.level, n);
+            const S* inside = mask.read(tile.first, n, buffers.mask());
+            for (int i = 0; i < n; ++i) result[i] = inside[i] != S(0) ? buffers.level[i] : result[i];
         }
         if (first_bad) flag(first_bad, result, tile, cursor.row);
-        if (net_input) write_scaled(net_input, tile, result, row.next_scale, buffers[0]);
+        if (net_input) write_scaled(net_input, tile, result, row.next_scale, buffers.net_input());
     });
     return 0;
 }
 
-// measured, table, cursor, x, m, guide, z, kept; rows, stream, batch
+namespace measure_langevin_slots { enum { kMeasured, kTable, kCursor, kX, kM, kGuide, kZ, kKept }; }
+// the table's rows, stream, whether norms are the batch's means
 template <class S> int measure_langevin(const int64_t* a) {
+    using namespace measure_langevin_slots;
     const Geometry g(a);
     const Arguments view(a, 3);
-    const View x = view(3), m = view(4), guide = view(5), given = view(6), kept = view(7);
-    if (!view.floating(3, 6)) return kWrongDtype;
-    if (!view.plain(2, kInt64)) return kWrongCursor;
-    if (!view.plain(1, sizeof(S) == 4 ? kFloat32 : kFloat64)) return kWrongTable;
-    S* measured = view(0).as<S>();
-    const Cursor cursor(view(2).as<const int64_t>());
-    const Row<S>* found = row_of<S>(view(1), cursor, a[kHeader]);
+    const View x = view(kX), m = view(kM), guide = view(kGuide), given_z = view(kZ), kept = view(kKept);
+    if (!view.floating(kX, kZ)) return kWrongDtype;
+    if (!view.plain(kCursor, kInt64)) return kWrongCursor;
+    if (!view.plain(kTable, sizeof(S) == 4 ? kFloat32 : kFloat64)) return kWrongTable;
+    S* measured = view(kMeasured).as<S>();
+    const Cursor cursor(view(kCursor).as<const int64_t>());
+    const Row<S>* found = row_of<S>(view(kTable), cursor, a[kHeader]);
     if (!found) return kRowOutOfRange;
     const Row<S> row = *found;
     const Source source = cursor.source(a[kHeader + 1] < 0 ? 0 : a[kHeader + 1]);
     Sums sums(g, 2);
     each_tile(g, [&](const Tile& tile) {
-        alignas(64) S buffers[4][kTile];
-        const S* h = prediction(row, x, m, guide, tile, buffers[0], buffers[1], buffers[2]);
-        clamp(buffers[2], h, row.low, row.high, tile.n);
-        S* place = kept ? kept.as<S>() + tile.first : buffers[3];
-        const S* z = noise(place, given, g, tile, cursor, source);
+        PredictionBuffers<S> buffers;
+        alignas(64) S drawn[kTile];
+        S* h0 = buffers.h0;
+        clamp(h0, prediction(row, x, m, guide, tile, buffers), row.low, row.high, tile.n);
+        S* place = kept ? kept.as<S>() + tile.first : drawn;
+        const S* z = noise(place, given_z, g, tile, cursor, source);
         if (kept && z != place) memcpy(place, z, size_t(tile.n) * sizeof(S));
         sums.add(tile, 0, [&](int i) { return double(z[i]) * double(z[i]); });
-        sums.add(tile, 1, [&](int i) { return double(buffers[2][i]) * double(buffers[2][i]); });
+        sums.add(tile, 1, [&](int i) { return double(h0[i]) * double(h0[i]); });
     });
     double* norms = static_cast<double*>(malloc(sizeof(double) * size_t(4 * g.samples + 1)));
     double mean[2] = {0, 0};
     for (int which = 0; which < 2; ++which) {
-        double *own = norms + which * g.samples, *tree = norms + (2 + which) * g.samples;
-        for (int64_t i = 0; i < g.samples; ++i) own[i] = tree[i] = g.numel ? sqrt(sums.total(i, which)) : 0.0;
-        // the batch is one sample of B numbers to the same tree: in blocks, then over them
+        double *norm = norms + which * g.samples, *tree = norms + (2 + which) * g.samples;
+        for (int64_t i = 0; i < g.samples; ++i) norm[i] = tree[i] = g.numel ? sqrt(sums.total(i, which)) : 0.0;
+        // the mean over the batch is the same tree, over a sample of B numbers: in blocks, then over them
         int64_t blocks = 0;
         for (int64_t from = 0; from < g.samples; from += kBlock)
             tree[blocks++] = halve(tree + from, g.samples - from < kBlock ? g.samples - from : kBlock);

@@ -1,4 +1,4 @@
-// Sums over a sample as a fixed tree, whatever the tiles and threads.
+// Sums over a sample as a fixed tree, the same for any tiles and threads.
 #pragma once
 #include <math.h>
 #include <stdlib.h>
@@ -7,7 +7,8 @@
 
 namespace {
 
-// By halves: element i + element i + n/2, n a power of two beyond which all are zeros.
+// The sum of v[0 … n-1] by halves: v[i] + v[i + w/2] for i < w/2, and again, from w on, the power of two that is n or the next
+// one after it; what is beyond n counts as 0. Overwrites v.
 inline double halve(double* v, int64_t n) {
     int64_t width = 1;
     while (width < n) width *= 2;
@@ -68,7 +69,11 @@ struct Sums {
             if (each == 4) *to = (a + element(at + 2)) + (element(at + 1) + element(at + 3));
         }
     }
-    double total(int64_t sample, int which) { return blocks == 1 ? partial[sample * count + which] : halve(partial + (sample * count + which) * blocks, blocks); }
+    // The sum of a sample. Once for each: it overwrites the partial sums.
+    double total(int64_t sample, int which) {
+        double* sums = partial + (sample * count + which) * blocks;
+        return blocks == 1 ? *sums : halve(sums, blocks);
+    }
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The arguments of a call, and how a tile of a tensor of any dtype and strides becomes an array of the state's.
+// A tensor argument of any dtype and strides, and its conversion, tile by tile, to contiguous numbers of the state's dtype.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -40,7 +40,7 @@ inline float from_float16(uint16_t v) {
         memcpy(&out, &bits, sizeof out);
         return out;
     }
-    const uint32_t bits = rest << 13;  // the exponent is 112 too low, which a product mends, subnormals too
+    const uint32_t bits = rest << 13;  // its exponent is 112 too low: the product corrects it, for subnormals too
     memcpy(&out, &bits, sizeof out);
     out *= 0x1p112f;
     return sign ? -out : out;
@@ -121,13 +121,13 @@ struct View {
     explicit operator bool() const { return data != nullptr; }
     template <class T> T* as() const { return reinterpret_cast<T*>(data); }
 
-    // Its strides stand `behind` numbers behind the shape (0: it is contiguous).
-    static View of(char* data, int64_t dtype, int64_t behind, int64_t ndim, const int64_t* shape) {
+    // strides = shape + offset; offset 0: it is contiguous, and has none.
+    static View of(char* data, int64_t dtype, int64_t offset, int64_t ndim, const int64_t* shape) {
         View view;
         view.data = data;
         view.dtype = dtype;
-        if (behind == 0) return view;
-        const int64_t* strides = shape + behind;
+        if (offset == 0) return view;
+        const int64_t* strides = shape + offset;
         for (int64_t axis = 0; axis < ndim; ++axis) {
             if (shape[axis] == 1) continue;
             const int last = view.dims - 1;
@@ -143,7 +143,8 @@ struct View {
         return view;
     }
 
-    // `run(offset in elements, stride, place in the tile, length)` for each straight piece of elements first ... first + n - 1.
+    // Cuts elements first … first + n - 1 into pieces of one stride: run(offset of the piece in memory, its stride, its first
+    // element's number in the tile, its length), in elements.
     template <class Run> void pieces(int64_t first, int64_t n, Run run) const {
         if (dims == 0) return run(first, int64_t(1), int64_t(0), n);
         int64_t index[kMaxDims], rest = first, offset = 0;
@@ -179,7 +180,7 @@ struct View {
         });
     }
 
-    // Elements first ... first + n - 1 as the state's dtype: the tensor's own memory, or `buffer`.
+    // Elements first … first + n - 1, contiguous and in the state's dtype: where they are already, or copied to `buffer`.
     template <class S> const S* read(int64_t first, int64_t n, S* buffer) const {
         if (dims == 0 && dtype == (sizeof(S) == 4 ? kFloat32 : kFloat64)) return as<const S>() + first;
         switch (dtype) {

@@ -1,6 +1,7 @@
-// A call's tensors, cut into tiles that stay in the first cache, and the loop over them on torch's threads.
+// How a call's tensors are cut into tiles that fit the first cache, and the loop over tiles on torch's threads.
 #pragma once
 #include "fastdiff.h"
+#include "noise.h"
 #include "tensors.h"
 
 namespace {
@@ -10,7 +11,7 @@ struct Geometry {
     int64_t ndim;
     const int64_t* shape;
 
-    // a[0] …: where the axes' lengths stand, samples, elements of one, axes
+    // a[0 … 3]: the index in `a` of the first axis' length, samples, elements of a sample, axes
     explicit Geometry(const int64_t* a) : samples(a[1]), numel(a[2]), ndim(a[3]), shape(a + a[0]) {}
     int64_t per_tile() const { return numel >= kTile ? 1 : numel ? kTile / numel : 1; }
     int64_t tiles_per_sample() const { return numel >= kTile ? (numel + kTile - 1) / kTile : 1; }
@@ -21,10 +22,10 @@ struct Geometry {
 };
 
 struct Tile {
-    int64_t sample, samples;  // the first, and how many (whole ones if more than one)
-    int64_t element;          // of its first sample
-    int64_t first;            // element of the tensor
-    int n;
+    int64_t sample, samples;  // its first sample, and how many (if more than one, whole samples)
+    int64_t element;          // its first element's number in its first sample
+    int64_t first;            // its first element's number in the tensor
+    int n;                    // elements
 
     Tile(const Geometry& g, int64_t index) {
         if (g.numel >= kTile) {
@@ -51,9 +52,10 @@ struct Cursor {
     Source source(int64_t stream) const { return Source(seed, uint32_t(row), uint32_t(stream)); }
 };
 
-constexpr int kHeader = 4;  // the geometry's numbers
-// The tensors of a call: after its geometry and `scalars` numbers, two for each that is present: its address, and
-// slot + 2^8·dtype + 2^16·(how far behind the shape its strides stand, 0 if it is contiguous).
+constexpr int kHeader = 4;  // numbers of a Geometry
+// The tensors of a call, by their slots. After the geometry and `scalars` numbers stand two for each tensor that is present:
+// its address (0: it is absent after all), and slot + 2^8·dtype + 2^16·(the offset from the shape to its strides, 0 if it is
+// contiguous).
 struct Arguments {
     const int64_t* entry[kMaxTensors] = {};
     Geometry g;

@@ -43,14 +43,21 @@ class ScoreModel(nn.Module):
         super().__init__()
         if not callable(net):
             raise ConfigError(f"net must be callable as net(x, t), got {type(net).__name__}")
+        process = processes.get(sde)
+        time_input = predictions.default_time_input(prediction) if time_input is None else time_input
+        predictions.check(prediction, time_input, process)
         self.net = net
-        self.process = processes.get(sde)
-        self.prediction = prediction
-        self.time_input = predictions.default_time_input(prediction) if time_input is None else time_input
-        predictions.check(self.prediction, self.time_input, self.process)
-        self.data_shape = tensor_checks.shape_of(data_shape)
-        self.data_range = checks.pair("data_range", data_range)
-        self.variance = None if variance is None else choose("variance", variance, ("learned_range",))
+        self.process: processes.Process
+        self.prediction: str
+        self.time_input: str
+        self.data_shape: tuple[int, ...]
+        self.data_range: tuple[float, float]
+        self.variance: str | None
+        vars(self).update(  # past nn.Module's setattr, which is for tensors and modules and takes its time
+            process=process, prediction=prediction, time_input=time_input, data_shape=tensor_checks.shape_of(data_shape),
+            data_range=checks.pair("data_range", data_range),
+            variance=None if variance is None else choose("variance", variance, ("learned_range",)),
+        )  # fmt: skip
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """The network's output, as it is, at process times t [B] (or one for all), its input scaled and its time converted."""

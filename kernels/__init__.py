@@ -8,10 +8,10 @@ captured in a CUDA graph. Imports torch, triton and itself only.
 from .embedding import timestep_embedding
 from .fill import normal, perturb, rademacher
 from .langevin import measure_langevin
-from .step import step
+from .step import prepare_step, step
 from .sums import dsm_loss, dsm_loss_backward, probe_dot, rk_error
 
-# A step draws its noise anew: that costs less than reading it from memory.
+# The step after a measurement draws the same noise again, which costs less than to read it from memory.
 KEEPS_NOISE = False
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "measure_langevin",
     "normal",
     "perturb",
+    "prepare_step",
     "probe_dot",
     "rademacher",
     "rk_error",

@@ -12,7 +12,7 @@ ORDERS = ("sin_cos", "cos_sin", "interleaved")
 _SIN_COS, _COS_SIN, _INTERLEAVED = (tl.constexpr(i) for i in range(3))
 
 _QUARTERS = tl.constexpr(float.fromhex("0x1.45f306dc9c883p-1"))  # quarter turns in a radian, 2/π
-_ROUND = tl.constexpr(2.0**52)  # a float64 below it that takes it up and gives it back is a whole number, ties to even
+_ROUND = tl.constexpr(2.0**52)  # adding it to a smaller float64 and subtracting it again rounds that to a whole number
 
 # Frequencies of a program, and times: chosen like tiles.QUADS.
 FREQUENCIES = 128
@@ -21,8 +21,15 @@ TIMES = 8
 
 @triton.jit(do_not_specialize=["count", "half"], do_not_specialize_on_alignment=["t", "frequencies"])
 def embedding_kernel(
-    out, t, frequencies, scale, count, half,
-    ORDER: tl.constexpr, ODD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    out,  # [B, 2·half + ODD] float32, contiguous, written
+    t,  # [B] float32, contiguous
+    frequencies,  # [half] float32, contiguous
+    scale,  # of t
+    count,  # B
+    half,
+    ORDER: tl.constexpr,  # a number of ORDERS
+    ODD: tl.constexpr,  # 1 if a last channel of zeros follows, else 0
+    WIDTH: tl.constexpr, ROWS: tl.constexpr,  # a program's frequencies and times
 ):  # fmt: skip
     e = tl.arange(0, ROWS * WIDTH)
     row, k = tl.program_id(0) * ROWS + e // WIDTH, tl.program_id(1) * WIDTH + e % WIDTH
@@ -61,7 +68,7 @@ def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: i
     half = channels // 2
     if frequencies.shape != (half,) or order not in ORDERS:
         raise ValueError(
-            f"expected {half} frequencies and order one of {ORDERS}, got {tuple(frequencies.shape)}, {order!r}"
+            f"frequencies must be [{half}] and order one of {ORDERS}, got {tuple(frequencies.shape)} and {order!r}"
         )
     tiles.check_column(len(t), t=t)
     if out.numel() == 0 or half == 0:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from . import philox, tiles
 
-# Numbers of a state's shape, and a cursor that is a row of a larger tensor: nothing is gained by compiling a kernel for
-# each of their alignments.
+# Nothing is gained by compiling a kernel for each alignment of a shape's numbers, or of a cursor, which is a row of a larger
+# tensor.
 UNSPECIALISED = ["size", "batch", "stream"]
 UNALIGNED = ["cursor", "alpha", "sigma"]
 
@@ -19,17 +19,21 @@ SIGN_QUADS = 128
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def normal_kernel(
-    out, cursor, stream, size, batch,
-    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,
+    out,  # [B, D] float32, contiguous, written
+    cursor,  # [3] int64: draw, first sample, seed
+    stream,  # the stream of the noise
+    size,  # D, or D / 4 if WHOLE
+    batch,  # B
+    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,  # tiles.cut
 ):  # fmt: skip
-    first, start, _, _, inside, base, local = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
-    quad, row = tiles.quads_of(start, QUADS, SAMPLES)
-    tl.store(out + base + local, philox.normals(cursor, quad, row, first, stream), mask=inside)
+    at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
+    quad, row = tiles.quads_of(at.start, QUADS, SAMPLES)
+    tl.store(tiles.pointers(out, at), philox.normals(cursor, quad, row, at.first, stream), mask=at.inside)
 
 
 def normal(out: Tensor, cursor: Tensor, stream: int) -> None:
     """Fill out [B, *], contiguous, with standard normals (FDN1)."""
-    tiles.check_state(out, cursor)
+    tiles.check_state(out, cursor=cursor)
     if out.numel() == 0:
         return
     tiling = tiles.cut(len(out), out.numel() // len(out))
@@ -38,20 +42,24 @@ def normal(out: Tensor, cursor: Tensor, stream: int) -> None:
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def rademacher_kernel(
-    out, cursor, stream, size, batch,
-    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,
+    out,  # [B, D] float32, contiguous, written
+    cursor,  # [3] int64: draw, first sample, seed
+    stream,  # the stream of the noise
+    size,  # D, or D / 4 if WHOLE
+    batch,  # B
+    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,  # tiles.cut
 ):  # fmt: skip
-    first, start, _, j, inside, base, local = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
-    word = philox.sign_words(cursor, start, first, stream, QUADS, SAMPLES)
-    there = out + base + local
+    at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
+    word = philox.sign_words(cursor, at.start, at.first, stream, QUADS, SAMPLES)
+    there, remaining = tiles.pointers(out, at), tiles.left(size, at.start, WHOLE)
     for group in tl.static_range(GROUPS):
-        exists = inside & (j + group * (4 * QUADS) < tiles.left(size, start, WHOLE)) if group > 0 else inside
+        exists = at.inside & (at.j + group * (4 * QUADS) < remaining) if group > 0 else at.inside
         tl.store(there + group * (4 * QUADS), philox.signs(word, group), mask=exists)
 
 
 def rademacher(out: Tensor, cursor: Tensor, stream: int) -> None:
     """Fill out [B, *], contiguous, with ±1."""
-    tiles.check_state(out, cursor)
+    tiles.check_state(out, cursor=cursor)
     if out.numel() == 0:
         return
     tiling = cut_signs(len(out), out.numel() // len(out))
@@ -66,22 +74,29 @@ def cut_signs(batch: int, numel: int) -> tiles.Tiling:
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def perturb_kernel(
-    out, x0, alpha, sigma, cursor, stream, size, batch,
-    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,
+    out,  # [B, D] float32, contiguous, written
+    x0,  # [B, D] float32, contiguous
+    alpha,  # [B], any floating dtype, contiguous
+    sigma,  # [B], any floating dtype, contiguous
+    cursor,  # [3] int64: draw, first sample, seed
+    stream,  # the stream of the noise
+    size,  # D, or D / 4 if WHOLE
+    batch,  # B
+    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,  # tiles.cut
 ):  # fmt: skip
     at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
-    first, start, _, _, inside, base, local = at
-    quad, row = tiles.quads_of(start, QUADS, SAMPLES)
-    clean = tl.load(x0 + base + local, mask=inside, other=0.0)
-    noise = philox.normals(cursor, quad, row, first, stream)
+    quad, row = tiles.quads_of(at.start, QUADS, SAMPLES)
+    clean = tl.load(tiles.pointers(x0, at), mask=at.inside, other=0.0)
+    noise = philox.normals(cursor, quad, row, at.first, stream)
     scaled = clean * tiles.per_sample(alpha, at, batch, 1, SAMPLES)
-    tl.store(out + base + local, tl.fma(noise, tiles.per_sample(sigma, at, batch, 1, SAMPLES), scaled), mask=inside)
+    noisy = tl.fma(noise, tiles.per_sample(sigma, at, batch, 1, SAMPLES), scaled)
+    tl.store(tiles.pointers(out, at), noisy, mask=at.inside)
 
 
 def perturb(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor, stream: int) -> Tensor:
     """x_t = alpha_i·x0 + sigma_i·ε for x0 [B, *] and alpha, sigma [B]."""
     out = x0.new_empty(x0.shape)
-    tiles.check_state(out, cursor)
+    tiles.check_state(out, cursor=cursor)
     tiles.check_column(len(x0), alpha=alpha, sigma=sigma)
     if out.numel() == 0:
         return out

@@ -27,27 +27,36 @@ from .step import CAP, GAIN, HIGH, LOW, WIDTH, clamp, load, prediction
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def measure_kernel(
-    sums, table, cursor, stream, x, m, guide, z, kept,
-    m_sample, m_outer, m_inner, guide_sample, guide_outer, guide_inner, size, batch, blocks,
-    INNER: tl.constexpr, GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,
+    sums,  # [2, B, blocks] float64, written: block sums of z² and of h_0²
+    table,  # [rows, WIDTH] float32, contiguous
+    cursor,  # [3] int64: the row, the first sample's number, the seed
+    stream,  # the stream of the noise; None if z is given
+    x,  # [B, D] float32, contiguous: the state
+    m,  # View of [B, D], any floating dtype: the network's output
+    guide,  # View of [B, D], any floating dtype: its output without the condition
+    z,  # [B, D] float32, contiguous: noise to use instead of the stream's; or None
+    kept,  # [B, D] float32, contiguous, written: the noise; or None
+    size,  # D, or D / 4 if WHOLE
+    batch,  # B
+    blocks,  # of 1024 elements in a sample
+    INNER: tl.constexpr,  # of the Views (tiles.view)
+    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,  # tiles.cut
 ):  # fmt: skip
-    """sums [2, B, blocks] ← block sums of z² and of h_0²."""
     at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
-    first, start, _, _, inside, near, local = at
     row = table + tl.load(cursor) * WIDTH
-    state = load(x + near + local, inside)
-    output = load(tiles.address(at, m, m_sample, m_outer, m_inner, INNER, SAMPLES), inside)
+    state = load(tiles.pointers(x, at), at.inside)
+    output = load(tiles.addresses(m, at, INNER, SAMPLES), at.inside)
     uncond = None
-    if guide is not None:
-        uncond = load(tiles.address(at, guide, guide_sample, guide_outer, guide_inner, INNER, SAMPLES), inside)
+    if guide.value is not None:
+        uncond = load(tiles.addresses(guide, at, INNER, SAMPLES), at.inside)
     h = clamp(prediction(row, state, output, uncond), tl.load(row + LOW), tl.load(row + HIGH)).to(tl.float64)
     if z is not None:
-        noise = load(z + near + local, inside)
+        noise = load(tiles.pointers(z, at), at.inside)
     else:
-        quad, quad_row = tiles.quads_of(start, QUADS, SAMPLES)
-        noise = philox.normals(cursor, quad, quad_row, first, stream)
+        quad, quad_row = tiles.quads_of(at.start, QUADS, SAMPLES)
+        noise = philox.normals(cursor, quad, quad_row, at.first, stream)
     if kept is not None:
-        tl.store(kept + near + local, noise, mask=inside)
+        tl.store(tiles.pointers(kept, at), noise, mask=at.inside)
     noise = noise.to(tl.float64)
     keep_sums(sums, noise * noise, at, batch, blocks, QUADS, SAMPLES)
     keep_sums(sums + batch.to(tl.int64) * blocks, h * h, at, batch, blocks, QUADS, SAMPLES)
@@ -55,14 +64,22 @@ def measure_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def delta_kernel(
-    measured, table, cursor, sums, rows, length, half, pitch, divisor,
-    ROOT_EACH: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
+    measured,  # [B, 2] float32 or float64, contiguous, written: (δ, √(2δ))
+    table,  # [rows, WIDTH] float32, contiguous
+    cursor,  # [3] int64: the row, the first sample's number, the seed
+    sums,  # float64: partial sums of z² or of its norms at [sample · pitch + i], those of h_0 `half` numbers further on
+    batch,  # B
+    length,  # how many partial sums make one sum
+    half,  # see sums
+    pitch,  # from one sample's partial sums to the next one's; 0: all samples share them
+    divisor,  # B, by which sums of norms are divided
+    ROOT_EACH: tl.constexpr,  # whether they are sums of squares, of which the root is taken, or sums of norms
+    LENGTH: tl.constexpr, ROWS: tl.constexpr,  # a program's sums and the width of each (reduce.rows_of)
 ):  # fmt: skip
-    """measured [rows, 2] ← (δ, √(2δ)) from sums of z² (ROOT_EACH) or of norms, and, `half` further on, of h_0's."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, ROWS * LENGTH)
     mine, place = tl.program_id(0).to(tl.int64) * ROWS + e // LENGTH, e % LENGTH
-    there, exists = sums + mine * pitch + place, (mine < rows) & (place < length)
+    there, exists = sums + mine * pitch + place, (mine < batch) & (place < length)
     noise = halve(tl.load(there, mask=exists, other=0.0), ROWS, LENGTH)
     score = halve(tl.load(there + half, mask=exists, other=0.0), ROWS, LENGTH)
     if ROOT_EACH:
@@ -76,8 +93,8 @@ def delta_kernel(
     cap = tl.broadcast_to(tl.load(coefficients + CAP).to(tl.float64), ratio.shape)
     delta = tl.where(delta > cap, cap, delta)
     delta = tl.where(score > 0, delta, 0.0)
-    tl.store(measured + 2 * row, delta.to(measured.dtype.element_ty), mask=row < rows)
-    tl.store(measured + 2 * row + 1, tl.sqrt(2 * delta).to(measured.dtype.element_ty), mask=row < rows)
+    tl.store(measured + 2 * row, delta.to(measured.dtype.element_ty), mask=row < batch)
+    tl.store(measured + 2 * row + 1, tl.sqrt(2 * delta).to(measured.dtype.element_ty), mask=row < batch)
 
 
 def measure_langevin(
@@ -94,8 +111,8 @@ def measure_langevin(
 ) -> None:
     """measured [B, 2] ← (δ, √(2δ)) (fastdiff.execution.reference.measure_langevin)."""
     if z is None and stream is None:
-        raise ValueError("measure_langevin needs noise: give z or a stream")
-    tiles.check_state(table, cursor, measured)
+        raise ValueError("measure_langevin needs noise: pass z or a stream, both are None")
+    tiles.check_state(table, cursor=cursor, measured=measured)
     tiles.check_column(len(x), measured=measured)
     tiles.check_same(x.shape, kept=kept)
     if x.numel() == 0:
@@ -107,7 +124,7 @@ def measure_langevin(
     sums = x.new_empty((2 * count, blocks), dtype=torch.float64)
     tiles.launch(
         measure_kernel, tiling.grid, x, sums, table, cursor, None if z is not None else stream,
-        tiles.dense(x, x.shape), of_m.value, of_guide.value, tiles.dense(z, x.shape), kept, *of_m[1:], *of_guide[1:],
+        tiles.dense(x, x.shape), of_m, of_guide, tiles.dense(z, x.shape), kept,
         blocks=blocks, INNER=inner or 1, **tiling.arguments,
     )  # fmt: skip
     sums = fold(sums)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Constants stand in the functions as literals (nine digits name a float32): Triton compares every global that a kernel
-# uses, at every launch, and sixty of them would take longer than all the rest of it.
+# Polynomials' coefficients stand in the functions as literals: Triton compares every global that a kernel uses, at every
+# launch, and sixty of them would take longer than all the rest of it. They are those of fastdiff.execution.noise and
+# .reference in the shortest decimals that name the same float32, str(numpy.float32(c)) (tests/test_triton.py compares them).
 
 
 @triton.jit

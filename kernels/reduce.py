@@ -22,7 +22,7 @@ FOLD = 16
 # What becomes of a sum over a sample
 SUM, ROOT, LOSS, RMS = (tl.constexpr(i) for i in range(4))
 
-# Numbers of the state's shape, and rows of larger tensors, whose alignment alternates: not worth a compilation each.
+# Not worth a compilation for each of their alignments (see step.py)
 UNSPECIALISED = [*STEP_UNSPECIALISED, "rows", "length", "blocks", "numel", "half", "pitch", "divisor", "apart"]
 UNALIGNED = [*STEP_UNALIGNED, "sums", "values", "weight", "h", "r", "w"]
 
@@ -40,19 +40,24 @@ def halve(values, ROWS: tl.constexpr, LENGTH: tl.constexpr):
 @triton.jit
 def keep_sums(sums, values, at, batch, blocks, QUADS: tl.constexpr, SAMPLES: tl.constexpr):
     """sums[sample, block] ← the tree sum of each of a program's rows."""
-    first, start, _, _, inside, _, _ = at
-    total = halve(tl.where(inside, values, 0.0), SAMPLES, 4 * QUADS)
+    total = halve(tl.where(at.inside, values, 0.0), SAMPLES, 4 * QUADS)
     sample = tl.arange(0, SAMPLES)
-    exists = sample < tl.minimum(batch - first, SAMPLES).to(tl.int32)
-    block = start // (4 * QUADS)
-    tl.store(sums + first * blocks + sample * blocks + block, total, mask=exists)
+    exists = sample < tl.minimum(batch - at.first, SAMPLES).to(tl.int32)
+    block = at.start // (4 * QUADS)
+    tl.store(sums + at.first * blocks + sample * blocks + block, total, mask=exists)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def sum_kernel(
-    values, out, weight, rows, length, numel, MODE: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
+    values,  # [rows, length] float64, contiguous
+    out,  # [rows, blocks] float64 or float32, contiguous, written: of the tree sum of each LENGTH values, what MODE says
+    weight,  # [rows], any floating dtype, contiguous: for LOSS; else None
+    rows,
+    length,
+    numel,  # for LOSS and RMS: by how much the sum is divided
+    MODE: tl.constexpr,  # SUM, ROOT, LOSS or RMS
+    LENGTH: tl.constexpr, ROWS: tl.constexpr,  # a program's sums and the width of each (rows_of)
 ):  # fmt: skip
-    """out[row, block] ← what MODE says of the tree sum of values[row, block·LENGTH :][: LENGTH], float64 [rows, length]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, ROWS * LENGTH)
     block = tl.program_id(1)
@@ -71,8 +76,14 @@ def sum_kernel(
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
-def fold_kernel(values, out, length, apart, PARTS: tl.constexpr, LENGTH: tl.constexpr):
-    """out[row, i] ← the tree sum of values[row, i + k·apart], k < PARTS: the first halvings of a very long row."""
+def fold_kernel(
+    values,  # [rows, length] float64, contiguous
+    out,  # [rows, apart] float64, contiguous, written: out[row, i] ← the tree sum of values[row, i + k·apart], k < PARTS
+    length,
+    apart,
+    PARTS: tl.constexpr, LENGTH: tl.constexpr,  # how many values make a sum, and a program's sums
+):  # fmt: skip
+    """The first halvings of very long rows."""
     row = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)
     e = tl.arange(0, LENGTH * PARTS)

@@ -1,13 +1,16 @@
 """`step`: one row of a table, fused: guidance, conversion, clamp, the affine sum, its noise, the next network input.
 
 What it means is fastdiff.execution.reference.step. Only the presence of operands is compiled in; every coefficient is read
-from the table's row on the device, so that a captured graph replays with new ones. One instruction a term:
-fma(value, factor, total), where a term that is left out becomes fma(0, −0, total), which changes no total at all.
+from the table's row on the device, so that a captured graph replays with new ones. A term is one fma(value, factor, total);
+one whose factor is 0 is left out by reading its value as 0, so that an infinity or NaN there changes nothing.
+
+In the kernels' arguments B is the number of samples and D that of a sample's elements; `View` is tiles.View.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import philox, tiles
-from .tiles import address
 
 # fastdiff.table.COLUMNS (a test compares them)
 COLUMNS = (
@@ -32,14 +34,6 @@ UNSPECIALISED = ["size", "batch", "stream"]
 UNALIGNED = ["cursor", "table", "measured", "first_bad"]
 
 
-# Minus zeros are made of bits: Triton 3.6 takes the literal −0.0 for 0.
-@triton.jit
-def factor(row, column):
-    """A coefficient, 0 as −0: then fma(0, −0, total) is total, its sign of zero included."""
-    value = tl.load(row + column)
-    return (value.to(tl.int32, bitcast=True) | ((value == 0).to(tl.int32) << 31)).to(tl.float32, bitcast=True)
-
-
 @triton.jit
 def used(coefficient, like):
     """Whether a coefficient is not 0, as a mask of the elements of `like`: the interpreter cannot broadcast the truth of
@@ -54,13 +48,6 @@ def term(total, value, coefficient):
 
 
 @triton.jit
-def empty_sum(any_term, like):
-    """What a chain of terms starts from: −0, to which a first product adds nothing; 0 if there is no term at all."""
-    start = (any_term.to(tl.int32) << 31).to(tl.float32, bitcast=True)
-    return tl.broadcast_to(start, like.shape)
-
-
-@triton.jit
 def load(pointers, mask):
     """float32 of any floating operand, 0 where the mask is not set."""
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
@@ -71,23 +58,23 @@ def prediction(row, x, m, guide):
     """p·x + q·m, m after guidance (guide: None or values)."""
     if guide is not None:
         m = tl.fma(m - guide, tl.zeros_like(m) + tl.load(row + GUIDANCE), guide)
-    p, q = factor(row, P), factor(row, Q)
-    total = empty_sum((p != 0) | (q != 0), x)
-    return term(term(total, x, p), m, q)
+    return term(term(tl.zeros_like(x), x, tl.load(row + P)), m, tl.load(row + Q))
 
 
 @triton.jit
 def clamp(value, low, high):
-    """Between low and high; NaN stays, and so does the sign of a zero, which the hardware's maximum would order."""
+    """Between low and high; NaN stays."""
     value = tl.where(value < low, low, value)
     return tl.where(value > high, high, value)
 
 
 @triton.jit
 def exp(u):
-    """e^u by exactly rounded steps, u clamped to [−86, 88]."""
+    """e^u by the exactly rounded steps of fastdiff.execution.reference._exp, u clamped to [−86, 88]."""
     u = clamp(u, -86.0, 88.0)
-    shifted = u * 1.442695 + 12582912.0  # two roundings: the one place that contraction would change
+    # Adding 1.5·2²³ rounds to a whole number. The product must be rounded before it: this is the one place where fusing
+    # the two would change bits, and a launch forbids it (test_products_and_sums_are_never_contracted).
+    shifted = u * 1.442695 + 12582912.0
     n = shifted - 12582912.0
     r = tl.fma(n, -9.0580015e-06, tl.fma(n, -0.6931381, u))
     e = tl.fma(r, 0.0001984127, 0.0013888889)
@@ -119,123 +106,106 @@ def note_bad(first_bad, first, batch, k, extreme, QUADS: tl.constexpr, SAMPLES: 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def step_kernel(
-    out, table, cursor, stream, x, m, guide, v, base, z, h0, h1, h2, h3, measured, known, mask, pushed, net_input, first_bad,
-    m_sample, m_outer, m_inner, guide_sample, guide_outer, guide_inner, v_sample, v_outer, v_inner,
-    known_sample, known_outer, known_inner, mask_sample, mask_outer, mask_inner, net_sample, net_outer, net_inner,
-    size, batch,
-    INNER: tl.constexpr, GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,
+    out,  # [B, D] float32, contiguous, written: the state after the row; may be x
+    table,  # [rows, WIDTH] float32, contiguous
+    cursor,  # [3] int64: the row, the first sample's number, the seed
+    stream,  # the stream of the noise; None: none is drawn
+    x,  # [B, D] float32, contiguous: the state before the row
+    m,  # View of [B, D], any floating dtype: the network's output
+    guide,  # View of [B, D], any floating dtype: its output without the condition
+    v,  # View of [B, D], any floating dtype: its output for the variance
+    base,  # [B, D] float32, contiguous; or None
+    z,  # [B, D] float32, contiguous: noise to use instead of the stream's; or None
+    history,  # a tuple of up to four [B, D] float32, contiguous: earlier predictions, newest first
+    measured,  # [B, 2] float32, contiguous: each sample's b0 and c; or None
+    known,  # View of [B, D], any floating dtype: the known part of x_0
+    mask,  # View of [B, D], bool: where it is known
+    pushed,  # [B, D] float32, contiguous, written: h_0; or None
+    net_input,  # View of [B, D], any floating dtype, written: next_scale·out
+    first_bad,  # [B] int64, contiguous, lowered to the row where a sample is not finite; or None
+    size,  # D, or D / 4 if WHOLE
+    batch,  # B
+    INNER: tl.constexpr,  # of the Views (tiles.view)
+    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,  # tiles.cut
 ):  # fmt: skip
     at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
-    first, start, _, _, inside, near, local = at
     k = tl.load(cursor)
     row = table + k * WIDTH
 
     # x and m are read at once, without waiting for the table: a row that uses neither is rare
-    state = load(x + near + local, inside)
-    if m is not None:
-        output = load(address(at, m, m_sample, m_outer, m_inner, INNER, SAMPLES), inside)
+    state = load(tiles.pointers(x, at), at.inside)
+    if m.value is not None:
+        output = load(tiles.addresses(m, at, INNER, SAMPLES), at.inside)
         uncond = None
-        if guide is not None:
-            uncond = load(address(at, guide, guide_sample, guide_outer, guide_inner, INNER, SAMPLES), inside)
+        if guide.value is not None:
+            uncond = load(tiles.addresses(guide, at, INNER, SAMPLES), at.inside)
 
     noise = None
     if z is not None:
-        noise = load(z + near + local, inside)
+        noise = load(tiles.pointers(z, at), at.inside)
     elif stream is not None:
-        quad, quad_row = tiles.quads_of(start, QUADS, SAMPLES)
-        noise = philox.normals(cursor, quad, quad_row, first, stream)
+        quad, quad_row = tiles.quads_of(at.start, QUADS, SAMPLES)
+        noise = philox.normals(cursor, quad, quad_row, at.first, stream)
 
-    a = factor(row, A)
-    any_term = a != 0
+    total = term(tl.zeros_like(state), state, tl.load(row + A))
     if base is not None:
-        e = factor(row, E)
-        any_term = any_term | (e != 0)
-    if (m is not None) | (h0 is not None):
-        any_term = any_term | (tl.load(row + B0) != 0)
-    if h1 is not None:
-        any_term = any_term | (tl.load(row + B0 + 1) != 0)
-    if h2 is not None:
-        any_term = any_term | (tl.load(row + B0 + 2) != 0)
-    if h3 is not None:
-        any_term = any_term | (tl.load(row + B0 + 3) != 0)
-    if noise is not None:
-        any_term = any_term | (tl.load(row + C) != 0)
-    # a sample's own factors count as terms, whatever their value
-    if (measured is not None) | (v is not None):
-        any_term = any_term | (noise is not None)
-    if (measured is not None) & ((m is not None) | (h0 is not None)):
-        any_term = any_term | (measured is not None)
+        e = tl.load(row + E)
+        total = tl.fma(load(tiles.pointers(base, at), at.inside & used(e, state)), e, total)
 
-    total = term(empty_sum(any_term, state), state, a)
-    if base is not None:
-        total = tl.fma(load(base + near + local, inside & used(e, state)), e, total)
-
+    # measured factors are not compared with 0: they are a sample's, not the row's
     if measured is not None:
         measured_b = tiles.per_sample(measured, at, batch, 2, SAMPLES)
         measured_c = tiles.per_sample(measured + 1, at, batch, 2, SAMPLES)
 
-    if m is not None:
+    if m.value is not None:
         raw = prediction(row, state, output, uncond)
         low, high = tl.load(row + LOW), tl.load(row + HIGH)
-        clipped = clamp(raw, low, high)
+        h0 = clamp(raw, low, high)
         if first_bad is not None:
             # where it is clamped, what it was before
             lower, upper = tl.broadcast_to(low, raw.shape), tl.broadcast_to(high, raw.shape)
             extreme = tl.where((lower > float("-inf")) | (upper < float("inf")), tl.abs(raw), 0.0)
         if pushed is not None:
-            tl.store(pushed + near + local, clipped, mask=inside)
-        # a sample's own factor counts even if it is 0
-        total = tl.fma(clipped, measured_b, total) if measured is not None else term(total, clipped, factor(row, B0))
-    elif h0 is not None:
-        if measured is not None:
-            total = tl.fma(load(h0 + near + local, inside), measured_b, total)
+            tl.store(tiles.pointers(pushed, at), h0, mask=at.inside)
+        total = tl.fma(h0, measured_b, total) if measured is not None else term(total, h0, tl.load(row + B0))
+    for j in tl.static_range(len(history)):
+        earlier = tiles.pointers(history[j], at)
+        if (measured is not None) & (m.value is None) & (j == 0):
+            total = tl.fma(load(earlier, at.inside), measured_b, total)
         else:
-            b = factor(row, B0)
-            total = tl.fma(load(h0 + near + local, inside & used(b, state)), b, total)
-    if h1 is not None:
-        b = factor(row, B0 + 1)
-        total = tl.fma(load(h1 + near + local, inside & used(b, state)), b, total)
-    if h2 is not None:
-        b = factor(row, B0 + 2)
-        total = tl.fma(load(h2 + near + local, inside & used(b, state)), b, total)
-    if h3 is not None:
-        b = factor(row, B0 + 3)
-        total = tl.fma(load(h3 + near + local, inside & used(b, state)), b, total)
+            b = tl.load(row + B0 + j + (m.value is not None))
+            total = tl.fma(load(earlier, at.inside & used(b, state)), b, total)
 
     if noise is not None:
         if measured is not None:
             total = tl.fma(noise, measured_c, total)
-        elif v is not None:
-            slope = factor(row, LOG_SLOPE)
-            fraction = load(address(at, v, v_sample, v_outer, v_inner, INNER, SAMPLES), inside & used(slope, state))
+        elif v.value is not None:
+            slope = tl.load(row + LOG_SLOPE)
+            fraction = load(tiles.addresses(v, at, INNER, SAMPLES), at.inside & used(slope, state))
             total = tl.fma(noise, exp(tl.fma(fraction, slope, tl.load(row + LOG_MID))), total)
         else:
-            total = term(total, noise, factor(row, C))
+            total = term(total, noise, tl.load(row + C))
 
-    if mask is not None:
-        there = address(at, mask, mask_sample, mask_outer, mask_inner, INNER, SAMPLES)
-        given = tl.load(there, mask=inside, other=0) != 0
-        alpha, sigma = factor(row, KNOWN_ALPHA), factor(row, KNOWN_SIGMA)
-        any_known = alpha != 0
-        if noise is not None:
-            any_known = any_known | (sigma != 0)
-        there = address(at, known, known_sample, known_outer, known_inner, INNER, SAMPLES)
+    if mask.value is not None:
+        is_known = tl.load(tiles.addresses(mask, at, INNER, SAMPLES), mask=at.inside, other=0) != 0
+        alpha = tl.load(row + KNOWN_ALPHA)
         # not only where the mask is set: 128-bit loads are per four elements
-        level = tl.fma(load(there, inside & used(alpha, state)), alpha, empty_sum(any_known, total))
+        clean = load(tiles.addresses(known, at, INNER, SAMPLES), at.inside & used(alpha, state))
+        level = clean * alpha
         if noise is not None:
-            level = term(level, noise, sigma)
-        total = tl.where(given, level, total)
+            level = term(level, noise, tl.load(row + KNOWN_SIGMA))
+        total = tl.where(is_known, level, total)
 
     if first_bad is not None:
         size_of = tl.abs(total)
-        if m is not None:
+        if m.value is not None:
             size_of = tl.maximum(size_of, extreme, propagate_nan=tl.PropagateNan.ALL)
-        note_bad(first_bad, first, batch, k, size_of, QUADS, SAMPLES)
-    if net_input is not None:
-        there = address(at, net_input, net_sample, net_outer, net_inner, INNER, SAMPLES)
+        note_bad(first_bad, at.first, batch, k, size_of, QUADS, SAMPLES)
+    if net_input.value is not None:
         scaled = total * tl.load(row + NEXT_SCALE)
-        tl.store(there, scaled.to(net_input.dtype.element_ty), mask=inside)
-    tl.store(out + near + local, total, mask=inside)
+        there = tiles.addresses(net_input, at, INNER, SAMPLES)
+        tl.store(there, scaled.to(net_input.value.dtype.element_ty), mask=at.inside)
+    tl.store(tiles.pointers(out, at), total, mask=at.inside)
 
 
 def step(
@@ -261,7 +231,7 @@ def step(
     if out.numel() == 0:
         return
     shape, inner = out.shape, None
-    tiles.check_state(out, table, cursor)
+    tiles.check_state(out, table=table, cursor=cursor)
     tiles.check_same(shape, pushed=pushed, net_input=net_input)
     tiles.check_column(len(out), measured=measured, first_bad=first_bad)
     if mask is not None and mask.dtype != torch.bool:
@@ -271,23 +241,31 @@ def step(
     pushed = pushed if m is not None else None
     v = v if measured is None and (z is not None or stream is not None) else None
     known = known if mask is not None else None
-    earlier = [tiles.dense(h, shape) for h in (history or ())]
-    slots = [*([None] if m is not None else []), *earlier, None, None, None, None][:4]
+    history = tuple(tiles.dense(h, shape) for h in (history or ())[: 4 - (m is not None)])
 
     views = []
     for value in (m, guide, v, known, mask, net_input):
         seen, inner = tiles.view(value, shape, inner)
         views.append(seen)
-    # what the kernel cannot address it writes densely
-    target = views[-1].value
+    of_m, of_guide, of_v, of_known, of_mask, target = views
     tiling = tiles.cut(len(out), out.numel() // len(out))
     tiles.launch(
         step_kernel, tiling.grid, out,
-        out, table, cursor, None if z is not None else stream, tiles.dense(x, shape),
-        views[0].value, views[1].value, views[2].value, tiles.dense(base, shape), tiles.dense(z, shape), *slots,
-        None if measured is None else measured.contiguous(), views[3].value, views[4].value, pushed, target, first_bad,
-        *(stride for seen in views for stride in seen[1:]),
-        INNER=inner or 1, **tiling.arguments,
+        out, table, cursor, None if z is not None else stream, tiles.dense(x, shape), of_m, of_guide, of_v,
+        tiles.dense(base, shape), tiles.dense(z, shape), history, None if measured is None else measured.contiguous(),
+        of_known, of_mask, pushed, target, first_bad, INNER=inner or 1, **tiling.arguments,
     )  # fmt: skip
-    if net_input is not None and target is not None and target.data_ptr() != net_input.data_ptr():
-        net_input.copy_(target)
+    # a net_input that the kernel cannot address was copied, and the copy written
+    if net_input is not None and target.value.data_ptr() != net_input.data_ptr():
+        net_input.copy_(target.value)
+
+
+def prepare_step(
+    out: Tensor, table: Tensor, stream: int | None, x: Tensor, **operands: Any
+) -> Callable[[Tensor, Tensor | None, Tensor | None], None]:
+    """(cursor, m, v) -> None: `step` on operands that stay the same (fastdiff.execution.reference.prepare_step)."""
+
+    def run(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
+        step(out, table, cursor, stream, x, m, v=v, **operands)
+
+    return run

@@ -17,18 +17,28 @@ from .step import load
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def dsm_kernel(
-    error, sums, output, x0, r, w, cursor, stream, output_sample, output_outer, output_inner, size, batch, blocks,
-    INNER: tl.constexpr, GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,
+    error,  # [B, D] float32, contiguous, written: output − r·x0 − w·ε
+    sums,  # [B, blocks] float64, written: block sums of its square
+    output,  # View of [B, D], any floating dtype: the network's
+    x0,  # [B, D] float32, contiguous
+    r,  # [B], any floating dtype, contiguous
+    w,  # [B], any floating dtype, contiguous
+    cursor,  # [3] int64: draw, first sample, seed
+    stream,  # the stream of the noise
+    size,  # D, or D / 4 if WHOLE
+    batch,  # B
+    blocks,  # of 1024 elements in a sample
+    INNER: tl.constexpr,  # of the View (tiles.view)
+    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,  # tiles.cut
 ):  # fmt: skip
     at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
-    first, start, _, _, inside, near, local = at
-    clean = load(x0 + near + local, inside)
-    given = load(tiles.address(at, output, output_sample, output_outer, output_inner, INNER, SAMPLES), inside)
-    quad, row = tiles.quads_of(start, QUADS, SAMPLES)
-    noise = philox.normals(cursor, quad, row, first, stream)
+    clean = load(tiles.pointers(x0, at), at.inside)
+    prediction = load(tiles.addresses(output, at, INNER, SAMPLES), at.inside)
+    quad, row = tiles.quads_of(at.start, QUADS, SAMPLES)
+    noise = philox.normals(cursor, quad, row, at.first, stream)
     scaled = clean * tiles.per_sample(r, at, batch, 1, SAMPLES)
-    difference = given - tl.fma(noise, tiles.per_sample(w, at, batch, 1, SAMPLES), scaled)
-    tl.store(error + near + local, difference, mask=inside)
+    difference = prediction - tl.fma(noise, tiles.per_sample(w, at, batch, 1, SAMPLES), scaled)
+    tl.store(tiles.pointers(error, at), difference, mask=at.inside)
     wide = difference.to(tl.float64)
     keep_sums(sums, wide * wide, at, batch, blocks, QUADS, SAMPLES)
 
@@ -38,17 +48,17 @@ def dsm_loss(
 ) -> tuple[Tensor, Tensor]:
     """Each sample's weighted mean squared error, and the error itself (fastdiff.execution.reference.dsm_loss)."""
     loss, error = x0.new_empty(x0.shape[:1]), x0.new_empty(x0.shape)
-    tiles.check_state(error, cursor)
+    tiles.check_state(error, cursor=cursor)
     tiles.check_column(len(x0), r=r, w=w, weight=weight)
     if x0.numel() == 0:
         return weight.to(x0.dtype) * 0, error
     numel = x0.numel() // len(x0)
     tiling, blocks = cut_blocks(len(x0), numel)
-    seen, inner = tiles.view(output, x0.shape, None)
+    of_output, inner = tiles.view(output, x0.shape, None)
     sums = x0.new_empty((len(x0), blocks), dtype=torch.float64)
     tiles.launch(
-        dsm_kernel, tiling.grid, x0, error, sums, seen.value, tiles.dense(x0, x0.shape), r.contiguous(), w.contiguous(),
-        cursor, stream, *seen[1:], blocks=blocks, INNER=inner or 1, **tiling.arguments,
+        dsm_kernel, tiling.grid, x0, error, sums, of_output, tiles.dense(x0, x0.shape), r.contiguous(), w.contiguous(),
+        cursor, stream, blocks=blocks, INNER=inner or 1, **tiling.arguments,
     )  # fmt: skip
     return finish(sums, loss, LOSS.value, weight.contiguous(), numel), error
 
@@ -64,46 +74,57 @@ def dsm_loss_backward(grad: Tensor, error: Tensor, weight: Tensor, dtype: torch.
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def dot_kernel(
-    sums, value, probe, cursor, stream, size, batch, blocks,
-    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,
+    sums,  # [B, blocks] float64, written: block sums of v·value
+    value,  # [B, D], any floating dtype, contiguous
+    probe,  # [B, D], any floating dtype, contiguous: v; None: normals of the stream
+    cursor,  # [3] int64: draw, first sample, seed
+    stream,  # the stream of the noise
+    size,  # D, or D / 4 if WHOLE
+    batch,  # B
+    blocks,  # of 1024 elements in a sample
+    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,  # tiles.cut
 ):  # fmt: skip
     at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
-    first, start, _, _, inside, near, local = at
-    given = load(value + near + local, inside)
+    u = load(tiles.pointers(value, at), at.inside)
     if probe is not None:
-        v = load(probe + near + local, inside)
+        v = load(tiles.pointers(probe, at), at.inside)
     else:
-        quad, row = tiles.quads_of(start, QUADS, SAMPLES)
-        v = philox.normals(cursor, quad, row, first, stream)
-    keep_sums(sums, given.to(tl.float64) * v.to(tl.float64), at, batch, blocks, QUADS, SAMPLES)
+        quad, row = tiles.quads_of(at.start, QUADS, SAMPLES)
+        v = philox.normals(cursor, quad, row, at.first, stream)
+    keep_sums(sums, u.to(tl.float64) * v.to(tl.float64), at, batch, blocks, QUADS, SAMPLES)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def signed_sum_kernel(
-    sums, value, cursor, stream, size, batch, blocks,
-    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,
+    sums,  # [B, blocks] float64, written: block sums of v·value, v = ±1 of the stream
+    value,  # [B, D], any floating dtype, contiguous
+    cursor,  # [3] int64: draw, first sample, seed
+    stream,  # the stream of the signs
+    size,  # D, or D / 4 if WHOLE
+    batch,  # B
+    blocks,  # of 1024 elements in a sample
+    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,  # tiles.cut
 ):  # fmt: skip
-    """As dot_kernel, for signs: groups 0 and 1 are the halves of a block of the tree, 2 and 3 those of the next."""
+    """Groups 0 and 1 of a program's elements are the halves of a block of the tree, 2 and 3 those of the next."""
     at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
-    first, start, _, j, inside, near, local = at
-    word = philox.sign_words(cursor, start, first, stream, QUADS, SAMPLES)
-    there, remaining = value + near + local, tiles.left(size, start, WHOLE)
+    word = philox.sign_words(cursor, at.start, at.first, stream, QUADS, SAMPLES)
+    remaining = tiles.left(size, at.start, WHOLE)
     sample = tl.arange(0, SAMPLES)
-    exists = sample < tl.minimum(batch - first, SAMPLES).to(tl.int32)
+    exists = sample < tl.minimum(batch - at.first, SAMPLES).to(tl.int32)
     for pair in tl.static_range((GROUPS + 1) // 2):
-        total = _signed(there, word, inside, j, remaining, 2 * pair, QUADS)
+        total = _signed(value, word, at, remaining, 2 * pair, QUADS)
         if GROUPS > 1:
-            total += _signed(there, word, inside, j, remaining, 2 * pair + 1, QUADS)
+            total += _signed(value, word, at, remaining, 2 * pair + 1, QUADS)
         total = halve(total, SAMPLES, 4 * QUADS)
-        block = (start >> 10) + pair
-        tl.store(sums + first * blocks + sample * blocks + block, total, mask=exists & (sample * 0 + block < blocks))
+        block = (at.start >> 10) + pair
+        tl.store(sums + at.first * blocks + sample * blocks + block, total, mask=exists & (sample * 0 + block < blocks))
 
 
 @triton.jit
-def _signed(there, word, inside, j, remaining, group: tl.constexpr, QUADS: tl.constexpr):
+def _signed(value, word, at, remaining, group: tl.constexpr, QUADS: tl.constexpr):
     """±value of the elements of one group, 0 beyond the sample."""
-    exists = inside & (j + group * (4 * QUADS) < remaining)
-    value = load(there + group * (4 * QUADS), exists)
+    exists = at.inside & (at.j + group * (4 * QUADS) < remaining)
+    value = load(tiles.pointers(value, at) + group * (4 * QUADS), exists)
     return (value * philox.signs(word, group)).to(tl.float64)
 
 
@@ -133,23 +154,31 @@ def probe_dot(value: Tensor, cursor: Tensor, stream: int, kind: str, probe: Tens
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def rk_kernel(
-    after, sums, x, h, stages, rtol, atol, size, batch, blocks, B: tl.constexpr, E: tl.constexpr,
-    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,
+    after,  # [B, D] float32, contiguous, written: x'
+    sums,  # [B, blocks] float64, written: block sums of its squared relative error
+    x,  # [B, D] float32, contiguous
+    h,  # [B], any floating dtype, contiguous: step sizes
+    stages,  # a tuple of [B, D], any floating dtype, contiguous: k_j
+    rtol,
+    atol,
+    size,  # D, or D / 4 if WHOLE
+    batch,  # B
+    blocks,  # of 1024 elements in a sample
+    WEIGHTS: tl.constexpr, ERRORS: tl.constexpr,  # tuples: b_j and e_j of each stage, not both 0
+    GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,  # tiles.cut
 ):  # fmt: skip
-    """B, E: the weights of the stages, of which none is 0 in both."""
     at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
-    _, _, _, _, inside, near, local = at
-    before = load(x + near + local, inside)
+    before = load(tiles.pointers(x, at), at.inside)
     step = tiles.per_sample(h, at, batch, 1, SAMPLES)
     new = before
     error = tl.zeros_like(before)
     for i in tl.static_range(len(stages)):
-        k = load(stages[i] + near + local, inside)
-        if B[i] != 0:
-            new = tl.fma(k, step * B[i], new)
-        if E[i] != 0:
-            error = tl.fma(k, step * E[i], error)  # from 0 on: only its square counts, which has no sign
-    tl.store(after + near + local, new, mask=inside)
+        k = load(tiles.pointers(stages[i], at), at.inside)
+        if WEIGHTS[i] != 0:
+            new = tl.fma(k, step * WEIGHTS[i], new)
+        if ERRORS[i] != 0:
+            error = tl.fma(k, step * ERRORS[i], error)
+    tl.store(tiles.pointers(after, at), new, mask=at.inside)
     size_of = tl.maximum(tl.abs(before), tl.abs(new), propagate_nan=tl.PropagateNan.ALL)
     tolerance = tl.fma(size_of, rtol, atol)
     ratio = tl.div_rn(error, tolerance).to(tl.float64)
@@ -164,7 +193,7 @@ def rk_error(
     tiles.check_state(after)
     tiles.check_column(len(x), h=h)
     if not len(stages) == len(b) == len(e):
-        raise ValueError(f"as many stages as weights: got {len(stages)}, {len(b)} and {len(e)}")
+        raise ValueError(f"b and e must have one weight for each of {len(stages)} stages, got {len(b)} and {len(e)}")
     if x.numel() == 0:
         return after, error.zero_()
     numel = x.numel() // len(x)
@@ -175,6 +204,6 @@ def rk_error(
     tiles.launch(
         rk_kernel, tiling.grid, x, after, sums, tiles.dense(x, x.shape), h.contiguous(),
         tuple(tiles.dense(k, x.shape) for k, _, _ in used), rtol, atol,
-        blocks=blocks, B=weights, E=errors, **tiling.arguments,
+        blocks=blocks, WEIGHTS=weights, ERRORS=errors, **tiling.arguments,
     )  # fmt: skip
     return after, finish(sums, error, RMS.value, None, numel)

@@ -1,9 +1,9 @@
 """How a state [B, *] is cut into programs, how its elements are addressed, and how kernels are launched.
 
-A program has SAMPLES rows of QUADS quads (four consecutive elements: one counter of the noise, one 128-bit access): one
-row, a part of a sample, where samples are long; several whole samples where they are short. So no element's address
-needs a division, and short samples leave no lanes idle. Everything of a program's address that could pass 2³¹ is one
-64-bit scalar; elements add 32-bit offsets to it.
+A quad is four consecutive elements of a sample: one counter of the noise, one 128-bit access. A program works on SAMPLES
+rows of QUADS quads: on one row, a part of a sample, where samples are long; on several whole samples where they are short.
+So no element's address needs a division, and short samples leave no lanes idle. Whatever part of an address could pass 2³¹
+is a 64-bit scalar of the program; elements add 32-bit offsets to it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,23 @@ WARPS = 4
 SPAN = tl.constexpr(32768)
 
 
+class Place(NamedTuple):
+    """Where a program works, in a state [B, D] of B samples of D elements each. Two 64-bit scalars lead to its first
+    element, and 32-bit numbers, one for each of its elements, from there on."""
+
+    first: Any  # int64 scalar: its first sample
+    start: Any  # int64 scalar: its first element in that sample
+    base: Any  # int64 scalar: first·D + start
+    row: Any  # int32 [elements]: which of its samples
+    j: Any  # int32 [elements]: the element's number in its sample, less start
+    local: Any  # int32 [elements]: row·D + j, so that base + local is the element's number in a contiguous state
+    inside: Any  # bool [elements]: whether there is such an element
+
+
 @triton.jit
 def left(size, start, WHOLE: tl.constexpr):
-    """How many elements a sample has from `start` on, at least 0 and at most 2³⁰; visibly a multiple of four if WHOLE."""
+    """How many elements a sample has from `start` on, at least 0 and at most 2³⁰. If WHOLE it is written as 4·k, so that
+    Triton proves it divisible by four and emits 128-bit accesses."""
     if WHOLE:
         return tl.minimum(size - (start >> 2), 1 << 28).to(tl.int32) * 4
     return tl.minimum(size - start, 1 << 30).to(tl.int32)
@@ -37,11 +51,10 @@ def left(size, start, WHOLE: tl.constexpr):
 
 @triton.jit
 def place(size, batch, GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr):
-    """Where a program works: (first sample, its first element in the sample, both 64-bit scalars; and for each element
-    the row, its place from the first element on, whether it exists, and its offset in a contiguous state in two parts).
+    """This program's Place.
 
-    size: elements of a sample, or its quads if WHOLE (a multiple of four: then all offsets are visibly, too);
-    GROUPS: how many times 4·QUADS elements a program has of one sample: `place` tells of the first."""
+    size: D, or D / 4 if WHOLE, where D is a multiple of four: then all offsets are written as 4·k (see `left`);
+    batch: B; GROUPS: how many times 4·QUADS elements a program has of one sample: the Place is that of the first."""
     if SAMPLES == 1:
         block = tl.program_id(0)
         first = tl.program_id(1).to(tl.int64) + tl.program_id(2).to(tl.int64) * SPAN
@@ -66,7 +79,7 @@ def place(size, batch, GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.co
         local = j
     else:
         inside = inside & (row < tl.minimum(batch - first, SAMPLES).to(tl.int32))
-    return first, start, row, j, inside, base, local
+    return Place(first, start, base, row, j, local, inside)
 
 
 @triton.jit
@@ -83,33 +96,37 @@ def quads_of(start, QUADS: tl.constexpr, SAMPLES: tl.constexpr):
 
 
 @triton.jit
-def address(at, value, sample, outer, inner, INNER: tl.constexpr, SAMPLES: tl.constexpr):
-    """Pointers to a program's elements of an operand with strides as `view` gives them; `at` is what `place` returned."""
-    first, start, row, j, _, base, local = at
-    if sample is None:
-        place = value + base + local
+def pointers(value, at):
+    """Pointers to the elements of a Place in a contiguous tensor [B, D]."""
+    return value + at.base + at.local
+
+
+@triton.jit
+def addresses(view, at, INNER: tl.constexpr, SAMPLES: tl.constexpr):
+    """Pointers to the elements of a Place in a View."""
+    if view.sample is None:
+        there = pointers(view.value, at)
     else:
-        place = value + first * sample
-        if inner is None:
-            place = place + start + j
+        there = view.value + at.first * view.sample
+        if view.inner is None:
+            there = there + at.start + at.j
         else:
-            i = (start.to(tl.int32) + j).to(tl.uint32)
-            place = place + ((i // INNER).to(tl.int32) * outer + (i % INNER).to(tl.int32) * inner)
+            i = (at.start.to(tl.int32) + at.j).to(tl.uint32)
+            there = there + ((i // INNER).to(tl.int32) * view.outer + (i % INNER).to(tl.int32) * view.inner)
         if SAMPLES > 1:
-            place = place + row.to(tl.int64) * sample
-    return place
+            there = there + at.row.to(tl.int64) * view.sample
+    return there
 
 
 @triton.jit
 def per_sample(value, at, batch, pitch: tl.constexpr, SAMPLES: tl.constexpr):
-    """value[sample · pitch] for each element, float32; one scalar load where a program has one sample."""
-    first, _, row, _, inside, _, _ = at
+    """value[sample · pitch] for each element of a Place, float32; one scalar load where a program has one sample."""
     if SAMPLES == 1:
         # a program beyond the batch, of which the grid may have some, reads the last sample's and stores nothing
-        number = tl.load(value + tl.minimum(first, batch - 1) * pitch).to(tl.float32)
-        numbers = tl.broadcast_to(number, inside.shape)
+        number = tl.load(value + tl.minimum(at.first, batch - 1) * pitch).to(tl.float32)
+        numbers = tl.broadcast_to(number, at.inside.shape)
     else:
-        numbers = tl.load(value + first * pitch + row * pitch, mask=inside, other=0.0).to(tl.float32)
+        numbers = tl.load(value + at.first * pitch + at.row * pitch, mask=at.inside, other=0.0).to(tl.float32)
     return numbers
 
 
@@ -141,7 +158,12 @@ def cut(batch: int, numel: int, quads: int | None = None, groups: int = 1) -> Ti
 
 
 class View(NamedTuple):
-    """An operand, and its strides: none if it is contiguous; sample; or sample, outer and inner (for one INNER)."""
+    """An operand [B, D] as the kernels address it. Element j of sample i stands at
+
+    i·D + j                                               if it is contiguous (no strides)
+    i·sample + j                                          if its samples are (only `sample`)
+    i·sample + (j // INNER)·outer + (j % INNER)·inner     otherwise, with one INNER for all of a kernel's Views
+    """
 
     value: Tensor | None
     sample: int | None = None
@@ -150,8 +172,8 @@ class View(NamedTuple):
 
 
 def view(value: Tensor | None, shape: Sequence[int], inner: int | None) -> tuple[View, int | None]:
-    """`value` as the kernels address it in a state of this shape, and INNER: the length of the inner of a sample's two
-    dimensions, once an operand needs two (channels-last: height × width). What has more, or another INNER, is copied."""
+    """The View of `value` in a state of this shape, and INNER: once an operand needs two dimensions for a sample, the length
+    of the inner one (channels-last: height × width). An operand that needs more, or another INNER, is copied."""
     if value is None or (value.is_contiguous() and value.shape == shape):
         return View(value), inner
     value = value.expand(shape)
@@ -166,7 +188,7 @@ def view(value: Tensor | None, shape: Sequence[int], inner: int | None) -> tuple
 def _strides(
     shape: tuple[int, ...], stride: tuple[int, ...], inner: int | None
 ) -> tuple[tuple[int | None, ...], int | None] | None:
-    """The strides of a `View`, and INNER from now on; None if it must be copied."""
+    """The strides of a View and its INNER (or, if it needs none, the INNER passed); None if it must be copied."""
     numel = math.prod(shape[1:])
     dims = _collapse(shape[1:], stride[1:])
     sample = stride[0] if shape[0] > 1 else numel
@@ -201,32 +223,41 @@ def dense(value: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     return value.expand(shape).contiguous()
 
 
-def check_state(state: Tensor, *others: Tensor) -> None:
-    """What a kernel addresses as it stands: float32, contiguous; all on one device."""
+def check_state(state: Tensor, **others: Tensor) -> None:
+    """The state is contiguous float32; the others, by their names, are contiguous and on its device."""
     if state.dtype != torch.float32 or not state.is_contiguous():
-        raise TypeError(f"a state must be contiguous float32, got {state.dtype} {tuple(state.shape)} {state.stride()}")
-    for other in others:
-        if other.device != state.device or not other.is_contiguous():
-            raise ValueError(f"expected a contiguous tensor on {state.device}, got {other.stride()} on {other.device}")
+        raise TypeError(
+            f"a state must be contiguous float32 (other dtypes: backend='reference'), got {state.dtype} "
+            f"{tuple(state.shape)} with strides {state.stride()}"
+        )
+    for name, other in others.items():
+        if other.device != state.device:
+            raise ValueError(f"{name} must be on the state's device, {state.device}, got {other.device}")
+        if not other.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got {tuple(other.shape)} with strides {other.stride()}")
 
 
 def check_same(shape: Sequence[int], **written: Tensor | None) -> None:
-    """What is written beside the state has its shape, and no element twice."""
+    """What is written beside the state has its shape, and each element its own memory."""
     for name, value in written.items():
         if value is not None and (value.shape != shape or 0 in value.stride()):
-            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)} {value.stride()}")
+            raise ValueError(
+                f"{name} must have shape {tuple(shape)} and not be expanded, got {tuple(value.shape)} with strides "
+                f"{value.stride()}"
+            )
         if value is not None and name != "net_input" and not value.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
 
 
 def check_column(batch: int, **columns: Tensor | None) -> None:
-    """One entry for each sample."""
+    """Each column's first axis has the length of the batch."""
     for name, value in columns.items():
         if value is not None and (value.ndim == 0 or value.shape[0] != batch):
-            raise ValueError(f"{name} must have an entry for each of {batch} samples, got {tuple(value.shape)}")
+            raise ValueError(f"{name} must have one entry for each of {batch} samples, got shape {tuple(value.shape)}")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **meta: Any) -> None:
-    """Run a kernel on the device of `like`, on torch's current stream, without contraction of products and sums."""
+    """Run a kernel on the device of `like`, on torch's current stream. enable_fp_fusion=False: the compiler must not fuse a
+    product and a sum, which would round once where the reference rounds twice."""
     with torch.cuda.device_of(like):
         kernel[grid](*args, **meta, num_warps=WARPS, enable_fp_fusion=False)

@@ -84,7 +84,10 @@ def shipped() -> list[Operands]:
         present = (value is not None for value in (v, base, stream, measured, pushed, net_input))
         found.add(Operands(m is not None, min(read, 3 if m is not None else 4), *present))
 
-    noting = types.SimpleNamespace(step=step, measure_langevin=lambda *args: None, KEEPS_NOISE=False)
+    def prepare_step(out, table, stream, x, **operands):
+        return lambda cursor, m, v: step(out, table, cursor, stream, x, m, v=v, **operands)
+
+    noting = types.SimpleNamespace(prepare_step=prepare_step, measure_langevin=lambda *args: None, KEEPS_NOISE=False)
     network = lambda x, *_: (x, x)  # noqa: E731
     for process in ("ve", "vp", "subvp", "edm", "ddpm", "ncsn"):
         for sampler in (*samplers.SAMPLERS.values(), *_EXTRA):

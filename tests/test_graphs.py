@@ -14,7 +14,7 @@ import weakref
 import pytest
 import torch
 import torch._dynamo.testing
-from test_loop import dispatched
+from step_cases import dispatched
 from test_sample import every_run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

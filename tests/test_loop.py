@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
+from step_cases import dispatched
 from test_sample import every_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -272,12 +272,6 @@ class Watch(TorchDispatchMode):
                 if func._schema.is_mutable:
                     raise Unsafe(f"{func} is not one of fastdiff's")
         return out
-
-
-def dispatched(**replaced):
-    """The operations as the dispatcher, and so a watch, sees them."""
-    names = {name: getattr(torch.ops.fastdiff, name) for name in ops.SCHEMAS}
-    return SimpleNamespace(**{**names, "KEEPS_NOISE": True, **replaced})
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -46,8 +47,12 @@ def arguments(grad=False):
 def test_every_operation_has_a_case_and_three_implementations():
     assert set(arguments()) == set(ops.SCHEMAS)
     for name in ops.SCHEMAS:
-        assert callable(getattr(reference, name))
-        assert callable(getattr(cpu, name))
+        schema = [argument.name for argument in getattr(OPERATORS, name).default._schema.arguments]
+        assert list(inspect.signature(getattr(reference, name)).parameters) == schema
+        ours = [
+            name for name, p in inspect.signature(getattr(cpu, name)).parameters.items() if p.kind != p.KEYWORD_ONLY
+        ]
+        assert ours == schema
 
 
 @pytest.mark.parametrize("name", ops.SCHEMAS)

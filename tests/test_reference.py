@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fastdiff.execution import noise, ops, reference
-from fastdiff.table import COLUMNS
+from fastdiff.table import COLUMNS, Level, Row, StepTable
 
 
 def exact_float32(value: Fraction) -> np.float32:
-    """The float32 nearest to a rational, ties to even, by comparing exact distances."""
+    """The float32 nearest to a rational number, ties to even, found by comparing exact distances."""
     guess = np.float32(float(value))
     near = [np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf))]
     distances = [abs(Fraction(float(v)) - value) for v in near]
@@ -124,6 +124,23 @@ def test_the_known_part_is_noised_to_the_rows_end():
     assert torch.equal(out, torch.where(mask, 0.5 * known + 2 * z, x))
 
 
+def test_a_tables_matrix_means_what_its_rows_say():
+    """Guidance and the known part through StepTable.matrix: without guidance a row uses m alone, and it noises the known part
+    to the level of the next row (or of the end)."""
+    levels = Level(1.0, 0.5, 0.8), Level(0.5, 0.25, 2.0)
+    rows = tuple(
+        Row(level, "by hand", a=0.0, b=(1.0,), calls_network=True, network_time=level.t, q=2.0) for level in levels
+    )
+    matrix = torch.from_numpy(StepTable("by hand", rows, Level(0.0, 4.0, 0.125), 1.0).matrix)
+    x, m, guide, known, z = (torch.randn(2, 4, generator=torch.Generator().manual_seed(s)).double() for s in range(5))
+    mask = torch.tensor([[True, False, True, False]]).expand(2, 4)
+    for k, (alpha, sigma) in enumerate([(0.25, 2.0), (4.0, 0.125)]):
+        out = torch.full_like(x, math.nan)
+        reference.step(out, matrix, ops.cursor(k, 0, 0), None, x, m, guide=guide, known=known, mask=mask, z=z)
+        expected = torch.where(mask, alpha * known + sigma * z, 2 * m)
+        assert torch.allclose(out, expected, rtol=1e-14, atol=1e-14)
+
+
 def test_next_input_is_scaled_and_in_the_networks_dtype_and_layout():
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     net_input = torch.empty(2, 3, 4, 4, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
@@ -213,10 +230,10 @@ def test_perturb_and_its_loss_share_their_noise():
     cursor = ops.cursor(7, 2, 9)
     eps = noise.normal(3, (5,), seed=9, draw=7, first_sample=2, stream=2).double()
     noisy = reference.perturb(x0, alpha, sigma, cursor, 2)
-    assert torch.allclose(noisy, alpha[:, None] * x0 + sigma[:, None] * eps, rtol=1e-15)
+    assert torch.equal(noisy, alpha[:, None] * x0 + sigma[:, None] * eps)
     output = torch.randn(3, 5, generator=g, dtype=torch.float64)
     loss, error = reference.dsm_loss(output, x0, alpha, sigma, weight, cursor, 2)
-    assert torch.allclose(error, output - noisy, rtol=1e-12)
+    assert torch.equal(error, output - noisy)
     assert torch.allclose(loss, weight * ((output - noisy) ** 2).mean(1), rtol=1e-12)
 
 

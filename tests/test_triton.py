@@ -14,6 +14,7 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def outcomes(folder, **environment):
-    """Test function -> what became of each of its cases, and what pytest printed."""
+    """{test function: [passed, failure, error or skipped, for each of its cases]}, and the finished process."""
     report = folder / "report.xml"
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "PYTEST_"))
@@ -49,6 +50,27 @@ def outcomes(folder, **environment):
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     return outcomes(tmp_path_factory.mktemp("interpreted"), TRITON_INTERPRET="1")
+
+
+def test_literals_are_the_constants_of_the_definition():
+    """The float32 constants that the kernels hold as decimals, in the order in which their functions use them."""
+    from fastdiff.execution import noise, reference
+
+    def literals(file, function):
+        (node,) = [
+            n for n in ast.parse((ROOT / "kernels" / file).read_text()).body if getattr(n, "name", "") == function
+        ]
+        signs = {id(n.operand): -1 for n in ast.walk(node) if isinstance(n, ast.UnaryOp)}
+        numbers = [n for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, float)]
+        return {str(np.float32(n.value * signs.get(id(n), 1))) for n in numbers}
+
+    decimals = lambda *values: {str(np.float32(v)) for v in values}  # noqa: E731
+    powers = decimals(2.0, 1.0)
+    assert literals("philox.py", "_radius") - powers == decimals(*noise._LOG, noise._MINUS_2_LN_2) - powers
+    assert literals("philox.py", "sine_cosine") == decimals(*noise._SIN, *noise._COS)
+    rounding = decimals(1.5 * 2**23, -86, 88)
+    expected = decimals(*reference._EXP, reference._PER_LN_2, -reference._LN_2_HIGH, -reference._LN_2_LOW)
+    assert literals("step.py", "exp") - rounding == expected
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -93,7 +93,7 @@ def main(out: Path, train_steps: int = 2000, samples: int = 400, workers: int | 
     for job, result in zip(JOBS, results):
         pictures.grids(out / f"{slug(job)}.png", unseen[:PICTURED], result.samples[:PICTURED], job.title)
     pictures.losses(out / "loss.png", losses)
-    pictures.strip(out / "trajectory.png", _trajectory(out), "VE predictor-corrector, from noise to digits")
+    pictures.banner(out / "trajectory.png", trajectory(load(out / "digits-vp.safetensors")))
     pictures.neighbours(out / "nearest.png", results[0].samples[:10], real)
     demo_flow.draw(out, flow)
     seconds = time.perf_counter() - began
@@ -140,6 +140,18 @@ def pixels(x: Tensor, data_range: tuple[float, float]) -> NDArray[np.float64]:
 def slug(job: Job) -> str:
     """The job's title as a file name."""
     return job.title.lower().replace(" ", "-")
+
+
+def trajectory(model: ScoreModel) -> NDArray[np.float64]:
+    """From noise to digits: [4 digits, 15 states, 64] of one run's second half, each scaled to its own level for the eye.
+
+    docs/pictures/trajectory.png is `pictures.banner(path, demo.trajectory(fastdiff.load("digits-vp")))`.
+    """
+    _, states = sample(model, steps=500, num_samples=4, seed=2, first_sample=7, trajectory=29, progress=False)
+    low, high = model.data_range
+    flat = (states[-15:].flatten(2).double().numpy().transpose(1, 0, 2) - low) / (high - low)
+    share = np.minimum(0.35 / flat.std(axis=2, keepdims=True), 1.0)  # noise is turned down to be seen, about grey
+    return np.asarray(np.clip(share * flat + (1 - share) * 0.5, 0, 1))
 
 
 def report(
@@ -240,15 +252,6 @@ def _cores() -> int:
 def _calls(job: Job) -> int:
     """About how many rows a job has, for the progress bar."""
     return int(job.options["steps"]) * (2 if job.options.get("sde") == "ve" or job.title.startswith("Heun") else 1)
-
-
-def _trajectory(out: Path) -> NDArray[np.float64]:
-    """States on the way from noise to digits, [8 digits, 12 states, 64]: each scaled to its own level for the eye."""
-    model = load(out / "digits-ve.safetensors")
-    _, states = sample(model, steps=500, num_samples=8, seed=2, trajectory=12)
-    flat = states.flatten(2).double().numpy().transpose(1, 0, 2)
-    share = np.minimum(0.35 / flat.std(axis=2, keepdims=True), 1.0)  # noise is turned down to be seen, about grey
-    return np.asarray(share * flat + (1 - share) * 0.5)
 
 
 @contextmanager

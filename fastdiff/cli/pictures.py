@@ -59,6 +59,11 @@ def strip(path: Path, states: NDArray[np.float64], title: str) -> None:
     figure.savefig(path, dpi=100)
 
 
+def banner(path: Path, states: NDArray[np.float64], zoom: int = 7) -> None:
+    """As `strip`, without title or margins: [samples, states, 64], a number of a sample is `zoom` pixels wide."""
+    _bare(path, mosaic(squares(states.reshape(-1, states.shape[-1])), states.shape[1]), zoom)
+
+
 def losses(path: Path, curves: dict[str, NDArray[np.float64]]) -> None:
     """The loss of each model by training step, averaged over 50 steps."""
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -127,10 +132,13 @@ def image(path: Path, x: NDArray[np.floating], data_range: tuple[float, float]) 
     """Samples [N, 1 or 3, H, W] in their data range as one mosaic."""
     check_drawable(len(x), x.shape[1:])
     canvas = mosaic(unit(x, data_range).transpose(0, 2, 3, 1), math.ceil(math.sqrt(len(x))))
-    scale = max(1, 512 // canvas.shape[1])
-    figure = Figure(figsize=(canvas.shape[1] * scale / 100, canvas.shape[0] * scale / 100), dpi=100)
-    axes = figure.add_axes((0, 0, 1, 1))
-    _show(axes, canvas)
+    _bare(path, canvas, max(1, 512 // canvas.shape[1]))
+
+
+def _bare(path: Path, canvas: Images, zoom: int) -> None:
+    """An image and nothing else, its pixels `zoom` wide."""
+    figure = Figure(figsize=(canvas.shape[1] * zoom / 100, canvas.shape[0] * zoom / 100), dpi=100)
+    _show(figure.add_axes((0, 0, 1, 1)), canvas)
     figure.savefig(path)
 
 

@@ -1,9 +1,9 @@
-"""The derivatives of the operations that are trained through, and the same operations as plain differentiable expressions,
-for transformations that know only those (forward mode, torch.func, higher orders)."""
+"""Backward formulas of the operations that are trained through, and the same operations in plain differentiable PyTorch for
+what has no use for such formulas: forward mode, torch.func and gradients of gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ def _wide(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _no_gradient(ctx: Any, names: Sequence[str], first: int) -> None:
+    """Refuse a gradient for the operation's arguments number `first` and after, of these names."""
     for offset, name in enumerate(names):
         if ctx.needs_input_grad[first + offset]:
             raise ConfigError(
-                f"{name} must not require a gradient: only the samples and the network are trained through"
+                f"{name} must not require a gradient, only the samples and the network's output may: pass {name}.detach()"
             )
 
 
@@ -50,7 +51,7 @@ def _dsm_backward(ctx: Any, grad: Tensor | None, grad_error: Tensor | None) -> A
     served, total = getattr(ctx, "served", torch.ops.fastdiff), None
     if grad is not None and grad_error is None and not (needs_x0 or needs_weight or torch.is_grad_enabled()):
         return served.dsm_loss_backward(grad, error, weight, ctx.dtype), None, None, None, None, None, None
-    if grad is not None and torch.is_grad_enabled():  # a gradient of the gradient is wanted
+    if grad is not None and torch.is_grad_enabled():  # create_graph=True: this gradient will be differentiated
         total = error * _wide(2 / max(error[:1].numel(), 1) * weight.to(error.dtype) * grad, error)
     elif grad is not None:
         dtype = error.dtype if needs_x0 else ctx.dtype
@@ -85,7 +86,7 @@ def _embedding_backward(ctx: Any, grad: Tensor) -> Any:
 def _probe_setup(ctx: Any, inputs: Any, output: Any) -> None:
     value, cursor, ctx.stream, ctx.kind, probe = inputs
     if probe is not None and ctx.needs_input_grad[4]:
-        raise ConfigError("probe must not require a gradient: it is noise")
+        raise ConfigError("probe must not require a gradient, it is noise: pass probe.detach()")
     ctx.save_for_backward(cursor, probe)
     ctx.of = (value.shape, value.dtype)
 
@@ -100,7 +101,8 @@ def _probe_backward(ctx: Any, grad: Tensor) -> Any:
     return (_wide(grad, probe) * probe).to(dtype), None, None, None, None
 
 
-FORMULAS = {
+# operation -> (backward, setup_context), as torch.library.register_autograd takes them
+FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "perturb": (_perturb_backward, _perturb_setup),
     "dsm_loss": (_dsm_backward, _dsm_setup),
     "timestep_embedding": (_embedding_backward, _embedding_setup),
@@ -109,26 +111,26 @@ FORMULAS = {
 
 
 def perturb(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor, stream: int) -> Tensor:
-    """row.perturb, to the last roundings."""
+    """reference.perturb, up to rounding."""
     return _wide(alpha.to(x0.dtype), x0) * x0 + _wide(sigma.to(x0.dtype), x0) * _noise(x0, cursor, stream, "normal")
 
 
 def dsm_loss(
     output: Tensor, x0: Tensor, r: Tensor, w: Tensor, weight: Tensor, cursor: Tensor, stream: int
 ) -> tuple[Tensor, Tensor]:
-    """row.dsm_loss, to the last roundings."""
+    """reference.dsm_loss, up to rounding."""
     error = output.to(x0.dtype) - perturb(x0, r, w, cursor, stream)
     return weight.to(x0.dtype) * error.square().flatten(1).mean(1), error
 
 
 def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: int, order: str) -> Tensor:
-    """row.timestep_embedding, to the last roundings."""
+    """reference.timestep_embedding, up to rounding."""
     angle = (t * scale)[:, None] * frequencies
     return reference.arranged(angle.sin(), angle.cos(), channels, order)
 
 
 def probe_dot(value: Tensor, cursor: Tensor, stream: int, kind: str, probe: Tensor | None = None) -> Tensor:
-    """row.probe_dot, to the last roundings."""
+    """reference.probe_dot, up to rounding."""
     probe = _noise(value, cursor, stream, kind) if probe is None else probe
     return (value.double() * probe.double()).flatten(1).sum(1)
 

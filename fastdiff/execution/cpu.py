@@ -1,9 +1,9 @@
-"""The compiled CPU library: found, started, and its operations called with the arguments of fastdiff.execution.reference.
+"""The compiled library of csrc/: loaded, and called with the arguments that fastdiff.execution.reference describes.
 
-Like any operator's implementation, these functions take it that all tensors are on their device and that views are
-resolved (torch's dispatcher, execution.ops and the runner see to both). A call packs addresses, dtypes and strides into one
-array of int64 and hands it over (ctypes lets go of Python's lock while it runs). The library's threads are torch's own,
-through `torch_parallel_for`, so torch.set_num_threads governs both.
+The functions assume that all tensors are on the CPU and that no view is conjugated or negated, as any operator's
+implementation may (torch's dispatcher, execution.ops and execution.loop ensure it). A call packs addresses, dtypes and
+strides into one array of int64 for the library, and ctypes releases Python's lock while it runs. The library works on
+torch's threads, through `torch_parallel_for`, so torch.set_num_threads governs both.
 """
 
 from __future__ import annotations
@@ -21,13 +21,33 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DeviceError, DTypeError, ShapeError, choose
-from ..table import COLUMNS
+from ..table import COLUMNS, MAX_HISTORY
 
-# As fastdiff.execution.reference has it: noise made for a measurement is kept for the step.
+# measure_langevin keeps the noise that it draws for the step that follows, which else would draw it again.
 KEEPS_NOISE = True
 MAX_STAGES = MAX_DIMS = 16
+HEADER = 4  # numbers of a call before its scalars (csrc/tiles.h)
 
-# another build of the same sources, such as the one of `make sanitize`, can be named
+# The operations in the order of csrc/fastdiff.h, and each one's tensors in the order of its slots there (a test compares
+# them); history and stages, the last of theirs, take as many slots as they have tensors.
+OPERATIONS = {
+    "normal": ("out", "cursor"),
+    "rademacher": ("out", "cursor"),
+    "step": (
+        "out", "table", "cursor", "x", "m", "net_input", "first_bad", "measured", "pushed", "guide", "v", "base", "z",
+        "known", "mask", "history",
+    ),
+    "measure_langevin": ("measured", "table", "cursor", "x", "m", "guide", "z", "kept"),
+    "perturb": ("out", "x0", "alpha", "sigma", "cursor"),
+    "dsm_loss": ("loss", "error", "output", "x0", "r", "w", "weight", "cursor"),
+    "dsm_loss_backward": ("out", "error", "grad", "weight"),
+    "timestep_embedding": ("out", "t", "frequencies"),
+    "probe_dot": ("total", "value", "cursor", "probe"),
+    "rk_error": ("after", "norm", "x", "h", "stages"),
+}  # fmt: skip
+_NUMBERS = {name: number for number, name in enumerate(OPERATIONS)}
+
+# FASTDIFF_LIBRARY names another build of the same sources, such as that of `make sanitize`
 LIBRARY = Path(os.environ.get("FASTDIFF_LIBRARY") or Path(__file__).parent.parent / "libfastdiff.so")
 INSTRUCTION_SETS = ("plain", "avx2", "avx512")
 
@@ -40,41 +60,48 @@ class _Codes(dict[torch.dtype, int]):
 _CODES = _Codes()
 for _code, _dtype in enumerate((torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.int64)):
     _CODES[_dtype] = _code << 8
-_CURSOR = "cursor must be int64 [3]: use fastdiff.execution.ops.cursor"
+_CURSOR = "cursor must be contiguous int64 [3]: make it with fastdiff.execution.ops.cursor"
+# By the numbers of csrc/fastdiff.h's Result
 _FAULTS = {
-    1: (ConfigError, "cursor names a row that the table does not have"),
+    1: (ConfigError, "cursor[0] must be a row of the table, >= 0 and < len(table)"),
     2: (DTypeError, "operands must be float16, bfloat16, float32 or float64, and a mask bool"),
     3: (ShapeError, _CURSOR),
-    4: (DTypeError, "table must be contiguous and of the state's dtype"),
+    4: (DTypeError, "table must be contiguous and have the state's dtype"),
 }
 _ORDERS = {"sin_cos": 0, "cos_sin": 1, "interleaved": 2}
 
 
 def _load() -> tuple[Any, str, str]:
-    """The library, the instruction set it runs on, and, if there is none, why."""
-    asked = os.environ.get("FASTDIFF_INSTRUCTION_SET") or None
-    if asked is not None and asked not in INSTRUCTION_SETS:
-        raise ConfigError(f"FASTDIFF_INSTRUCTION_SET={asked!r} must be one of {', '.join(INSTRUCTION_SETS)}, or unset")
+    """The library, the name of its instruction set, and why there is none (None, "", why)."""
+    wanted = os.environ.get("FASTDIFF_INSTRUCTION_SET") or None
+    if wanted is not None and wanted not in INSTRUCTION_SETS:
+        raise ConfigError(
+            f"FASTDIFF_INSTRUCTION_SET must be one of {', '.join(INSTRUCTION_SETS)}, or unset, got {wanted!r}"
+        )
     if not LIBRARY.exists():
-        return None, "", f"{LIBRARY} does not exist: it was built without a C++ compiler, or the compiler failed"
+        return (
+            None,
+            "",
+            f"{LIBRARY} does not exist: fastdiff was installed without a C++ compiler, or the compiler failed",
+        )
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
-        return None, "", f"{LIBRARY.name} does not load: {error}"
+        return None, "", f"{LIBRARY.name} cannot be loaded: {error}"
     library.fastdiff_start.restype = ctypes.c_char_p
     library.fastdiff_sources.restype = ctypes.c_char_p
     library.fastdiff_run.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
     try:
-        name = _start(library, asked)
+        name = _start(library, wanted)
     except (OSError, AttributeError) as error:
-        return None, "", f"torch's own threads are out of its reach: {error}"
+        return None, "", f"torch_parallel_for is missing from libtorch_cpu.so (it needs torch >= 2.10): {error}"
     if name is None:
-        raise ConfigError(f"FASTDIFF_INSTRUCTION_SET={asked!r} is not one of this machine's: unset it")
+        raise ConfigError(f"FASTDIFF_INSTRUCTION_SET={wanted!r} is not supported by this processor: unset it")
     return library, name, ""
 
 
 def _start(library: Any, instruction_set: str | None) -> str | None:
-    """Give the library torch's threads and an instruction set (None: the best here); its name, None if it is not here."""
+    """Give the library torch's threads and an instruction set (None: the best). Its name, or None if this processor lacks it."""
     # exported since torch 2.10, by the library that `import torch` has loaded
     torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     parallel_for = ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p)
@@ -84,11 +111,11 @@ def _start(library: Any, instruction_set: str | None) -> str | None:
 
 _library, instruction_set, why = _load()
 available = _library is not None
-_run = _library.fastdiff_run if available else None
+_run: Any = _library.fastdiff_run if available else None
 
 
 def use(name: str | None) -> bool:
-    """Run on another instruction set of INSTRUCTION_SETS (None: the best); False, and nothing changes, if it is not here."""
+    """Run on another of INSTRUCTION_SETS (None: the best). False, and nothing changes, if this processor lacks it."""
     global instruction_set
     found = _start(_library, name) if available else None
     instruction_set = found or instruction_set
@@ -96,7 +123,7 @@ def use(name: str | None) -> bool:
 
 
 def is_fresh() -> bool:
-    """Whether the library was built from csrc/ as it lies beside the package; True where it does not."""
+    """Whether the library was built from csrc/ as it is now; True where csrc/ does not lie beside the package."""
     folder = Path(__file__).parents[2] / "csrc"
     if not available or not folder.is_dir():
         return True
@@ -109,33 +136,45 @@ def _packer(n: int) -> Callable[..., bytes]:
     return struct.Struct(f"{n}q").pack
 
 
-def _call(operation: int, wide: bool, shape: torch.Size, scalars: Sequence[int], tensors: Any) -> None:
-    """Run an operation on tensors of this shape [B, *] (those of others must be contiguous), absent ones None."""
-    own: list[Tensor] = []
-    packed = _packed(shape, scalars, tensors, own)
-    _check(_run(operation, _packer(len(packed))(*packed), wide))
+@functools.cache
+def _array(n: int) -> Any:
+    return ctypes.c_int64 * n  # making the type takes longer than a step
 
 
-def _packed(shape: torch.Size, scalars: Sequence[int], tensors: Any, own: list[Tensor]) -> list[int]:
-    """A call's numbers, as csrc/tiles.h reads them. `own` takes copies that must live until the library is done."""
+def _call(
+    operation: str, wide: bool, shape: torch.Size, scalars: Sequence[int], tensors: Sequence[Tensor | None]
+) -> None:
+    """Run an operation, on a float64 state if `wide`. A tensor that is not contiguous must have this shape [B, *]; None is
+    an absent one."""
+    copies: list[Tensor] = []
+    packed = _packed(shape, scalars, tensors, copies)
+    _check(_run(_NUMBERS[operation], _packer(len(packed))(*packed), wide))
+
+
+def _packed(
+    shape: torch.Size, scalars: Sequence[int], tensors: Sequence[Tensor | None], copies: list[Tensor]
+) -> list[int]:
+    """A call's numbers, as csrc/tiles.h reads them. `copies` takes tensors that must live until the library is done."""
     ndim = len(shape)
     if not ndim:
         raise ShapeError("a state must have an axis of samples, got a scalar")
     samples = shape[0]
-    packed = [0, samples, shape.numel() // samples if samples else 0, ndim, *scalars]
+    packed = [0, samples, shape.numel() // samples if samples else 0, ndim, *scalars]  # the first four: HEADER
     tail: list[int] = []
     for slot, tensor in enumerate(tensors):
         if tensor is None:
             continue
         address = tensor.data_ptr()
-        if not address:  # no memory: a tensor that is known to be zero, or one of another device
+        if not address:  # empty; or torch's zero tensor, which has no storage; or on another device
             if not tensor.is_cpu:
                 raise DeviceError(f"all tensors must be on the CPU, got one on {tensor.device}: move it with .cpu()")
             tensor = tensor.clone()
-            own.append(tensor)
+            copies.append(tensor)
             address = tensor.data_ptr()
             if not address and tensor.numel():
-                raise DTypeError(f"a {type(tensor).__name__} has no memory of its own: make it a plain tensor first")
+                raise DTypeError(
+                    f"all tensors must have storage, got a {type(tensor).__name__} without: make it a torch.Tensor"
+                )
         slot += _CODES[tensor.dtype]
         if not tensor.is_contiguous():
             if ndim > MAX_DIMS:
@@ -156,15 +195,15 @@ def _check(fault: int) -> None:
 
 
 def normal(out: Tensor, cursor: Tensor, stream: int) -> None:
-    _fill(0, out, cursor, stream)
+    _fill("normal", out, cursor, stream)
 
 
 def rademacher(out: Tensor, cursor: Tensor, stream: int) -> None:
-    _fill(1, out, cursor, stream)
+    _fill("rademacher", out, cursor, stream)
 
 
-def _fill(operation: int, out: Tensor, cursor: Tensor, stream: int) -> None:
-    _check_out(out)
+def _fill(operation: str, out: Tensor, cursor: Tensor, stream: int) -> None:
+    _check_state("out", out)
     _check_cursor(cursor)
     _call(operation, False, out.shape, (stream,), (out, cursor))
 
@@ -187,21 +226,11 @@ def step(
     pushed: Tensor | None = None,
     net_input: Tensor | None = None,
     first_bad: Tensor | None = None,
-) -> None:
-    shape = out.shape
-    operands = _step_operands(
-        out, table, cursor, x, m, history, guide, v, base, z, measured, known, mask, pushed, net_input, first_bad
-    )
-    _call(2, out.dtype is torch.float64, shape, (_rows(table), -1 if stream is None else stream), operands)
-
-
-def _step_operands(
-    out: Tensor, table: Tensor, cursor: Tensor, x: Tensor, m: Tensor | None, history: Sequence[Tensor] | None,
-    guide: Tensor | None, v: Tensor | None, base: Tensor | None, z: Tensor | None, measured: Tensor | None,
-    known: Tensor | None, mask: Tensor | None, pushed: Tensor | None, net_input: Tensor | None, first_bad: Tensor | None,
-) -> Any:  # fmt: skip
-    """A step's tensors, checked, by their slots in csrc/step.h."""
-    _check_out(out)
+    *,
+    run: Callable[..., Any] = _call,
+) -> Any:
+    """run: what is done with the checked tensors, in the order of OPERATIONS["step"]; prepare_step does something else."""
+    _check_state("out", out)
     _check_cursor(cursor)
     dtype, shape = out.dtype, out.shape
     if x.dtype is not dtype:
@@ -211,47 +240,88 @@ def _step_operands(
     if m is not None and m.shape != shape:
         m = m.expand(shape)
     if net_input is not None and (net_input.shape != shape or 0 in net_input.stride()):
-        raise ShapeError(f"net_input must have shape {tuple(shape)}, got {tuple(net_input.shape)} {net_input.stride()}")
+        raise ShapeError(
+            f"net_input must have shape {tuple(shape)} and not be expanded, got {tuple(net_input.shape)} with strides "
+            f"{net_input.stride()}"
+        )
     if first_bad is not None:
         _check_column("first_bad", first_bad, shape[:1], torch.int64)
-    if history is guide is v is base is z is measured is mask is pushed is None:
-        return out, table, cursor, x, m, net_input, first_bad
-    h = [_like(value, shape) for value in history or ()]
-    if len(h) > 4 - (m is not None):
-        raise ShapeError(f"a row reads at most four predictions, got m and {len(h)} earlier ones")
-    if pushed is not None:
-        _check_out(pushed, shape, dtype)
-    if measured is not None:
-        _check_column("measured", measured, (shape[0], 2), dtype)
-    others = [_like(value, shape) for value in (guide, v, base, z, known, mask)]
-    return out, table, cursor, x, m, net_input, first_bad, measured, pushed, *others, *h
+    tensors: tuple[Tensor | None, ...] = (out, table, cursor, x, m, net_input, first_bad)
+    if history is not None or not (guide is v is base is z is measured is mask is pushed is None):
+        earlier = [_like(h, shape) for h in history or ()]
+        if len(earlier) > MAX_HISTORY - (m is not None):
+            raise ShapeError(
+                f"a row reads at most {MAX_HISTORY} predictions, m among them: got {len(earlier)} earlier ones"
+            )
+        if pushed is not None:
+            _check_state("pushed", pushed, shape, dtype)
+        if measured is not None:
+            _check_column("measured", measured, (shape[0], 2), dtype)
+        others = [_like(value, shape) for value in (guide, v, base, z, known, mask)]
+        tensors = (*tensors, measured, pushed, *others, *earlier)
+    return run("step", dtype is torch.float64, shape, (_rows(table), -1 if stream is None else stream), tensors)
 
 
-def fixed_step(
+def prepare_step(
     out: Tensor, table: Tensor, stream: int | None, x: Tensor, **operands: Any
-) -> Callable[[Tensor, Tensor, object], None]:
-    """(cursor, m, None) -> None: `step` on tensors that are the same each time but for these two, checked and packed once."""
+) -> Callable[[Tensor, Tensor | None, Tensor | None], None]:
+    """(cursor, m, v) -> None: `step` with the other operands fixed: checked, and packed for the library, once."""
+
+    def prepare(operation: str, wide: bool, shape: torch.Size, scalars: Sequence[int], tensors: Any) -> Any:
+        slots, number, ndim = OPERATIONS[operation], _NUMBERS[operation], len(shape)
+        tensors = [*tensors, *[None] * (len(slots) - len(tensors))]
+        of_cursor, of_m, of_v = (slots.index(name) for name in ("cursor", "m", "v"))
+        tensors[of_m] = tensors[of_v] = x.expand(shape)  # it holds their places
+        copies: list[Tensor] = []
+        numbers = _packed(shape, scalars, tensors, copies)
+        cursor_at, m_at, v_at = (
+            HEADER + len(scalars) + 2 * sum(tensor is not None for tensor in tensors[:slot])
+            for slot in (of_cursor, of_m, of_v)
+        )
+        m_strides = len(numbers)
+        v_strides = m_strides + ndim
+        packed = _array(m_strides + 2 * ndim)(*numbers)
+        offset, at = m_strides - packed[0], ctypes.addressof(packed)  # offset: from the shape to m's strides
+
+        def put(tensor: Tensor | None, slot: int, entry: int, strides: int) -> bool:
+            """Pack an operand; False if it has another shape, or strides or memory that the library cannot take so."""
+            if tensor is None:
+                packed[entry] = 0
+                return True
+            if tensor.shape != shape:
+                return False
+            slot += _CODES[tensor.dtype]
+            if not tensor.is_contiguous():
+                if ndim > MAX_DIMS:
+                    return False
+                packed[strides : strides + ndim] = tensor.stride()
+                slot += offset + strides - m_strides << 16
+            packed[entry], packed[entry + 1] = tensor.data_ptr(), slot
+            return bool(packed[entry])
+
+        def run(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
+            packed[cursor_at] = cursor.data_ptr()
+            if m is not None and v is None and m.shape == shape and m.is_contiguous():  # nearly always
+                address = m.data_ptr()
+                if address:
+                    packed[m_at], packed[m_at + 1] = address, of_m + _CODES[m.dtype]
+                    fault = _run(number, at, wide)
+                    if fault:
+                        _check(fault)
+                    return
+            if put(m, of_m, m_at, m_strides) and put(v, of_v, v_at, v_strides):
+                fault = _run(number, at, wide)
+                packed[v_at] = 0  # as the shorter way above expects
+                _check(fault)
+            else:
+                step(out, table, cursor, stream, x, m, v=v, **operands)
+
+        put(None, of_v, v_at, v_strides)
+        run.keep = packed, tensors, copies  # type: ignore[attr-defined]  # the memory behind the addresses
+        return run
+
     cursor = torch.zeros(3, dtype=torch.int64, device="cpu")
-    absent = dict.fromkeys(("history", "guide", "v", "base", "z", "measured", "known", "mask", "pushed", "net_input"))
-    tensors = _step_operands(out, table, cursor, x, x, **{**absent, "first_bad": None, **operands})
-    scalars = (_rows(table), -1 if stream is None else stream)
-    shape, wide, own = out.shape, out.dtype is torch.float64, list[Tensor]()
-    numbers = _packed(shape, scalars, tensors, own)
-    packed = (ctypes.c_int64 * len(numbers))(*numbers)
-    at = ctypes.addressof(packed)
-    of_cursor, of_m = (4 + len(scalars) + 2 * slot for slot in (2, 4))
-    keep = (packed, tensors, own)  # what the addresses stand for
-
-    def run(cursor: Tensor, m: Tensor, _: object = None) -> None:
-        address = m.data_ptr()
-        if m.shape != shape or not m.is_contiguous() or not address:
-            step(out, table, cursor, stream, x, m, **operands)
-            return
-        packed[of_cursor], packed[of_m], packed[of_m + 1] = cursor.data_ptr(), address, 4 + _CODES[m.dtype]
-        _check(_run(2, at, wide))
-
-    run.keep = keep  # type: ignore[attr-defined]
-    return run
+    return step(out, table, cursor, stream, x, **operands, run=prepare)  # type: ignore[no-any-return]
 
 
 def measure_langevin(
@@ -270,19 +340,19 @@ def measure_langevin(
     _check_cursor(cursor)
     _check_column("measured", measured, (len(x), 2), table.dtype)
     if z is None and stream is None:
-        raise ConfigError("measure_langevin needs noise: give z or a stream")
+        raise ConfigError("measure_langevin needs noise: pass z or a stream, both are None")
     if kept is not None:
-        _check_out(kept, shape, table.dtype)
+        _check_state("kept", kept, shape, table.dtype)
     scalars = (_rows(table), -1 if stream is None else stream, int(batch))
-    m, guide, z = (_like(value, shape) for value in (m, guide, z))
-    _call(3, table.dtype == torch.float64, shape, scalars, (measured, table, cursor, x, m, guide, z, kept))
+    tensors = (measured, table, cursor, x, *(_like(value, shape) for value in (m, guide, z)), kept)
+    _call("measure_langevin", table.dtype == torch.float64, shape, scalars, tensors)
 
 
 def perturb(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor, stream: int) -> Tensor:
     _check_cursor(cursor)
     wide, shape = _is_wide(x0), x0.shape
     out = x0.new_empty(shape)
-    _call(4, wide, shape, (stream,), (out, x0, *_columns(x0, alpha, sigma), cursor))
+    _call("perturb", wide, shape, (stream,), (out, x0, *_columns(x0, alpha, sigma), cursor))
     return out
 
 
@@ -292,14 +362,15 @@ def dsm_loss(
     _check_cursor(cursor)
     wide, shape = _is_wide(x0), x0.shape
     loss, error = x0.new_empty(shape[0]), x0.new_empty(shape)
-    _call(5, wide, shape, (stream,), (loss, error, _like(output, shape), x0, *_columns(x0, r, w, weight), cursor))
+    tensors = (loss, error, _like(output, shape), x0, *_columns(x0, r, w, weight), cursor)
+    _call("dsm_loss", wide, shape, (stream,), tensors)
     return loss, error
 
 
 def dsm_loss_backward(grad: Tensor, error: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     wide, shape = _is_wide(error), error.shape
     out = error.new_empty(shape, dtype=dtype)
-    _call(9, wide, shape, (), (out, error, *_columns(error, grad, weight)))
+    _call("dsm_loss_backward", wide, shape, (), (out, error, *_columns(error, grad, weight)))
     return out
 
 
@@ -311,24 +382,19 @@ def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: i
     if frequencies.dtype is not t.dtype or not frequencies.is_contiguous():
         frequencies = frequencies.to(t.dtype).contiguous()
     which = _ORDERS[choose("order", order, _ORDERS)]
-    _call(6, _is_wide(out), out.shape, (channels, half, which, *_bits(scale)), (out, t.contiguous(), frequencies))
+    scalars = (channels, half, which, *_bits(scale))
+    _call("timestep_embedding", _is_wide(out), out.shape, scalars, (out, t.contiguous(), frequencies))
     return out
 
 
 def probe_dot(value: Tensor, cursor: Tensor, stream: int, kind: str, probe: Tensor | None = None) -> Tensor:
     _check_cursor(cursor)
     if probe is not None and probe.dtype is torch.float64:
-        value = value.double()  # which is what the library reads both as
+        value = value.double()  # the library reads both in one dtype
     total = value.new_empty(len(value), dtype=torch.float64)
-    wide = value.dtype is torch.float64
+    of_signs = probe is None and choose("kind", kind, ("normal", "rademacher")) == "rademacher"
     tensors = (total, value, cursor, _like(probe, value.shape))
-    _call(
-        7,
-        wide,
-        value.shape,
-        (stream, int(probe is None and choose("kind", kind, ("normal", "rademacher")) == "rademacher")),
-        tensors,
-    )
+    _call("probe_dot", value.dtype is torch.float64, value.shape, (stream, int(of_signs)), tensors)
     return total
 
 
@@ -336,11 +402,13 @@ def rk_error(
     x: Tensor, stages: Sequence[Tensor], h: Tensor, b: Sequence[float], e: Sequence[float], rtol: float, atol: float
 ) -> tuple[Tensor, Tensor]:
     if not len(stages) == len(b) == len(e) <= MAX_STAGES:
-        raise ShapeError(f"as many stages as weights, at most {MAX_STAGES}: got {len(stages)}, {len(b)}, {len(e)}")
+        raise ShapeError(
+            f"stages, b and e must have one length, at most {MAX_STAGES}, got {len(stages)}, {len(b)} and {len(e)}"
+        )
     wide, shape = _is_wide(x), x.shape
     after, norm = x.new_empty(shape), x.new_empty(shape[0])
     tensors = (after, norm, x, *_columns(x, h), *(_like(k, shape) for k in stages))
-    _call(8, wide, shape, (len(stages), *_bits(*b, *e, rtol, atol)), tensors)
+    _call("rk_error", wide, shape, (len(stages), *_bits(*b, *e, rtol, atol)), tensors)
     return after, norm
 
 
@@ -359,18 +427,18 @@ def _is_wide(state: Tensor) -> bool:
     return dtype is torch.float64
 
 
-def _check_out(out: Tensor, shape: Any = None, dtype: Any = None) -> None:
-    """What the library writes as it stands: contiguous, float32 or float64, of at least two axes."""
+def _check_state(name: str, out: Tensor, shape: torch.Size | None = None, dtype: torch.dtype | None = None) -> None:
+    """What the library writes without conversion: contiguous, float32 or float64, of at least two axes."""
     if not out.is_contiguous() or out.dtype not in _STATES or out.ndim < 2:
         raise ShapeError(
-            f"a state must be contiguous float32 or float64 [B, *], got {out.dtype} {tuple(out.shape)} {out.stride()}"
+            f"{name} must be contiguous float32 or float64 [B, *], got {out.dtype} {tuple(out.shape)} with strides {out.stride()}"
         )
-    if (shape is not None and out.shape != shape) or (dtype is not None and out.dtype != dtype):
-        raise ShapeError(f"expected {dtype} {tuple(shape)}, got {out.dtype} {tuple(out.shape)}")
+    if shape is not None and (out.shape != shape or out.dtype != dtype):
+        raise ShapeError(f"{name} must be {dtype} {tuple(shape)} like the state, got {out.dtype} {tuple(out.shape)}")
 
 
 def _check_cursor(cursor: Tensor) -> None:
-    """Its numbers; the library looks at the rest."""
+    """How many numbers it has; the library checks its dtype and layout."""
     if cursor.numel() != 3:
         raise ShapeError(_CURSOR)
 
@@ -378,13 +446,16 @@ def _check_cursor(cursor: Tensor) -> None:
 def _rows(table: Tensor) -> int:
     shape = table.shape
     if len(shape) != 2 or shape[1] != len(COLUMNS):
-        raise ShapeError(f"table must be [rows, {len(COLUMNS)}], got {tuple(shape)}")
+        raise ShapeError(f"table must have shape [rows, {len(COLUMNS)}], got {tuple(shape)}")
     return shape[0]
 
 
 def _check_column(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if value is not None and (value.shape != shape or value.dtype != dtype or not value.is_contiguous()):
-        raise ShapeError(f"{name} must be contiguous {dtype} {shape}, got {value.dtype} {tuple(value.shape)}")
+        raise ShapeError(
+            f"{name} must be contiguous {dtype} {tuple(shape)}, got {value.dtype} {tuple(value.shape)} with strides "
+            f"{value.stride()}"
+        )
 
 
 def _like(value: Tensor | None, shape: torch.Size) -> Tensor | None:
@@ -392,12 +463,14 @@ def _like(value: Tensor | None, shape: torch.Size) -> Tensor | None:
 
 
 def _columns(state: Tensor, *values: Tensor) -> list[Tensor]:
-    """One number a sample each, in the state's dtype (rounded once)."""
+    """Each value [B], contiguous and in the state's dtype (rounded once)."""
     shape, dtype = state.shape[:1], state.dtype
     columns = []
     for value in values:
         if value.shape != shape:
-            raise ShapeError(f"expected one number for each of {shape[0]} samples, got {tuple(value.shape)}")
+            raise ShapeError(
+                f"numbers of the samples must have shape [{shape[0]}], one for each, got {tuple(value.shape)}"
+            )
         if value.dtype is not dtype or not value.is_contiguous():
             value = value.to(dtype).contiguous()
         columns.append(value)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, GraphError
 from ..table import StepTable
-from . import monitor
+from . import monitor, ops
 from .cuda_graph import capture, first_line
-from .loop import Condition, Draw, Loop, Network, RowPlan, raise_if_bad, signed
+from .loop import Condition, Draw, Loop, Network, RowPlan, raise_if_bad
 
 LIMIT = 8  # loops kept while nobody runs them; one more retires all of them
 WORTHWHILE = 100  # rows that pay for capturing a callable whose graphs cannot be cached
@@ -197,7 +197,7 @@ class GraphLoop(Loop):
                     tensor.record_stream(stream)
 
     def _stand_at(self, row: int, first_sample: int) -> None:
-        self.cursor.copy_(torch.tensor([row, first_sample, signed(self.seed)]))
+        self.cursor.copy_(ops.cursor(row, first_sample, self.seed))
 
     def _conditioned(self, cond: Condition) -> Condition:
         """The condition in the loop's memory, which the graphs read."""

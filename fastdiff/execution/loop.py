@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..table import Row, StepTable
-from . import monitor, torch_private
+from . import monitor, ops, torch_private
 from .noise import PRIOR, SAMPLER
 
 Condition = Tensor | dict[str, Tensor] | None
@@ -147,7 +147,7 @@ class Loop:
         yield self.start
         network, row = self.mark("network", network), self.mark("row", self.row)
         rows = np.zeros((len(self.table), 3), dtype=np.int64)
-        rows[:, 0], rows[:, 1], rows[:, 2] = np.arange(len(rows)), first_sample, signed(self.seed)
+        rows[:, 0], rows[:, 1], rows[:, 2] = np.arange(len(rows)), first_sample, ops.signed(self.seed)
         cursors = torch.from_numpy(rows).to(self.start.device)
         for low in range(0, len(rows), BLOCK):
             block = self.plans[low : low + BLOCK]
@@ -165,8 +165,7 @@ class Loop:
     def begin(self, first_sample: int, x_init: Tensor | None) -> None:
         """Fill what the first row reads: the start, drawn from the prior or x_init, and the network's input."""
         if x_init is None:
-            cursor = torch.tensor([0, first_sample, signed(self.seed)], device=self.start.device)
-            self.operations.normal(self.start, cursor, PRIOR)
+            self.operations.normal(self.start, ops.cursor(0, first_sample, self.seed, self.start.device), PRIOR)
             self.start.mul_(self.table.prior_std)
         else:
             self.start.copy_(x_init)
@@ -194,7 +193,7 @@ class Loop:
         if plan.calls_network:
             # tensors of their own, so that what a network does to them (grad, shape, data) is gone with them
             m, v = network(self.net_input.detach(), self.time.detach(), features, cond)
-            m, v = m.detach(), v if plan.learned else None
+            m, v = m.detach(), v.detach() if plan.learned and v is not None else None
             # a network may return its input, which this row overwrites
             if plan.feeds and torch_private.is_alias_of(m, self.net_input):
                 m, v = m.clone(), None if v is None else v.clone()
@@ -224,25 +223,16 @@ class Loop:
             "z": z if stored is None else stored, "measured": None if plan.norm is None else self.measured,
             "pushed": at(plan.pushed), "net_input": self.net_input if plan.feeds else None, "first_bad": self.first_bad,
         }  # fmt: skip
-        out, x = self.buffers[plan.out], self.buffers[plan.x]
-        if z is None and plan.calls_network and not plan.learned and hasattr(self.operations, "fixed_step"):
-            return self.mark("step", self.operations.fixed_step(out, self.matrix, stream, x, **operands))
-        operation, matrix = self.operations.step, self.matrix  # not self, which would then hold itself and its buffers
-
-        def step(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
-            operation(out, matrix, cursor, stream, x, m, v=v, **operands)
-
-        return self.mark("step", step)
+        out, x, matrix = self.buffers[plan.out], self.buffers[plan.x], self.matrix
+        if z is None:
+            return self.mark("step", self.operations.prepare_step(out, matrix, stream, x, **operands))  # type: ignore[no-any-return]
+        step = self.mark("step", self.operations.step)  # once, with this z: to prepare it would take longer
+        return lambda cursor, m, v: step(out, matrix, cursor, stream, x, m, v=v, **operands)
 
 
 def network_times(table: StepTable, dtype: torch.dtype) -> Sequence[float]:
     """Each row's network time, whole numbers for integers; 0 for rows that call no network."""
     return table.times if dtype.is_floating_point else [round(time) for time in table.times]
-
-
-def signed(seed: int) -> int:
-    """The 64 bits of a seed as an int64 has them."""
-    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def raise_if_bad(table: StepTable, first_bad: Tensor, first_sample: int) -> None:

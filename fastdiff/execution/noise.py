@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# What a stream is for; two streams never share a counter.
+# The streams: noise for different purposes, which never share a counter.
 PRIOR, SAMPLER, PERTURBATION, PROBES, AUGMENTATION, DATA_ORDER, TIMES, ACCEPTANCE = range(8)
 
 _WORD = 0xFFFFFFFF
@@ -27,22 +27,10 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 # -2 ln(1+f)/f on [-1/3, 1/3), highest power first; -2 ln 2; sin and cos of a quarter turn, highest power first.
-_LOG = tuple(
-    map(
-        float.fromhex,
-        (
-            "-0x1.1fde88p-2",
-            "0x1.3b751ep-2",
-            "-0x1.1e7792p-2",
-            "0x1.50224cp-2",
-            "-0x1.99d83ap-2",
-            "0x1.00150cp-1",
-            "-0x1.5554e6p-1",
-            "0x1.ffffd2p-1",
-            "-0x1p+1",
-        ),
-    )
-)
+_LOG = tuple(map(float.fromhex, (
+    "-0x1.1fde88p-2", "0x1.3b751ep-2", "-0x1.1e7792p-2", "0x1.50224cp-2", "-0x1.99d83ap-2", "0x1.00150cp-1",
+    "-0x1.5554e6p-1", "0x1.ffffd2p-1", "-0x1p+1",
+)))  # fmt: skip
 _MINUS_2_LN_2 = float.fromhex("-0x1.62e43p+0")
 _SIN = tuple(map(float.fromhex, ("-0x1.2d9302p-8", "0x1.465e92p-4", "-0x1.4abbbap-1", "0x1.921fb6p+0")))
 _COS = tuple(map(float.fromhex, ("0x1.d99f54p-11", "-0x1.55c4eap-6", "0x1.03c1dap-2", "-0x1.3bd3ccp+0", "0x1p+0")))
@@ -51,7 +39,8 @@ _COS = tuple(map(float.fromhex, ("0x1.d99f54p-11", "-0x1.55c4eap-6", "0x1.03c1da
 def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], seed: int) -> list[Tensor]:
     """Philox4x32-10: the four 32-bit words of each counter, as int64 tensors (the counters broadcast)."""
     device = next((c.device for c in counter if isinstance(c, Tensor)), None)
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64, device=device) for c in counter))
+    parts = [torch.as_tensor(c, dtype=torch.int64, device=device) for c in counter]
+    c0, c1, c2, c3 = torch.broadcast_tensors(*parts)
     k0, k1 = seed & _WORD, seed >> 32
     for _ in range(10):
         # int64 products wrap, which leaves all 64 bits of the unsigned product in place
@@ -145,7 +134,7 @@ def rademacher(
 
 
 def quarter_turn(t: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
-    """Sine and cosine, float32, of t + turns quarter turns: t float32 in [-1/2, 1/2], turns whole numbers."""
+    """Sine and cosine, float32, of t + turns quarter turns, for t float32 in [-1/2, 1/2] and whole numbers `turns`."""
     sine, cosine = _sine_cosine(t)
     quadrant = turns - 4 * (turns / 4).floor()
     swap, minus_sine, minus_cosine = quadrant % 2 == 1, quadrant >= 2, (quadrant == 1) | (quadrant == 2)
@@ -196,6 +185,6 @@ def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
 
 
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
-    """float32 fma(a, b, c) where a second rounding is known to change nothing (see the module's docstring)."""
+    """float32 fma(a, b, c) for operands whose second rounding changes nothing (see the module's docstring)."""
     b = b.double() if isinstance(b, Tensor) else b
     return a.double().mul_(b).add_(c).to(torch.float32)

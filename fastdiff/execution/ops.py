@@ -1,12 +1,13 @@
-"""The operations, and the one place where backends and devices differ.
+"""The operations, and which backend runs them on which device.
 
 Each operation of fastdiff.execution.reference is a torch.library operator `torch.ops.fastdiff.<name>` with the same arguments:
-the compiled library serves CPU tensors, Triton CUDA tensors, plain PyTorch all others. `backend_module`
-gives the functions of one implementation, for callers that need neither autograd nor tracing.
+the compiled library runs it on CPU tensors, Triton on CUDA tensors, plain PyTorch on all others. `backend_module` returns one
+backend's functions, for callers that need neither autograd nor tracing.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -22,12 +23,12 @@ from torch import Tensor
 
 from .. import checks
 from ..errors import ConfigError, DeviceError, choose
-from . import autograd, cpu, noise, reference, tensor_checks
+from . import autograd, cpu, noise, reference, tensor_checks, torch_private
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 ENGINES = ("auto", "eager", "graph")
 
-# A forked child has no threads of OpenMP's, and torch would wait for them for ever.
+# A forked child has none of its parent's OpenMP threads, for which torch would wait for ever.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
@@ -53,7 +54,7 @@ def resolve(
 ) -> tuple[str, str, str]:
     """The backend and engine that will run a state of this dtype on this device, and a sentence saying why.
 
-    uncaptured  why the loop cannot be captured, for reasons of its own (fastdiff.execution.graphs.obstacle), or None
+    uncaptured  why no loop can be captured on any backend (fastdiff.execution.graphs.obstacle), or None
     """
     choose("backend", backend, BACKENDS)
     choose("engine", engine, ENGINES)
@@ -71,13 +72,13 @@ def resolve(
         raise ConfigError(f"engine='graph' cannot run here: {uncaptured}; use engine='auto' or 'eager'")
     loop = "eager"
     if engine == "eager":
-        manner = "engine='eager' was asked for"
+        manner = "engine='eager' was requested"
     elif uncaptured is not None:
         manner = f"its loop runs eagerly: {uncaptured}"
     else:
         loop, manner = "graph", "its rows replay as CUDA graphs"
     if backend != "auto":
-        return used, loop, f"backend={backend!r} was asked for; {manner}"
+        return used, loop, f"backend={backend!r} was requested; {manner}"
     if used == "reference":
         reasons = [f"not {name!r}: {reason}" for name, reason in obstacle.items()]
         return used, loop, "; ".join([*reasons, manner])
@@ -85,7 +86,7 @@ def resolve(
 
 
 def _serves(device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
-    """The fastest backend for such a state, and why each of the other fused ones cannot run it."""
+    """The fastest backend for such a state, and why each of "cpu" and "triton" that cannot run it cannot."""
     obstacle = {}
     if device.type != "cpu":
         obstacle["cpu"] = f"it runs CPU tensors, not {device.type}"
@@ -107,18 +108,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
 def backend_module(name: str) -> ModuleType:
     """The module that implements every operation for a backend that `resolve` named."""
     if name == "triton":
-        from .. import kernels
-
-        return kernels
+        return importlib.import_module("fastdiff.kernels")  # a folder of its own (setup.py), which needs triton
     return {"reference": reference, "cpu": cpu}[name]
 
 
 def doctor() -> str:
-    """Which backend serves which tensors here, and why, in a few lines."""
+    """Which backend runs which tensors on this machine, and why, in a few lines."""
     fused = ", ".join(SCHEMAS)
     lines = [f"operations     {fused}", f"reference      plain PyTorch {torch.__version__}: anything, anywhere"]
     if cpu.available:
-        stale = "" if cpu.is_fresh() else "; STALE: csrc/ has changed since it was built, install again"
+        stale = "" if cpu.is_fresh() else "; STALE: csrc/ has changed since it was built: pip install -e . again"
         lines.append(
             f"cpu            {cpu.LIBRARY.name}, {cpu.instruction_set}, {torch.get_num_threads()} threads of torch{stale}"
         )
@@ -127,7 +126,9 @@ def doctor() -> str:
     here = torch.cuda.is_available()
     if HAS_TRITON:
         compiler = os.environ.get("CC") or next(filter(shutil.which, ("clang", "gcc", "cc")), None)
-        lacking = "" if compiler else "; it will find no C compiler for its launchers"
+        lacking = (
+            "" if compiler else "; no C compiler found (clang, gcc, cc or CC=), which triton needs to launch kernels"
+        )
         found = torch.cuda.get_device_name(0) if here else "no CUDA device here"
         lines.append(f"triton         {importlib.metadata.version('triton')}, {found}{lacking}")
     else:
@@ -145,9 +146,14 @@ def doctor() -> str:
     return "\n".join(lines)
 
 
+def signed(seed: int) -> int:
+    """The 64 bits of a seed as an int64 has them."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
 def cursor(draw: int, first_sample: int, seed: int, device: torch.device | None = None) -> Tensor:
-    """Where noise stands, for the operations: int64 [3]."""
-    return torch.tensor([draw, first_sample, seed - 2**64 if seed >= 2**63 else seed], dtype=torch.int64, device=device)
+    """The operations' `cursor`, int64 [3]: row (or draw), first sample, and the seed's 64 bits as a signed number."""
+    return torch.tensor([draw, first_sample, signed(seed)], dtype=torch.int64, device=device)
 
 
 def normal(
@@ -177,8 +183,8 @@ def normal(
     return out
 
 
-def _register() -> torch.library.Library:
-    library = torch.library.Library("fastdiff", "DEF")
+def _register() -> Any:
+    library: Any = torch.library.Library("fastdiff", "DEF")
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
@@ -197,7 +203,7 @@ def _on_cuda(name: str) -> Callable[..., Any]:
 
 
 def _serving(args: Sequence[Any]) -> ModuleType:
-    """The implementation for these arguments: by their device, and by whether there is a float64 tensor among them."""
+    """The backend for these arguments, by the first tensor's device, and by whether any is float64."""
     tensors = [value for value in args if isinstance(value, Tensor)]
     for values in args:
         if isinstance(values, (list, tuple)):
@@ -238,7 +244,7 @@ if not cpu.available:
     )
 elif not cpu.is_fresh():
     warnings.warn(
-        f"{cpu.LIBRARY.name} was built from other sources than csrc/ now has: install fastdiff again (pip install -e .)",
+        f"csrc/ has changed since {cpu.LIBRARY.name} was built: install fastdiff again (pip install -e .)",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -246,11 +252,11 @@ _LIBRARY = _register()
 
 
 def _function(name: str) -> Any:
-    """The operation as an autograd function that calls its implementation at once."""
+    """The operation as an autograd function of its arguments and the backend's module, which it calls directly."""
     backward, setup = autograd.FORMULAS[name]
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        *args, ctx.served = args
+    def forward(ctx: Any, *args_and_module: Any) -> Any:
+        *args, ctx.served = args_and_module
         output = getattr(ctx.served, name)(*args)
         setup(ctx, args, output)
         return output
@@ -270,18 +276,18 @@ _TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def _run(name: str, *args: Any) -> Any:
-    """torch.ops.fastdiff.<name>; on plain tensors without the dispatcher, which costs more than the operation."""
+    """torch.ops.fastdiff.<name>; for plain tensors past the dispatcher, which takes longer than a small operation."""
     if torch.compiler.is_compiling():
         return getattr(torch.ops.fastdiff, name)(*args)
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if torch_private.functorch_is_active() or torch_private.forward_mode_is_active():
         return getattr(autograd, name)(*args)
     place = args[0].device
-    trained, wide, plain = False, False, not torch._C._len_torch_dispatch_stack()
+    trained, wide, plain = False, False, not torch_private.dispatch_modes()
     for value in args:
         if isinstance(value, Tensor):
             if value.device != place:
-                raise DeviceError(f"all tensors must be on {place}, got one on {value.device}: move it there")
-            # subclasses, and views that stand for other numbers, are the dispatcher's business
+                raise DeviceError(f"all tensors must be on {place}, got one on {value.device}: use .to({str(place)!r})")
+            # subclasses and negated views are left to the dispatcher
             plain = plain and type(value) in _TENSORS and not value.is_neg()
             trained = trained or value.requires_grad
             wide = wide or value.dtype is torch.float64
@@ -295,21 +301,25 @@ def _run(name: str, *args: Any) -> Any:
 
 def perturb(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor, stream: int) -> Tensor:
     """x_t = alpha_i·x0 + sigma_i·ε, [B, *]; see fastdiff.execution.reference.perturb."""
-    return _run("perturb", x0, alpha, sigma, cursor, stream)
+    noisy: Tensor = _run("perturb", x0, alpha, sigma, cursor, stream)
+    return noisy
 
 
 def dsm_loss(
     output: Tensor, x0: Tensor, r: Tensor, w: Tensor, weight: Tensor, cursor: Tensor, stream: int
 ) -> tuple[Tensor, Tensor]:
     """Each sample's weighted mean squared error, [B], and the error, [B, *]; see fastdiff.execution.reference.dsm_loss."""
-    return _run("dsm_loss", output, x0, r, w, weight, cursor, stream)
+    loss_and_error: tuple[Tensor, Tensor] = _run("dsm_loss", output, x0, r, w, weight, cursor, stream)
+    return loss_and_error
 
 
 def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: int, order: str) -> Tensor:
     """Sines and cosines of (scale·t)·frequencies, [B, channels]; see fastdiff.execution.reference.timestep_embedding."""
-    return _run("timestep_embedding", t, frequencies, scale, channels, order)
+    features: Tensor = _run("timestep_embedding", t, frequencies, scale, channels, order)
+    return features
 
 
 def probe_dot(value: Tensor, cursor: Tensor, stream: int, kind: str, probe: Tensor | None = None) -> Tensor:
     """⟨v, value⟩ of each sample, float64 [B]; see fastdiff.execution.reference.probe_dot."""
-    return _run("probe_dot", value, cursor, stream, kind, probe)
+    dots: Tensor = _run("probe_dot", value, cursor, stream, kind, probe)
+    return dots

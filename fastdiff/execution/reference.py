@@ -1,13 +1,13 @@
 """What each operation means, in plain PyTorch: the oracle of the kernels, and the backend that runs anywhere.
 
-In float32 every element is a product and a chain of fused multiply-adds, each rounded once, and a sum over a sample is a
-fixed tree in float64, so that every backend makes the same bits; float64 is as exact, but its sums and products round
-one by one. Nothing here depends on layout, thread count or batch split.
+In float32 every element is a product and a sequence of fused multiply-adds, each rounded once, and a sum over a sample is a
+fixed tree in float64, so that every backend makes the same numbers (as torch.equal compares them: −0 is 0). In float64
+products and sums are rounded one by one. Nothing here depends on layout, thread count or batch split.
 
 The operations share a few operands:
 
-    out      written, contiguous, float32 or float64 [B, *]: the state's dtype, in which all arithmetic is done; pushed, kept,
-             measured and first_bad, where they are given, are contiguous too
+    out      written, contiguous, float32 or float64 [B, *]: the state's dtype, in which all arithmetic is done. The other
+             results (pushed, kept, measured, first_bad) are contiguous too
     table    the step table's `matrix` in the state's dtype, [rows, len(COLUMNS)]
     cursor   int64 [3]: row (or draw), the first sample's number, the seed (its 64 bits as a signed number)
     stream   what the noise is for (fastdiff.execution.noise), None: none is drawn
@@ -17,7 +17,8 @@ Other tensors may have any strides, and any floating dtype where they come from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +28,13 @@ from ..errors import choose
 from ..table import COLUMNS
 from . import noise
 
-# A measured step and its noise are made in one go: it is handed on rather than made again.
+# measure_langevin keeps the noise that it draws for the step that follows, which else would draw it again.
 KEEPS_NOISE = True
 
 BLOCK = 1024
 
 # e^u = 2^n e^r with n = round(u / ln 2): 1/ln 2, ln 2 in two parts (the first has 15 bits), and e^r by Taylor's series,
-# highest power first (|r| <= ln(2)/2, so the next term is below a tenth of the last place)
+# highest power first (|r| <= ln(2)/2, so the first power left out is below a tenth of the last place)
 _PER_LN_2, _LN_2_HIGH, _LN_2_LOW = map(float.fromhex, ("0x1.715476p+0", "0x1.62e3p-1", "0x1.2fefa4p-17"))
 _EXP = tuple(map(float.fromhex, (
     "0x1.a01a02p-13", "0x1.6c16c2p-10", "0x1.111112p-7", "0x1.555556p-5", "0x1.555556p-3", "0x1p-1", "0x1p+0", "0x1p+0",
@@ -81,11 +82,11 @@ def step(
         out = `known_alpha`·known + `known_sigma`·z where mask  (the known part of x_0, at the level that the row ends on)
 
     out may be x; nothing else that is written may share memory with an operand.
-    A term whose coefficient is 0 is left out, whatever its operand holds. z is drawn, unless it is given, if `stream` is.
+    A term whose coefficient is 0 is left out, whatever its operand holds. Without z, z is drawn if stream is not None.
     v (learned variance, Nichol & Dhariwal 2021, eq. 15) replaces c by exp(`log_mid` + `log_slope`·v), elementwise;
     measured [B, 2] replaces b0 and c by each sample's own.
 
-    Also written, where given: pushed ← h_0; net_input ← `next_scale`·out, in its own dtype and layout;
+    Also written, where they are not None: pushed ← h_0; net_input ← `next_scale`·out, in net_input's dtype and layout;
     first_bad int64 [B] ← min(itself, row) for samples whose out (or unclamped h_0, where it is clamped) is not finite.
     """
     k = int(cursor[0])
@@ -103,14 +104,14 @@ def step(
     c: Factor = (
         row["c"]
         if v is None
-        else _exp(_chain([(1.0, torch.full_like(out, row["log_mid"])), (row["log_slope"], v)], out))
+        else _exp(_weighted_sum([(1.0, torch.full_like(out, row["log_mid"])), (row["log_slope"], v)], out))
     )
     if measured is not None:
         b[0], c = (_per_sample(column, out) for column in measured.unbind(1))
     used = [*(history or ())] if h0 is None else [h0, *(history or ())]
-    total = _chain([(row["a"], x), (row["e"], base), *zip(b, used), (c, z)], out)
+    total = _weighted_sum([(row["a"], x), (row["e"], base), *zip(b, used), (c, z)], out)
     if mask is not None:
-        total = torch.where(mask, _chain([(row["known_alpha"], known), (row["known_sigma"], z)], out), total)
+        total = torch.where(mask, _weighted_sum([(row["known_alpha"], known), (row["known_sigma"], z)], out), total)
     if net_input is not None:
         net_input.copy_(total * row["next_scale"])
     if first_bad is not None:
@@ -119,6 +120,17 @@ def step(
     if pushed is not None and h0 is not None:
         pushed.copy_(h0)
     out.copy_(total)
+
+
+def prepare_step(
+    out: Tensor, table: Tensor, stream: int | None, x: Tensor, **operands: Any
+) -> Callable[[Tensor, Tensor | None, Tensor | None], None]:
+    """(cursor, m, v) -> None: `step` with the other operands fixed, for a loop that calls it row after row."""
+
+    def run(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
+        step(out, table, cursor, stream, x, m, v=v, **operands)
+
+    return run
 
 
 def measure_langevin(
@@ -133,7 +145,7 @@ def measure_langevin(
     z: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> None:
-    """measured [B, 2] ← (δ, √(2δ)), δ = min(`gain`·(‖z‖/‖h_0‖)², `cap`), 0 where h_0 = 0; kept ← z, where given.
+    """measured [B, 2] ← (δ, √(2δ)), δ = min(`gain`·(‖z‖/‖h_0‖)², `cap`), 0 where h_0 = 0; kept ← z, if it is not None.
 
     batch=False: each sample's own norms; True: the means over the batch of ‖z‖ and of ‖h_0‖ (Song et al. 2021, Alg. 4).
     """
@@ -143,7 +155,7 @@ def measure_langevin(
         z = torch.empty_like(h)
         normal(z, cursor, stream)
     if z is None:
-        raise ValueError("measure_langevin needs noise: give z or a stream")
+        raise ValueError("measure_langevin needs noise: pass z or a stream, both are None")
     noise_norm, score_norm = (_root(tree_sum(value.double() ** 2)) for value in (z, h))
     if batch:
         mean = [tree_sum(value[None]).div(max(len(value), 1)).expand(len(value)) for value in (noise_norm, score_norm)]
@@ -159,35 +171,36 @@ def perturb(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor, stream: in
     """x_t = alpha_i·x0 + sigma_i·ε for x0 [B, *] and alpha, sigma [B]; ε from the counter, contiguous in x0's dtype."""
     z = x0.new_empty(x0.shape)
     normal(z, cursor, stream)
-    return _chain([(_per_sample(alpha, x0), x0), (_per_sample(sigma, x0), z)], x0)
+    return _weighted_sum([(_per_sample(alpha, x0), x0), (_per_sample(sigma, x0), z)], x0)
 
 
 def dsm_loss(
     output: Tensor, x0: Tensor, r: Tensor, w: Tensor, weight: Tensor, cursor: Tensor, stream: int
 ) -> tuple[Tensor, Tensor]:
-    """Each sample's weight_i · mean (output − r_i·x0 − w_i·ε)², [B], and the error in the brackets, [B, *], which its
-    gradient needs: x0's dtype, for an output of any. ε is what `perturb` used. (Vincent 2011, eq. 11.)"""
+    """Each sample's weight_i · mean (output − r_i·x0 − w_i·ε)², [B], and the error in the brackets, [B, *], which the
+    gradient needs; both in x0's dtype, whatever the output's. ε is that of `perturb`. (Vincent 2011, eq. 11.)"""
     z = x0.new_empty(x0.shape)
     normal(z, cursor, stream)
-    target = _chain([(_per_sample(r, x0), x0), (_per_sample(w, x0), z)], x0)
+    target = _weighted_sum([(_per_sample(r, x0), x0), (_per_sample(w, x0), z)], x0)
     error = output.to(x0.dtype) - target
     mean = tree_sum(error.double() ** 2) / max(error[:1].numel(), 1)
     return (weight.to(x0.dtype).double() * mean).to(x0.dtype), error.contiguous()
 
 
 def dsm_loss_backward(grad: Tensor, error: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of `dsm_loss` in the output, in its dtype: 2/n·weight_i·grad_i times the error, n elements a sample."""
+    """The gradient of `dsm_loss` with respect to the output, of this dtype: 2/n·weight_i·grad_i·error, n elements a sample."""
     wide_weight, wide_grad = (column.to(error.dtype).double() for column in (weight, grad))
     factor = 2.0 * wide_weight * wide_grad / max(error[:1].numel(), 1)
-    return _chain([(_per_sample(factor, error), error)], error).to(dtype)
+    return _weighted_sum([(_per_sample(factor, error), error)], error).to(dtype)
 
 
 def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: int, order: str) -> Tensor:
     """Sines and cosines of (scale·t_i)·frequencies_k, [B, channels] for t [B] and frequencies [channels // 2].
 
-    order: "sin_cos" (Ho et al. 2020), "cos_sin" (Dhariwal & Nichol 2021), halves of the channels, or "interleaved" (Vaswani
-    et al. 2017), sine and cosine by turns. An odd last channel is 0. float32 for float32 times: the angle is rounded to
-    float32, its quarter turns counted in float64 and the rest given to FDN1's polynomials, whose errors are below 4e-9.
+    order: "sin_cos" (Ho et al. 2020), all sines, then all cosines; "cos_sin" (Dhariwal & Nichol 2021), the other way round;
+    "interleaved" (Vaswani et al. 2017), sine and cosine by turns. If channels is odd, the last one is 0.
+    For float32 times the angle is rounded to float32, its quarter turns are counted in float64, and the sine and cosine of
+    what is left are FDN1's polynomials, whose errors are below 4e-9.
     """
     angle = (t * scale)[:, None] * frequencies
     if t.dtype == torch.float64:
@@ -200,7 +213,7 @@ def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: i
 
 
 def arranged(sine: Tensor, cosine: Tensor, channels: int, order: str) -> Tensor:
-    """The features of `timestep_embedding` in their places."""
+    """The sines and cosines of `timestep_embedding` in their channels."""
     choose("order", order, ("sin_cos", "cos_sin", "interleaved"))
     pair = (cosine, sine) if order == "cos_sin" else (sine, cosine)
     out = torch.stack(pair, -1).flatten(1) if order == "interleaved" else torch.cat(pair, 1)
@@ -208,7 +221,8 @@ def arranged(sine: Tensor, cosine: Tensor, channels: int, order: str) -> Tensor:
 
 
 def probe_dot(value: Tensor, cursor: Tensor, stream: int, kind: str, probe: Tensor | None = None) -> Tensor:
-    """⟨v, value⟩ of each sample, float64 [B]: v is `probe`, or drawn anew, kind "rademacher" or "normal" (Hutchinson 1990)."""
+    """⟨v, value⟩ of each sample, float64 [B]; v is `probe`, or, if that is None, drawn: kind "rademacher" or "normal"
+    (Hutchinson 1990)."""
     if probe is None:
         probe = value.new_empty(value.shape, dtype=torch.float32)
         (rademacher if kind == "rademacher" else normal)(probe, cursor, stream)
@@ -221,15 +235,15 @@ def rk_error(
     """x' = x + h_i Σ b_j k_j and each sample's error √mean((h_i Σ e_j k_j / (atol + rtol·max(|x|, |x'|)))²), in x's dtype.
 
     x [B, *], steps h [B], stages k_j [B, *], weights b and their difference e from the embedded method's (Hairer, Nørsett &
-    Wanner, Solving ODEs I, eqs. II.4.10–4.11). Weights that are 0 leave their stage out.
+    Wanner, Solving ODEs I, eqs. II.4.10–4.11). A stage whose weight is 0 is left out of that sum.
     """
 
     def steps(weights: Sequence[float]) -> list[tuple[Factor, Tensor]]:
-        own = [(torch.tensor(w, dtype=x.dtype, device=x.device), k) for w, k in zip(weights, stages) if w != 0]
-        return [(_per_sample(h.to(x.dtype) * w, x), k) for w, k in own]
+        rounded = [(torch.tensor(w, dtype=x.dtype, device=x.device), k) for w, k in zip(weights, stages) if w != 0]
+        return [(_per_sample(h.to(x.dtype) * w, x), k) for w, k in rounded]
 
-    after = _chain([(1.0, x), *steps(b)], x)
-    error = _chain(list(steps(e)), x)
+    after = _weighted_sum([(1.0, x), *steps(b)], x)
+    error = _weighted_sum(list(steps(e)), x)
     tolerance = torch.tensor((rtol, atol), dtype=x.dtype, device=x.device)
     size = torch.maximum(x.abs(), after.abs())
     ratio = error / fma(size, tolerance[0].expand_as(size), tolerance[1].expand_as(size))
@@ -256,7 +270,7 @@ def tree_sum(values: Tensor) -> Tensor:
     """Sum over all but the first axis, float64 [B]: blocks of 1024 elements in the sample's order, each halved down to
     one number (element i + element i + n/2), then the blocks the same way."""
     flat = values.double().flatten(1)
-    # in a shorter sample the halves beyond its end are zeros, which change nothing: leave them out
+    # a block's halves that lie beyond a short sample's end are zeros, which change nothing: leave them out
     width = min(BLOCK, 1 << max(flat.shape[1] - 1, 0).bit_length())
     blocks = -(-flat.shape[1] // width)
     flat = torch.nn.functional.pad(flat, (0, blocks * width - flat.shape[1])).view(len(flat), blocks, width)
@@ -272,11 +286,11 @@ def _prediction(x: Tensor, m: Tensor, guide: Tensor | None, row: dict[str, float
     if guide is not None:
         guide = guide.to(x.dtype)
         m = fma(m - guide, torch.full_like(m, row["guidance"]), guide)
-    return _chain([(row["p"], x), (row["q"], m)], x)
+    return _weighted_sum([(row["p"], x), (row["q"], m)], x)
 
 
-def _chain(terms: Sequence[tuple[Factor, Tensor | None]], like: Tensor) -> Tensor:
-    """Σ factor·value in order, like `like` but contiguous: one product, then fma by fma; zero factors left out."""
+def _weighted_sum(terms: Sequence[tuple[Factor, Tensor | None]], like: Tensor) -> Tensor:
+    """Σ factor·value in order, like `like` but contiguous: one product, then fma by fma; terms of factor 0 are left out."""
     total: Tensor | None = None
     for factor, value in terms:
         if value is None or (not isinstance(factor, Tensor) and factor == 0):
@@ -292,12 +306,11 @@ def _exp(u: Tensor) -> Tensor:
     if u.dtype == torch.float64:
         return u.exp()
     u = u.clamp(-86.0, 88.0)
-    constant = lambda value: torch.full_like(u, value)  # noqa: E731
     n = (u * _PER_LN_2).round()
-    r = fma(n, constant(-_LN_2_LOW), fma(n, constant(-_LN_2_HIGH), u))
-    p = constant(_EXP[0])
+    r = fma(n, torch.full_like(u, -_LN_2_LOW), fma(n, torch.full_like(u, -_LN_2_HIGH), u))
+    p = torch.full_like(u, _EXP[0])
     for coefficient in _EXP[1:]:
-        p = fma(p, r, constant(coefficient))
+        p = fma(p, r, torch.full_like(u, coefficient))
     return p * ((n.nan_to_num().to(torch.int32) + 127) << 23).view(torch.float32)
 
 

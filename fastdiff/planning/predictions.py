@@ -139,8 +139,9 @@ def check(prediction: str, time_input: str, process: Process) -> None:
         _check_sampled(prediction, time_input, process)
         return
     t = np.array([float(process.T)])
-    coordinates(prediction, process, t, process.alpha(t), process.sigma(t))
-    network_time(time_input, process, t, process.alpha(t), process.sigma(t))
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    coordinates(prediction, process, t, alpha, sigma)
+    network_time(time_input, process, t, alpha, sigma)
 
 
 def _check_sampled(prediction: str, time_input: str, process: Process) -> None:

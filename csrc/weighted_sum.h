@@ -1,8 +1,9 @@
-// Σ factor·value over a tile, in the reference's order and roundings; what is not finite in it.
+// Σ factor·value over a tile, in the reference's order and roundings; whether a tile is finite.
 #pragma once
 #include "fill.h"
 
-// The turns of the loop that follows do not touch each other's elements (an operand may be the output, at the same place).
+// Tells the compiler that no turn of the next loop reads what another one writes: an operand may be the output itself, but
+// then each element is read and written in the same turn.
 #if defined(__clang__)
 #define FASTDIFF_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -17,7 +18,7 @@ inline double fma(double a, double b, double c) { return a * b + c; }  // as the
 template <class S> struct Term {
     const S* value;
     S factor;
-    const S* factors;  // one an element instead, if not null
+    const S* factors;  // if not null: a factor for each element, instead of `factor`
 };
 
 template <class S, int count, bool first> void add_terms(S* out, const Term<S>* terms, int n) {
@@ -32,14 +33,15 @@ FASTDIFF_INDEPENDENT
     }
 }
 
-// Σ factor·value in order: one product, then fma by fma.
-template <class S> struct Chain {
+// Σ factor·value in the order of the terms: one product, then fma by fma.
+template <class S> struct WeightedSum {
     Term<S> terms[9];
     int count = 0;
 
     void add(const S* value, S factor) {
         if (factor != S(0)) terms[count++] = {value, factor, nullptr};
     }
+    // also where the factor is 0: a sample's own, not the row's
     void add_always(const S* value, S factor) { terms[count++] = {value, factor, nullptr}; }
     void add_each(const S* value, const S* factors) { terms[count++] = {value, S(0), factors}; }
 
@@ -75,8 +77,8 @@ template <class S> struct Chain {
 // Whether a tile is of one sample, and that one large enough for the loop below.
 inline bool in_one_loop(const Geometry& g, const Tile& tile) { return tile.samples == 1 && g.numel >= 16 * Vector::lanes; }
 
-// The last term of a chain with the noise that it adds, in one loop: out = Σ factor·value + c·z. Returns whether all of out
-// is finite, and stores scale·out at net_input if that is not null.
+// A sum of `count` terms and its last one, the noise, in one loop that never stores z: out = Σ factor·value + c·z. Returns
+// whether all of out is finite, and stores scale·out at net_input if that is not null.
 template <int count>
 bool add_noise(
     float* out, const Term<float>* terms, float c, float* net_input, float scale, const Tile& tile,
@@ -152,7 +154,7 @@ template <class S> void flag(int64_t* first_bad, const S* v, const Tile& tile, i
         }
 }
 
-// One factor a sample, spread over the tile's elements.
+// One factor for each sample, repeated for each of its elements in the tile.
 template <class S> const S* spread(S* out, const Tile& tile, const S* per_sample, int64_t stride) {
     const int each = int(tile.n / tile.samples);
     for (int64_t i = 0; i < tile.samples; ++i) {
@@ -163,11 +165,11 @@ template <class S> const S* spread(S* out, const Tile& tile, const S* per_sample
 }
 
 template <class S> void add_per_sample(
-    Chain<S>& chain, const S* value, const Tile& tile, const S* per_sample, int64_t stride, S* buffer) {
+    WeightedSum<S>& sum, const S* value, const Tile& tile, const S* per_sample, int64_t stride, S* buffer) {
     if (tile.samples == 1)
-        chain.add_always(value, per_sample[tile.sample * stride]);
+        sum.add_always(value, per_sample[tile.sample * stride]);
     else
-        chain.add_each(value, spread(buffer, tile, per_sample, stride));
+        sum.add_each(value, spread(buffer, tile, per_sample, stride));
 }
 
 }  // namespace
