@@ -3,9 +3,8 @@
 Some draw noise that their scheme does not use (DDIM and Heun of some libraries, last steps): that is theirs, and counted.
 
 Used as their documentation says; what a library lacks (a network of another meaning, a schedule of the user's own) is
-written as a user of it would. They are not needed to run anything: who is missing is left out. `pip install
-'fastdiff[bench]'` brings diffusers and torchsde, `pip install --no-deps -r benchmarks/peers.txt` the others, without the
-packages that they import at top level and that no sampler uses (stand-ins take their place).
+written as a user of it would. Who is missing is left out. `pip install 'fastdiff[bench]'` brings diffusers and torchsde, `pip
+install --no-deps -r benchmarks/peers.txt` the others, without the packages that they import and that no sampler uses.
 """
 
 from __future__ import annotations
@@ -53,12 +52,11 @@ class Peer(NamedTuple):
     from_prior: bool = False
 
 
+SCORE_SDE = "score_sde_pytorch"
 MODULES = {
     "diffusers": "diffusers", "k-diffusion": "k_diffusion.sampling", "azula": "azula.sample", "torchsde": "torchsde",
     "denoising-diffusion-pytorch": "denoising_diffusion_pytorch.denoising_diffusion_pytorch",
 }  # fmt: skip
-
-# --- loading them ----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -95,7 +93,7 @@ def score_sde() -> tuple[Any, Any, Any]:
 
 def missing(opponent: str) -> str | None:
     """Why an opponent cannot be measured here, or None."""
-    if opponent == "score_sde_pytorch":
+    if opponent == SCORE_SDE:
         there = (Path(os.environ.get("SCORE_SDE_PYTORCH", "/nowhere")) / "sde_lib.py").is_file()
         return None if there else "SCORE_SDE_PYTORCH does not name a checkout of score_sde_pytorch"
     try:
@@ -103,9 +101,6 @@ def missing(opponent: str) -> str | None:
     except ImportError as error:
         return f"{opponent} is not installed ({error})"
     return None
-
-
-# --- by hand, and as printed -----------------------------------------------------------------------------------------
 
 
 def _vp_rows(steps: int) -> list[tuple[float, float, float, float]]:
@@ -156,7 +151,7 @@ def compiled(net: Any, start: Tensor, steps: int) -> Run:
 
     @torch.compile(options={"fallback_random": True})
     def step(x: Tensor, t: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        return a * x + b * net(x, t.expand(len(x))) + c * torch.randn_like(x)  # type: ignore[no-any-return]
+        return a * x + b * net(x, t.expand(len(x))) + c * torch.randn_like(x)
 
     @torch.no_grad()
     def run() -> Tensor:
@@ -173,7 +168,7 @@ def printed(kind: str, loop: Callable[..., list[Tensor]]) -> Build:
 
     def build(net: Any, start: Tensor, steps: int) -> Run:
         def call(x: Tensor, t: float) -> Tensor:
-            return net(x, torch.full((len(x),), t, device=x.device))  # type: ignore[no-any-return]
+            return net(x, torch.full((len(x),), t, device=x.device))
 
         network = {
             "vp": lambda x, t: call(x, t) * (-1 / papers.vp(t).sigma), "ve": lambda x, t: call(x, papers.ve(t).sigma),
@@ -184,23 +179,23 @@ def printed(kind: str, loop: Callable[..., list[Tensor]]) -> Build:
     return build
 
 
-def _ddim_times(steps: int) -> list[int]:
-    """diffusers' "leading" subset of a chain, as process times (its index + 1), without the last, 0."""
+# subsets of a chain as process times (the index + 1), without the last: diffusers' "leading" and "linspace", lucidrains'
+def _leading(steps: int) -> list[int]:
     return [k * (CHAIN // steps) + 1 for k in reversed(range(steps))]
 
 
-def _linspace_times(steps: int) -> list[int]:
-    """diffusers' "linspace" subset of a chain, as process times, without its end."""
+def _linspace(steps: int) -> list[int]:
     return [round((CHAIN - 1) * k / steps) + 1 for k in range(steps, 0, -1)]
+
+
+def _lucidrains(steps: int) -> list[int]:
+    return [t + 1 for t in reversed(torch.linspace(-1, CHAIN - 1, steps + 1).int().tolist()[1:])]
 
 
 def _ddim_as_printed(network: Any, start: Tensor, steps: int, noise: Any) -> list[Tensor]:
     bars = torch.cumprod(1 - torch.tensor(betas(CHAIN), dtype=torch.float64), 0).tolist()
-    times = _ddim_times(steps)
+    times = _leading(steps)
     return papers.ddim_sample(network, start, [*(bars[t - 1] for t in times), 1.0], times, noise)
-
-
-# --- score_sde_pytorch -----------------------------------------------------------------------------------------------
 
 
 class Labelled:
@@ -212,7 +207,7 @@ class Labelled:
     def eval(self) -> None: ...
 
     def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
-        return self.net(x, labels if self.sde == "ve" else labels / 999)  # type: ignore[no-any-return]
+        return self.net(x, labels if self.sde == "ve" else labels / 999)
 
 
 @torch.no_grad()
@@ -239,83 +234,71 @@ def score_sde_flow(
     return torch.from_numpy(found[: x.numel()]).view_as(x), torch.from_numpy(found[x.numel() :])
 
 
-def _score_sde(sde: str, predictor: str, corrector: str, eps: float, as_printed: bool = False) -> Build:
-    """Its predictor-corrector sampler, or the loop of fastdiff.papers that has the same rows."""
-    if as_printed:
-        loop = partial(papers.score_sde_loop, sde)
-        return printed(sde, lambda *given: loop(*given, predictor, corrector, eps=eps))
+def _as_printed(sde: str, predictor: str, corrector: str, eps: float) -> Build:
+    """The loop of fastdiff.papers that has the same rows as score_sde_pytorch's predictor-corrector sampler."""
+    loop = partial(papers.score_sde_loop, sde)
+    return printed(sde, lambda *given: loop(*given, predictor, corrector, eps=eps))
 
+
+def _score_sde(sde: str, predictor: str, corrector: str, eps: float) -> Build:
     def build(net: Any, start: Tensor, steps: int) -> Run:
         sampling, sde_lib, _ = score_sde()
-        process = {"ve": sde_lib.VESDE, "vp": sde_lib.VPSDE}[sde](N=steps)
         sampler = sampling.get_pc_sampler(
-            process, tuple(start.shape), sampling.get_predictor(predictor), sampling.get_corrector(corrector),
+            {"ve": sde_lib.VESDE, "vp": sde_lib.VPSDE}[sde](N=steps), tuple(start.shape),
+            sampling.get_predictor(predictor), sampling.get_corrector(corrector),
             lambda x: x, 0.16, continuous=True, eps=eps, device=start.device,
         )  # fmt: skip
-        model = Labelled(net, sde)
-        return lambda: sampler(model)[0]
+        return lambda: sampler(Labelled(net, sde))[0]
 
     return build
 
 
-# --- diffusers -------------------------------------------------------------------------------------------------------
+def _scheduled(
+    scheduler: Any, start: Tensor, steps: int, step: Callable[[int, Tensor, Tensor], Any], **given: Any
+) -> Run:
+    """A pipeline's loop without the conversion to pictures; `step(i, t, x)` gives a scheduler's answer."""
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        scheduler.set_timesteps(steps, **given)
+        if hasattr(scheduler, "set_sigmas"):
+            scheduler.set_sigmas(steps)
+        out = (start,)
+        for i, t in enumerate(scheduler.timesteps):
+            out = step(i, t, out[0])
+        return out[-1]
+
+    return run
 
 
 def diffusers_ve(net: Any, start: Tensor, steps: int, correct: bool) -> Run:
-    """Its ScoreSdeVePipeline, without the conversion to pictures."""
-    scheduler = load("diffusers").ScoreSdeVeScheduler(
-        num_train_timesteps=steps, snr=0.16, sigma_min=0.01, sigma_max=50.0
-    )
+    scheduler = load("diffusers").ScoreSdeVeScheduler(steps, snr=0.16, sigma_min=0.01, sigma_max=50.0)
 
-    @torch.no_grad()
-    def run() -> Tensor:
-        scheduler.set_timesteps(steps)
-        scheduler.set_sigmas(steps)
-        x = mean = start
-        for i, t in enumerate(scheduler.timesteps):
-            sigma = scheduler.sigmas[i] * torch.ones(len(x), device=x.device)
-            if correct:
-                x = scheduler.step_correct(net(x, sigma), x).prev_sample
-            out = scheduler.step_pred(net(x, sigma), t, x)
-            x, mean = out.prev_sample, out.prev_sample_mean
-        return mean
+    def step(i: int, t: Tensor, x: Tensor) -> Any:
+        sigma = scheduler.sigmas[i] * torch.ones(len(x), device=x.device)
+        if correct:
+            x = scheduler.step_correct(net(x, sigma), x).prev_sample
+        out = scheduler.step_pred(net(x, sigma), t, x)
+        return out.prev_sample, out.prev_sample_mean
 
-    return run
+    return _scheduled(scheduler, start, steps, step)
 
 
 def diffusers_vp(net: Any, start: Tensor, steps: int) -> Run:
-    scheduler = load("diffusers.schedulers.deprecated.scheduling_sde_vp").ScoreSdeVpScheduler(num_train_timesteps=steps)
-
-    @torch.no_grad()
-    def run() -> Tensor:
-        scheduler.set_timesteps(steps, device=start.device)
-        x = mean = start
-        for t in scheduler.timesteps:
-            x, mean = scheduler.step_pred(net(x, t.expand(len(x))), x, t)
-        return mean
-
-    return run
+    scheduler = load("diffusers.schedulers.deprecated.scheduling_sde_vp").ScoreSdeVpScheduler(steps)
+    step = lambda i, t, x: scheduler.step_pred(net(x, t.expand(len(x))), x, t)  # noqa: E731
+    return _scheduled(scheduler, start, steps, step, device=start.device)
 
 
 def diffusers_chain(net: Any, start: Tensor, steps: int, name: str, chain: int = CHAIN, **options: Any) -> Run:
     """A scheduler of diffusers on a chain (0: one of as many steps as the run)."""
-    length = chain or steps
-    scheduler = getattr(load("diffusers"), name)(
-        num_train_timesteps=length, trained_betas=betas(length), prediction_type="epsilon", **options
-    )
+    length, given = chain or steps, {"prediction_type": "epsilon", **options}
+    scheduler = getattr(load("diffusers"), name)(length, trained_betas=betas(length), **given)
 
-    @torch.no_grad()
-    def run() -> Tensor:
-        scheduler.set_timesteps(steps, device=start.device)
-        x = start
-        for t in scheduler.timesteps:
-            x = scheduler.step(net(scheduler.scale_model_input(x, t), t.expand(len(x))), t, x).prev_sample
-        return x
+    def step(i: int, t: Tensor, x: Tensor) -> Any:
+        return (scheduler.step(net(scheduler.scale_model_input(x, t), t.expand(len(x))), t, x).prev_sample,)
 
-    return run
-
-
-# --- k-diffusion, denoising-diffusion-pytorch ------------------------------------------------------------------------
+    return _scheduled(scheduler, start, steps, step, device=start.device)
 
 
 def k_diffusion(net: Any, start: Tensor, steps: int, name: str) -> Run:
@@ -333,7 +316,7 @@ def lucidrains(net: Any, start: Tensor, steps: int, subset: bool) -> Run:
         self_condition = False
 
         def forward(self, x: Tensor, t: Tensor, _: Any) -> Tensor:
-            return net(x, t)  # type: ignore[no-any-return]
+            return net(x, t)
 
     module.tqdm = lambda values, **_: values  # its bar cannot be turned off
     diffusion = module.GaussianDiffusion(
@@ -344,24 +327,16 @@ def lucidrains(net: Any, start: Tensor, steps: int, subset: bool) -> Run:
     return lambda: sample(tuple(start.shape))
 
 
-def _lucidrains_times(steps: int) -> list[float]:
-    times = torch.linspace(-1, CHAIN - 1, steps + 1).int().tolist()
-    return [t + 1 for t in reversed(times)]
-
-
-# --- azula -----------------------------------------------------------------------------------------------------------
-
-
 def azula(net: Any, start: Tensor, steps: int, name: str, kind: str) -> Run:
     """A sampler of azula, with the process as its schedule and the network as its denoiser."""
     sample, denoise, noise = (load(f"azula.{part}") for part in ("sample", "denoise", "noise"))
 
-    class VP(noise.Schedule):  # type: ignore[misc, name-defined]
+    class VP(noise.Schedule):
         def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
             log_alpha = -0.5 * (9.95 * t + 0.1) * t
             return torch.exp(log_alpha), torch.sqrt(-torch.expm1(2 * log_alpha))
 
-    class Denoiser(denoise.Denoiser):  # type: ignore[misc, name-defined]
+    class Denoiser(denoise.Denoiser):
         def __init__(self) -> None:
             super().__init__()
             self.schedule = VP() if kind == "vp" else noise.VESchedule(0.01, 50.0)
@@ -379,9 +354,6 @@ def azula(net: Any, start: Tensor, steps: int, name: str, kind: str) -> Run:
     return lambda: sampler(start)
 
 
-# --- torchsde --------------------------------------------------------------------------------------------------------
-
-
 def torchsde(net: Any, start: Tensor, steps: int) -> Run:
     """Euler-Maruyama on the reverse SDE in s = 1 − t."""
     library = load("torchsde")
@@ -394,7 +366,7 @@ def torchsde(net: Any, start: Tensor, steps: int) -> Run:
             beta = 0.1 + 19.9 * t
             sigma = torch.sqrt(-torch.expm1(-(9.95 * t + 0.1) * t))
             eps = net(y.view(start.shape), t.expand(len(y))).flatten(1)
-            return 0.5 * beta * y - beta / sigma * eps  # type: ignore[no-any-return]
+            return 0.5 * beta * y - beta / sigma * eps
 
         def g(self, s: Tensor, y: Tensor) -> Tensor:
             return torch.sqrt(0.1 + 19.9 * (1 - s)).expand_as(y)
@@ -404,28 +376,17 @@ def torchsde(net: Any, start: Tensor, steps: int) -> Run:
     return torch.no_grad()(lambda: library.sdeint(reverse, start.flatten(1), ends, **given)[-1])
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
-def _named(**fixed: Any) -> Options:
-    return lambda steps: {"steps": steps, **fixed}
-
-
-_VE = _named(sde="ve", sampler="reverse_diffusion", grid="score_sde")
-_BATCH = samplers.PredictorCorrector(corrector="langevin", norm="batch")
-_PC = _named(sde="ve", sampler=_BATCH, grid="score_sde")
-_ALD = _named(sde="ve", sampler="pc", grid="score_sde")
-_VP = _named(sde="vp", sampler="euler_maruyama", grid="score_sde")
-_UNIFORM = _named(sde="vp", sampler="euler_maruyama", denoise=False)
-_HEUN = _named(sde="edm", sampler="heun")
+def _of(sde: str, sampler: Any, **fixed: Any) -> Options:
+    return lambda steps: {"sde": sde, "steps": steps, "sampler": sampler, **fixed}
 
 
 def _chain(**fixed: Any) -> Options:
     return lambda steps: {"sde": fastdiff.DDPM(betas(steps)), "steps": steps, "sampler": "ancestral", **fixed}
 
 
-def _subset(times: Callable[[int], list[Any]], **fixed: Any) -> Options:
-    return lambda steps: {"sde": fastdiff.DDPM(betas(CHAIN)), "sampler": "ddim", "grid": times(steps), **fixed}
+def _subset(times: Callable[[int], list[int]], end: int = 0, **fixed: Any) -> Options:
+    chain = fastdiff.DDPM(betas(CHAIN))
+    return lambda steps: {"sde": chain, "sampler": "ddim", "grid": [*times(steps), end], **fixed}
 
 
 def _ve_heun(steps: int) -> dict[str, Any]:
@@ -434,51 +395,51 @@ def _ve_heun(steps: int) -> dict[str, Any]:
     return {"sde": "ve", "sampler": "heun", "grid": grids.sigmas([papers.ve(t).sigma for t in times])}
 
 
+_VE = _of("ve", "reverse_diffusion", grid="score_sde")
+_PC = _of("ve", samplers.PredictorCorrector(corrector="langevin", norm="batch"), grid="score_sde")
+_ALD = _of("ve", "pc", grid="score_sde")
+_VP = _of("vp", "euler_maruyama", grid="score_sde")
+_HEUN = _of("edm", "heun")
+_PP2M = samplers.DPMSolverPP(lower_order_final=False)
 PRINTED = "as printed (papers.py)"
 PEERS = [
-    Peer("VE reverse diffusion", PRINTED, "ve", _VE, _score_sde("ve", "reverse_diffusion", "none", 1e-5, as_printed=True)),
+    Peer("VE reverse diffusion", PRINTED, "ve", _VE, _as_printed("ve", "reverse_diffusion", "none", 1e-5)),
     Peer("VE reverse diffusion", "diffusers", "ve", _VE, partial(diffusers_ve, correct=False)),
-    Peer("VE reverse diffusion", "score_sde_pytorch", "ve", _VE,
-         _score_sde("ve", "reverse_diffusion", "none", 1e-5), from_prior=True),
-    Peer("VE predictor-corrector", PRINTED, "ve", _PC,
-         _score_sde("ve", "reverse_diffusion", "langevin", 1e-5, as_printed=True)),
+    Peer("VE reverse diffusion", SCORE_SDE, "ve", _VE, _score_sde("ve", "reverse_diffusion", "none", 1e-5), from_prior=True),
+    Peer("VE predictor-corrector", PRINTED, "ve", _PC, _as_printed("ve", "reverse_diffusion", "langevin", 1e-5)),
     Peer("VE predictor-corrector", "diffusers", "ve", _PC, partial(diffusers_ve, correct=True)),
-    Peer("VE predictor-corrector", "score_sde_pytorch", "ve", _PC,
+    Peer("VE predictor-corrector", SCORE_SDE, "ve", _PC,
          _score_sde("ve", "reverse_diffusion", "langevin", 1e-5), from_prior=True),
-    Peer("VE predictor-corrector, ald", "score_sde_pytorch", "ve", _ALD,
+    Peer("VE predictor-corrector, ald", SCORE_SDE, "ve", _ALD,
          _score_sde("ve", "reverse_diffusion", "ald", 1e-5), from_prior=True),
     Peer("VE predictor-corrector, azula's", "azula", "ve", _ALD, partial(azula, name="PCSampler", kind="ve"), exact=False),
     Peer("VP Euler-Maruyama", "in place, by hand", "vp", _VP, in_place),
     Peer("VP Euler-Maruyama", "torch.compile", "vp", _VP, compiled, exact=False),
-    Peer("VP Euler-Maruyama", PRINTED, "vp", _VP, _score_sde("vp", "euler_maruyama", "none", 1e-3, as_printed=True)),
+    Peer("VP Euler-Maruyama", PRINTED, "vp", _VP, _as_printed("vp", "euler_maruyama", "none", 1e-3)),
     Peer("VP Euler-Maruyama", "diffusers", "vp", _VP, diffusers_vp),
-    Peer("VP Euler-Maruyama", "score_sde_pytorch", "vp", _VP,
-         _score_sde("vp", "euler_maruyama", "none", 1e-3), from_prior=True),
-    Peer("VP Euler-Maruyama", "torchsde", "vp", _UNIFORM, torchsde, exact=False),
+    Peer("VP Euler-Maruyama", SCORE_SDE, "vp", _VP, _score_sde("vp", "euler_maruyama", "none", 1e-3), from_prior=True),
+    Peer("VP Euler-Maruyama", "torchsde", "vp", _of("vp", "euler_maruyama", denoise=False), torchsde, exact=False),
     Peer("DDPM", PRINTED, "ddpm", _chain(),
          printed("ddpm", lambda net, start, steps, noise: papers.ddpm_sample(net, start, betas(steps), noise))),
     Peer("DDPM", "diffusers", "ddpm", _chain(), partial(diffusers_chain, name="DDPMScheduler", chain=0, clip_sample=False)),
     Peer("DDPM", "denoising-diffusion-pytorch", "ddpm", _chain(clip=(-1, 1)), partial(lucidrains, subset=False), from_prior=True),
-    Peer("VP ancestral", "azula", "vp", _named(sde="vp", sampler="ancestral", denoise=False),
-         partial(azula, name="DDPMSampler", kind="vp")),
-    Peer("DDIM", PRINTED, "ddpm", _subset(lambda n: [*_ddim_times(n), 0]), printed("ddpm", _ddim_as_printed)),
-    Peer("DDIM", "diffusers", "ddpm", _subset(lambda n: [*_ddim_times(n), 0]),
-         partial(diffusers_chain, name="DDIMScheduler", clip_sample=False)),
-    Peer("DDIM", "denoising-diffusion-pytorch", "ddpm", _subset(_lucidrains_times, clip=(-1, 1)),
+    Peer("VP ancestral", "azula", "vp", _of("vp", "ancestral", denoise=False), partial(azula, name="DDPMSampler", kind="vp")),
+    Peer("DDIM", PRINTED, "ddpm", _subset(_leading), printed("ddpm", _ddim_as_printed)),
+    Peer("DDIM", "diffusers", "ddpm", _subset(_leading), partial(diffusers_chain, name="DDIMScheduler", clip_sample=False)),
+    Peer("DDIM", "denoising-diffusion-pytorch", "ddpm", _subset(_lucidrains, clip=(-1, 1)),
          partial(lucidrains, subset=True), from_prior=True),
-    Peer("DDIM", "azula", "vp", _named(sde="vp", sampler="ddim"), partial(azula, name="DDIMSampler", kind="vp")),
+    Peer("DDIM", "azula", "vp", _of("vp", "ddim"), partial(azula, name="DDIMSampler", kind="vp")),
     Peer("Heun", PRINTED, "edm", _HEUN,
          printed("edm", lambda net, start, steps, noise: papers.edm_deterministic(net, start, papers.karras_sigmas(steps)))),
     Peer("Heun", "k-diffusion", "edm", _HEUN, partial(k_diffusion, name="heun")),
     Peer("Heun", "azula", "ve", _ve_heun, partial(azula, name="HeunSampler", kind="ve")),
-    Peer("DPM-2", "k-diffusion", "edm", _named(sde="edm", sampler="dpm_2"), partial(k_diffusion, name="dpm_2")),
-    Peer("LMS", "k-diffusion", "edm", _named(sde="edm", sampler="lms"), partial(k_diffusion, name="lms"), exact=False),
-    Peer("DPM-Solver++(2M)", "k-diffusion", "edm",
-         _named(sde="edm", sampler=samplers.DPMSolverPP(lower_order_final=False)), partial(k_diffusion, name="dpmpp_2m")),
-    Peer("DPM-Solver++(2M)", "diffusers", "ddpm", _subset(lambda n: [*_linspace_times(n), 0], sampler="dpmpp_2m"),
+    Peer("DPM-2", "k-diffusion", "edm", _of("edm", "dpm_2"), partial(k_diffusion, name="dpm_2")),
+    Peer("LMS", "k-diffusion", "edm", _of("edm", "lms"), partial(k_diffusion, name="lms"), exact=False),
+    Peer("DPM-Solver++(2M)", "k-diffusion", "edm", _of("edm", _PP2M), partial(k_diffusion, name="dpmpp_2m")),
+    Peer("DPM-Solver++(2M)", "diffusers", "ddpm", _subset(_linspace, sampler="dpmpp_2m"),
          partial(diffusers_chain, name="DPMSolverMultistepScheduler")),
-    Peer("UniPC", "diffusers", "ddpm", _subset(lambda n: [*_linspace_times(n), 0], sampler="unipc"),
+    Peer("UniPC", "diffusers", "ddpm", _subset(_linspace, sampler="unipc"),
          partial(diffusers_chain, name="UniPCMultistepScheduler")),
-    Peer("DEIS", "diffusers", "ddpm", _subset(lambda n: [*_linspace_times(n), 1], sampler=samplers.DEIS(2, "lambda")),
+    Peer("DEIS", "diffusers", "ddpm", _subset(_linspace, end=1, sampler=samplers.DEIS(2, "lambda")),
          partial(diffusers_chain, name="DEISMultistepScheduler"), exact=False),
 ]  # fmt: skip
