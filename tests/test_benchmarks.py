@@ -142,10 +142,10 @@ def test_operations_reads_and_memory_are_counted(bench):
         return x
 
     found = bench.counting.count(run, 1000, 5)
-    assert found.large_operations == 2
-    assert found.small_operations == 1  # of a column
-    assert found.host_reads == 1
-    assert 4000 * 2 <= found.peak <= 4000 * 3 + 5 * 40
+    assert found["large operations per step"] == 2
+    assert found["small operations per step"] == 1  # of a column
+    assert found["host reads per step"] == 1
+    assert 2 <= found["states held at once"] <= 3 + 5 * 40 / 4000
 
 
 def test_more_network_calls_get_no_number(bench, rows):
