@@ -49,16 +49,15 @@ class Convolutional(nn.Module):
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        self.time = nn.Sequential(
-            TimeEmbedding(64, "fourier", 1.0), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 3 * width)
-        )
+        embedding = TimeEmbedding(64, "fourier", 1.0)
+        self.time = nn.Sequential(embedding, nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 3 * width))
         self.layers = nn.ModuleList(nn.Conv2d(inputs, width, 3, padding=1) for inputs in (1, width, width))
         self.out = nn.Conv2d(width, 1, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         for layer, shift in zip(self.layers, self.time(t)[:, :, None, None].chunk(3, 1)):
             x = F.silu(layer(x) + shift)
-        return self.out(x)  # type: ignore[no-any-return]
+        return self.out(x)
 
 
 def digits() -> Tensor:
@@ -67,10 +66,6 @@ def digits() -> Tensor:
     levels = (255 * F.interpolate(small, IMAGE[1:], mode="bilinear")).round().long()
     order = torch.randperm(len(small), generator=torch.Generator().manual_seed(0))
     return fastdiff.dequantize(levels, (-1, 1)).float()[order]
-
-
-def _mlp(scale: float) -> Callable[[], nn.Module]:
-    return lambda: MLP(VECTOR, hidden=128, layers=3, time_scale=scale)
 
 
 class Problem(NamedTuple):
@@ -83,10 +78,12 @@ class Problem(NamedTuple):
     batch: int
 
 
+_MLP = functools.partial(MLP, VECTOR, hidden=128, layers=3)
+_DRAWS = functools.partial(mixture, 8192, 0)
 # MLP's Fourier features are of scale 16 by default, and then rough in t
 PROBLEMS = {
-    "MLP 256x2, time scale 16": Problem(_mlp(16.0), lambda: mixture(8192, 0), 256, 2000, 128),
-    "MLP 256x2, time scale 1": Problem(_mlp(1.0), lambda: mixture(8192, 0), 256, 2000, 128),
+    "MLP 256x2, time scale 16": Problem(functools.partial(_MLP, time_scale=16.0), _DRAWS, 256, 2000, 128),
+    "MLP 256x2, time scale 1": Problem(functools.partial(_MLP, time_scale=1.0), _DRAWS, 256, 2000, 128),
     "convolutional 16x1x28x28": Problem(Convolutional, digits, 16, 300, 16),
 }
 
