@@ -192,6 +192,7 @@ def embedding(times: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), 1)
 
 
+COMPILED = "torch.compile of eager"
 FLOOR = "memory floor (torch.add)"  # reads and writes what a step does, without the noise
 OPS = (
     Op("step", 12, step("m"), "x m", affine, compiled=True, also={
@@ -235,11 +236,6 @@ def check_bits(op: Op, module: ModuleType, t: Tensors, oracle: ModuleType, on_cp
         raise AssertionError(f"{op.name}: of its results {differ} numbers differ from the reference's: not timed")
 
 
-def contestants(op: Op, module: ModuleType, t: Tensors) -> dict[str, Callable[[], Any]]:
-    runs = {"ours": lambda: op.ours(module, t), op.called: op.eager(t)}
-    return runs | {name: (lambda run=run: run(module, t)) for name, run in op.also.items()}
-
-
 def first(results: Tensor | Outputs) -> Tensor:
     return (results if isinstance(results, Tensor) else results[0]).detach()
 
@@ -256,7 +252,15 @@ def check_meaning(op: Op, ours: Callable[[], Any], name: str, theirs: Callable[[
         raise AssertionError(f"{op.name}: {name} computes something else: not timed")
 
 
-def check_meanings(op: Op, runs: dict[str, Callable[[], Any]]) -> None:
+def contestants(
+    op: Op, module: ModuleType, t: Tensors, oracle: ModuleType, on_cpu: Tensors, compiled: dict[str, dict[str, Any]]
+) -> dict[str, Callable[[], Any]]:
+    """Ours and the opponents, all checked; `compiled`: what torch.compile's of theirs are called, with its options."""
+    check_bits(op, module, t, oracle, on_cpu)
+    runs = {"ours": lambda: op.ours(module, t), op.called: op.eager(t)}
+    runs |= {name: (lambda run=run: run(module, t)) for name, run in op.also.items()}
+    runs |= {name: op.torch_compile(t, **options) for name, options in compiled.items()}
     for name, run in runs.items():
         if name != FLOOR:
             check_meaning(op, runs["ours"], name, run)
+    return runs

@@ -16,11 +16,11 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import MagicMock
+from unittest import mock
 
 import torch
 from cases import CHAIN, betas
@@ -78,22 +78,17 @@ def load(name: str) -> Any:
                 if name.split(".")[0] in ("diffusers", "azula", "torchsde", error.name) or error.name in absent:
                     raise
                 absent.append(error.name)
-                sys.modules[error.name] = MagicMock()
+                sys.modules[error.name] = mock.MagicMock()
     finally:
         for module in absent:
             del sys.modules[module]
 
 
 @functools.cache
-def score_sde() -> tuple[Any, Any, Any]:
+def score_sde() -> list[Any]:
     """Its `sampling`, `sde_lib` and `likelihood`, from the checkout that SCORE_SDE_PYTORCH names."""
-    root = os.environ["SCORE_SDE_PYTORCH"]
-    sys.path.insert(0, root)
-    try:
-        sampling, sde_lib, likelihood = map(importlib.import_module, ("sampling", "sde_lib", "likelihood"))
-    finally:
-        sys.path.remove(root)
-    return sampling, sde_lib, likelihood
+    with mock.patch.object(sys, "path", [os.environ["SCORE_SDE_PYTORCH"], *sys.path]):
+        return [importlib.import_module(name) for name in ("sampling", "sde_lib", "likelihood")]
 
 
 def missing(opponent: str) -> str | None:
@@ -117,55 +112,48 @@ def _vp_rows(steps: int) -> list[tuple[float, float, float, float]]:
     ]
 
 
-def eager(net: Any, start: Tensor, steps: int, before: Callable[[], None] = lambda: None) -> Run:
-    """A scheduler's loop in plain PyTorch: each step's numbers are Python's, its tensors are new."""
-    rows = _vp_rows(steps)
-
+def _loop(start: Tensor, rows: Iterable[tuple[Any, ...]], step: Callable[..., Tensor]) -> Run:
     @torch.no_grad()
     def run() -> Tensor:
-        x = start
-        for t, a, b, c in rows:
-            before()
-            m = net(x, torch.full((len(x),), t, device=x.device))
-            x = a * x + b * m + (c * torch.randn_like(x) if c else 0.0)
+        x = start.clone()
+        for row in rows:
+            x = step(x, *row)
         return x
 
     return run
+
+
+def eager(net: Any, start: Tensor, steps: int, before: Callable[[], None] = lambda: None) -> Run:
+    """A scheduler's loop in plain PyTorch: each step's numbers are Python's, its tensors are new."""
+
+    def step(x: Tensor, t: float, a: float, b: float, c: float) -> Tensor:
+        before()
+        m = net(x, torch.full((len(x),), t, device=x.device))
+        return a * x + b * m + (c * torch.randn_like(x) if c else 0.0)
+
+    return _loop(start, _vp_rows(steps), step)
 
 
 def in_place(net: Any, start: Tensor, steps: int) -> Run:
     """The loop that a careful user writes: numbers made beforehand, nothing allocated."""
-    rows = _vp_rows(steps)
+    z, times = torch.empty_like(start), torch.empty(len(start), device=start.device)
 
-    @torch.no_grad()
-    def run() -> Tensor:
-        x, z, t = start.clone(), torch.empty_like(start), torch.empty(len(start), device=start.device)
-        for time, a, b, c in rows:
-            m = net(x, t.fill_(time))
-            x.mul_(a).add_(m, alpha=b)
-            if c:
-                x.add_(torch.randn(start.shape, out=z), alpha=c)
-        return x
+    def step(x: Tensor, t: float, a: float, b: float, c: float) -> Tensor:
+        m = net(x, times.fill_(t))
+        x.mul_(a).add_(m, alpha=b)
+        return x.add_(torch.randn(x.shape, out=z), alpha=c) if c else x
 
-    return run
+    return _loop(start, _vp_rows(steps), step)
 
 
 def compiled(net: Any, start: Tensor, steps: int) -> Run:
     """The same, network and noise within torch.compile; the noise torch's own, as the compiler's is ten times slower."""
-    rows = [torch.tensor(column, device=start.device) for column in zip(*_vp_rows(steps))]
 
     @torch.compile(options={"fallback_random": True})
     def step(x: Tensor, t: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         return a * x + b * net(x, t.expand(len(x))) + c * torch.randn_like(x)
 
-    @torch.no_grad()
-    def run() -> Tensor:
-        x = start
-        for k in range(steps):
-            x = step(x, *(column[k] for column in rows))
-        return x
-
-    return run
+    return _loop(start, [row.unbind() for row in torch.tensor(_vp_rows(steps), device=start.device)], step)
 
 
 def printed(kind: str, loop: Callable[..., list[Tensor]]) -> Build:
@@ -216,27 +204,23 @@ class Labelled:
 
 
 @torch.no_grad()
-def score_sde_flow(
-    net: Any, x: Tensor, start: float, end: float, probe: Tensor | None = None, tolerance: float = 1e-8
-) -> tuple[Tensor, Tensor]:
+def score_sde_flow(net: Any, x: Tensor, start: float, end: float, probe: Tensor) -> tuple[Tensor, Tensor]:
     """Its VP flow from x [B, *], float64, by SciPy's eighth-order pair: the end, and its divergence's integral [B]."""
     from scipy.integrate import solve_ivp
 
     _, sde_lib, likelihood = score_sde()
-    sde = sde_lib.VPSDE()
+    sde, n = sde_lib.VPSDE(), x.numel()
     score = likelihood.mutils.get_score_fn(sde, Labelled(net), train=False, continuous=True)
     flow = sde.reverse(score, probability_flow=True)
+    drift = lambda state, times: flow.sde(state, times)[0]  # noqa: E731
 
     def rates(t: float, y: Any) -> Any:
-        state, times = torch.from_numpy(y[: x.numel()]).view_as(x), x.new_full((len(x),), t)
-        moved = [flow.sde(state, times)[0].flatten()]
-        if probe is not None:
-            moved.append(likelihood.get_div_fn(lambda state, times: flow.sde(state, times)[0])(state, times, probe))
-        return torch.cat(moved).numpy()
+        given = torch.from_numpy(y[:n]).view_as(x), x.new_full((len(x),), t)
+        return torch.cat((drift(*given).flatten(), likelihood.get_div_fn(drift)(*given, probe))).numpy()
 
-    given = torch.cat((x.flatten(), x.new_zeros(0 if probe is None else len(x))))
-    found = solve_ivp(rates, (start, end), given.numpy(), "DOP853", rtol=tolerance, atol=tolerance).y[:, -1]
-    return torch.from_numpy(found[: x.numel()]).view_as(x), torch.from_numpy(found[x.numel() :])
+    given = torch.cat((x.flatten(), x.new_zeros(len(x)))).numpy()
+    found = torch.from_numpy(solve_ivp(rates, (start, end), given, "DOP853", rtol=1e-8, atol=1e-8).y[:, -1])
+    return found[:n].view_as(x), found[n:]
 
 
 def _as_printed(sde: str, predictor: str, corrector: str, eps: float) -> Build:
@@ -348,11 +332,8 @@ def azula(net: Any, start: Tensor, steps: int, name: str, kind: str) -> Run:
 
         def forward(self, x: Tensor, t: Tensor) -> Any:
             alpha, sigma = self.schedule(t)
-            if kind == "vp":
-                mean = (x - sigma * net(x, t.expand(len(x)))) / alpha
-            else:
-                mean = x + sigma**2 * net(x, sigma.expand(len(x)))
-            return denoise.DiracPosterior(mean=mean)
+            m = net(x, (t if kind == "vp" else sigma).expand(len(x)))
+            return denoise.DiracPosterior(mean=(x - sigma * m) / alpha if kind == "vp" else x + sigma**2 * m)
 
     stop = 1e-3 if kind == "vp" else 1e-5
     sampler = getattr(sample, name)(Denoiser(), start=1.0, stop=stop, steps=steps, silent=True, device=start.device)
@@ -368,10 +349,8 @@ def torchsde(net: Any, start: Tensor, steps: int) -> Run:
 
         def f(self, s: Tensor, y: Tensor) -> Tensor:
             t = 1 - s
-            beta = 0.1 + 19.9 * t
-            sigma = torch.sqrt(-torch.expm1(-(9.95 * t + 0.1) * t))
-            eps = net(y.view(start.shape), t.expand(len(y))).flatten(1)
-            return 0.5 * beta * y - beta / sigma * eps
+            beta, sigma = 0.1 + 19.9 * t, torch.sqrt(-torch.expm1(-(9.95 * t + 0.1) * t))
+            return 0.5 * beta * y - beta / sigma * net(y.view(start.shape), t.expand(len(y))).flatten(1)
 
         def g(self, s: Tensor, y: Tensor) -> Tensor:
             return torch.sqrt(0.1 + 19.9 * (1 - s)).expand_as(y)

@@ -6,6 +6,7 @@ Figures are those of commits: nothing is saved in benchmarks/results while the s
 from __future__ import annotations
 
 import csv
+import functools
 import gc
 import importlib.metadata
 import os
@@ -133,8 +134,8 @@ def _changed() -> list[str]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    found = re.search(r"model name\s*:\s*(.*\S)", info.read_text() if info.exists() else "")
+    return found[1] if found else platform.machine()
 
 
 def _version(opponent: str) -> str:
@@ -166,11 +167,8 @@ class Stopwatch:
     """Microseconds: of a GPU by its own events, of whole runs and of a CPU by `clock`."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.cuda = device, device.type == "cuda"
-
-    def settle(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
+        self.cuda = device.type == "cuda"
+        self.settle = functools.partial(torch.cuda.synchronize, device) if self.cuda else lambda: None
 
     def whole(self, run: Run, calls: int = 1) -> float:
         self.settle()
@@ -210,12 +208,7 @@ def replayed(run: Run, calls: int, device: torch.device) -> Run:
             run()
 
     graph, _ = cuda_graph.capture(run, body, device, None)
-
-    def replay() -> None:
-        graph.replay()
-
-    replay.keep = run  # type: ignore[attr-defined]  # whose tensors the graph reads
-    return replay
+    return lambda kept=body: graph.replay()  # with the tensors that the graph reads
 
 
 def compare_runs(
@@ -236,9 +229,8 @@ def compare_runs(
     def timed(run: Run, network: Clock | None) -> tuple[float, float]:
         before, began = network.seconds if network else 0.0, clock()
         run()
-        whole = clock() - began
-        outside = whole - (network.seconds - before if network else 0.0)
-        return whole / steps * 1e6, outside / steps * 1e6
+        whole, within = clock() - began, network.seconds - before if network else 0.0
+        return whole / steps * 1e6, (whole - within) / steps * 1e6
 
     measured = {str(k): (lambda system=system: timed(*system)) for k, system in enumerate(systems)}
     wholes, outsides = zip(*(zip(*pairs) for pairs in turns(measured, seconds, 7 if seconds < 3 else 3).values()))
@@ -250,18 +242,13 @@ def compare_runs(
 
 
 class Solution(NamedTuple):
-    """A run of a solver that chooses its steps: at which tolerance, and what it gave and took.
-
-    error        measured, against a much finer solution
-    evaluations  of the ODE's right-hand side, the mean over the samples
-    calls        of the network
-    """
+    """A run of a solver that chooses its steps."""
 
     run: Run
     tolerance: float
-    error: float
-    evaluations: float
-    calls: int
+    error: float  # measured, against a much finer solution
+    evaluations: float  # of the ODE's right-hand side, the mean over the samples
+    calls: int  # of the network
 
 
 def loosest(solve: Callable[[float], Solution], tolerances: Sequence[float], error: float) -> Solution:
@@ -281,12 +268,12 @@ def compare_solutions(
     """Whole runs of solvers that each choose their steps; refused where our measured error is above theirs."""
     if not ours.error <= theirs.error:
         raise AssertionError(f"{case}: the error is {ours.error:.3g}, above {opponent}'s {theirs.error:.3g}")
-    watch = Stopwatch(CPU)
-    runs = {"ours": ours.run, "theirs": theirs.run}
+    runs = {"ours": ours.run, opponent: theirs.run}
     for run in runs.values():
         run()
+    watch = Stopwatch(CPU)
     times = turns({name: lambda run=run: watch.whole(run) / 1e3 for name, run in runs.items()}, seconds, 7)
-    ratio = recorder.row(group, case, n, "ms", times["ours"], opponent, times["theirs"])
+    ratio = recorder.pairs(group, case, n, "ms", times)[opponent]
     for metric in ("error", "tolerance", "evaluations", "calls"):
         recorder.row(group, case, n, metric, [getattr(ours, metric)], opponent, [getattr(theirs, metric)])
     return ratio

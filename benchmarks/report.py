@@ -175,11 +175,8 @@ def results() -> str:
 
 def plot(path: Path = MACHINE, to: Path = PICTURE) -> None:
     """How many times as long the best rival of each sampler takes outside the network, a bar each."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no picture: matplotlib is missing")
-        return
+    from matplotlib.figure import Figure
+
     rows = list(best(read(path), IMAGES, OUTSIDE).values())
     figure = Figure(figsize=(8, 0.34 * len(rows) + 1.5), layout="constrained")
     axes = figure.subplots()
@@ -193,7 +190,6 @@ def plot(path: Path = MACHINE, to: Path = PICTURE) -> None:
         "† only the mean and spread of the samples were compared"
     )
     axes.spines[["top", "right"]].set_visible(False)
-    to.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(to, dpi=120)
 
 

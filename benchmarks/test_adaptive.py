@@ -93,7 +93,7 @@ class Samples(Likelihood):
         return distance(a, b)
 
     def confirm(self, net: Any, x: Tensor, error: float) -> tuple[Tensor, float]:
-        return score_sde_flow(net, x[:4], 1.0, 1e-3)[0], 1e-6
+        return score_sde_flow(net, x[:4], 1.0, 1e-3, self.probe(x[:4]))[0], 1e-6
 
 
 QUESTIONS = {"likelihood": Likelihood(), "rk45": Samples()}

@@ -30,12 +30,10 @@ def test_operation(benchmark, recorder, name, n, samples, case, threads):
     torch.set_num_threads(threads)
     op, module = next(op for op in OPS if op.name == name), ops.backend_module("cpu")
     t = operations.tensors(n, CPU, samples)
-    operations.check_bits(op, module, t, ops.backend_module("reference"), t)
-    runs = operations.contestants(op, module, t)
-    if case == "step" and threads == 1:  # its randn is a scalar call for each element, whatever the threads
-        runs["torch.compile of eager"] = op.torch_compile(t)
-        runs["torch.compile, fallback_random"] = op.torch_compile(t, options={"fallback_random": True})
-    operations.check_meanings(op, runs)
+    # (the compiler's randn is a scalar call for each element, whatever the threads)
+    fallback = {"torch.compile, fallback_random": {"options": {"fallback_random": True}}}
+    compiled = {operations.COMPILED: {}, **fallback} if case == "step" and threads == 1 else {}
+    runs = operations.contestants(op, module, t, ops.backend_module("reference"), t, compiled)
     benchmark.group = f"ops: {case}"
     benchmark.pedantic(runs["ours"], rounds=5 if n > 10**6 else 30, iterations=1, warmup_rounds=1)
     watch = Stopwatch(CPU)
