@@ -4,8 +4,6 @@ A network's meaning is the sampler's: KINDS says what its output and its time ar
 of N(0, 1); the others have random weights, none of them zero, so that a wrong input or a wrong time shows in the samples.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -49,15 +47,11 @@ Network = Callable[[str, int, torch.device], Any]  # of (kind, steps of the chai
 
 
 class Case(NamedTuple):
-    """`steps`: of the samplers on a CPU. Vectors have the shape (2, 1, 1), as some peers take images only.
-
-    tolerance  of the same samples, relative: a network of many layers turns a last bit of its input into more
-    """
-
     batch: int
-    shape: tuple[int, ...]
-    steps: int
+    shape: tuple[int, ...]  # of vectors (2, 1, 1), as some peers take images only
+    steps: int  # of the samplers on a CPU
     network: Network
+    # of the same samples, relative: a network of many layers turns a last bit of its input into more
     tolerance: float = 1e-5
 
 

@@ -1,7 +1,5 @@
 """Every test says itself on how many threads it runs; the comparisons are printed at the end, and saved if that is wished."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -16,7 +14,6 @@ import torch
 from recorder import RESULTS, Recorder, Unsaveable, shown
 
 BEGAN = time.monotonic()
-ON_GPU = "test_gpu.py"
 
 
 def pytest_addoption(parser):
@@ -46,16 +43,13 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    if collection_path.name.startswith("test_") and (collection_path.name == ON_GPU) is not config.gpu:
-        return True
-    return None
+    name = collection_path.name
+    return True if name.startswith("test_") and (name == "test_gpu.py") is not config.gpu else None
 
 
 def pytest_report_header(config):
-    lines = [
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton") if importlib.util.find_spec(name)
-    ]
-    lines.append(f"{config.recorder.name} at {config.recorder.commit}")
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "is missing"
+    lines = [f"torch {torch.__version__}, triton {triton}", f"{config.recorder.name} at {config.recorder.commit}"]
     if config.recorder.cuda:
         asked = "--query-gpu=driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
         lines += subprocess.getoutput(f"nvidia-smi {asked} --format=csv").splitlines()
@@ -90,11 +84,10 @@ def _one_thread(request):
 def kept_memory():
     """glibc gives large blocks back to the kernel and pays for them again, depending on what ran before: here it keeps them,
     for everybody. (For the rest of the process; test_adaptive.py and test_operations.py, which come first, have the default.)"""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0)  # M_MMAP_MAX
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -1,7 +1,5 @@
 """What a sampler asks of torch in a step, network aside: operations, numbers read on the host, the most memory at once."""
 
-from __future__ import annotations
-
 import types
 import weakref
 from collections.abc import Callable

@@ -5,8 +5,6 @@ benchmarks/results/<device>.csv, written as it goes. Exits with 1 if a test or a
 time for is skipped and named. `--device cpu --quick --out FOLDER` goes through the same motions on small numbers.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import importlib.util

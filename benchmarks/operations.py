@@ -3,8 +3,6 @@
 Their bits are the reference's, and an opponent's numbers mean the same, before anything is timed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -29,27 +27,16 @@ Ours = Callable[[ModuleType, Tensors], Outputs]  # by a backend's module, of wha
 
 
 class Op(NamedTuple):
-    """One operation.
-
-    bytes      of memory that must be read and written for each number
-    given      the names of the tensors that `theirs` takes
-    theirs     what a user would write instead, which the results call `called`
-    also       further opponents
-    compiled   by torch.compile as well
-    noiseless  theirs draws nothing, so that each of its numbers must be ours, to this tolerance
-    oracle     what the reference does for the results of `ours`, if not `ours`
-    """
-
     name: str
-    bytes: int
+    bytes: int  # of memory that must be read and written for each number
     ours: Ours
-    given: str
-    theirs: Callable[..., Any]
-    called: str = "eager"
-    also: dict[str, Ours] = {}  # noqa: RUF012  # never written
-    compiled: bool = False
-    noiseless: float | None = None
-    oracle: Ours | None = None
+    given: str  # the names of the tensors that `theirs` takes
+    theirs: Callable[..., Any]  # what a user would write instead
+    called: str = "eager"  # theirs
+    also: dict[str, Ours] = {}  # noqa: RUF012  # further opponents
+    compiled: bool = False  # by torch.compile as well
+    noiseless: float | None = None  # theirs draws nothing: each of its numbers must be ours, to this tolerance
+    oracle: Ours | None = None  # what the reference does for the results of `ours`, if not `ours`
 
     def eager(self, t: Tensors) -> Callable[[], Any]:
         arguments = [t[name] for name in self.given.split()]
@@ -93,7 +80,7 @@ def affine(x: Tensor, m: Tensor) -> Tensor:
 
 
 def affine_mixed(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    after = A * x + B * m.float() + C * torch.randn_like(x)
+    after = affine(x, m.float())
     return after, after.bfloat16()
 
 

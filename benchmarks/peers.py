@@ -7,8 +7,6 @@ written as a user of it would. Who is missing is left out. `pip install 'fastdif
 install --no-deps -r benchmarks/peers.txt` the others, without the packages that they import and that no sampler uses.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util
@@ -71,8 +69,7 @@ def load(name: str) -> Any:
     try:
         while True:
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
+                with warnings.catch_warnings(action="ignore"):
                     return importlib.import_module(name)
             except ModuleNotFoundError as error:
                 if name.split(".")[0] in ("diffusers", "azula", "torchsde", error.name) or error.name in absent:

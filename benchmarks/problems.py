@@ -4,8 +4,6 @@ Trained, as an adaptive solver's steps are as long as what the network has learn
 (2, 1, 1), as score_sde_pytorch takes images only.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

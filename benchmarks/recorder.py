@@ -3,8 +3,6 @@
 Figures are those of commits: nothing is saved in benchmarks/results while the sources differ from their commit.
 """
 
-from __future__ import annotations
-
 import csv
 import functools
 import gc
@@ -12,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import time
@@ -96,15 +95,16 @@ class Recorder:
 
     def refuse_unclean(self, folder: Path = RESULTS) -> None:
         """Raises Unsaveable where figures in the repository's folder of results would belong to no commit."""
-        changed = _changed() if folder.resolve() == RESULTS else []
+        if folder.resolve() != RESULTS:
+            return
+        says, changed = "benchmarks/results holds figures of commits only, and", _changed()
         if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            names = ", ".join([*changed[:3], *([f"{len(changed) - 3} more"] if len(changed) > 3 else [])])
             raise Unsaveable(
-                f"benchmarks/results holds figures of commits only, and {', '.join(changed[:3])}{more} differ from the last "
-                "commit: commit them first, or run without saving there"
+                f"{says} {names} differ from the last commit: commit them first, or run without saving there"
             )
-        if folder.resolve() == RESULTS and not self.commit:
-            raise Unsaveable("benchmarks/results holds figures of commits only, and git knows none here: name --commit")
+        if not self.commit:
+            raise Unsaveable(f"{says} git knows none here: name --commit")
 
 
 def shown(row: Row) -> str:
@@ -122,9 +122,10 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def _git(*arguments: str) -> str:
-    with suppress(FileNotFoundError):
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.rstrip()
-    return ""
+    found = shutil.which("git")
+    return (
+        subprocess.run([found, *arguments], cwd=ROOT, capture_output=True, text=True).stdout.rstrip() if found else ""
+    )
 
 
 def _changed() -> list[str]:
@@ -151,8 +152,7 @@ def turns(systems: dict[str, Callable[[], T]], seconds: float, least: int = 4, m
     gc.collect()
     gc.disable()  # as timeit does: a collection would fall on whoever is at it
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the opponents'
+        with warnings.catch_warnings(action="ignore"):  # the opponents'
             began, rounds = time.monotonic(), 0
             while rounds < least or (rounds < most and time.monotonic() - began < seconds):
                 for name in list(systems) if rounds % 2 else reversed(list(systems)):

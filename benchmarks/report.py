@@ -6,8 +6,6 @@ README.md has one machine's best rivals, RESULTS.md all that was measured on any
 stands what people write.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path

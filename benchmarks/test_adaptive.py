@@ -5,8 +5,6 @@ eighth-order pair on score_sde_pytorch's own flow must confirm. Theirs has its d
 which the mean error in nats, or the samples' root mean square distance, is not above theirs.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Each operation against what a user would write instead, sizes from a small batch of vectors to beyond every cache."""
 
-from __future__ import annotations
-
 import operations
 import pytest
 import torch

@@ -5,8 +5,6 @@ few whose scheme or generator is another (`exact=False`) call the network as oft
 statistics. Set-up is within the time, theirs and ours, ours with the table that the first run has planned.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import counting

@@ -4,8 +4,6 @@ The solvers share their start and their levels: Karras' without the last, 0, fro
 the end states from those of SciPy's eighth-order pair at 1e-10, root mean square over the samples' numbers.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
