@@ -90,9 +90,8 @@ def affine_flagged(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def preallocated(k: ModuleType, t: Tensors) -> Outputs:
-    t["noise"].normal_()
-    torch.mul(t["x"], A, out=t["theirs"])
-    return (t["theirs"].add_(t["m"], alpha=B).add_(t["noise"], alpha=C),)
+    scaled = torch.mul(t["x"], A, out=t["theirs"])
+    return (scaled.add_(t["m"], alpha=B).add_(t["noise"].normal_(), alpha=C),)
 
 
 def fill(name: str, stream: int) -> Ours:

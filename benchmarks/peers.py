@@ -16,7 +16,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -55,48 +54,50 @@ class Peer(NamedTuple):
     roundings: float = 0.0
 
 
-SCORE_SDE = "score_sde_pytorch"
+SCORE_SDE, SCORE_SDE_MODULES = "score_sde_pytorch", ("sampling", "sde_lib", "likelihood")
 MODULES = {
     "diffusers": "diffusers", "k-diffusion": "k_diffusion.sampling", "azula": "azula.sample", "torchsde": "torchsde",
-    "denoising-diffusion-pytorch": "denoising_diffusion_pytorch.denoising_diffusion_pytorch",
+    "denoising-diffusion-pytorch": "denoising_diffusion_pytorch.denoising_diffusion_pytorch", SCORE_SDE: "sampling",
 }  # fmt: skip
 
 
 @functools.cache
 def load(name: str) -> Any:
     """A module of a peer. Two of them import at their top much that no sampler uses: what is not installed has stand-ins."""
-    absent: list[str] = []
+    path, absent = sys.path, []
+    sys.path = [os.environ.get("SCORE_SDE_PYTORCH", "/nowhere"), *path] if name in SCORE_SDE_MODULES else path
     try:
         while True:
             try:
                 with warnings.catch_warnings(action="ignore"):
                     return importlib.import_module(name)
             except ModuleNotFoundError as error:
-                if name.split(".")[0] in ("diffusers", "azula", "torchsde", error.name) or error.name in absent:
+                known = name.startswith(("k_diffusion", "denoising")) and error.name not in (
+                    *absent,
+                    name.split(".")[0],
+                )
+                if not known:
                     raise
                 absent.append(error.name)
                 sys.modules[error.name] = mock.MagicMock()
     finally:
+        sys.path = path
         for module in absent:
             del sys.modules[module]
 
 
-@functools.cache
 def score_sde() -> list[Any]:
     """Its `sampling`, `sde_lib` and `likelihood`, from the checkout that SCORE_SDE_PYTORCH names."""
-    with mock.patch.object(sys, "path", [os.environ["SCORE_SDE_PYTORCH"], *sys.path]):
-        return [importlib.import_module(name) for name in ("sampling", "sde_lib", "likelihood")]
+    return [load(name) for name in SCORE_SDE_MODULES]
 
 
 def missing(opponent: str) -> str | None:
     """Why an opponent cannot be measured here, or None."""
-    if opponent == SCORE_SDE:
-        there = (Path(os.environ.get("SCORE_SDE_PYTORCH", "/nowhere")) / "sde_lib.py").is_file()
-        return None if there else "SCORE_SDE_PYTORCH does not name a checkout of score_sde_pytorch"
     try:
         load(MODULES.get(opponent, "torch"))
     except ImportError as error:
-        return f"{opponent} is not installed ({error})"
+        where = "SCORE_SDE_PYTORCH names no checkout of it" if opponent == SCORE_SDE else "it is not installed"
+        return f"{opponent}: {where} ({error})"
     return None
 
 

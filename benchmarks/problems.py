@@ -67,11 +67,9 @@ def digits() -> Tensor:
 
 
 class Problem(NamedTuple):
-    """A network under VP, which returns ε and is told t, and the data that it is asked about; the rest it is trained on."""
-
-    make: Callable[[], nn.Module]
+    make: Callable[[], nn.Module]  # under VP: it returns ε and is told t
     data: Callable[[], Tensor]
-    count: int
+    count: int  # it is asked about so many of the data, and trained on the rest
     steps: int
     batch: int
 
@@ -96,10 +94,9 @@ def trained(name: str) -> tuple[nn.Module, Tensor]:
         net = problem.make()
     high = max(1.0, float(data.abs().max()))
     model = fastdiff.ScoreModel(net, "vp", data_shape=tuple(data.shape[1:]), data_range=(-high, high))
-    fastdiff.train(
-        model, fastdiff.Data(data[problem.count :], range=(-high, high)), steps=problem.steps, batch_size=problem.batch,
-        lr=2e-3, warmup=50, decay=True, ema=0.99, progress=False,
-    )  # fmt: skip
+    how = {"lr": 2e-3, "warmup": 50, "decay": True, "ema": 0.99, "progress": False}
+    rest = fastdiff.Data(data[problem.count :], range=(-high, high))
+    fastdiff.train(model, rest, steps=problem.steps, batch_size=problem.batch, **how)
     return net.eval().requires_grad_(False), data[: problem.count]
 
 

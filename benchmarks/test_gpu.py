@@ -139,16 +139,12 @@ def test_profile(gpu, recorder):
     c, n, op = Contest(LOOPS[0], torch.float32, gpu), SIZES[0 if gpu.quick else 2], operations.OPS[2]
     t, _ = tensors(n, gpu.device)
 
-    def steps() -> None:
-        for _ in range(20):
-            op.ours(gpu.module, t)
-
-    for name, run in ((f"{c.name}, 100 rows", c.ours(100)), (f"{op.name}, 20 times", steps)):
-        run()
-        gpu.watch.settle()
+    for name, run, times in (
+        (f"{c.name}, 100 rows", c.ours(100), 1), (f"{op.name}, 20 times", lambda: op.ours(gpu.module, t), 20),
+    ):  # fmt: skip
+        gpu.watch.whole(run)
         with torch.profiler.profile(activities=[wanted]) as seen:
-            run()
-            gpu.watch.settle()
+            gpu.watch.whole(run, times)
         by = "self_device_time_total" if gpu.cuda else "self_cpu_time_total"
         table = seen.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=60)
         print(f"{name}\n{table if seen.key_averages() else 'the profiler saw nothing of it'}")
