@@ -1,12 +1,16 @@
-"""One rule for what a machine can run, one thread, and NaN in uninitialised memory."""
+"""One rule for what a machine can run, one thread, one state of the generators, and NaN in uninitialised memory."""
 
 from __future__ import annotations
 
+import os
+import random
+
+import numpy as np
 import pytest
 import torch
 
 # the tests' tensors are small, and OpenMP threads that wait for each other crawl on a busy machine
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("FASTDIFF_TEST_THREADS", "1")))
 
 
 def pytest_collection_modifyitems(items):
@@ -15,6 +19,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded_generators():
+    """A test draws the same numbers alone, in any order and beside other processes."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -231,6 +231,32 @@ def test_a_field_that_is_not_finite_stops_at_once_and_names_the_sample(value, fr
     assert len(field.shapes) < (3 if from_u == 0 else 1000)
 
 
+class Walled:
+    """dy/du = −0.01 y, from u = 1 on −30 y; not finite where |y| > 4, as a network in half precision overflows."""
+
+    beyond = 0
+
+    def at(self, u, samples):
+        def stage(v):
+            def rates(y):
+                out = y.abs() > 4
+                self.beyond += int(out.any())
+                return torch.where(out, math.nan, torch.where(v < 1, -0.01, -30.0)[:, None] * y), None
+
+            return rates
+
+        return [stage(v) for v in u]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_that_leaves_the_finite_numbers_is_tried_again_at_a_tenth(method):
+    """Long steps reach u = 1, and their stages then |y| = 30 h: a tenth is within the field again, nine tenths are not."""
+    field = Walled()
+    found = run(field, torch.ones(1, 2, dtype=torch.float64), end=1.2, integrals=0, method=method)
+    assert field.beyond > 0
+    assert (found.y - math.exp(-0.01 - 30 * 0.2)).abs().max() < 1e-6
+
+
 def test_max_nfe_says_how_far_it_came():
     with pytest.raises(SolverError, match=r"max_nfe = 400 is spent at t = .* of sample 1") as caught:
         run(Linear([1.0, 5000.0]), Y[:2], max_nfe=400)

@@ -1,10 +1,12 @@
-"""The import rules of the design, read off the syntax tree."""
+"""The house: which room may import which, how many there are on how many floors; read off the syntax trees."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,7 @@ def modules():
 MODULES = modules()
 
 
+@functools.cache
 def imports(name):
     """(absolute names outside fastdiff, modules of fastdiff) that a module imports anywhere in its file."""
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
@@ -84,21 +87,22 @@ def test_nothing_of_the_library_imports_the_papers():
 
 
 def test_no_import_circles():
-    graph = {name: {i for i in imports(name)[1] if i in MODULES and i} for name in MODULES if name}
-    done, path = set(), []
+    """A package's __init__ re-exports its own modules; they may not import it back."""
+    TopologicalSorter({name: imports(name)[1] & MODULES.keys() - {""} for name in MODULES if name}).prepare()
 
-    def visit(name):
-        assert name not in path, " -> ".join([*path[path.index(name) :], name])
-        if name not in done:
-            path.append(name)
-            for inner in sorted(graph.get(name, ())):
-                # a package's __init__ re-exports its own modules; they may not import it back, which this would show
-                visit(inner)
-            path.pop()
-            done.add(name)
 
-    for name in sorted(graph):
-        visit(name)
+def test_the_house_is_small_and_its_arrows_point_down():
+    """Rooms are the files and folders at the package's top, arrows who imports whom; a room stands above all that it imports."""
+    house = {room(name): set() for name in MODULES}
+    for name in MODULES:
+        house[room(name)] |= {room(i) for i in imports(name)[1]} - {room(name)}
+    floors = {}
+    for name in TopologicalSorter(house).static_order():  # a circle, which has an arrow upward, is an error
+        floors[name] = 1 + max((floors[below] for below in house[name]), default=0)
+    assert len(house) <= 26
+    assert max(floors.values()) <= 9, floors
+    assert sum(map(len, house.values())) <= 100
+    assert floors["planning"] == floors["execution"] == floors["table"] + 1
 
 
 @pytest.mark.parametrize("folder", [ROOT, Path("/")])

@@ -7,10 +7,10 @@ import weakref
 
 import pytest
 import torch
+from runs import LEARNED, one_of_each_kind
 from step_cases import dispatched
-from test_sample import every_run
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import _disable_current_modes
+from watching import Unsafe, Watch
 
 import fastdiff
 from fastdiff.execution import cpu, noise, ops, reference
@@ -166,68 +166,85 @@ def test_a_base_may_be_read_first_several_rows_later():
         assert torch.allclose(ours, theirs, rtol=1e-12)
 
 
-@pytest.mark.parametrize("operations", [cpu, reference], ids=["cpu", "reference"])
-def test_a_row_is_given_the_predictions_it_reads(operations):
+def test_a_row_is_given_the_predictions_it_reads():
     """Four are remembered, which only a row without a prediction of its own can take."""
     lines = [
         Row(
-            Level(1.0, 1.0, 1.0),
-            "calls",
-            a=0.5,
-            b=(0.3, *(0.1,) * min(k, 1)),
-            calls_network=True,
-            keeps_prediction=True,
+            Level(1.0, 1.0, 1.0), "calls", a=0.5, b=(0.3, *(0.1,) * min(k, 1)), calls_network=True, keeps_prediction=True,
             network_time=1.0,
         )
         for k in range(5)
-    ]
+    ]  # fmt: skip
     lines.insert(4, Row(Level(1.0, 1.0, 1.0), "does not", a=0.7, b=(0.4, 0.3, -0.2, 0.1)))
     rows, x = StepTable("by hand", tuple(lines), Level(0.0, 1.0, 0.0), 1.0), torch.randn(2, 5, dtype=torch.float64)
-    assert [len(plan.history) for plan in runner.plans(rows, False)] == [0, 1, 1, 1, 4, 1]
+    passed = []
+
+    def step(*operands, history, **others):
+        passed.append(len(history or ()))
+        torch.ops.fastdiff.step(*operands, history=history, **others)
+
     y, history = x, []
     for line in lines:
         h = [0.5 * y] if line.calls_network else []
         y, history = line.a * y + sum(b * v for b, v in zip(line.b, h + history)), h + history
-    *_, ours = loop_on(rows, operations, x).run(lambda given, *_: (given * 0.5, None), None, 0, x)
-    assert torch.allclose(ours, y, rtol=1e-12)
+    for operations in (cpu, reference, dispatched(step=step)):
+        *_, ours = loop_on(rows, operations, x).run(lambda given, *_: (given * 0.5, None), None, 0, x)
+        assert torch.allclose(ours, y, rtol=1e-12)
+    assert passed == [len(line.b) - line.calls_network for line in lines] == [0, 1, 1, 1, 4, 1]
 
 
-def test_buffers_are_few_and_never_hold_two_things():
-    """Each kind of row writes what nobody still needs: followed through by names of contents instead of numbers."""
-    measured = [
+def on_new_tensors(rows, x, network):
+    """The same operations with a new tensor for all that is written, in lists: no buffer can hold two things."""
+    matrix, base, history = torch.from_numpy(rows.matrix).to(x.dtype), x, []
+    for k, line in enumerate(rows.rows):
+        cursor, m, v, z, measured = ops.cursor(k, 0, SEED), None, None, None, None
+        base = x if line.saves_base else base
+        if line.calls_network:
+            m, v = network(line.in_scale * x, torch.full((len(x),), line.network_time), None, None)
+        if line.draws:
+            z = noise.normal(len(x), x.shape[1:], seed=SEED, draw=k, stream=noise.SAMPLER)
+        if line.measure is not None:
+            measured = torch.empty(len(x), 2)
+            reference.measure_langevin(measured, matrix, cursor, None, line.measure.norm == "batch", x, m, z=z)
+        out, pushed = torch.empty_like(x), torch.empty_like(x) if line.calls_network else None
+        reference.step(
+            out, matrix, cursor, None, x, m, history[: len(line.b) - line.calls_network], v=v if line.log_variance else None,
+            base=base, z=z, measured=measured, pushed=pushed,
+        )  # fmt: skip
+        x, history = out, [pushed, *history] if line.keeps_prediction else history
+        yield x
+
+
+MEASURED = StepTable(
+    "measured",
+    (
         Row(
-            Level(1, 1, 1),
-            "measured",
-            1.0,
-            b=(0.0,),
-            calls_network=True,
-            network_time=1.0,
+            Level(1, 1, 1), "measured", 1.0, b=(0.0,), calls_network=True, network_time=1.0,
             measure=Measure("sample", 0.1, 1.0),
         ),
         Row(Level(1, 1, 1), "plain", 1.0, b=(0.1,), c=0.1, calls_network=True, network_time=1.0),
-    ]
-    tables = [table(60), StepTable("measured", tuple(measured * 5), Level(0, 1, 0), 1.0)]
-    tables += [fastdiff.plan(sde, steps, sampler=sampler) for sde, sampler, steps in every_run()]
-    for rows in tables:
-        holds, x, base, history = {0: "start"}, "start", None, []
-        for k, (line, plan) in enumerate(zip(rows.rows, runner.plans(rows, True), strict=True)):
-            base = x if line.saves_base else base
-            assert holds[plan.x] == x
-            assert [holds[n] for n in plan.history] == history[: len(line.b) - line.calls_network]
-            if line.e != 0:
-                assert holds[plan.base] == base
-            written = [n for n in (plan.out, plan.pushed, plan.noise) if n is not None]
-            assert len(set(written)) == len(written)
-            read = {*plan.history, *([plan.base] if plan.base is not None else [])}
-            assert not read & set(written)
-            assert plan.x not in (plan.pushed, plan.noise)
-            assert (plan.noise is not None) == (line.measure is not None)
-            holds[plan.out] = x = f"x{k}"
-            if plan.pushed is not None:
-                holds[plan.pushed] = f"h{k}"
-                history = [f"h{k}", *history][: rows.memory]
-        assert len(holds) <= 3 + rows.memory
-    assert len(set(runner.plans(fastdiff.plan("ve", 100), True))) <= 3
+    )
+    * 5,
+    Level(0, 1, 0),
+    1.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("operations", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("case", [table(60), MEASURED, LEARNED, *one_of_each_kind()], ids=lambda case: str(case)[:40])
+def test_buffers_are_few_and_never_hold_two_things(operations, case):
+    def network(given, time, features, cond):
+        return torch.tanh(given) * -0.5 + 1e-3 * time[:, None], torch.sin(given)
+
+    rows = case if isinstance(case, StepTable) else fastdiff.plan(case.sde, case.steps, sampler=case.sampler)
+    x = torch.randn(3, 5)
+    loop = loop_on(rows, operations, x)
+    states = loop.run(network, None, 0, x)
+    next(states)
+    for k, (ours, theirs) in enumerate(zip(states, on_new_tensors(rows, x, network), strict=True)):
+        assert torch.equal(ours, theirs), k
+    needs_base, measures = any(line.e for line in rows.rows), any(line.measure for line in rows.rows)
+    assert len(loop.buffers) <= 1 + (rows.memory + 1 if rows.memory else 0) + needs_base + measures
 
 
 # --- capture safety --------------------------------------------------------------------------------------------------
@@ -237,58 +254,17 @@ def score(x, t):
     return x * -1e-3
 
 
-class Unsafe(AssertionError):
-    pass
-
-
-class Watch(TorchDispatchMode):
-    """Refuses, within the loop and outside the network, all that a captured graph could not repeat.
-
-    Allowed are fastdiff's own operations on buffers that a row of the same kind used before, filling the time's buffer,
-    and views.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.buffers, self.kind, self.operations = {}, None, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
-        out = func(*args, **kwargs)
-        if func.namespace == "fastdiff":
-            self.operations += 1
-            named = {a.name: v for a, v in zip(func._schema.arguments, args)} | kwargs
-            held = {k: v for k, v in named.items() if k not in ("cursor", "m", "v", "z")}
-            addresses = [v.data_ptr() for v in tree_leaves(held) if isinstance(v, torch.Tensor)]
-            if self.buffers.setdefault((self.kind, func._schema.name), addresses) != addresses:
-                raise Unsafe(f"{func} works on other buffers than before")
-        elif func is not torch.ops.aten.fill_.Scalar:
-            for value in tree_leaves(out):
-                if not isinstance(value, torch.Tensor):
-                    raise Unsafe(f"{func} reads a number")
-                if not any(torch._C._is_alias_of(value, v) for v in given):
-                    raise Unsafe(f"{func} makes a tensor")
-                if func._schema.is_mutable:
-                    raise Unsafe(f"{func} is not one of fastdiff's")
-        return out
-
-
 @pytest.fixture
 def watched(monkeypatch):
     """sample() with a watch over all rows but the first: [Watch of each run]."""
-    run, plain_row, watches = runner.Loop.run, runner.Loop.row, []
+    run, watches = runner.Loop.run, []
 
     def quiet(network):
         def call(*args):
-            with torch.utils._python_dispatch._disable_current_modes():
+            with _disable_current_modes():
                 return network(*args)
 
         return call
-
-    def row_of_kind(self, kind, *rest):
-        watches[-1].kind = kind
-        plain_row(self, kind, *rest)
 
     def watching(self, network, *rest):
         watches.append(Watch())
@@ -302,7 +278,6 @@ def watched(monkeypatch):
         yield from states
 
     monkeypatch.setattr(runner.Loop, "run", watching)
-    monkeypatch.setattr(runner.Loop, "row", row_of_kind)
 
     def use(operations):
         monkeypatch.setattr(ops, "backend_module", lambda name: operations)
@@ -311,7 +286,7 @@ def watched(monkeypatch):
     return use
 
 
-@pytest.mark.parametrize(("sde", "sampler", "steps"), list(every_run()), ids=str)
+@pytest.mark.parametrize(("sde", "sampler", "steps"), one_of_each_kind(), ids=str)
 def test_no_solver_reads_allocates_or_copies_within_its_loop(watched, sde, sampler, steps):
     watches = watched(dispatched())
     options = {"sde": sde, "steps": steps, "sampler": sampler, "shape": (3, 5), "num_samples": 4}
@@ -332,16 +307,13 @@ def planted(name):
             torch.empty_like(x)
         elif name == "an operation of another kind":
             x.mul_(1.0)
-        elif name == "another buffer":
-            x = x.clone()
         torch.ops.fastdiff.step(out, table, cursor, stream, x, *rest, **others)
 
     return step
 
 
 @pytest.mark.parametrize(
-    "defect",
-    ["a number read", "a tensor made from the host", "an allocation", "an operation of another kind", "another buffer"],
+    "defect", ["a number read", "a tensor made from the host", "an allocation", "an operation of another kind"]
 )
 def test_the_watch_sees_what_is_planted(watched, defect):
     watched(dispatched(step=planted(defect)))

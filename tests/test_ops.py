@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch.library import opcheck
+from watching import Names
 
 import fastdiff
 from fastdiff import losses
@@ -206,17 +207,9 @@ def test_gradients_by_the_short_way_are_those_of_the_operators():
 
 
 def test_dispatch_modes_see_every_operation():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    seen = []
-    with Watch(), torch.no_grad():
+    with Names() as names, torch.no_grad():
         ops.perturb(random(2, 3), torch.ones(2), torch.ones(2), ops.cursor(0, 0, 0), 2)
-    assert "fastdiff.perturb.default" in seen
+    assert "fastdiff.perturb.default" in names.seen
 
 
 def test_bfloat16_data_train_in_float32():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import pickle
 import subprocess
@@ -12,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from runs import CHOOSE_THEIR_STEPS, OPTIONS, every_run
 from torch import nn
 
 import fastdiff
 from fastdiff.errors import ConfigError, NonFiniteError
-from fastdiff.planning.samplers import DDIM, SAMPLERS, ULA, Ancestral, AnnealedLangevin, Heun, PredictorCorrector
+from fastdiff.planning.processes import PROCESSES
+from fastdiff.planning.samplers import SAMPLERS, ULA, Ancestral, Heun, PredictorCorrector
 
 
 def score(x, t):
@@ -27,36 +30,22 @@ def score(x, t):
     return -x / variance.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
-CHOOSING = ("rk45", "adaptive_sde")  # their steps themselves
-
-
 def draw(**options):
     options = {"model": score, "sde": "vp", "steps": 12, "shape": (5,), "num_samples": 8, **options}
-    if options.get("sampler") in CHOOSING:
+    if options.get("sampler") in CHOOSE_THEIR_STEPS:
         del options["steps"]
     return fastdiff.sample(**options)
 
 
-RUNS = [
-    *(name for name in SAMPLERS if name != "annealed_langevin"),  # 12 steps are no multiple of its 5
-    AnnealedLangevin(steps_per_level=3),
-    DDIM(0.5),
-    Heun(s_churn=3.0),
-    PredictorCorrector(corrector="langevin", norm="sample"),
-    PredictorCorrector("none", order="predictor_first"),
-]
-
-
-def every_run():
-    """(sde, sampler, steps) for every process and sampler that go together, of about eight rows."""
-    for sde in ("ve", "vp", "subvp", "ou", "ddpm", "ncsn", "edm"):
-        for sampler in (*RUNS, *SAMPLERS, PredictorCorrector(corrector="langevin", norm="batch")):
-            steps = 9 if isinstance(sampler, AnnealedLangevin) else 10 if sampler == "annealed_langevin" else 8
-            try:
-                fastdiff.plan(sde, steps, sampler=sampler)
-            except ConfigError:
-                continue
-            yield sde, sampler, steps
+def test_the_samplers_without_a_table_are_those_that_choose_their_steps():
+    refused = {}
+    for sde, sampler in itertools.product(PROCESSES, SAMPLERS):
+        try:
+            fastdiff.plan(sde, 10, sampler=sampler)
+        except ConfigError as error:
+            refused[sde, sampler] = str(error)
+    assert set(refused) == set(itertools.product(PROCESSES, CHOOSE_THEIR_STEPS))
+    assert all("has no table" in message for message in refused.values())
 
 
 @pytest.mark.parametrize(("sde", "sampler", "steps"), list(every_run()), ids=str)
@@ -84,7 +73,11 @@ def test_clips_conversions_and_learned_variances_are_the_same_bits_on_both_backe
         assert torch.equal(draw(**options, backend="cpu"), draw(**options, backend="reference"))
 
 
-@pytest.mark.parametrize("sampler", RUNS, ids=repr)
+@pytest.mark.parametrize(
+    "sampler",
+    [*(name for name in SAMPLERS if name != "annealed_langevin"), *OPTIONS],  # 12 steps are no multiple of its 5
+    ids=repr,
+)
 @pytest.mark.parametrize("shape", [(5,), (1,), (2, 3), (1, 7, 9)])
 def test_batch_split_and_first_sample_do_not_change_a_bit(sampler, shape):
     whole = draw(sampler=sampler, shape=shape)

@@ -74,7 +74,10 @@ def clear() -> None:
 
 
 def _retire() -> None:
+    """Free all graphs that nobody is running."""
     with _lock:
+        for cached in _cache.values():
+            cached.loops.clear()  # which a run of this network holds too
         _cache.clear()
 
 
