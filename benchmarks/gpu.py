@@ -67,7 +67,7 @@ def main() -> int:
     passed = pytest("tests marked gpu", TESTS, tests, "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors")
     left = SECONDS - (time.monotonic() - began)
     options += ["--device", given.device, "--minutes", f"{(left - 20) / 60:.2f}", *(["--quick"] if given.quick else [])]
-    passed &= pytest("benchmarks", left, "benchmarks", "-v", "-s", "-rs", "--save-results", *options)
+    passed &= pytest("benchmarks", left, "benchmarks", "-v", "-s", "-rs", "-W", "ignore", "--save-results", *options)
     print(f"\n{time.monotonic() - began:.0f} seconds")
     return 0 if passed else 1
 

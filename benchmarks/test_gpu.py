@@ -22,6 +22,8 @@ from fastdiff import samplers
 from fastdiff.execution import cpu, graphs, ops, reference
 from fastdiff.networks.layers import TimeConditioned
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # the opponents', and the compiler's
+
 SIZES = (8_192, 196_608, 16_777_216, 67_108_864)
 SAMPLES = 64
 LAUNCHED = 196_608  # up to here the launch takes longer than the kernel, so that a graph of CALLS is timed, too
@@ -241,7 +243,6 @@ def jobs() -> Iterator[Any]:
         yield pytest.param(opponent, loop, dtype, marks=takes, id=f"{loop.case}-{str(dtype)[6:]}-{opponent}")
 
 
-@pytest.mark.filterwarnings("ignore")  # the opponents' own
 @pytest.mark.parametrize(("opponent", "loop", "dtype"), list(jobs()))
 def test_loop(gpu, recorder, opponent, loop, dtype):
     gpu.only(small=not loop.large, cuda=opponent in (ENGINE, COMPILED))
