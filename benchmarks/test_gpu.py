@@ -142,7 +142,7 @@ def test_profile(gpu, recorder):
     t, _ = tensors(n, gpu.device)
 
     for name, run, times in (
-        (f"{c.name}, 100 rows", c.ours(100), 1), (f"{op.name}, 20 times", lambda: op.ours(gpu.module, t), 20),
+        (f"{c.name}, 100 rows", c.run(100), 1), (f"{op.name}, 20 times", lambda: op.ours(gpu.module, t), 20),
     ):  # fmt: skip
         gpu.watch.whole(run)
         with torch.profiler.profile(activities=[wanted]) as seen:
@@ -176,55 +176,53 @@ LOOPS = (
 )
 
 
-class Contest:
-    """A loop's subject in one dtype, and what runs it."""
+class Contest(Subject):
+    """A loop's network, start and noise in one dtype, and who runs them."""
 
     def __init__(self, loop: Loop, dtype: torch.dtype, gpu: Gpu) -> None:
-        self.subject = Subject(loop.case, "vp", device=gpu.device, dtype=dtype, batch=None if gpu.quick else loop.batch)
-        self.start, net = self.subject.start, self.subject.network()
+        super().__init__(loop.case, "vp", device=gpu.device, dtype=dtype, batch=None if gpu.quick else loop.batch)
+        net = self.network()
         self.net = net if isinstance(net, nn.Module) else Own(net)  # a module's graphs are kept
-        self.engine = "graph" if gpu.cuda else "eager"
-        self.steps = 10 if gpu.quick else loop.steps
-        shape = "x".join(map(str, self.subject.shape))
-        self.name, self.n = f"{loop.case.rsplit(' ', 1)[0]} {shape} {str(dtype)[6:]}", self.start.numel()
+        self.engine, self.steps = "graph" if gpu.cuda else "eager", 10 if gpu.quick else loop.steps
+        self.name = f"{loop.case.rsplit(' ', 1)[0]} {'x'.join(map(str, self.shape))} {str(dtype)[6:]}"
         # of the same samples: float32's roundings, or those of the networks' products where these are in bfloat16 or TF32,
         # which a difference in the last bit of the input can turn
         rough = (dtype == torch.bfloat16 or gpu.cuda) and not isinstance(self.net, Own)
         self.tolerance = 2**-8 if rough else 1e-5
 
-    def ours(self, steps: int, engine: str = "") -> Run:
-        return self.subject.ours(self.net, **PEERS[0].options(steps), engine=engine or self.engine)
+    def run(self, steps: int, engine: str = "") -> Run:
+        return self.ours(self.net, **PEERS[0].options(steps), engine=engine or self.engine)
 
     def call(self, x: Tensor, t: Tensor) -> Tensor:
         """The network as a loop of float32 states calls it."""
-        return self.net(x.to(self.subject.dtype), t).float()
+        return self.net(x.to(self.dtype), t).float()
 
-    def theirs(self, opponent: str) -> Callable[[int], Run]:
-        """Their run of so many steps, checked."""
+    def theirs(self, opponent: str) -> Run:
+        """Their run, whose samples of fewer steps are ours."""
         few = min(CHECKED, self.steps)
         if opponent == ENGINE:
-            a, b, c = (self.ours(few, engine=name)() for name in (self.engine, "eager", "eager"))
+            a, b, c = (self.run(few, engine)() for engine in (self.engine, "eager", "eager"))
             apart = f"{float((a - b).abs().max()):.3g} apart, eager and itself {float((b - c).abs().max()):.3g}"
             assert torch.equal(a, b), f"the engines are {apart}: not timed"
-            return functools.partial(self.ours, engine="eager")
+            return self.run(self.steps, "eager")
         if opponent == COMPILED:  # the eager loop around a network whose kernels and CUDA graphs are torch.compile's
             torch.compiler.reset()
             net = torch.compile(self.call, mode="reduce-overhead", dynamic=False)
             # an answer is used up before the next call overwrites it, so that no copy is needed
             before = torch.compiler.cudagraph_mark_step_begin
-            build = lambda steps: peers.eager(net, self.start, steps, before)  # noqa: E731
+            build = functools.partial(peers.eager, net, self.start, before=before)
         else:
             made = {EAGER: peers.eager, **{peer.opponent: peer.build for peer in PEERS}}[opponent]
             build = functools.partial(made, self.call, self.start)
         run = build(few)
         run()  # compiles, with what noise it likes
-        apart = self.subject.distance(self.net, PEERS[0].options(few), run)
+        apart = self.distance(self.net, PEERS[0].options(few), run)
         assert apart <= self.tolerance, f"{opponent} gives other samples, {apart:.2g} apart: not timed"
-        return build
+        return build(self.steps)
 
     def alone(self, watch: Stopwatch, calls: int) -> Callable[[], float]:
         """A measurement of the network by itself, as our loop calls it: on a GPU by graphs of several calls."""
-        x, t = self.start.to(self.subject.dtype), torch.full((len(self.start),), 0.5, device=self.start.device)
+        x, t = self.start.to(self.dtype), torch.full((len(self.start),), 0.5, device=self.device)
         features = {"features": self.net.time_features(t[:1])} if isinstance(self.net, TimeConditioned) else {}
         call = torch.no_grad()(lambda: self.net(x, t, **features))
         return watch.batches(replayed(call, calls, x.device), calls) if watch.cuda else watch.batches(call)
@@ -237,8 +235,7 @@ def jobs() -> Iterator[Any]:
     """One opponent after another, first all that compile nothing; last what takes longest."""
     opponents = [ENGINE, EAGER, *(peer.opponent for peer in PEERS), COMPILED]
     found = [(o, loop, dtype) for loop in LOOPS for dtype in loop.dtypes for o in opponents]
-    found.sort(key=lambda job: (job[0] == COMPILED, job[1].large))
-    for opponent, loop, dtype in found:
+    for opponent, loop, dtype in sorted(found, key=lambda job: (job[0] == COMPILED, job[1].large)):
         takes = pytest.mark.takes(loop.compilation if opponent == COMPILED else loop.seconds)
         yield pytest.param(opponent, loop, dtype, marks=takes, id=f"{loop.case}-{str(dtype)[6:]}-{opponent}")
 
@@ -250,26 +247,24 @@ def test_loop(gpu, recorder, opponent, loop, dtype):
     if reason:
         pytest.skip(f"left out: {reason}")
     c = contest(loop, dtype, gpu)
-    runs = {"ours": c.ours(c.steps), opponent: c.theirs(opponent)(c.steps)}
+    row = functools.partial(recorder.row, "gpu loops", c.name, c.start.numel())
+    runs = {"ours": c.run(c.steps), opponent: c.theirs(opponent)}
     if opponent == EAGER and gpu.cuda:
-        held = [[peak(run)] for run in runs.values()]
-        recorder.row("gpu loops", c.name, c.n, "peak MiB", held[0], EAGER, held[1])
+        row("peak MiB", [peak(runs["ours"])], EAGER, [peak(runs[EAGER])])
     clocks = {name: lambda run=run: gpu.watch.whole(run) / c.steps for name, run in runs.items()}
     if opponent == EAGER:
         clocks["network"] = c.alone(gpu.watch, 2 if loop.large else 10)
     for run in runs.values():
         run()
     times = turns(clocks, 0.0 if gpu.quick else 3.0 if opponent in (EAGER, COMPILED) else 1.0, most=15)
-    ratio = recorder.row("gpu loops", c.name, c.n, "us per step", times["ours"], opponent, times[opponent])
+    ratio = row("us per step", times["ours"], opponent, times[opponent])
     if opponent in PROMISED:
         print(f"    {ratio:.2f}x, promised of small networks: at least {PROMISED[opponent]:g}x")
-    if opponent != EAGER:
-        return
-    outside = [whole - network for whole, network in zip(times["ours"], times["network"])]
-    share = [100 * part / whole for part, whole in zip(outside, times["ours"])]
-    recorder.row("gpu loops", c.name, c.n, "us of the network alone", times["network"])
-    recorder.row("gpu loops", c.name, c.n, "us outside the network per step", outside)
-    recorder.row("gpu loops", c.name, c.n, "percent of a step outside the network", share)
+    if opponent == EAGER:
+        outside = [whole - network for whole, network in zip(times["ours"], times["network"])]
+        row("us of the network alone", times["network"])
+        row("us outside the network per step", outside)
+        row("percent of a step outside the network", [100 * a / b for a, b in zip(outside, times["ours"])])
 
 
 def peak(run: Run) -> float:
