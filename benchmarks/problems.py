@@ -4,7 +4,6 @@ Trained, as an adaptive solver's steps are as long as what the network has learn
 (2, 1, 1), as score_sde_pytorch takes images only.
 """
 
-import copy
 import functools
 import math
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cases import Clock
 from torch import Tensor, nn
 
 import fastdiff
@@ -98,15 +96,6 @@ def trained(name: str) -> tuple[nn.Module, Tensor]:
     rest = fastdiff.Data(data[problem.count :], range=(-high, high))
     fastdiff.train(model, rest, steps=problem.steps, batch_size=problem.batch, **how)
     return net.eval().requires_grad_(False), data[: problem.count]
-
-
-def double(net: nn.Module) -> nn.Module:
-    return copy.deepcopy(net).double()
-
-
-def counted(net: nn.Module) -> Clock:
-    """A copy whose calls are counted."""
-    return Clock(copy.deepcopy(net))
 
 
 def start_of(x: Tensor) -> Tensor:
