@@ -4,13 +4,12 @@ A network's meaning is the sampler's: KINDS says what its output and its time ar
 of N(0, 1); the others have random weights, none of them zero, so that a wrong input or a wrong time shows in the samples.
 """
 
-from __future__ import annotations
-
-import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -33,33 +32,26 @@ class Analytic:
     """The exact answer for data of N(0, 1), one product of the state's size."""
 
     def __init__(self, kind: str, chain: int, device: torch.device) -> None:
-        self.kind = kind
         bars = torch.cumprod(1 - torch.tensor(betas(chain), dtype=torch.float64), 0)
-        self.sigmas = (1 - bars).sqrt().float().to(device)
-
-    def weight(self, t: Tensor) -> Tensor:
-        if self.kind == "ve":
-            return -1 / (1 + t * t)
-        if self.kind == "edm":
-            return 1 / (1 + t * t)
-        if self.kind == "ddpm":
-            return self.sigmas[t]
-        return torch.sqrt(-torch.expm1(-(9.95 * t + 0.1) * t))
+        sigmas = (1 - bars).sqrt().float().to(device)
+        self.weight: Callable[[Tensor], Tensor] = {
+            "ve": lambda t: -1 / (1 + t * t), "edm": lambda t: 1 / (1 + t * t), "ddpm": lambda t: sigmas[t],
+            "vp": lambda t: torch.sqrt(-torch.expm1(-(9.95 * t + 0.1) * t)),
+        }[kind]  # fmt: skip
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return x * self.weight(t).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
+Network = Callable[[str, int, torch.device], Any]  # of (kind, steps of the chain, device)
+
+
 class Case(NamedTuple):
-    """`steps`: of the samplers on a CPU. Vectors have the shape (2, 1, 1), as some peers take images only.
-
-    tolerance  of the same samples, relative: a network of many layers turns a last bit of its input into more
-    """
-
     batch: int
-    shape: tuple[int, ...]
-    steps: int
-    network: Callable[[str, int, torch.device], Any]  # (kind, steps of the chain, device)
+    shape: tuple[int, ...]  # of vectors (2, 1, 1), as some peers take images only
+    steps: int  # of the samplers on a CPU
+    network: Network
+    # of the same samples, relative: a network of many layers turns a last bit of its input into more
     tolerance: float = 1e-5
 
 
@@ -67,9 +59,7 @@ class Case(NamedTuple):
 LAST = {"ve": 1e-3, "vp": 0.03, "ddpm": 0.03, "edm": 0.1}
 
 
-def _seeded(
-    make: Callable[[], Any], wrap: Callable[[Any], Any] = lambda net: net
-) -> Callable[[str, int, torch.device], Any]:
+def _seeded(make: Callable[[], Any], wrap: Callable[[Any], Any] = lambda net: net) -> Network:
     def network(kind: str, chain: int, device: torch.device) -> Any:
         torch.manual_seed(0)
         net = make().to(device).eval().requires_grad_(False)
@@ -90,34 +80,23 @@ class Own(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.net(x, t)  # type: ignore[no-any-return]
+        return self.net(x, t)
 
 
-def _mlp() -> MLP:
-    return MLP((2, 1, 1), hidden=128, layers=3, time_embedding="sinusoidal", time_scale=1.0)
-
-
-def _demo_unet() -> UNet:
-    return UNet((1, 8, 8), channels=32, multipliers=(1, 2), blocks=1, time_embedding="sinusoidal", time_scale=1.0)
-
-
-def _cifar_unet() -> UNet:
-    return UNet(
-        (3, 32, 32), channels=128, multipliers=(1, 2, 2, 2), blocks=3, attention=(1, 2), time_embedding="sinusoidal",
-        time_scale=1.0,
-    )  # fmt: skip
-
-
+_TIME = {"time_embedding": "sinusoidal", "time_scale": 1.0}
+_MLP = partial(MLP, (2, 1, 1), hidden=128, layers=3, **_TIME)
+_DEMO = partial(UNet, (1, 8, 8), channels=32, multipliers=(1, 2), blocks=1, **_TIME)
+_CIFAR = partial(UNet, (3, 32, 32), channels=128, multipliers=(1, 2, 2, 2), blocks=3, attention=(1, 2), **_TIME)
 CASES = {
     "analytic 64x3x32x32": Case(64, (3, 32, 32), 50, Analytic),
     "analytic 4096x2": Case(4096, (2, 1, 1), 200, Analytic),
     "analytic 1x3x4x4": Case(1, (3, 4, 4), 200, Analytic),
-    "MLP 256x2": Case(256, (2, 1, 1), 200, _seeded(_mlp)),
-    "own MLP 256x2": Case(256, (2, 1, 1), 200, _seeded(_mlp, Own)),
-    "MLP 4096x2": Case(4096, (2, 1, 1), 50, _seeded(_mlp)),
+    "MLP 256x2": Case(256, (2, 1, 1), 200, _seeded(_MLP)),
+    "own MLP 256x2": Case(256, (2, 1, 1), 200, _seeded(_MLP, Own)),
+    "MLP 4096x2": Case(4096, (2, 1, 1), 50, _seeded(_MLP)),
     # DPM-Solver++ with k-diffusion's float32 logarithms of sigma differs by 1.2e-5 here
-    "demo U-Net 16x1x8x8": Case(16, (1, 8, 8), 50, _seeded(_demo_unet), 3e-5),
-    "U-Net 35.4M 2x3x32x32": Case(2, (3, 32, 32), 10, _seeded(_cifar_unet), 2e-4),
+    "demo U-Net 16x1x8x8": Case(16, (1, 8, 8), 50, _seeded(_DEMO), 3e-5),
+    "U-Net 35.4M 2x3x32x32": Case(2, (3, 32, 32), 10, _seeded(_CIFAR), 2e-4),
 }
 
 
@@ -152,22 +131,15 @@ def clock() -> float:
 def ours(kind: str, net: Any, start: Tensor, **options: Any) -> Callable[..., Any]:
     """fastdiff's run from this start; further options can be given at each call."""
     prediction, time_input = KINDS[kind]
-    given = {
-        "shape": tuple(start.shape[1:]), "num_samples": len(start), "x_init": start, "prediction": prediction,
-        "time_input": time_input, "device": start.device, "progress": False,
-    }  # fmt: skip
-    return lambda **more: fastdiff.sample(net, **{**given, **options, **more})
+    given = {"shape": tuple(start.shape[1:]), "num_samples": len(start), "x_init": start, "device": start.device}
+    given |= {"prediction": prediction, "time_input": time_input, "progress": False, **options}
+    return lambda **more: fastdiff.sample(net, **{**given, **more})
 
 
-@contextlib.contextmanager
-def noise_from(draws: Iterator[Tensor]) -> Iterator[None]:
-    """torch.randn and torch.randn_like give these instead."""
-    before = torch.randn, torch.randn_like
-    torch.randn = torch.randn_like = lambda *_, **__: next(draws).clone()  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.randn, torch.randn_like = before
+def noise_from(draws: Iterator[Tensor]) -> Any:
+    """A context in which torch.randn and torch.randn_like give these instead."""
+    draw = lambda *_, **__: next(draws).clone()  # noqa: E731
+    return mock.patch.multiple(torch, randn=draw, randn_like=draw)
 
 
 class Subject:
@@ -195,9 +167,8 @@ class Subject:
     def noise(self, seed: int = 1) -> Iterator[Tensor]:
         generator = torch.Generator(self.device).manual_seed(seed)
         while True:
-            yield torch.empty(self.shape, device=self.device).normal_(
-                generator=generator
-            )  # torch.randn may stand for this
+            # (torch.randn may stand for this)
+            yield torch.empty(self.shape, device=self.device).normal_(generator=generator)
 
     def distance(
         self, net: Any, options: dict[str, Any], theirs: Callable[[], Tensor], from_prior: bool = False

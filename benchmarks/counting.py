@@ -1,11 +1,9 @@
 """What a sampler asks of torch in a step, network aside: operations, numbers read on the host, the most memory at once."""
 
-from __future__ import annotations
-
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -17,18 +15,15 @@ DRAWS = {torch.ops.aten.normal_.default, torch.ops.aten.randn.default, torch.ops
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
 
 
-class Count(NamedTuple):
-    large_operations: int  # those that touch a tensor of the state's size: on a GPU each is a kernel or more
-    small_operations: int
-    host_reads: int  # of a number or a shape: where it lies on a GPU, the host waits
-    draws: int  # tensors of normal numbers
-    peak: int  # bytes of the tensors that it holds at once
+# large: they touch a tensor of the state's size, on a GPU each is a kernel or more; a host reads a number or a shape, for which
+# it waits where that lies on a GPU; draws are tensors of normal numbers
+METRICS = ("large operations", "small operations", "host reads", "draws")
 
 
 class _Counter(TorchDispatchMode):
     def __init__(self, numel: int) -> None:
         super().__init__()
-        self.numel, self.large, self.small, self.reads, self.draws = numel, 0, 0, 0, 0
+        self.numel, self.found = numel, dict.fromkeys(METRICS, 0)
         self.held: dict[int, list[int]] = {}  # address of a storage -> [its tensors, its bytes]
         self.bytes = self.peak = 0
 
@@ -39,40 +34,34 @@ class _Counter(TorchDispatchMode):
         is_view = bool(made) and not func._schema.is_mutable and all(
             any(torch._C._is_alias_of(v, w) for w in given) for v in made
         )  # fmt: skip
+        is_large = any(v.numel() >= self.numel for v in [*given, *made])
         if func in DRAWS or (
             func.namespace == "fastdiff" and args[3] is not None
         ):  # the stream of a step, a measurement
-            self.draws += max(v.numel() for v in [*given, *made]) >= self.numel
+            self.found["draws"] += is_large
         if func in READS:
-            self.reads += 1
+            self.found["host reads"] += 1
         elif not is_view and not any(word in func._schema.name for word in ("empty", "resize")):
-            is_large = any(v.numel() >= self.numel for v in [*given, *made])
-            self.large += is_large
-            self.small += not is_large
+            self.found["large operations" if is_large else "small operations"] += 1
         for value in made:
             self._hold(value)
         return out
 
     def _hold(self, value: torch.Tensor) -> None:
-        storage = value.untyped_storage()
-        address, size = storage.data_ptr(), storage.nbytes()
+        address, size = value.untyped_storage().data_ptr(), value.untyped_storage().nbytes()
         if not address:
             return
         entry = self.held.setdefault(address, [0, size])
-        if not entry[0]:
-            self.bytes += size
-            self.peak = max(self.peak, self.bytes)
+        self.bytes += 0 if entry[0] else size
+        self.peak = max(self.peak, self.bytes)
         entry[0] += 1
         weakref.finalize(value, self._drop, address)
 
     def _drop(self, address: int) -> None:
-        entry = self.held.get(address)
-        if entry is None:
-            return
+        entry = self.held.get(address, [0, 0])
         entry[0] -= 1
         if not entry[0]:
-            self.bytes -= entry[1]
-            del self.held[address]
+            self.bytes -= self.held.pop(address)[1]
 
 
 def unseen(net: Any) -> Callable[..., Any]:
@@ -86,18 +75,16 @@ def unseen(net: Any) -> Callable[..., Any]:
     return call
 
 
-def count(run: Callable[[int], object], numel: int, steps: int) -> Count:
-    """Per step: what a run of 2·steps asks more than one of steps."""
+def count(run: Callable[[int], object], numel: int, steps: int) -> dict[str, float]:
+    """Per step, what a run of 2·steps asks more than one of steps; and the float32 states that the shorter holds at once."""
     counters = []
     for n in (steps, steps, 2 * steps):  # the first sets up what lasts
         with torch.no_grad(), _Counter(numel) as counter:
             run(n)
         counters.append(counter)
     _, one, two = counters
-    large, small, reads, draws = (
-        round((getattr(two, name) - getattr(one, name)) / steps) for name in ("large", "small", "reads", "draws")
-    )
-    return Count(large, small, reads, draws, one.peak)
+    found = {f"{name} per step": round((two.found[name] - one.found[name]) / steps) for name in METRICS}
+    return {**found, "states held at once": one.peak / (4 * numel)}
 
 
 def dispatched() -> types.SimpleNamespace:

@@ -3,8 +3,6 @@
 Their bits are the reference's, and an opponent's numbers mean the same, before anything is timed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -29,46 +27,30 @@ Ours = Callable[[ModuleType, Tensors], Outputs]  # by a backend's module, of wha
 
 
 class Op(NamedTuple):
-    """One operation.
-
-    bytes      of memory that must be read and written for each number
-    given      the names of the tensors that `theirs` takes
-    theirs     what a user would write instead, which the results call `called`
-    also       further opponents
-    compiled   by torch.compile as well
-    noiseless  theirs draws nothing, so that each of its numbers must be ours, to this tolerance
-    oracle     what the reference does for the results of `ours`, if not `ours`
-    """
-
     name: str
-    bytes: int
+    bytes: int  # of memory that must be read and written for each number
     ours: Ours
-    given: str
-    theirs: Callable[..., Any]
-    called: str = "eager"
-    also: dict[str, Ours] = {}  # noqa: RUF012  # never written
-    compiled: bool = False
-    noiseless: float | None = None
-    oracle: Ours | None = None
+    given: str  # the names of the tensors that `theirs` takes
+    theirs: Callable[..., Any]  # what a user would write instead
+    called: str = "eager"  # theirs
+    also: dict[str, Ours] = {}  # noqa: RUF012  # further opponents
+    compiled: bool = False  # by torch.compile as well
+    noiseless: float | None = None  # theirs draws nothing: each of its numbers must be ours, to this tolerance
+    oracle: Ours | None = None  # what the reference does for the results of `ours`, if not `ours`
 
     def eager(self, t: Tensors) -> Callable[[], Any]:
         arguments = [t[name] for name in self.given.split()]
         return lambda: self.theirs(*arguments)
 
     def torch_compile(self, t: Tensors, **options: Any) -> Callable[[], Any]:
-        arguments, compiled = (
-            [t[name] for name in self.given.split()],
-            torch.compile(self.theirs, dynamic=False, **options),
-        )
-        return lambda: compiled(*arguments)
+        return self._replace(theirs=torch.compile(self.theirs, dynamic=False, **options)).eager(t)
 
 
 def tensors(n: int, device: torch.device, samples: int) -> Tensors:
     """n numbers in so many samples, and all else that the operations read and write."""
     generator, each = torch.Generator(device).manual_seed(0), n // samples
-    t = {
-        name: torch.randn(samples, each, generator=generator, device=device) for name in ("x", "m", "trained", *STAGES)
-    }
+    drawn = ("x", "m", "trained", *STAGES)
+    t = {name: torch.randn(samples, each, generator=generator, device=device) for name in drawn}
     t["trained"].requires_grad_()
     t |= {name: torch.empty_like(t["x"]) for name in ("out", "noise", "theirs")} | {"half": t["m"].bfloat16()}
     t |= {"net_input": torch.empty_like(t["half"]), "cursor": ops.cursor(0, 0, 0, device)}
@@ -98,7 +80,7 @@ def affine(x: Tensor, m: Tensor) -> Tensor:
 
 
 def affine_mixed(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    after = A * x + B * m.float() + C * torch.randn_like(x)
+    after = affine(x, m.float())
     return after, after.bfloat16()
 
 
@@ -108,9 +90,8 @@ def affine_flagged(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def preallocated(k: ModuleType, t: Tensors) -> Outputs:
-    t["noise"].normal_()
-    torch.mul(t["x"], A, out=t["theirs"])
-    return (t["theirs"].add_(t["m"], alpha=B).add_(t["noise"], alpha=C),)
+    scaled = torch.mul(t["x"], A, out=t["theirs"])
+    return (scaled.add_(t["m"], alpha=B).add_(t["noise"].normal_(), alpha=C),)
 
 
 def fill(name: str, stream: int) -> Ours:
@@ -142,7 +123,7 @@ def training(k: ModuleType, t: Tensors) -> Outputs:
         t["trained"], t["x"], t["none"], t["all"], t["weight"], t["cursor"], PERTURBATION
     )
     loss.mean().backward()
-    return x_t, t["trained"].grad  # type: ignore[return-value]
+    return x_t, t["trained"].grad
 
 
 def training_by_hand(k: ModuleType, t: Tensors) -> Outputs:
@@ -156,7 +137,7 @@ def eager_training(m: Tensor, x: Tensor, r: Tensor, w: Tensor, weight: Tensor) -
     m.grad, eps = None, torch.randn_like(x)
     x_t = r[:, None] * x + w[:, None] * eps
     (weight * ((m - eps) ** 2).mean(1)).mean().backward()
-    return x_t, m.grad  # type: ignore[return-value]
+    return x_t, m.grad
 
 
 def langevin(k: ModuleType, t: Tensors) -> Outputs:
@@ -197,12 +178,13 @@ def embedding(times: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), 1)
 
 
+COMPILED = "torch.compile of eager"
 FLOOR = "memory floor (torch.add)"  # reads and writes what a step does, without the noise
 OPS = (
     Op("step", 12, step("m"), "x m", affine, compiled=True, also={
         "eager, preallocated": preallocated,
         FLOOR: lambda k, t: (torch.add(t["x"], t["m"], alpha=B, out=t["theirs"]),),
-        "through torch.ops": lambda k, t: step("m")(torch.ops.fastdiff, t),  # type: ignore[arg-type]
+        "through torch.ops": lambda k, t: step("m")(torch.ops.fastdiff, t),
     }),
     Op("step, mixed", 12, step("half", "net_input"), "x half", affine_mixed, compiled=True),
     # what the loop asks of a row: the state, the network's next input, the flag of what is not finite
@@ -254,3 +236,17 @@ def check_meaning(op: Op, ours: Callable[[], Any], name: str, theirs: Callable[[
         alike = torch.allclose(a, b, rtol=op.noiseless, atol=op.noiseless)
     if not alike:
         raise AssertionError(f"{op.name}: {name} computes something else: not timed")
+
+
+def contestants(
+    op: Op, module: ModuleType, t: Tensors, oracle: ModuleType, on_cpu: Tensors, compiled: dict[str, dict[str, Any]]
+) -> dict[str, Callable[[], Any]]:
+    """Ours and the opponents, all checked; `compiled`: what torch.compile's of theirs are called, with its options."""
+    check_bits(op, module, t, oracle, on_cpu)
+    runs = {"ours": lambda: op.ours(module, t), op.called: op.eager(t)}
+    runs |= {name: (lambda run=run: run(module, t)) for name, run in op.also.items()}
+    runs |= {name: op.torch_compile(t, **options) for name, options in compiled.items()}
+    for name, run in runs.items():
+        if name != FLOOR:
+            check_meaning(op, runs["ours"], name, run)
+    return runs

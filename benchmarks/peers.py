@@ -3,12 +3,9 @@
 Some draw noise that their scheme does not use (DDIM and Heun of some libraries, last steps): that is theirs, and counted.
 
 Used as their documentation says; what a library lacks (a network of another meaning, a schedule of the user's own) is
-written as a user of it would. They are not needed to run anything: who is missing is left out. `pip install
-'fastdiff[bench]'` brings diffusers and torchsde, `pip install --no-deps -r benchmarks/peers.txt` the others, without the
-packages that they import at top level and that no sampler uses (stand-ins take their place).
+written as a user of it would. Who is missing is left out. `pip install 'fastdiff[bench]'` brings diffusers and torchsde, `pip
+install --no-deps -r benchmarks/peers.txt` the others, without the packages that they import and that no sampler uses.
 """
-
-from __future__ import annotations
 
 import functools
 import importlib
@@ -17,11 +14,10 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import MagicMock
+from unittest import mock
 
 import torch
 from cases import CHAIN, betas
@@ -42,6 +38,10 @@ class Peer(NamedTuple):
     exact       fed the same noise, the two give the same samples; else the statistics of N(0, 1) data are compared (also where
                 roundings grow: LMS's formula multiplies the network's, and diffusers' DEIS has its weights in float32)
     from_prior  they draw the start themselves, and so do not take ours
+    roundings   what the coefficients that they make in float32 add to a step's state, in units of 2^-24. diffusers' DDPM has
+                ᾱ as a running product and α as ᾱ_t/ᾱ_(t-1), off by three roundings (1 − β, product, quotient), and divides the
+                state by √α: 3/2. (What m = σx takes off again, (1 − β)/√α = √α, is off by as much; smaller networks and noise,
+                whose signs vary, are within the tolerance.) In float64 nothing remains of it: tests/test_benchmarks.py
     """
 
     sampler: str
@@ -51,63 +51,54 @@ class Peer(NamedTuple):
     build: Build
     exact: bool = True
     from_prior: bool = False
+    roundings: float = 0.0
 
 
+SCORE_SDE, SCORE_SDE_MODULES = "score_sde_pytorch", ("sampling", "sde_lib", "likelihood")
 MODULES = {
     "diffusers": "diffusers", "k-diffusion": "k_diffusion.sampling", "azula": "azula.sample", "torchsde": "torchsde",
-    "denoising-diffusion-pytorch": "denoising_diffusion_pytorch.denoising_diffusion_pytorch",
+    "denoising-diffusion-pytorch": "denoising_diffusion_pytorch.denoising_diffusion_pytorch", SCORE_SDE: "sampling",
 }  # fmt: skip
-
-# --- loading them ----------------------------------------------------------------------------------------------------
-
-# imported at the top by k-diffusion and denoising-diffusion-pytorch, used by no sampler
-UNUSED = (
-    "accelerate", "cleanfid", "cleanfid.inception_torchscript", "clip", "dctorch", "dctorch.functional", "ema_pytorch",
-    "jsonmerge", "kornia", "pytorch_fid", "pytorch_fid.fid_score", "pytorch_fid.inception", "skimage", "torchdiffeq",
-    "torchvision", "torchvision.transforms", "wandb",
-)  # fmt: skip
 
 
 @functools.cache
 def load(name: str) -> Any:
-    """A module of a peer; while one of the two is imported, what is not installed of UNUSED has stand-ins."""
-    names = UNUSED if name.startswith(("k_diffusion", "denoising")) else ()
-    absent = {module: MagicMock() for module in names if importlib.util.find_spec(module.split(".")[0]) is None}
-    sys.modules.update(absent)
+    """A module of a peer. Two of them import at their top much that no sampler uses: what is not installed has stand-ins."""
+    path, absent = sys.path, []
+    sys.path = [os.environ.get("SCORE_SDE_PYTORCH", "/nowhere"), *path] if name in SCORE_SDE_MODULES else path
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
+        while True:
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    return importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                known = name.startswith(("k_diffusion", "denoising")) and error.name not in (
+                    *absent,
+                    name.split(".")[0],
+                )
+                if not known:
+                    raise
+                absent.append(error.name)
+                sys.modules[error.name] = mock.MagicMock()
     finally:
+        sys.path = path
         for module in absent:
             del sys.modules[module]
 
 
-@functools.cache
-def score_sde() -> tuple[Any, Any, Any]:
+def score_sde() -> list[Any]:
     """Its `sampling`, `sde_lib` and `likelihood`, from the checkout that SCORE_SDE_PYTORCH names."""
-    root = os.environ["SCORE_SDE_PYTORCH"]
-    sys.path.insert(0, root)
-    try:
-        sampling, sde_lib, likelihood = map(importlib.import_module, ("sampling", "sde_lib", "likelihood"))
-    finally:
-        sys.path.remove(root)
-    return sampling, sde_lib, likelihood
+    return [load(name) for name in SCORE_SDE_MODULES]
 
 
 def missing(opponent: str) -> str | None:
     """Why an opponent cannot be measured here, or None."""
-    if opponent == "score_sde_pytorch":
-        there = (Path(os.environ.get("SCORE_SDE_PYTORCH", "/nowhere")) / "sde_lib.py").is_file()
-        return None if there else "SCORE_SDE_PYTORCH does not name a checkout of score_sde_pytorch"
     try:
         load(MODULES.get(opponent, "torch"))
     except ImportError as error:
-        return f"{opponent} is not installed ({error})"
+        where = "SCORE_SDE_PYTORCH names no checkout of it" if opponent == SCORE_SDE else "it is not installed"
+        return f"{opponent}: {where} ({error})"
     return None
-
-
-# --- by hand, and as printed -----------------------------------------------------------------------------------------
 
 
 def _vp_rows(steps: int) -> list[tuple[float, float, float, float]]:
@@ -119,39 +110,48 @@ def _vp_rows(steps: int) -> list[tuple[float, float, float, float]]:
     ]
 
 
-def in_place(net: Any, start: Tensor, steps: int) -> Run:
-    """The loop that a careful user writes: numbers made beforehand, nothing allocated."""
-    rows = _vp_rows(steps)
-
+def _loop(start: Tensor, rows: Iterable[tuple[Any, ...]], step: Callable[..., Tensor]) -> Run:
     @torch.no_grad()
     def run() -> Tensor:
-        x, z, t = start.clone(), torch.empty_like(start), torch.empty(len(start), device=start.device)
-        for time, a, b, c in rows:
-            m = net(x, t.fill_(time))
-            x.mul_(a).add_(m, alpha=b)
-            if c:
-                x.add_(torch.randn(start.shape, out=z), alpha=c)
+        x = start.clone()
+        for row in rows:
+            x = step(x, *row)
         return x
 
     return run
+
+
+def eager(net: Any, start: Tensor, steps: int, before: Callable[[], None] = lambda: None) -> Run:
+    """A scheduler's loop in plain PyTorch: each step's numbers are Python's, its tensors are new."""
+
+    def step(x: Tensor, t: float, a: float, b: float, c: float) -> Tensor:
+        before()
+        m = net(x, torch.full((len(x),), t, device=x.device))
+        return a * x + b * m + (c * torch.randn_like(x) if c else 0.0)
+
+    return _loop(start, _vp_rows(steps), step)
+
+
+def in_place(net: Any, start: Tensor, steps: int) -> Run:
+    """The loop that a careful user writes: numbers made beforehand, nothing allocated."""
+    z, times = torch.empty_like(start), torch.empty(len(start), device=start.device)
+
+    def step(x: Tensor, t: float, a: float, b: float, c: float) -> Tensor:
+        m = net(x, times.fill_(t))
+        x.mul_(a).add_(m, alpha=b)
+        return x.add_(torch.randn(x.shape, out=z), alpha=c) if c else x
+
+    return _loop(start, _vp_rows(steps), step)
 
 
 def compiled(net: Any, start: Tensor, steps: int) -> Run:
     """The same, network and noise within torch.compile; the noise torch's own, as the compiler's is ten times slower."""
-    rows = [torch.tensor(column, device=start.device) for column in zip(*_vp_rows(steps))]
 
     @torch.compile(options={"fallback_random": True})
     def step(x: Tensor, t: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        return a * x + b * net(x, t.expand(len(x))) + c * torch.randn_like(x)  # type: ignore[no-any-return]
+        return a * x + b * net(x, t.expand(len(x))) + c * torch.randn_like(x)
 
-    @torch.no_grad()
-    def run() -> Tensor:
-        x = start
-        for k in range(steps):
-            x = step(x, *(column[k] for column in rows))
-        return x
-
-    return run
+    return _loop(start, [row.unbind() for row in torch.tensor(_vp_rows(steps), device=start.device)], step)
 
 
 def printed(kind: str, loop: Callable[..., list[Tensor]]) -> Build:
@@ -159,7 +159,7 @@ def printed(kind: str, loop: Callable[..., list[Tensor]]) -> Build:
 
     def build(net: Any, start: Tensor, steps: int) -> Run:
         def call(x: Tensor, t: float) -> Tensor:
-            return net(x, torch.full((len(x),), t, device=x.device))  # type: ignore[no-any-return]
+            return net(x, torch.full((len(x),), t, device=x.device))
 
         network = {
             "vp": lambda x, t: call(x, t) * (-1 / papers.vp(t).sigma), "ve": lambda x, t: call(x, papers.ve(t).sigma),
@@ -170,23 +170,23 @@ def printed(kind: str, loop: Callable[..., list[Tensor]]) -> Build:
     return build
 
 
-def _ddim_times(steps: int) -> list[int]:
-    """diffusers' "leading" subset of a chain, as process times (its index + 1), without the last, 0."""
+# subsets of a chain as process times (the index + 1), without the last: diffusers' "leading" and "linspace", lucidrains'
+def _leading(steps: int) -> list[int]:
     return [k * (CHAIN // steps) + 1 for k in reversed(range(steps))]
 
 
-def _linspace_times(steps: int) -> list[int]:
-    """diffusers' "linspace" subset of a chain, as process times, without its end."""
+def _linspace(steps: int) -> list[int]:
     return [round((CHAIN - 1) * k / steps) + 1 for k in range(steps, 0, -1)]
+
+
+def _lucidrains(steps: int) -> list[int]:
+    return [t + 1 for t in reversed(torch.linspace(-1, CHAIN - 1, steps + 1).int().tolist()[1:])]
 
 
 def _ddim_as_printed(network: Any, start: Tensor, steps: int, noise: Any) -> list[Tensor]:
     bars = torch.cumprod(1 - torch.tensor(betas(CHAIN), dtype=torch.float64), 0).tolist()
-    times = _ddim_times(steps)
+    times = _leading(steps)
     return papers.ddim_sample(network, start, [*(bars[t - 1] for t in times), 1.0], times, noise)
-
-
-# --- score_sde_pytorch -----------------------------------------------------------------------------------------------
 
 
 class Labelled:
@@ -198,110 +198,94 @@ class Labelled:
     def eval(self) -> None: ...
 
     def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
-        return self.net(x, labels if self.sde == "ve" else labels / 999)  # type: ignore[no-any-return]
+        return self.net(x, labels if self.sde == "ve" else labels / 999)
 
 
 @torch.no_grad()
-def score_sde_flow(
-    net: Any, x: Tensor, start: float, end: float, probe: Tensor | None = None, tolerance: float = 1e-8
-) -> tuple[Tensor, Tensor]:
+def score_sde_flow(net: Any, x: Tensor, start: float, end: float, probe: Tensor) -> tuple[Tensor, Tensor]:
     """Its VP flow from x [B, *], float64, by SciPy's eighth-order pair: the end, and its divergence's integral [B]."""
     from scipy.integrate import solve_ivp
 
     _, sde_lib, likelihood = score_sde()
-    sde = sde_lib.VPSDE()
+    sde, n = sde_lib.VPSDE(), x.numel()
     score = likelihood.mutils.get_score_fn(sde, Labelled(net), train=False, continuous=True)
     flow = sde.reverse(score, probability_flow=True)
+    drift = lambda state, times: flow.sde(state, times)[0]  # noqa: E731
 
     def rates(t: float, y: Any) -> Any:
-        state, times = torch.from_numpy(y[: x.numel()]).view_as(x), x.new_full((len(x),), t)
-        moved = [flow.sde(state, times)[0].flatten()]
-        if probe is not None:
-            moved.append(likelihood.get_div_fn(lambda state, times: flow.sde(state, times)[0])(state, times, probe))
-        return torch.cat(moved).numpy()
+        given = torch.from_numpy(y[:n]).view_as(x), x.new_full((len(x),), t)
+        return torch.cat((drift(*given).flatten(), likelihood.get_div_fn(drift)(*given, probe))).numpy()
 
-    given = torch.cat((x.flatten(), x.new_zeros(0 if probe is None else len(x))))
-    found = solve_ivp(rates, (start, end), given.numpy(), "DOP853", rtol=tolerance, atol=tolerance).y[:, -1]
-    return torch.from_numpy(found[: x.numel()]).view_as(x), torch.from_numpy(found[x.numel() :])
+    given = torch.cat((x.flatten(), x.new_zeros(len(x)))).numpy()
+    found = torch.from_numpy(solve_ivp(rates, (start, end), given, "DOP853", rtol=1e-8, atol=1e-8).y[:, -1])
+    return found[:n].view_as(x), found[n:]
 
 
-def _score_sde(sde: str, predictor: str, corrector: str, eps: float, as_printed: bool = False) -> Build:
-    """Its predictor-corrector sampler, or the loop of fastdiff.papers that has the same rows."""
-    if as_printed:
-        loop = partial(papers.score_sde_loop, sde)
-        return printed(sde, lambda *given: loop(*given, predictor, corrector, eps=eps))
+def _as_printed(sde: str, predictor: str, corrector: str, eps: float) -> Build:
+    """The loop of fastdiff.papers that has the same rows as score_sde_pytorch's predictor-corrector sampler."""
+    loop = partial(papers.score_sde_loop, sde)
+    return printed(sde, lambda *given: loop(*given, predictor, corrector, eps=eps))
 
+
+def _score_sde(sde: str, predictor: str, corrector: str, eps: float) -> Build:
     def build(net: Any, start: Tensor, steps: int) -> Run:
         sampling, sde_lib, _ = score_sde()
-        process = {"ve": sde_lib.VESDE, "vp": sde_lib.VPSDE}[sde](N=steps)
         sampler = sampling.get_pc_sampler(
-            process, tuple(start.shape), sampling.get_predictor(predictor), sampling.get_corrector(corrector),
+            {"ve": sde_lib.VESDE, "vp": sde_lib.VPSDE}[sde](N=steps), tuple(start.shape),
+            sampling.get_predictor(predictor), sampling.get_corrector(corrector),
             lambda x: x, 0.16, continuous=True, eps=eps, device=start.device,
         )  # fmt: skip
-        model = Labelled(net, sde)
-        return lambda: sampler(model)[0]
+        return lambda: sampler(Labelled(net, sde))[0]
 
     return build
 
 
-# --- diffusers -------------------------------------------------------------------------------------------------------
+def _scheduled(
+    scheduler: Any, start: Tensor, steps: int, step: Callable[[int, Tensor, Tensor], Any], **given: Any
+) -> Run:
+    """A pipeline's loop without the conversion to pictures; `step(i, t, x)` gives a scheduler's answer."""
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        scheduler.set_timesteps(steps, **given)
+        if hasattr(scheduler, "set_sigmas"):
+            scheduler.set_sigmas(steps)
+        out = (start,)
+        for i, t in enumerate(scheduler.timesteps):
+            out = step(i, t, out[0])
+        return out[-1]
+
+    return run
 
 
 def diffusers_ve(net: Any, start: Tensor, steps: int, correct: bool) -> Run:
-    """Its ScoreSdeVePipeline, without the conversion to pictures."""
-    scheduler = load("diffusers").ScoreSdeVeScheduler(
-        num_train_timesteps=steps, snr=0.16, sigma_min=0.01, sigma_max=50.0
-    )
+    scheduler = load("diffusers").ScoreSdeVeScheduler(steps, snr=0.16, sigma_min=0.01, sigma_max=50.0)
 
-    @torch.no_grad()
-    def run() -> Tensor:
-        scheduler.set_timesteps(steps)
-        scheduler.set_sigmas(steps)
-        x = mean = start
-        for i, t in enumerate(scheduler.timesteps):
-            sigma = scheduler.sigmas[i] * torch.ones(len(x), device=x.device)
-            if correct:
-                x = scheduler.step_correct(net(x, sigma), x).prev_sample
-            out = scheduler.step_pred(net(x, sigma), t, x)
-            x, mean = out.prev_sample, out.prev_sample_mean
-        return mean
+    def step(i: int, t: Tensor, x: Tensor) -> Any:
+        sigma = scheduler.sigmas[i] * torch.ones(len(x), device=x.device)
+        if correct:
+            x = scheduler.step_correct(net(x, sigma), x).prev_sample
+        out = scheduler.step_pred(net(x, sigma), t, x)
+        return out.prev_sample, out.prev_sample_mean
 
-    return run
+    return _scheduled(scheduler, start, steps, step)
 
 
 def diffusers_vp(net: Any, start: Tensor, steps: int) -> Run:
-    scheduler = load("diffusers.schedulers.deprecated.scheduling_sde_vp").ScoreSdeVpScheduler(num_train_timesteps=steps)
-
-    @torch.no_grad()
-    def run() -> Tensor:
-        scheduler.set_timesteps(steps, device=start.device)
-        x = mean = start
-        for t in scheduler.timesteps:
-            x, mean = scheduler.step_pred(net(x, t.expand(len(x))), x, t)
-        return mean
-
-    return run
+    scheduler = load("diffusers.schedulers.deprecated.scheduling_sde_vp").ScoreSdeVpScheduler(steps)
+    step = lambda i, t, x: scheduler.step_pred(net(x, t.expand(len(x))), x, t)  # noqa: E731
+    return _scheduled(scheduler, start, steps, step, device=start.device)
 
 
 def diffusers_chain(net: Any, start: Tensor, steps: int, name: str, chain: int = CHAIN, **options: Any) -> Run:
     """A scheduler of diffusers on a chain (0: one of as many steps as the run)."""
-    length = chain or steps
-    scheduler = getattr(load("diffusers"), name)(
-        num_train_timesteps=length, trained_betas=betas(length), prediction_type="epsilon", **options
-    )
+    length, given = chain or steps, {"prediction_type": "epsilon", **options}
+    scheduler = getattr(load("diffusers"), name)(length, trained_betas=betas(length), **given)
 
-    @torch.no_grad()
-    def run() -> Tensor:
-        scheduler.set_timesteps(steps, device=start.device)
-        x = start
-        for t in scheduler.timesteps:
-            x = scheduler.step(net(scheduler.scale_model_input(x, t), t.expand(len(x))), t, x).prev_sample
-        return x
+    def step(i: int, t: Tensor, x: Tensor) -> Any:
+        return (scheduler.step(net(scheduler.scale_model_input(x, t), t.expand(len(x))), t, x).prev_sample,)
 
-    return run
-
-
-# --- k-diffusion, denoising-diffusion-pytorch ------------------------------------------------------------------------
+    return _scheduled(scheduler, start, steps, step, device=start.device)
 
 
 def k_diffusion(net: Any, start: Tensor, steps: int, name: str) -> Run:
@@ -319,7 +303,7 @@ def lucidrains(net: Any, start: Tensor, steps: int, subset: bool) -> Run:
         self_condition = False
 
         def forward(self, x: Tensor, t: Tensor, _: Any) -> Tensor:
-            return net(x, t)  # type: ignore[no-any-return]
+            return net(x, t)
 
     module.tqdm = lambda values, **_: values  # its bar cannot be turned off
     diffusion = module.GaussianDiffusion(
@@ -330,42 +314,28 @@ def lucidrains(net: Any, start: Tensor, steps: int, subset: bool) -> Run:
     return lambda: sample(tuple(start.shape))
 
 
-def _lucidrains_times(steps: int) -> list[float]:
-    times = torch.linspace(-1, CHAIN - 1, steps + 1).int().tolist()
-    return [t + 1 for t in reversed(times)]
-
-
-# --- azula -----------------------------------------------------------------------------------------------------------
-
-
 def azula(net: Any, start: Tensor, steps: int, name: str, kind: str) -> Run:
     """A sampler of azula, with the process as its schedule and the network as its denoiser."""
     sample, denoise, noise = (load(f"azula.{part}") for part in ("sample", "denoise", "noise"))
 
-    class VP(noise.Schedule):  # type: ignore[misc, name-defined]
+    class VP(noise.Schedule):
         def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
             log_alpha = -0.5 * (9.95 * t + 0.1) * t
             return torch.exp(log_alpha), torch.sqrt(-torch.expm1(2 * log_alpha))
 
-    class Denoiser(denoise.Denoiser):  # type: ignore[misc, name-defined]
+    class Denoiser(denoise.Denoiser):
         def __init__(self) -> None:
             super().__init__()
             self.schedule = VP() if kind == "vp" else noise.VESchedule(0.01, 50.0)
 
         def forward(self, x: Tensor, t: Tensor) -> Any:
             alpha, sigma = self.schedule(t)
-            if kind == "vp":
-                mean = (x - sigma * net(x, t.expand(len(x)))) / alpha
-            else:
-                mean = x + sigma**2 * net(x, sigma.expand(len(x)))
-            return denoise.DiracPosterior(mean=mean)
+            m = net(x, (t if kind == "vp" else sigma).expand(len(x)))
+            return denoise.DiracPosterior(mean=(x - sigma * m) / alpha if kind == "vp" else x + sigma**2 * m)
 
     stop = 1e-3 if kind == "vp" else 1e-5
     sampler = getattr(sample, name)(Denoiser(), start=1.0, stop=stop, steps=steps, silent=True, device=start.device)
     return lambda: sampler(start)
-
-
-# --- torchsde --------------------------------------------------------------------------------------------------------
 
 
 def torchsde(net: Any, start: Tensor, steps: int) -> Run:
@@ -377,10 +347,8 @@ def torchsde(net: Any, start: Tensor, steps: int) -> Run:
 
         def f(self, s: Tensor, y: Tensor) -> Tensor:
             t = 1 - s
-            beta = 0.1 + 19.9 * t
-            sigma = torch.sqrt(-torch.expm1(-(9.95 * t + 0.1) * t))
-            eps = net(y.view(start.shape), t.expand(len(y))).flatten(1)
-            return 0.5 * beta * y - beta / sigma * eps  # type: ignore[no-any-return]
+            beta, sigma = 0.1 + 19.9 * t, torch.sqrt(-torch.expm1(-(9.95 * t + 0.1) * t))
+            return 0.5 * beta * y - beta / sigma * net(y.view(start.shape), t.expand(len(y))).flatten(1)
 
         def g(self, s: Tensor, y: Tensor) -> Tensor:
             return torch.sqrt(0.1 + 19.9 * (1 - s)).expand_as(y)
@@ -390,28 +358,17 @@ def torchsde(net: Any, start: Tensor, steps: int) -> Run:
     return torch.no_grad()(lambda: library.sdeint(reverse, start.flatten(1), ends, **given)[-1])
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
-def _named(**fixed: Any) -> Options:
-    return lambda steps: {"steps": steps, **fixed}
-
-
-_VE = _named(sde="ve", sampler="reverse_diffusion", grid="score_sde")
-_BATCH = samplers.PredictorCorrector(corrector="langevin", norm="batch")
-_PC = _named(sde="ve", sampler=_BATCH, grid="score_sde")
-_ALD = _named(sde="ve", sampler="pc", grid="score_sde")
-_VP = _named(sde="vp", sampler="euler_maruyama", grid="score_sde")
-_UNIFORM = _named(sde="vp", sampler="euler_maruyama", denoise=False)
-_HEUN = _named(sde="edm", sampler="heun")
+def _of(sde: str, sampler: Any, **fixed: Any) -> Options:
+    return lambda steps: {"sde": sde, "steps": steps, "sampler": sampler, **fixed}
 
 
 def _chain(**fixed: Any) -> Options:
     return lambda steps: {"sde": fastdiff.DDPM(betas(steps)), "steps": steps, "sampler": "ancestral", **fixed}
 
 
-def _subset(times: Callable[[int], list[Any]], **fixed: Any) -> Options:
-    return lambda steps: {"sde": fastdiff.DDPM(betas(CHAIN)), "sampler": "ddim", "grid": times(steps), **fixed}
+def _subset(times: Callable[[int], list[int]], end: int = 0, **fixed: Any) -> Options:
+    chain = fastdiff.DDPM(betas(CHAIN))
+    return lambda steps: {"sde": chain, "sampler": "ddim", "grid": [*times(steps), end], **fixed}
 
 
 def _ve_heun(steps: int) -> dict[str, Any]:
@@ -420,51 +377,52 @@ def _ve_heun(steps: int) -> dict[str, Any]:
     return {"sde": "ve", "sampler": "heun", "grid": grids.sigmas([papers.ve(t).sigma for t in times])}
 
 
+_VE = _of("ve", "reverse_diffusion", grid="score_sde")
+_PC = _of("ve", samplers.PredictorCorrector(corrector="langevin", norm="batch"), grid="score_sde")
+_ALD = _of("ve", "pc", grid="score_sde")
+_VP = _of("vp", "euler_maruyama", grid="score_sde")
+_HEUN = _of("edm", "heun")
+_PP2M = samplers.DPMSolverPP(lower_order_final=False)
 PRINTED = "as printed (papers.py)"
 PEERS = [
-    Peer("VE reverse diffusion", PRINTED, "ve", _VE, _score_sde("ve", "reverse_diffusion", "none", 1e-5, as_printed=True)),
+    Peer("VE reverse diffusion", PRINTED, "ve", _VE, _as_printed("ve", "reverse_diffusion", "none", 1e-5)),
     Peer("VE reverse diffusion", "diffusers", "ve", _VE, partial(diffusers_ve, correct=False)),
-    Peer("VE reverse diffusion", "score_sde_pytorch", "ve", _VE,
-         _score_sde("ve", "reverse_diffusion", "none", 1e-5), from_prior=True),
-    Peer("VE predictor-corrector", PRINTED, "ve", _PC,
-         _score_sde("ve", "reverse_diffusion", "langevin", 1e-5, as_printed=True)),
+    Peer("VE reverse diffusion", SCORE_SDE, "ve", _VE, _score_sde("ve", "reverse_diffusion", "none", 1e-5), from_prior=True),
+    Peer("VE predictor-corrector", PRINTED, "ve", _PC, _as_printed("ve", "reverse_diffusion", "langevin", 1e-5)),
     Peer("VE predictor-corrector", "diffusers", "ve", _PC, partial(diffusers_ve, correct=True)),
-    Peer("VE predictor-corrector", "score_sde_pytorch", "ve", _PC,
+    Peer("VE predictor-corrector", SCORE_SDE, "ve", _PC,
          _score_sde("ve", "reverse_diffusion", "langevin", 1e-5), from_prior=True),
-    Peer("VE predictor-corrector, ald", "score_sde_pytorch", "ve", _ALD,
+    Peer("VE predictor-corrector, ald", SCORE_SDE, "ve", _ALD,
          _score_sde("ve", "reverse_diffusion", "ald", 1e-5), from_prior=True),
     Peer("VE predictor-corrector, azula's", "azula", "ve", _ALD, partial(azula, name="PCSampler", kind="ve"), exact=False),
     Peer("VP Euler-Maruyama", "in place, by hand", "vp", _VP, in_place),
     Peer("VP Euler-Maruyama", "torch.compile", "vp", _VP, compiled, exact=False),
-    Peer("VP Euler-Maruyama", PRINTED, "vp", _VP, _score_sde("vp", "euler_maruyama", "none", 1e-3, as_printed=True)),
+    Peer("VP Euler-Maruyama", PRINTED, "vp", _VP, _as_printed("vp", "euler_maruyama", "none", 1e-3)),
     Peer("VP Euler-Maruyama", "diffusers", "vp", _VP, diffusers_vp),
-    Peer("VP Euler-Maruyama", "score_sde_pytorch", "vp", _VP,
-         _score_sde("vp", "euler_maruyama", "none", 1e-3), from_prior=True),
-    Peer("VP Euler-Maruyama", "torchsde", "vp", _UNIFORM, torchsde, exact=False),
+    Peer("VP Euler-Maruyama", SCORE_SDE, "vp", _VP, _score_sde("vp", "euler_maruyama", "none", 1e-3), from_prior=True),
+    Peer("VP Euler-Maruyama", "torchsde", "vp", _of("vp", "euler_maruyama", denoise=False), torchsde, exact=False),
     Peer("DDPM", PRINTED, "ddpm", _chain(),
          printed("ddpm", lambda net, start, steps, noise: papers.ddpm_sample(net, start, betas(steps), noise))),
-    Peer("DDPM", "diffusers", "ddpm", _chain(), partial(diffusers_chain, name="DDPMScheduler", chain=0, clip_sample=False)),
+    Peer("DDPM", "diffusers", "ddpm", _chain(),
+         partial(diffusers_chain, name="DDPMScheduler", chain=0, clip_sample=False), roundings=1.5),
     Peer("DDPM", "denoising-diffusion-pytorch", "ddpm", _chain(clip=(-1, 1)), partial(lucidrains, subset=False), from_prior=True),
-    Peer("VP ancestral", "azula", "vp", _named(sde="vp", sampler="ancestral", denoise=False),
-         partial(azula, name="DDPMSampler", kind="vp")),
-    Peer("DDIM", PRINTED, "ddpm", _subset(lambda n: [*_ddim_times(n), 0]), printed("ddpm", _ddim_as_printed)),
-    Peer("DDIM", "diffusers", "ddpm", _subset(lambda n: [*_ddim_times(n), 0]),
-         partial(diffusers_chain, name="DDIMScheduler", clip_sample=False)),
-    Peer("DDIM", "denoising-diffusion-pytorch", "ddpm", _subset(_lucidrains_times, clip=(-1, 1)),
+    Peer("VP ancestral", "azula", "vp", _of("vp", "ancestral", denoise=False), partial(azula, name="DDPMSampler", kind="vp")),
+    Peer("DDIM", PRINTED, "ddpm", _subset(_leading), printed("ddpm", _ddim_as_printed)),
+    Peer("DDIM", "diffusers", "ddpm", _subset(_leading), partial(diffusers_chain, name="DDIMScheduler", clip_sample=False)),
+    Peer("DDIM", "denoising-diffusion-pytorch", "ddpm", _subset(_lucidrains, clip=(-1, 1)),
          partial(lucidrains, subset=True), from_prior=True),
-    Peer("DDIM", "azula", "vp", _named(sde="vp", sampler="ddim"), partial(azula, name="DDIMSampler", kind="vp")),
+    Peer("DDIM", "azula", "vp", _of("vp", "ddim"), partial(azula, name="DDIMSampler", kind="vp")),
     Peer("Heun", PRINTED, "edm", _HEUN,
          printed("edm", lambda net, start, steps, noise: papers.edm_deterministic(net, start, papers.karras_sigmas(steps)))),
     Peer("Heun", "k-diffusion", "edm", _HEUN, partial(k_diffusion, name="heun")),
     Peer("Heun", "azula", "ve", _ve_heun, partial(azula, name="HeunSampler", kind="ve")),
-    Peer("DPM-2", "k-diffusion", "edm", _named(sde="edm", sampler="dpm_2"), partial(k_diffusion, name="dpm_2")),
-    Peer("LMS", "k-diffusion", "edm", _named(sde="edm", sampler="lms"), partial(k_diffusion, name="lms"), exact=False),
-    Peer("DPM-Solver++(2M)", "k-diffusion", "edm",
-         _named(sde="edm", sampler=samplers.DPMSolverPP(lower_order_final=False)), partial(k_diffusion, name="dpmpp_2m")),
-    Peer("DPM-Solver++(2M)", "diffusers", "ddpm", _subset(lambda n: [*_linspace_times(n), 0], sampler="dpmpp_2m"),
+    Peer("DPM-2", "k-diffusion", "edm", _of("edm", "dpm_2"), partial(k_diffusion, name="dpm_2")),
+    Peer("LMS", "k-diffusion", "edm", _of("edm", "lms"), partial(k_diffusion, name="lms"), exact=False),
+    Peer("DPM-Solver++(2M)", "k-diffusion", "edm", _of("edm", _PP2M), partial(k_diffusion, name="dpmpp_2m")),
+    Peer("DPM-Solver++(2M)", "diffusers", "ddpm", _subset(_linspace, sampler="dpmpp_2m"),
          partial(diffusers_chain, name="DPMSolverMultistepScheduler")),
-    Peer("UniPC", "diffusers", "ddpm", _subset(lambda n: [*_linspace_times(n), 0], sampler="unipc"),
+    Peer("UniPC", "diffusers", "ddpm", _subset(_linspace, sampler="unipc"),
          partial(diffusers_chain, name="UniPCMultistepScheduler")),
-    Peer("DEIS", "diffusers", "ddpm", _subset(lambda n: [*_linspace_times(n), 1], sampler=samplers.DEIS(2, "lambda")),
+    Peer("DEIS", "diffusers", "ddpm", _subset(_linspace, end=1, sampler=samplers.DEIS(2, "lambda")),
          partial(diffusers_chain, name="DEISMultistepScheduler"), exact=False),
 ]  # fmt: skip

@@ -4,9 +4,6 @@ Trained, as an adaptive solver's steps are as long as what the network has learn
 (2, 1, 1), as score_sde_pytorch takes images only.
 """
 
-from __future__ import annotations
-
-import copy
 import functools
 import math
 from collections.abc import Callable
@@ -14,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cases import Clock
 from torch import Tensor, nn
 
 import fastdiff
@@ -49,16 +45,15 @@ class Convolutional(nn.Module):
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        self.time = nn.Sequential(
-            TimeEmbedding(64, "fourier", 1.0), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 3 * width)
-        )
+        embedding = TimeEmbedding(64, "fourier", 1.0)
+        self.time = nn.Sequential(embedding, nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 3 * width))
         self.layers = nn.ModuleList(nn.Conv2d(inputs, width, 3, padding=1) for inputs in (1, width, width))
         self.out = nn.Conv2d(width, 1, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         for layer, shift in zip(self.layers, self.time(t)[:, :, None, None].chunk(3, 1)):
             x = F.silu(layer(x) + shift)
-        return self.out(x)  # type: ignore[no-any-return]
+        return self.out(x)
 
 
 def digits() -> Tensor:
@@ -69,24 +64,20 @@ def digits() -> Tensor:
     return fastdiff.dequantize(levels, (-1, 1)).float()[order]
 
 
-def _mlp(scale: float) -> Callable[[], nn.Module]:
-    return lambda: MLP(VECTOR, hidden=128, layers=3, time_scale=scale)
-
-
 class Problem(NamedTuple):
-    """A network under VP, which returns ε and is told t, and the data that it is asked about; the rest it is trained on."""
-
-    make: Callable[[], nn.Module]
+    make: Callable[[], nn.Module]  # under VP: it returns ε and is told t
     data: Callable[[], Tensor]
-    count: int
+    count: int  # it is asked about so many of the data, and trained on the rest
     steps: int
     batch: int
 
 
+_MLP = functools.partial(MLP, VECTOR, hidden=128, layers=3)
+_DRAWS = functools.partial(mixture, 8192, 0)
 # MLP's Fourier features are of scale 16 by default, and then rough in t
 PROBLEMS = {
-    "MLP 256x2, time scale 16": Problem(_mlp(16.0), lambda: mixture(8192, 0), 256, 2000, 128),
-    "MLP 256x2, time scale 1": Problem(_mlp(1.0), lambda: mixture(8192, 0), 256, 2000, 128),
+    "MLP 256x2, time scale 16": Problem(functools.partial(_MLP, time_scale=16.0), _DRAWS, 256, 2000, 128),
+    "MLP 256x2, time scale 1": Problem(functools.partial(_MLP, time_scale=1.0), _DRAWS, 256, 2000, 128),
     "convolutional 16x1x28x28": Problem(Convolutional, digits, 16, 300, 16),
 }
 
@@ -101,20 +92,10 @@ def trained(name: str) -> tuple[nn.Module, Tensor]:
         net = problem.make()
     high = max(1.0, float(data.abs().max()))
     model = fastdiff.ScoreModel(net, "vp", data_shape=tuple(data.shape[1:]), data_range=(-high, high))
-    fastdiff.train(
-        model, fastdiff.Data(data[problem.count :], range=(-high, high)), steps=problem.steps, batch_size=problem.batch,
-        lr=2e-3, warmup=50, decay=True, ema=0.99, progress=False,
-    )  # fmt: skip
+    how = {"lr": 2e-3, "warmup": 50, "decay": True, "ema": 0.99, "progress": False}
+    rest = fastdiff.Data(data[problem.count :], range=(-high, high))
+    fastdiff.train(model, rest, steps=problem.steps, batch_size=problem.batch, **how)
     return net.eval().requires_grad_(False), data[: problem.count]
-
-
-def double(net: nn.Module) -> nn.Module:
-    return copy.deepcopy(net).double()
-
-
-def counted(net: nn.Module) -> Clock:
-    """A copy whose calls are counted."""
-    return Clock(copy.deepcopy(net))
 
 
 def start_of(x: Tensor) -> Tensor:

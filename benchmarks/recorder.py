@@ -3,14 +3,14 @@
 Figures are those of commits: nothing is saved in benchmarks/results while the sources differ from their commit.
 """
 
-from __future__ import annotations
-
 import csv
+import functools
 import gc
 import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import time
@@ -28,14 +28,8 @@ from fastdiff.execution import cuda_graph
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MEASURED = (
-    "fastdiff",
-    "kernels",
-    "csrc",
-    "setup.py",
-    "benchmarks",
-    ":!benchmarks/results",
-)  # what the figures depend on
+# what the figures depend on
+MEASURED = ("fastdiff", "kernels", "csrc", "setup.py", "benchmarks", ":!benchmarks/results")
 # One row a measurement. `ours` and `theirs` are medians in the unit that `metric` names; the ratios are theirs by ours.
 COLUMNS = (
     "device", "threads", "group", "case", "opponent", "n", "metric", "ours", "theirs", "ratio_p20", "ratio_p50", "ratio_p80",
@@ -45,9 +39,6 @@ KEY = ("group", "case", "opponent", "threads", "n", "metric")  # two rows that s
 Row = dict[str, Any]
 Run = Callable[[], object]
 T = TypeVar("T")
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 class Unsaveable(RuntimeError):
@@ -72,11 +63,10 @@ class Recorder:
         row = {
             **dict.fromkeys(COLUMNS, ""), "device": self.name, "threads": "" if self.cuda else torch.get_num_threads(),
             "group": group, "case": case, "opponent": opponent, "n": n, "metric": metric, "ours": f"{value:.5g}",
+            "theirs": "" if theirs is None else f"{statistics.median(theirs):.5g}",
             "rounds": len(ours) if len(ours) > 1 else "", "commit": self.commit, "torch": torch.__version__,
             "version": _version(opponent), "date": date.today().isoformat(),
         }  # fmt: skip
-        if theirs is not None:
-            row["theirs"] = f"{statistics.median(theirs):.5g}"
         if theirs is not None and len(ours) > 1:
             ratios = [b / a for a, b in zip(ours, theirs)]
             value = statistics.median(ratios)
@@ -85,47 +75,45 @@ class Recorder:
         self.rows.append(row)
         return value
 
+    def pairs(self, group: str, case: str, n: int, metric: str, times: dict[str, list[float]]) -> dict[str, float]:
+        """A row for each opponent of "ours", and the ratios."""
+        opponents = [name for name in times if name != "ours"]
+        return {name: self.row(group, case, n, metric, times["ours"], name, times[name]) for name in opponents}
+
     def save(self, folder: Path = RESULTS) -> Path:
         """The rows in <folder>/<device>.csv, in the place of what the file had of the same measurements."""
         self.refuse_unclean(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.csv"
-        rows = {
-            tuple(str(row[name]) for name in KEY): row for row in [*(read(path) if path.exists() else []), *self.rows]
-        }
+        rows = [*(read(path) if path.exists() else []), *self.rows]
+        latest = {tuple(str(row[name]) for name in KEY): row for row in rows}
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(rows.values())
+            writer.writerows(latest.values())
         return path
 
     def refuse_unclean(self, folder: Path = RESULTS) -> None:
         """Raises Unsaveable where figures in the repository's folder of results would belong to no commit."""
         if folder.resolve() != RESULTS:
             return
-        changed = _changed()
+        says, changed = "benchmarks/results holds figures of commits only, and", _changed()
         if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            names = ", ".join([*changed[:3], *([f"{len(changed) - 3} more"] if len(changed) > 3 else [])])
             raise Unsaveable(
-                f"benchmarks/results holds figures of commits only, and {', '.join(changed[:3])}{more} differ from the last "
-                "commit: commit them first, or run without saving there"
+                f"{says} {names} differ from the last commit: commit them first, or run without saving there"
             )
         if not self.commit:
-            raise Unsaveable(
-                "benchmarks/results holds figures of commits only, and this folder has no git: name --commit"
-            )
+            raise Unsaveable(f"{says} git knows none here: name --commit")
 
 
 def shown(row: Row) -> str:
     """A row as a line of text."""
-    line = (
-        f"{row['group']:22} {row['case']:32} {row['threads']:>2} {row['n']:>11,}  {row['metric']:36} {row['ours']:>10}"
-    )
-    line += f" against {row['theirs']:>10}" if row["theirs"] else ""
-    line += (
-        f" {row['ratio_p50']:7.2f}x [{row['ratio_p20']:.2f}-{row['ratio_p80']:.2f}]" if row["ratio_p50"] != "" else ""
-    )
-    return f"{line}  {row['opponent']}".rstrip()
+    theirs = f" against {row['theirs']:>10}" if row["theirs"] else ""
+    if row["ratio_p50"] != "":
+        theirs += f" {row['ratio_p50']:7.2f}x [{row['ratio_p20']:.2f}-{row['ratio_p80']:.2f}]"
+    what = f"{row['group']:22} {row['case']:32} {row['threads']:>2} {row['n']:>11,}  {row['metric']:36}"
+    return f"{what} {row['ours']:>10}{theirs}  {row['opponent']}".rstrip()
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -134,9 +122,10 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def _git(*arguments: str) -> str:
-    with suppress(FileNotFoundError):
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.rstrip()
-    return ""
+    found = shutil.which("git")
+    return (
+        subprocess.run([found, *arguments], cwd=ROOT, capture_output=True, text=True).stdout.rstrip() if found else ""
+    )
 
 
 def _changed() -> list[str]:
@@ -146,8 +135,8 @@ def _changed() -> list[str]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    found = re.search(r"model name\s*:\s*(.*\S)", info.read_text() if info.exists() else "")
+    return found[1] if found else platform.machine()
 
 
 def _version(opponent: str) -> str:
@@ -157,17 +146,13 @@ def _version(opponent: str) -> str:
     return f"Python {platform.python_version()}, {os.cpu_count()} cores"
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
 def turns(systems: dict[str, Callable[[], T]], seconds: float, least: int = 4, most: int = 40) -> dict[str, list[T]]:
     """What the systems measure of themselves in turns, A B, B A, …, for so long."""
     times: dict[str, list[T]] = {name: [] for name in systems}
     gc.collect()
     gc.disable()  # as timeit does: a collection would fall on whoever is at it
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the opponents'
+        with warnings.catch_warnings(action="ignore"):  # the opponents'
             began, rounds = time.monotonic(), 0
             while rounds < least or (rounds < most and time.monotonic() - began < seconds):
                 for name in list(systems) if rounds % 2 else reversed(list(systems)):
@@ -182,11 +167,17 @@ class Stopwatch:
     """Microseconds: of a GPU by its own events, of whole runs and of a CPU by `clock`."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.cuda = device, device.type == "cuda"
+        self.cuda = device.type == "cuda"
+        self.settle = functools.partial(torch.cuda.synchronize, device) if self.cuda else lambda: None
 
-    def settle(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
+    def whole(self, run: Run, calls: int = 1) -> float:
+        self.settle()
+        now = time.perf_counter if self.cuda else clock
+        began = now()
+        for _ in range(calls):
+            run()
+        self.settle()
+        return (now() - began) / calls * 1e6
 
     def batch(self, run: Run, calls: int) -> float:
         """One call's part of a batch, from when the device begins it to when it is done."""
@@ -200,15 +191,6 @@ class Stopwatch:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / calls * 1e3
-
-    def whole(self, run: Run, calls: int = 1) -> float:
-        self.settle()
-        now = time.perf_counter if self.cuda else clock
-        began = now()
-        for _ in range(calls):
-            run()
-        self.settle()
-        return (now() - began) / calls * 1e6
 
     def batches(self, run: Run, calls_each: int = 1) -> Callable[[], float]:
         """A measurement of `run`, which is `calls_each` calls: batches of 4 ms on a GPU, 0.2 ms on a CPU, warmed up."""
@@ -226,12 +208,7 @@ def replayed(run: Run, calls: int, device: torch.device) -> Run:
             run()
 
     graph, _ = cuda_graph.capture(run, body, device, None)
-
-    def replay() -> None:
-        graph.replay()
-
-    replay.keep = run  # type: ignore[attr-defined]  # whose tensors the graph reads
-    return replay
+    return lambda kept=body: graph.replay()  # with the tensors that the graph reads
 
 
 def compare_runs(
@@ -252,9 +229,8 @@ def compare_runs(
     def timed(run: Run, network: Clock | None) -> tuple[float, float]:
         before, began = network.seconds if network else 0.0, clock()
         run()
-        whole = clock() - began
-        outside = whole - (network.seconds - before if network else 0.0)
-        return whole / steps * 1e6, outside / steps * 1e6
+        whole, within = clock() - began, network.seconds - before if network else 0.0
+        return whole / steps * 1e6, (whole - within) / steps * 1e6
 
     measured = {str(k): (lambda system=system: timed(*system)) for k, system in enumerate(systems)}
     wholes, outsides = zip(*(zip(*pairs) for pairs in turns(measured, seconds, 7 if seconds < 3 else 3).values()))
@@ -266,18 +242,13 @@ def compare_runs(
 
 
 class Solution(NamedTuple):
-    """A run of a solver that chooses its steps: at which tolerance, and what it gave and took.
-
-    error        measured, against a much finer solution
-    evaluations  of the ODE's right-hand side, the mean over the samples
-    calls        of the network
-    """
+    """A run of a solver that chooses its steps."""
 
     run: Run
     tolerance: float
-    error: float
-    evaluations: float
-    calls: int
+    error: float  # measured, against a much finer solution
+    evaluations: float  # of the ODE's right-hand side, the mean over the samples
+    calls: int  # of the network
 
 
 def loosest(solve: Callable[[float], Solution], tolerances: Sequence[float], error: float) -> Solution:
@@ -297,12 +268,12 @@ def compare_solutions(
     """Whole runs of solvers that each choose their steps; refused where our measured error is above theirs."""
     if not ours.error <= theirs.error:
         raise AssertionError(f"{case}: the error is {ours.error:.3g}, above {opponent}'s {theirs.error:.3g}")
-    watch = Stopwatch(CPU)
-    runs = {"ours": ours.run, "theirs": theirs.run}
+    runs = {"ours": ours.run, opponent: theirs.run}
     for run in runs.values():
         run()
+    watch = Stopwatch(CPU)
     times = turns({name: lambda run=run: watch.whole(run) / 1e3 for name, run in runs.items()}, seconds, 7)
-    ratio = recorder.row(group, case, n, "ms", times["ours"], opponent, times["theirs"])
+    ratio = recorder.pairs(group, case, n, "ms", times)[opponent]
     for metric in ("error", "tolerance", "evaluations", "calls"):
         recorder.row(group, case, n, metric, [getattr(ours, metric)], opponent, [getattr(theirs, metric)])
     return ratio

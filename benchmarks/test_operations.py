@@ -1,12 +1,10 @@
 """Each operation against what a user would write instead, sizes from a small batch of vectors to beyond every cache."""
 
-from __future__ import annotations
-
 import operations
 import pytest
 import torch
 from cases import CPU
-from operations import FLOOR, OPS
+from operations import OPS
 from recorder import Stopwatch, turns
 
 from fastdiff.execution import ops
@@ -30,19 +28,12 @@ def test_operation(benchmark, recorder, name, n, samples, case, threads):
     torch.set_num_threads(threads)
     op, module = next(op for op in OPS if op.name == name), ops.backend_module("cpu")
     t = operations.tensors(n, CPU, samples)
-    operations.check_bits(op, module, t, ops.backend_module("reference"), t)
-    runs = {"ours": lambda: op.ours(module, t), op.called: op.eager(t)}
-    runs |= {other: (lambda run=run: run(module, t)) for other, run in op.also.items()}
-    if case == "step" and threads == 1:  # its randn is a scalar call for each element, whatever the threads
-        runs["torch.compile of eager"] = op.torch_compile(t)
-        runs["torch.compile, fallback_random"] = op.torch_compile(t, options={"fallback_random": True})
-    for other, run in runs.items():
-        if other != FLOOR:
-            operations.check_meaning(op, runs["ours"], other, run)
+    # (the compiler's randn is a scalar call for each element, whatever the threads)
+    fallback = {"torch.compile, fallback_random": {"options": {"fallback_random": True}}}
+    compiled = {operations.COMPILED: {}, **fallback} if case == "step" and threads == 1 else {}
+    runs = operations.contestants(op, module, t, ops.backend_module("reference"), t, compiled)
     benchmark.group = f"ops: {case}"
     benchmark.pedantic(runs["ours"], rounds=5 if n > 10**6 else 30, iterations=1, warmup_rounds=1)
     watch = Stopwatch(CPU)
     times = turns({other: watch.batches(run) for other, run in runs.items()}, 1.0, 5, 400)
-    for other in list(runs)[1:]:
-        ratio = recorder.row("ops", case, n, "us", times["ours"], other, times[other])
-        benchmark.extra_info[other] = ratio
+    benchmark.extra_info.update(recorder.pairs("ops", case, n, "us", times))

@@ -4,8 +4,6 @@ The solvers share their start and their levels: Karras' without the last, 0, fro
 the end states from those of SciPy's eighth-order pair at 1e-10, root mean square over the samples' numbers.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -26,21 +24,12 @@ END = 1e-3
 COUNT = 256
 CALLS = (6, 12, 24, 48, 96)
 # name -> (sampler, network calls of a step)
-SOLVERS: dict[str, tuple[samplers.Sampler | str, int]] = {
-    "ddim": ("ddim", 1),
-    "ode, uniform in t": ("ode", 1),
-    "heun": ("heun", 2),
-    "dpm_2": ("dpm_2", 2),
-    "dpm_solver, order 2": (samplers.DPMSolver(2), 2),
-    "dpm_solver, order 3": (samplers.DPMSolver(3), 3),
-    "dpmpp_2s": ("dpmpp_2s", 2),
-    "lms": ("lms", 1),
-    "deis": ("deis", 1),
-    "dpmpp_2m": ("dpmpp_2m", 1),
-    "dpmpp_3m": ("dpmpp_3m", 1),
-    "unipc": ("unipc", 1),
-    "sa, tau 0": (samplers.SA(tau=0.0), 1),
-}
+SOLVERS = {
+    "ddim": ("ddim", 1), "ode, uniform in t": ("ode", 1), "heun": ("heun", 2), "dpm_2": ("dpm_2", 2),
+    "dpm_solver, order 2": (samplers.DPMSolver(2), 2), "dpm_solver, order 3": (samplers.DPMSolver(3), 3),
+    "dpmpp_2s": ("dpmpp_2s", 2), "lms": ("lms", 1), "deis": ("deis", 1), "dpmpp_2m": ("dpmpp_2m", 1),
+    "dpmpp_3m": ("dpmpp_3m", 1), "unipc": ("unipc", 1), "sa, tau 0": (samplers.SA(tau=0.0), 1),
+}  # fmt: skip
 FIRST_ORDER = ("ddim", "ode, uniform in t")
 # name -> method of a sampler that chooses its steps, one size for all samples
 ADAPTIVE = {"rk45": "dopri5", "rk45, bosh3": "bosh3"}
@@ -109,14 +98,11 @@ def test_solver(benchmark, recorder, name):
     _, used = solve(given)
     start, _ = exact_ends()
     clocks = [Clock(exact_eps) for _ in range(2)]
-    runs = [
-        run_of("vp", clock.net, start, sde="vp", **every)
-        for clock, every in zip(clocks, (given, options("ddim", used)))
-    ]
-    benchmark.group = "solvers"
-    benchmark.extra_info.update(
-        compare_runs(recorder, "solvers", name, "ddim", start.numel(), used, list(zip(runs, clocks)), 0.5, "call")
-    )
-    for n, error in found.items():
-        recorder.row("solvers", name, start.numel(), f"error of {n} calls", [error], "ddim", [errors("ddim")[n]])
+    both = zip(clocks, (given, options("ddim", used)))
+    runs = [run_of("vp", clock.net, start, sde="vp", **every) for clock, every in both]
+    benchmark.group, n = "solvers", start.numel()
+    ratios = compare_runs(recorder, "solvers", name, "ddim", n, used, list(zip(runs, clocks)), 0.5, "call")
+    benchmark.extra_info.update(ratios)
+    for calls, error in found.items():
+        recorder.row("solvers", name, n, f"error of {calls} calls", [error], "ddim", [errors("ddim")[calls]])
     benchmark.pedantic(runs[0], rounds=1)

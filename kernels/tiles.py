@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Chosen from compiled SASS (128-bit accesses, no spills, about 40 registers: benchmarks/aot.py), not yet measured on a
+# Chosen from compiled SASS (128-bit accesses, no spills, about 40 registers: tests/aot.py), not yet measured on a
 # GPU: 1024 elements a program, 8 a thread.
 QUADS = 256
 WARPS = 4

@@ -1,4 +1,4 @@
-"""What the compilers make of the Triton kernels, for GPUs that need not be here: benchmarks/aot.py, and its bounds.
+"""What the compilers make of the Triton kernels, for GPUs that need not be here: tests/aot.py, and its bounds.
 
 In a process of its own: there triton must not be an interpreter.
 """
@@ -34,7 +34,7 @@ def python(*arguments, folder):
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aot")
-    python("-W", "ignore", "benchmarks/aot.py", "--out", str(folder / "aot.csv"), folder=folder)
+    python("-W", "ignore", "tests/aot.py", "--out", str(folder / "aot.csv"), folder=folder)
     with (folder / "aot.csv").open() as file:
         text = {"kernel", "variant", "target"}
         return [{k: v if k in text else float(v) for k, v in line.items()} for line in csv.DictReader(file)]
@@ -123,7 +123,7 @@ def test_instructions_and_registers_stay_what_they_were_measured_to_be(lines):
 
 SPILL = """
 import sys
-sys.path.insert(0, "benchmarks")
+sys.path.insert(0, "tests")
 import torch, triton, aot
 from fastdiff import kernels
 triton.runtime.driver.set_active(aot._Driver())

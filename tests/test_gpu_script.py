@@ -30,7 +30,7 @@ def test_every_part_leaves_its_numbers_or_says_why_not(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd="/", capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    (table,), (log,) = tmp_path.glob("*.csv"), tmp_path.glob("*.log")
+    (table,) = tmp_path.glob("*.csv")
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert list(rows[0]) == COLUMNS.split()
     assert {row["group"] for row in rows} == {"gpu ops", "gpu loops"}
@@ -51,12 +51,34 @@ def test_every_part_leaves_its_numbers_or_says_why_not(tmp_path):
         copied = 100 * ours["GB/s"] / ours["percent of copy"]
         assert math.isclose(copied, float(next(row["ours"] for row in rows if row["case"] == "copy_")), rel_tol=1e-3)
 
-    told = log.read_text()
-    assert " skipped" in told.partition("== bits")[0] or " passed" in told.partition("== bits")[0]
-    for part in ("tests marked gpu", "bits", "operations", "loops", "profile"):
+    told = ran.stdout
+    assert " skipped" in told.partition("== benchmarks")[0] or " passed" in told.partition("== benchmarks")[0]
+    for part in ("tests marked gpu", "benchmarks"):
         assert f"== {part} (" in told
-        assert f"-- {part}: " in told
-    assert "left out of a quick run: torch.compile" in told
-    assert "left out of a quick run, and without a GPU: the compiled loops" in told
-    assert "FAILED" not in told
-    assert "aten::addmm" in told.partition("== profile")[2]
+        assert f"-- {part}: passed" in told
+    assert "left out of a quick run" in told
+    assert "left out without a CUDA device" in told
+    assert "aten::addmm" in told.partition("test_profile")[2]
+
+
+def test_no_time_is_said(tmp_path):
+    """What would not end in time is skipped with its reason, and the rest is saved as it comes."""
+    arguments = [
+        "benchmarks",
+        "--quick",
+        "--minutes",
+        "0",
+        "--out",
+        tmp_path,
+        "-k",
+        "test_bits",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+    ]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    assert "left out for want of time: it may take 10 s, 0 s are left" in ran.stdout
+    assert not list(tmp_path.glob("*.csv"))

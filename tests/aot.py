@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that this machine need not have, and read the machine code.
 
-    python benchmarks/aot.py [--out benchmarks/results/aot.csv]
+    python tests/aot.py [--out benchmarks/results/aot.csv]
 
 The kernels are called as the library calls them, on small CPU tensors, but with a driver in place of CUDA's that only says
 which GPU it is: so what is compiled is what a launch there would compile. The `step` variants are those of the tables
@@ -54,7 +54,7 @@ RARE = (
 )  # fmt: skip
 RARE_TARGETS = ["sm_90", "gfx942"]
 IMAGE = (3, 64, 64)  # a sample: 12 programs, all full
-RESULTS = Path(__file__).parent / "results" / "aot.csv"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "aot.csv"
 
 
 class Operands(NamedTuple):
