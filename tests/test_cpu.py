@@ -16,15 +16,16 @@ from fastdiff.errors import ConfigError, DeviceError, DTypeError, ShapeError
 from fastdiff.execution import cpu, noise, ops, reference
 from fastdiff.table import COLUMNS
 
+CHOSEN = cpu.instruction_set  # FASTDIFF_INSTRUCTION_SET's, which all other tests run on
 SETS = [name for name in cpu.INSTRUCTION_SETS if cpu.use(name)]
-cpu.use(None)
+cpu.use(CHOSEN)
 
 
 @pytest.fixture(params=SETS)
 def instructions(request):
     cpu.use(request.param)
     yield request.param
-    cpu.use(None)
+    cpu.use(CHOSEN)
 
 
 def same(a, b):
