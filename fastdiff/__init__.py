@@ -20,9 +20,13 @@ from .training import Training, load, save, train
 models = networks  # its former name
 
 # so that `from fastdiff.samplers import DDIM` finds what `fastdiff.samplers.DDIM` does
-for _module in (grids, predictions, processes, samplers, schedules):
-    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
-sys.modules[f"{__name__}.models"] = networks
+for _alias in ("grids", "predictions", "processes", "samplers", "schedules", "models"):
+    _module = globals()[_alias]
+    # with what lies in a package, or an import of that would make a second copy of its classes
+    for _name, _part in list(sys.modules.items()):
+        if _name == _module.__name__ or _name.startswith(f"{_module.__name__}."):
+            sys.modules[f"{__name__}.{_alias}{_name.removeprefix(_module.__name__)}"] = _part
+del _alias, _module, _name, _part
 
 __version__ = "0.1.0"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -186,13 +187,15 @@ def memory_format_of(net: Any, rank: int) -> torch.memory_format:
 
 
 def takes_features(net: Any) -> bool:
-    """Whether a network has `time_features`, and a call runs the forward that belongs to them: no subclass's, no instance's,
-    no hook first."""
+    """Whether a network has `time_features`, and a call runs the forward that takes them as `features`: no subclass's, no
+    instance's, no hook first."""
     if not isinstance(net, nn.Module) or not hasattr(net, "time_features"):
         return False
     owner = next(c for c in type(net).__mro__ if "forward" in vars(c))
     hooked = net._forward_hooks or net._forward_pre_hooks
-    return "time_features" in vars(owner) and "forward" not in vars(net) and not hooked
+    if "time_features" not in vars(owner) or "forward" in vars(net) or hooked:
+        return False
+    return "features" in inspect.signature(vars(owner)["forward"]).parameters  # else it is a helper of the network's
 
 
 def time_features(net: Any, times: Tensor, rows: int, most: int) -> Tensor | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -382,3 +384,38 @@ def test_networks_that_are_not_quite_ours_get_their_times():
         options = {"sde": "vp", "steps": 6, "shape": (3,), "num_samples": 4}
         ours = fastdiff.sample(net, **options)
         assert torch.allclose(ours, fastdiff.sample(lambda x, t, net=net: net(x, t), **options), rtol=1e-4, atol=1e-5)
+
+
+class Helped(torch.nn.Module):
+    """Has a helper of that name, and a forward that takes no features."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 2)
+
+    def time_features(self, t):
+        return torch.stack([t.sin(), t.cos()], 1)
+
+    def forward(self, x, t):
+        return -x + self.linear(self.time_features(t))
+
+
+@pytest.mark.parametrize("options", [{"steps": 5, "sampler": "ddim"}, {"sampler": "rk45"}], ids=str)
+def test_a_helper_called_time_features_stays_the_networks_own(options):
+    net = Helped()
+    whole = fastdiff.sample(net, "vp", shape=(2,), num_samples=2, **options)
+    assert torch.equal(whole, fastdiff.sample(lambda x, t: net(x, t), "vp", shape=(2,), num_samples=2, **options))
+
+
+def test_former_paths_lead_to_the_same_classes(tmp_path):
+    code = (
+        "import sys, fastdiff; from fastdiff.models.mlp import MLP; from fastdiff.models.unet import UNet; "
+        "from fastdiff.samplers.multistep import LMS; import fastdiff.samplers.base; "
+        "assert MLP is fastdiff.networks.MLP and UNet is fastdiff.networks.UNet and LMS is fastdiff.samplers.LMS; "
+        "m = fastdiff.ScoreModel(MLP((3,), hidden=8, layers=1), 'vp', data_shape=(3,)); "
+        "fastdiff.save(m, sys.argv[1]); print(type(fastdiff.load(sys.argv[1]).net) is MLP)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "m.safetensors")], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() == "True"
