@@ -151,7 +151,8 @@ def summary(path: Path = MACHINE) -> str:
         markdown(heads, lines),
         f"![how many times as long the best rival of each sampler takes]({PICTURE.relative_to(ROOT)})",
         "How many times as long the fastest rival takes for the same levels and network calls, on one thread: outside the "
-        "network for 64 images of 3×32×32, and in all for 256 vectors with a small MLP. Fed the same noise it gives the same "
+        "network for 64 images of 3×32×32, and in all for 256 vectors with a small MLP. The step is as it was timed beside that "
+        "rival; beside others it differs by some per cent. Fed the same noise it gives the same "
         f"samples, checked before timing; {DAGGER} \"As printed\" is the paper's algorithm, \"in place\" a loop by hand. With a "
         f"large network only the network matters. {provenance(rows, path)} [All results](docs/RESULTS.md).",
     ])  # fmt: skip

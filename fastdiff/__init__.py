@@ -3,10 +3,11 @@
 Public is what this module shows; the packages `planning` and `execution` are the two halves behind it.
 """
 
-import sys
+import sys as _sys
 
 from . import errors, losses, mcmc, networks, training
 from .data import Data, dequantize, load_data
+from .execution import graphs
 from .execution.ops import normal
 from .likelihood import LogLikelihood, bits_per_dim, decode, encode, interpolate, log_likelihood
 from .model import ScoreModel
@@ -20,13 +21,13 @@ from .training import Training, load, save, train
 models = networks  # its former name
 
 # so that `from fastdiff.samplers import DDIM` finds what `fastdiff.samplers.DDIM` does
-for _alias in ("grids", "predictions", "processes", "samplers", "schedules", "models"):
+for _alias in ("graphs", "grids", "predictions", "processes", "samplers", "schedules", "models"):
     _module = globals()[_alias]
     # with what lies in a package, or an import of that would make a second copy of its classes
-    for _name, _part in list(sys.modules.items()):
+    for _name, _part in list(_sys.modules.items()):
         if _name == _module.__name__ or _name.startswith(f"{_module.__name__}."):
-            sys.modules[f"{__name__}.{_alias}{_name.removeprefix(_module.__name__)}"] = _part
-del _alias, _module, _name, _part
+            _sys.modules[f"{__name__}.{_alias}{_name.removeprefix(_module.__name__)}"] = _part
+del _alias, _module, _name, _part, _sys
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ __all__ = [
     "dequantize",
     "encode",
     "errors",
+    "graphs",
     "grids",
     "interpolate",
     "load",

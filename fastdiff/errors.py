@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import sys
+import warnings
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
@@ -91,6 +93,17 @@ class CheckpointMismatchError(CheckpointError):
     """The tensors in the file are not those of the network."""
 
 
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning at the caller's own line: the first outside of fastdiff."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None:
+        package = str(frame.f_globals.get("__name__")).split(".")[0]
+        if package not in ("fastdiff", "contextlib", "importlib"):
+            break
+        frame, level = frame.f_back, level + (package != "importlib")  # whose frames `warnings` does not count
+    warnings.warn(message, category, stacklevel=level)
+
+
 def names_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """The function, with a TypeError that names the nearest keyword for an unknown one."""
     names = list(inspect.signature(function).parameters)
@@ -114,7 +127,7 @@ def choose(argument: str, value: object, valid: Iterable[str]) -> str:
         return value
     if isinstance(value, type):
         raise ConfigError(f"{argument} must be an object or a name, got the class itself: write {value.__name__}()")
-    near = difflib.get_close_matches(str(value), names, n=1)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)  # names of two letters are half alike
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     shown = names if len(names) <= 12 else difflib.get_close_matches(str(value), names, n=6, cutoff=0.0)
     more = "" if len(shown) == len(names) else f" or {len(names) - len(shown)} others"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .errors import ConfigError, DataError, DTypeError, ShapeError, choose, names_keywords
+from .errors import ConfigError, DataError, DTypeError, ShapeError, choose, names_keywords, warn
 from .execution import ops, tensor_checks
 from .execution.adaptive import Solution
 from .execution.divergence import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus, Probes, Reverse
@@ -239,15 +238,13 @@ def _request(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     first = checks.integer("first_sample", first_sample, 0, 2**32 - len(x))
     request = Request(model, len(x), seed, first, cond, x, dtype, device, backend, "eager", "final", start_name=name)
-    request.resolve(None)
+    request.resolved  # noqa: B018 (refuses a backend that is not there)
     if has_range and name == "x" and x.numel():
         (low, high), (least, most) = model.data_range, (float(end) for end in x.detach().aminmax())
         if least < 2 * low - high or most > 2 * high - low:
-            warnings.warn(
+            warn(
                 f"x runs from {least:g} to {most:g}, far outside of the model's data_range ({low:g}, {high:g}): is it in "
                 "other units?",
-                UserWarning,
-                stacklevel=4,
             )
     with torch.inference_mode(False):
         return request, x.detach().to(dtype).clone(memory_format=torch.contiguous_format), ends
@@ -286,7 +283,7 @@ def _traces(
             f"probes must be a multiple of 3, less than 3·{numbers}, with trace='hutch++' on {numbers} numbers, got "
             f"{count}" + ("" if count % 3 else ": use trace='exact'")
         )
-    operations = ops.backend_module(request.resolve(None)[0])
+    operations = request.operations
 
     def drawn(probe: str, draw: int, count: int, lo: int, hi: int) -> Probes:
         shape = (hi - lo, count, *request.model.data_shape)
@@ -343,11 +340,9 @@ def _check_bins(x: Tensor, low: float, high: float, bins: int) -> None:
     some = x.flatten()[: 2**16].double()
     # levels are lo + (k + ½)·width or lo + k·width (hi − lo)/(bins − 1): either way few distinct numbers
     if len(some) > 4 * bins and len(some.unique()) <= bins:
-        warnings.warn(
+        warn(
             f"the data stand on at most {bins} levels: bits per dimension of discrete data need it dequantised "
             "(fastdiff.dequantize), as a density at points says nothing of bins",
-            UserWarning,
-            stacklevel=3,
         )
 
 

@@ -187,8 +187,3 @@ def differentiating(loss: str) -> Iterator[None]:
             f"loss={loss!r} needs gradients through the model's own gradients, and a part of it has none ({error}): "
             "give a network that is not compiled, of operations that can be differentiated twice"
         ) from error
-
-
-def training_times(process: Process, u: Tensor) -> Tensor:
-    """Times [B] from uniform numbers u [B] in [0, 1), as `Process.training_times` has them."""
-    return process.training_times(u)  # type: ignore[no-any-return]

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, DTypeError, GraphError, SolverError
+from .errors import ConfigError, DTypeError, GraphError, SolverError, warn
 from .execution import cuda_graph, graphs, monitor, ops, tensor_checks
 from .execution.adaptive import Solution
 from .execution.loop import Condition, Draw, Loop, network_times
@@ -25,7 +24,6 @@ from .probability_flow import Flow, ReverseSDE, Trace
 from .table import StepTable
 
 MAX_FEATURES = 2**28  # bytes of the time features of a whole run; beyond, the network makes them in each row
-UNREPLAYABLE = "a sampler that chooses its steps has no rows to replay"
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,16 @@ class Request:
     def resolve(self, uncaptured: str | None) -> tuple[str, str, str]:
         """(backend, engine, why), for rows that cannot be captured for the reason `uncaptured`."""
         return ops.resolve(self.backend, self.engine, self.device, self.dtype, uncaptured)
+
+    @functools.cached_property
+    def resolved(self) -> tuple[str, str, str]:
+        """(backend, engine, why) of a run without rows."""
+        return self.resolve("a sampler that chooses its steps has no rows to replay")
+
+    @property
+    def operations(self) -> Any:
+        """The backend's module, in a run without rows."""
+        return ops.backend_module(self.resolved[0])
 
 
 @dataclass(frozen=True)
@@ -195,12 +203,12 @@ class _Loops(contextlib.ExitStack):
         request, net = self.request, self.request.model.net
         shape, dtype, device = (count, *request.model.data_shape), request.dtype, request.device
 
-        def make(kind: Callable[..., Any] = Loop) -> Any:
+        def make(make_loop: Callable[..., Any] = Loop) -> Any:
             start = torch.empty(shape, dtype=dtype, device=device)
             layout = memory_format_of(net, len(shape))
             net_input = torch.empty(shape, dtype=self.net_dtype, device=device, memory_format=layout)
             time = torch.empty(count, dtype=self.time_dtype, device=device)
-            return kind(
+            return make_loop(
                 self.table,
                 self.operations,
                 start,
@@ -219,9 +227,9 @@ class _Loops(contextlib.ExitStack):
                 shape, dtype, device, self.time_dtype, request.check, self.backend, of_cond, self.capacity,
                 cuda_graph.surroundings(device),
             )  # fmt: skip
-            kind = functools.partial(graphs.GraphLoop, self.capacity, net)
+            graph_loop = functools.partial(graphs.GraphLoop, self.capacity, net)
             try:
-                loop = self.enter_context(graphs.borrowed(net, key, lambda: make(kind)))
+                loop = self.enter_context(graphs.borrowed(net, key, lambda: make(graph_loop)))
             except GraphError as error:
                 self._fall_back(error)
             else:
@@ -237,11 +245,10 @@ class _Loops(contextlib.ExitStack):
         if self.request.engine == "graph":
             raise GraphError(f"{reason}: use engine='auto' or 'eager'") from error
         _, self.engine, self.why = self.request.resolve(reason)
-        warnings.warn(
+        warn(
             f"{reason}, so its loop runs eagerly, slower where the network is small; engine='eager' does so without this "
             "warning",
             RuntimeWarning,
-            stacklevel=2,
         )
 
 
@@ -301,11 +308,10 @@ def run_adaptive(
         raise ConfigError(f"trajectory={trajectory} needs a smooth path, and {solver.name!r} has none: leave it out")
     if isinstance(solver, samplers.Adaptive) and solver.couple and batch < request.count:
         _refuse_batch(batch, request.count, "couple=True takes its step from the whole batch; use couple=False")
-    backend, engine, why = request.resolve(UNREPLAYABLE)
     if request.x_init is None:
         x = torch.empty(request.shape, dtype=request.dtype, device=request.device)
         cursor = ops.cursor(0, request.first_sample, request.seed, request.device)
-        ops.backend_module(backend).normal(x, cursor, PRIOR)
+        request.operations.normal(x, cursor, PRIOR)
         x.mul_(request.model.process.prior_std)
     else:
         x = request.x_init.detach().to(request.dtype).contiguous()
@@ -321,7 +327,7 @@ def run_adaptive(
         what="sample",
         denoise=denoise,
     )
-    return Result(solution.y, solution.states, solution.calls, backend, engine, why, nfe=solution.nfe)
+    return Result(solution.y, solution.states, solution.calls, *request.resolved, nfe=solution.nfe)
 
 
 def follow(
@@ -347,7 +353,7 @@ def follow(
 
     Raises SolverError with the process time and the index of the sample.
     """
-    operations = ops.backend_module(request.resolve(UNREPLAYABLE)[0])
+    operations = request.operations
     parts: list[Solution] = []
     with _running(request.model, progress, len(x), what, "sample") as bar:
         for lo in range(0, len(x), batch):

@@ -176,7 +176,7 @@ def sample(
     engine        "auto": rows replay as CUDA graphs where they can be captured, else run eagerly (`return_info` says why).
                   Captured graphs are cached for each module. In-place updates of parameters are seen; Python side effects
                   are not replayed: a network that counts its calls wants "eager", and after a change of an attribute call
-                  fastdiff.execution.graphs.clear()
+                  fastdiff.graphs.clear()
     return_info   adds a SampleInfo
 
     Returns x, or a tuple x[, states][, info]. Inputs, the model's mode and every global state are left as they were.
@@ -202,17 +202,17 @@ def sample(
         )
     dtype, state_dtype = _dtypes(dtype, x_init)
     process, solver = _process_and_sampler(model, sde, steps, sampler)
-    request = Request(
-        model, num_samples, seed, first_sample, cond, x_init, state_dtype, device_of(device, x_init, model.net), backend,
-        engine, check,
-    )  # fmt: skip
+    place = device_of(device, x_init, model.net)
+    request = functools.partial(
+        Request, model, num_samples, seed, first_sample, cond, x_init, state_dtype, place, backend, engine, check
+    )  # made, and so its tensors looked at, once the rest is known to be right
     if isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
         _refuse_fixed(solver, steps=steps, grid=grid, clip=clip, noise=noise, callback=callback)
         end = end_time(model, sde, t_min, solver.default_t_min(process))
         if end == process.T:
             raise ConfigError(f"t_min must be below T = {end:g}, where the run starts: give a smaller one")
         result = run_adaptive(
-            request,
+            request(),
             solver,
             float(process.T),
             end,
@@ -227,7 +227,7 @@ def sample(
             t_min=t_min, clip=clip, denoise=denoise,
         )  # fmt: skip
         result = run_table(
-            request, table, noise=noise, batch=batch, trajectory=trajectory, callback=callback, progress=progress
+            request(), table, noise=noise, batch=batch, trajectory=trajectory, callback=callback, progress=progress
         )
     x = _like_start(_narrowed(result.x, dtype, check), x_init)
     if result.states is None and not return_info:

@@ -209,6 +209,9 @@ TENSORS = [
     ({"cond": {1: torch.zeros(4)}}, DTypeError, "names"),
     ({"cond": torch.zeros(4, 2).to_sparse()}, ShapeError, "dense"),
     ({"cond": torch.full((4,), NAN)}, DataError, "cond must be finite"),
+    # names come before tensors
+    ({"x_init": torch.zeros(4, 2), "grid": "karass"}, ConfigError, "did you mean 'karras'"),
+    ({"sde": "vq"}, ConfigError, "did you mean 'v[ep]'"),
 ]  # fmt: skip
 
 

@@ -178,6 +178,7 @@ def test_large_floats_without_a_range_warn_once():
         data = load_data(x)
     assert len(caught) == 1
     assert data.range == (0.0, 255.0)
+    assert {warning.filename for warning in caught} == {__file__}
     with pytest.warns(UserWarning, match="floats from -11 to 1"):
         Data(torch.tensor([[-11.0], [1.0]]))
     load_data(x, range=(0, 255))

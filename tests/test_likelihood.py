@@ -690,8 +690,9 @@ def test_the_clock_of_a_chain_is_not_the_models():
 
 def test_what_is_far_away():
     model = fastdiff.ScoreModel(lambda x, t: -x, VP, "score", data_shape=(3,))
-    with pytest.warns(UserWarning, match="far outside of the model's data_range"):
+    with pytest.warns(UserWarning, match="far outside of the model's data_range") as caught:
         fastdiff.log_likelihood(model, torch.full((1, 3), 16.0))
+    assert caught[0].filename == __file__
     x = torch.tensor([[0.0], [1e160]], dtype=torch.float64)
     with pytest.raises(DataError, match=r"sample 1 .*1e.160.* is -inf"):
         fastdiff.log_likelihood(lambda x, t: -x, x, VP, trace="exact", form="x")
@@ -769,8 +770,9 @@ def test_bits_of_what_is_not_levels():
         fastdiff.bits_per_dim(far, (-1, 1))
     levels = torch.randint(0, 4, (40, 3), generator=torch.Generator().manual_seed(0)) / 3
     on = LogLikelihood(torch.zeros(40), torch.zeros(40), levels, torch.zeros(40), levels)
-    with pytest.warns(UserWarning, match="at most 4 levels.*fastdiff.dequantize"):
+    with pytest.warns(UserWarning, match="at most 4 levels.*fastdiff.dequantize") as caught:
         fastdiff.bits_per_dim(on, (0, 1), 4)
+    assert caught[0].filename == __file__
     spread = fastdiff.dequantize((levels * 3).round().long(), (0, 1), 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 
 import fastdiff
 from fastdiff.errors import ConfigError
+from fastdiff.planning import samplers
 from fastdiff.planning.grids import sigmas
 from fastdiff.planning.samplers import AnnealedLangevin, PredictorCorrector
+from fastdiff.planning.samplers.base import EPS, SolverRow
 
 DEFAULT_ROWS = {"ve": 2000, "vp": 1000, "subvp": 1000, "ou": 1000, "ddpm": 1000, "ncsn": 1001, "edm": 1999}
 
@@ -145,3 +148,59 @@ def test_noise_in_rows_that_draw_none_may_be_anything():
 def test_the_reference_grid_has_the_references_predictors_only(predictor):
     with pytest.raises(ConfigError, match=f"no predictor '{predictor}'"):
         fastdiff.plan("ve", 30, sampler=PredictorCorrector(predictor), grid="score_sde")
+
+
+class Mine(samplers.Sampler):
+    """Rows that a user might write."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def predict(self, process, grid):
+        return self.make(grid)
+
+
+def row(step, b=(1.0,)):
+    return SolverRow(step.level, "mine", 1.0, b, EPS)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda grid: [], r"Mine.predict must give a list of at least one row for each of 3 steps, got 0 lists"),
+        (lambda grid: [[row(step)] for step in grid.steps[:2]], r"each of 3 steps, got 2 lists of \[1\] rows"),
+        (lambda grid: [[row(step)] for step in grid.steps[:2]] + [[]], r"got 3 lists of \[0, 1\] rows"),
+        (
+            lambda grid: [[row(step, (1.0, 0.5))] for step in grid.steps],
+            "row 0 reads 1 predictions of earlier rows, and 0",
+        ),
+        (lambda grid: [[row(step, (1.0, 0.5, 0.5))] for step in grid.steps], "row 0 reads 2 predictions"),
+    ],
+)
+def test_rows_that_a_users_sampler_cannot_mean(make, words):
+    with pytest.raises(ConfigError, match=words):
+        fastdiff.plan("vp", 3, sampler=Mine(make))
+
+
+def test_a_users_sampler_needs_a_predict():
+    class Without(samplers.Sampler):
+        pass
+
+    assert Without.name == "without"
+    with pytest.raises(ConfigError, match=r"Without must define predict\(process, grid\), or rows"):
+        fastdiff.plan("vp", 3, sampler=Without())
+
+
+def test_samplers_and_processes_need_not_hash():
+    @dataclasses.dataclass
+    class Changing(samplers.Sampler):
+        lam: float = 1.0
+
+        def predict(self, process, grid):
+            return samplers.EulerMaruyama(self.lam).predict(process, grid)
+
+    sampler = Changing()
+    noisy = fastdiff.plan("vp", 3, sampler=sampler)
+    sampler.lam = 0.0
+    assert sum(row.draws for row in noisy.rows) == 2
+    assert not any(row.draws for row in fastdiff.plan("vp", 3, sampler=sampler).rows)

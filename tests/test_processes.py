@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pickle
 
@@ -279,11 +280,33 @@ def test_a_users_process_gives_its_own_times_and_defaults():
     ):
         with pytest.raises(ConfigError, match=match):
             fastdiff.plan(process, sampler="ddim", **options)
-    assert fastdiff.losses.training_times(process, torch.rand(3)).tolist() == [3.0] * 3
+    assert process.training_times(torch.rand(3)).tolist() == [3.0] * 3
     reference = fastdiff.plan(process, 4, sampler="reverse_diffusion", grid="score_sde", denoise=False)
     assert {(row.a, row.c) for row in reference.rows} == {(1.5, 0.5)}
     edm = fastdiff.plan(process, 4, sampler="ddim", prediction="edm")
     assert edm.rows[0].in_scale == pytest.approx(1 / math.hypot(process.sigma(5.0), 0.25))
+
+
+@pytest.mark.parametrize("base", [c for c in processes.PROCESSES.values()], ids=lambda c: c.name)
+def test_a_subclass_inherits_all_but_the_references_grid(base):
+    mine = dataclasses.dataclass(frozen=True)(type("Mine", (base,), {}))()
+    theirs = base()
+    for name in (
+        "T",
+        "t_min",
+        "t_train",
+        "t_noisy",
+        "t_likelihood",
+        "prior_std",
+        "default_sampler",
+        "discrete",
+        "ladder",
+    ):
+        assert getattr(mine, name) == getattr(theirs, name), name
+    u = torch.linspace(0, 0.99, 7)
+    assert torch.equal(mine.training_times(u), theirs.training_times(u))
+    with pytest.raises(ConfigError, match=r"grid='score_sde' exists for ve, vp and subvp, not for 'mine'"):
+        mine.reference_transitions(np.array([0.5, 1.0]))
 
 
 def test_a_users_default_sampler_may_be_an_object():

@@ -127,12 +127,12 @@ def test_every_prediction_is_trained_towards_the_truth(prediction, sde):
 
 def test_training_times():
     u = torch.linspace(0, 1 - 2**-24, 1001)
-    vp = losses.training_times(fastdiff.VP(), u)
+    vp = fastdiff.VP().training_times(u)
     assert vp[0] == pytest.approx(1e-5)
     assert vp[-1] == pytest.approx(1.0)
-    chain = losses.training_times(fastdiff.DDPM("linear", T=50), u)
+    chain = fastdiff.DDPM("linear", T=50).training_times(u)
     assert set(chain.tolist()) == set(range(1, 51))
-    log_sigma = losses.training_times(fastdiff.EDM(), u[1:-1]).log()
+    log_sigma = fastdiff.EDM().training_times(u[1:-1]).log()
     assert log_sigma.mean() == pytest.approx(-1.2, abs=0.01)
     assert log_sigma.std() == pytest.approx(1.2, abs=0.02)
 

@@ -59,7 +59,8 @@ def _sample(a: argparse.Namespace) -> None:
     else:
         pictures.image(out, x.numpy(), model.data_range)
     print(
-        f"{tuple(x.shape)} samples in {out}: {info.network_calls} network calls, {info.seconds:.1f} s, seed {info.seed}"
+        f"{tuple(x.shape)} samples in {out}, in data_range {model.data_range}: {info.network_calls} network calls, "
+        f"{info.seconds:.1f} s, seed {info.seed}"
     )
 
 

@@ -12,7 +12,6 @@ so that the density of x gives a lower bound of the log-likelihood of the levels
 from __future__ import annotations
 
 import math
-import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 from .. import checks
-from ..errors import ConfigError, DataError, DTypeError, ShapeError
+from ..errors import ConfigError, DataError, DTypeError, ShapeError, warn
 from ..execution.tensor_checks import check_dense, check_device, check_floating
 from .dequantize import bin_edges, bin_noise
 
@@ -103,11 +102,9 @@ class Data:
                 f"x must span a finite range of more than one value, got {lo:g} to {hi:g}: give range=(lo, hi)"
             )
         if max(-lo, hi) > 10:
-            warnings.warn(
+            warn(
                 f"x holds floats from {lo:g} to {hi:g} and no range was given, so these two are taken as its range: "
                 f"give range=(lo, hi), or uint8 data for pictures",
-                UserWarning,
-                stacklevel=4,
             )
         return lo, hi
 

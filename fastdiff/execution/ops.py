@@ -13,7 +13,6 @@ import importlib.util
 import itertools
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..errors import ConfigError, DeviceError, choose
+from ..errors import ConfigError, DeviceError, choose, warn
 from . import autograd, cpu, noise, reference, tensor_checks, torch_private
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
@@ -236,17 +235,15 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 
 if not cpu.available:
-    warnings.warn(
+    warn(
         f"fastdiff runs on plain PyTorch, several times slower: {cpu.why}; install it again with a C++ compiler "
         "(g++ or clang++), and see `fastdiff doctor`",
         RuntimeWarning,
-        stacklevel=2,
     )
 elif not cpu.is_fresh():
-    warnings.warn(
+    warn(
         f"csrc/ has changed since {cpu.LIBRARY.name} was built: install fastdiff again (pip install -e .)",
         RuntimeWarning,
-        stacklevel=2,
     )
 _LIBRARY = _register()
 

@@ -91,13 +91,16 @@ def check_condition(cond: Any, num_samples: int, device: torch.device, finite: b
     for key, value in entries.items():
         name = f"cond[{key!r}]" if key else "cond"
         if not isinstance(value, Tensor):
-            raise DTypeError(f"{name} must be a tensor (or cond a dict of tensors), got {type(value).__name__}")
+            raise DTypeError(
+                f"{name} must be a tensor (or cond a dict of tensors), got {type(value).__name__}: use torch.as_tensor"
+            )
         if not isinstance(key, str):
             raise DTypeError(f"cond must be a dict whose keys are names of the model's arguments, got the key {key!r}")
         check_dense(name, value)
         if value.ndim == 0 or len(value) != num_samples:
             raise ShapeError(
-                f"{name} must have num_samples={num_samples} entries first, got shape {tuple(value.shape)}"
+                f"{name} must have num_samples={num_samples} entries first, got shape {tuple(value.shape)}: one for all is "
+                f"{name}.expand({num_samples}, …), or ask for as many samples as there are entries"
             )
         check_device(name, value, device)
         if finite:

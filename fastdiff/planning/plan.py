@@ -75,7 +75,8 @@ def make_table(
     """What `plan` does once its names are objects: its arguments checked, and the table, from a cache unless it is long."""
     steps = None if steps is None else checks.integer("steps", steps, 1, MAX_STEPS)
     # typed: a grid of times and the same numbers as sigmas are equal tuples. A long table is not worth its memory
-    make = _make if steps is not None and steps > LONGEST_CACHED else _cached
+    long = steps is not None and steps > LONGEST_CACHED
+    make = _cached if not long and _hashable(process, sampler, clock) else _make
     return make(
         process,
         sampler,
@@ -120,6 +121,15 @@ def _make(
 
 
 _cached = lru_cache(maxsize=64, typed=True)(_make)
+
+
+def _hashable(*parts: Any) -> bool:
+    """Whether all of them hash: a user's own process or sampler need not."""
+    try:
+        hash(parts)
+    except TypeError:
+        return False
+    return True
 
 
 def _grid(
@@ -226,6 +236,10 @@ def _from_history(b: Sequence[float], history: list[_Stored], base: int, k: int)
     """Coefficients on stored predictions, and what they add to the base's, for coefficients on meant ones."""
     converted, shift = [], 0.0
     for j, value in enumerate(b):
+        if j >= len(history):
+            raise ConfigError(
+                f"row {k} reads {len(b)} predictions of earlier rows, and {len(history)} were kept by then"
+            )
         entry = history[-1 - j]
         u, v = _convert(entry.stored, entry.meant, entry.level)
         if u != 0 and value != 0:

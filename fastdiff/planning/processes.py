@@ -39,7 +39,9 @@ class Process:
     - With `T`, `t_min` and `sample` alone it may be any process, say a simulated nonlinear SDE. It trains a "score" network on
       the losses that need no transition density, "ism", "ssm" and "ssm_vr".
 
-    Whatever differs from one process to another is an attribute or a method here, with a default that a subclass overrides.
+    Whatever differs from one process to another is an attribute or a method here, with a default that a subclass overrides. A
+    subclass of VE, EDM or another inherits what that one says here (its sampler, its times of training, where likelihoods
+    start), but not grid="score_sde", which is the reference's own.
     """
 
     name: ClassVar[str]
@@ -47,7 +49,8 @@ class Process:
     t_min: ClassVar[float] = 1e-5  # where sampling ends
     first_time: ClassVar[float] = 0.0  # the lowest time of any grid
     discrete: ClassVar[bool] = False  # a chain: its whole times are the steps that a network was trained on
-    ladder: ClassVar[bool] = False  # its whole times 1 … T are also the levels of annealed Langevin dynamics
+    # its whole times 1 … T are also the levels of annealed Langevin dynamics; `index` still counts from t = 1, the lowest noise
+    ladder: ClassVar[bool] = False
     default_sampler: ClassVar[Any] = "euler_maruyama"  # a name, or an object of fastdiff.samplers
     sigma_data: float = 0.5  # the data's standard deviation in EDM's preconditioning
 
@@ -298,6 +301,8 @@ class SubVP(VP):
 
     def reference_transitions(self, t: Array) -> tuple[Array, Array, Array]:
         """Euler's steps; the reference has no ancestral sampler."""
+        if type(self) is not SubVP:
+            return super().reference_transitions(t)
         dt = self.T / len(t)
         return 1 + self.drift(t) * dt, self.diffusion(t) ** 2 * dt, np.full(len(t), np.nan)
 

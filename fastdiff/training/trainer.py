@@ -28,18 +28,23 @@ from ..errors import (
 )
 from ..execution import noise, ops
 from ..execution.monitor import bar
+from ..execution.torch_private import foreach_lerp_
 from ..model import ScoreModel
 from ..planning.schedules import ema_decay
 from . import checkpoint as files
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Training:
     """One call of `train`: the loss of each of its steps [steps], the number of the last step, its seconds."""
 
     loss: Tensor
     steps: int
     seconds: float
+
+    def __repr__(self) -> str:
+        recent = f", mean loss {self.loss[-100:].mean():.4g} at the end" if len(self.loss) else ""
+        return f"Training({len(self.loss)} steps to {self.steps}{recent}, {self.seconds:.1f} s)"
 
 
 @names_keywords
@@ -165,7 +170,7 @@ class _State:
         self.adam = torch.optim.Adam(self.parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8)
 
         def average(averaged: Any, current: Any, count: Any) -> None:
-            torch._foreach_lerp_(averaged, current, 1 - ema_decay(self.step, ema))
+            foreach_lerp_(averaged, current, 1 - ema_decay(self.step, ema))
 
         self.averaged = AveragedModel(net, multi_avg_fn=average)
 
@@ -234,7 +239,7 @@ class _Batches:
         u = (torch.arange(self.size, device=self.device) + u) / self.size
         return (
             x0.to(self.device),
-            losses.training_times(self.model.process, u.clamp(max=1 - 2**-24)),
+            self.model.process.training_times(u.clamp(max=1 - 2**-24)),
             ops.cursor(step, 0, self.seed, self.device),
             None if self.labels is None else {"y": self.labels[index].to(self.device)},
         )

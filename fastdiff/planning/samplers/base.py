@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...errors import ConfigError
 from ...table import Level, Measure
@@ -61,6 +61,11 @@ class Sampler:
     reference_grid: ClassVar[bool] = False  # whether score_sde's own discretisation has this sampler
     any_steps: ClassVar[bool] = False  # whether `steps` is free on an explicit grid
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__.lower()
+
     def default_grid(self, process: Process, steps: int, t_min: float) -> str:
         """The grid where the caller names none: a chain's own times where they suffice."""
         return "trained" if process.discrete and t_min == int(t_min) and steps <= process.T - t_min else "uniform"
@@ -83,10 +88,18 @@ class Sampler:
 
     def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[SolverRows, Level]:
         """One list of rows for each step, and the level on which the run ends."""
-        return finished(self.predict(process, grid), grid, denoise)
+        rows = self.predict(process, grid)
+        if len(rows) != len(grid.steps) or not all(rows):
+            raise ConfigError(
+                f"{type(self).__name__}.predict must give a list of at least one row for each of {len(grid.steps)} steps, got "
+                f"{len(rows)} lists of {sorted({len(step) for step in rows})} rows"
+            )
+        return finished(rows, grid, denoise)
 
     def predict(self, process: Process, grid: Grid) -> SolverRows:
         """One list of rows for each step of the grid."""
+        if type(self).rows is Sampler.rows:
+            raise ConfigError(f"sampler {type(self).__name__} must define predict(process, grid), or rows")
         raise ConfigError(f"sampler {self.name!r} cannot serve as a predictor: use another, such as reverse_diffusion")
 
 
