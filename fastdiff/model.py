@@ -141,7 +141,7 @@ def check_path(sde: Any, process: processes.Process) -> None:
         return
     if isinstance(sde, str):
         choose("sde", sde, processes.PROCESSES)
-        if type(process) is chains.CHAINS.get(sde):
+        if chains.has_chain(process, sde):
             return
     elif not isinstance(sde, processes.Process):
         raise ConfigError(f"sde must be a name or a process such as fastdiff.VP(), got {type(sde).__name__}")

@@ -149,7 +149,7 @@ def sample(
                   `prediction` is "score" and t the process time unless said otherwise. x and t are the run's own buffers,
                   overwritten for the next call: a model that keeps them must clone them
     sde           "ve", "vp", "subvp", "ddpm", "ncsn", "edm", "ou" or a process; default the model's own. A discrete
-                  chain whose levels lie on the model's path (DDPM on VP, NCSN on VE) runs on it
+                  chain whose levels lie on the model's path (DDPM where α² + σ² = 1, NCSN where α = 1) runs on it
     steps         predictor steps (annealed Langevin: levels × steps per level); default 1000, all steps of a chain, or
                   what an explicit grid says
     sampler       a name or an object of fastdiff.samplers; default the process's own. "rk45" and "adaptive_sde" choose their

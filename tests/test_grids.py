@@ -109,6 +109,34 @@ def test_chains_on_a_path():
         chains.chain_on(fastdiff.SubVP(), "ddpm", 10)
 
 
+def test_chains_on_the_path_of_any_process_that_has_them():
+    class Slow(fastdiff.processes.Process):
+        """A user's own, which may change and so has no hash: α = e^{−t}, σ² = 1 − α²."""
+
+        T, __hash__ = 3.0, None
+
+        def alpha(self, t):
+            return fastdiff.processes.lib(t).exp(-t)
+
+        def sigma(self, t):
+            return fastdiff.processes.lib(t).sqrt(-fastdiff.processes.lib(t).expm1(-2 * t))
+
+    for process in (fastdiff.OU(), Slow()):
+        chain = chains.chain_on(process, "ddpm", 50)
+        np.testing.assert_allclose(chain.beta_table, -np.expm1(-2 * process.T / 50), rtol=1e-12)
+    ladder = chains.chain_on(fastdiff.EDM(), "ncsn", 20)
+    np.testing.assert_allclose(ladder.sigmas, np.geomspace(80, 0.002, 20), rtol=1e-12)
+    for process, name in ((fastdiff.EDM(), "ddpm"), (fastdiff.OU(rate=0.5), "ddpm"), (fastdiff.OU(), "ncsn")):
+        with pytest.raises(ConfigError, match=f"'{name}' is not on the path of '{process.name}'"):
+            chains.chain_on(process, name, 10)
+    score = lambda x, t: -x  # noqa: E731 (of N(0, 1) data on both)
+    model = fastdiff.ScoreModel(score, Slow(), "score", data_shape=(1,))
+    # x' = √(1−β) x + √β z keeps the variance; the start has σ(T)² = 1 − e^{−6}, and the steps take e^{−6} of what it lacks
+    beta = fastdiff.samplers.Ancestral(variance="beta")
+    x = fastdiff.sample(model, "ddpm", steps=200, sampler=beta, denoise=False, num_samples=20_000)
+    assert abs(float(x.var()) - 1) < 4 * (2 / 20_000) ** 0.5
+
+
 @pytest.mark.parametrize(
     ("spec", "process", "n", "t_min", "match"),
     [

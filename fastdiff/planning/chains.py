@@ -1,32 +1,43 @@
-"""Discrete chains on the path of a continuous process: DDPM on VP, NCSN on VE."""
+"""Discrete chains on the path of a continuous process: DDPM where α² + σ² = 1 (VP), NCSN where α = 1 (VE)."""
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import numpy as np
 
 from ..errors import ConfigError
 from . import schedules
-from .processes import DDPM, NCSN, VE, VP, Process
+from .cache import cached
+from .processes import DDPM, NCSN, Process
 
-# the discrete processes whose levels lie on the path of a continuous one
-CHAINS: dict[str, type[Process]] = {"ddpm": VP, "ncsn": VE}
+CHAINS = ("ddpm", "ncsn")
 
 
-@lru_cache(maxsize=16)
+@cached(maxsize=64)
+def has_chain(process: Process, name: str) -> bool:
+    """Whether the chain `name` can stand on the path of the continuous `process`."""
+    if name not in CHAINS or process.discrete or not process.linear:
+        return False
+    t = np.linspace(process.t_noisy, process.T, 33)
+    alpha = process.alpha(t)
+    return bool(np.allclose(alpha if name == "ncsn" else alpha**2 + process.sigma(t) ** 2, 1.0, rtol=1e-9))
+
+
+@cached(maxsize=16)
 def chain_on(process: Process, name: str, levels: int) -> Process:
-    """The chain `name` of `levels` levels on the path of `process`: DDPM on VP, NCSN on VE (see CHAINS)."""
-    if type(process) is not CHAINS.get(name):
-        raise ConfigError(f"sde={name!r} is not on the path of {process.name!r}: use sde={process.name!r}")
-    if isinstance(process, VP):
-        t = np.arange(levels + 1) / levels
-        return DDPM(tuple((-np.expm1(-np.diff(process.integral(t)))).tolist()))
-    ladder = schedules.geometric(process.prior_std, float(process.sigma(0.0)), levels)
-    return NCSN(tuple(ladder.tolist()))
+    """The chain `name` of `levels` levels on the path of `process`: DDPM evenly in t, NCSN geometrically in σ."""
+    if has_chain(process, name):
+        if name == "ddpm":
+            t = process.T * np.arange(levels + 1) / levels
+            chain: Process = DDPM(tuple((-np.expm1(2 * np.diff(process.log_alpha(t)))).tolist()))
+        else:
+            lowest = float(process.sigma(0.0)) or float(process.sigma(process.t_min))
+            chain = NCSN(tuple(schedules.geometric(process.prior_std, lowest, levels).tolist()))
+        if on_path(chain, process):
+            return chain
+    raise ConfigError(f"sde={name!r} is not on the path of {process.name!r}: use sde={process.name!r}")
 
 
-@lru_cache(maxsize=64)
+@cached(maxsize=64)
 def on_path(chain: Process, process: Process) -> bool:
     """Whether every level of the discrete `chain` is a level of the continuous `process`, up to 1 % of T beyond its end.
 

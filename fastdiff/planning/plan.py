@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from .. import checks
 from ..errors import ConfigError, names_keywords
 from ..table import Level, Row, StepTable
 from . import grids, predictions, processes, samplers
+from .cache import cached
 from .processes import Process
 from .samplers.base import X0, Combination, SolverRow
 
@@ -76,7 +76,7 @@ def make_table(
     steps = None if steps is None else checks.integer("steps", steps, 1, MAX_STEPS)
     # typed: a grid of times and the same numbers as sigmas are equal tuples. A long table is not worth its memory
     long = steps is not None and steps > LONGEST_CACHED
-    make = _cached if not long and _hashable(process, sampler, clock) else _make
+    make = _make if long else _cached
     return make(
         process,
         sampler,
@@ -120,16 +120,7 @@ def _make(
     return StepTable(title, tuple(rows), end, _start_std(process, grid.steps[0].level), clip)
 
 
-_cached = lru_cache(maxsize=64, typed=True)(_make)
-
-
-def _hashable(*parts: Any) -> bool:
-    """Whether all of them hash: a user's own process or sampler need not."""
-    try:
-        hash(parts)
-    except TypeError:
-        return False
-    return True
+_cached = cached(maxsize=64)(_make)
 
 
 def _grid(

@@ -117,6 +117,10 @@ class Process:
     def sigma(self, t: Any) -> Any:
         raise self._missing("sigma(t)")
 
+    def log_alpha(self, t: Any) -> Any:
+        """log α(t), from which a DDPM chain on this path has its β."""
+        return lib(t).log(self.alpha(t))
+
     def drift(self, t: Any) -> Any:
         """f(t) = d log α/dt; by differences, to 1e-7 (1e-5 at T), unless a process has a formula."""
         low, high = self._around(t)
@@ -249,8 +253,11 @@ class VP(Process):
     def t_likelihood(self) -> float:
         return _SHORTEST
 
+    def log_alpha(self, t: Any) -> Any:
+        return -0.5 * self.integral(t)
+
     def alpha(self, t: Any) -> Any:
-        return lib(t).exp(-0.5 * self.integral(t))
+        return lib(t).exp(self.log_alpha(t))
 
     def sigma(self, t: Any) -> Any:
         return lib(t).sqrt(0.0 - lib(t).expm1(-self.integral(t)))
