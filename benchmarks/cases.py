@@ -7,7 +7,7 @@ of N(0, 1); the others have random weights, none of them zero, so that a wrong i
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -108,8 +108,9 @@ class Clock:
         self._forward = net.forward if isinstance(net, nn.Module) else net
         self.net: Any = self
         if isinstance(net, nn.Module):
-            # still of its class, whose time features fastdiff makes ahead
-            own = {"forward": lambda _, *args, **kwargs: self(*args, **kwargs)}
+            # still of its class, and of its signature: fastdiff makes its time features ahead
+            forward = wraps(type(net).forward)(lambda _, *args, **kwargs: self(*args, **kwargs))
+            own: dict[str, Any] = {"forward": forward}
             if hasattr(net, "time_features"):
                 own["time_features"] = type(net).time_features
             net.__class__ = type(type(net).__name__, (type(net),), own)

@@ -15,7 +15,7 @@ from recorder import RESULTS, ROOT, read
 
 README, TABLES = ROOT / "README.md", ROOT / "docs" / "RESULTS.md"
 PICTURE = ROOT / "docs" / "pictures" / "speeds.png"
-MACHINE = RESULTS / "AMD-EPYC.csv"  # of the README
+MACHINE = RESULTS / "Intel-R-Xeon-R-Processor.csv"  # of the README
 BEGIN, END = "<!-- speeds -->", "<!-- /speeds -->"
 Row = dict[str, str]
 

@@ -47,6 +47,18 @@ def test_the_printed_algorithms_are_the_same_work(bench):
             bench.runs.check_same(name, peer, 50)
 
 
+@pytest.mark.parametrize("name", ["MLP 256x2", "own MLP 256x2"])
+def test_a_timed_network_is_run_as_it_is_untimed(bench, name):
+    """With its time features made once for all rows where it has them; "own" is a module of which fastdiff knows nothing."""
+    net = bench.cases.CASES[name].network("vp", 1000, bench.cases.CPU)
+    calls = []
+    getattr(net, "net", net).conditioning.time.register_forward_hook(lambda module, given, out: calls.append(len(out)))
+    timed = bench.cases.Clock(net)
+    fastdiff.sample(timed.net, "vp", 20, shape=(2, 1, 1), num_samples=3, prediction="eps")
+    assert timed.calls == 20
+    assert calls == ([1, 20] if name == "MLP 256x2" else [3] * 20)
+
+
 def test_another_result_gets_no_number(bench, rows, monkeypatch):
     for peer in own(bench):
         for wrong in (  # a factor; half the steps
