@@ -27,7 +27,7 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests -n 2 -q -m "not slow"
 
-# every operation and run against its opponents, some 17 minutes; SCORE_SDE_PYTORCH may name a checkout of score_sde_pytorch
+# every operation and run against its opponents, some 25 minutes; SCORE_SDE_PYTORCH may name a checkout of score_sde_pytorch
 bench: $(VENV)/.peers
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-quiet --save-results -rs
 	$(BIN)/python benchmarks/report.py
