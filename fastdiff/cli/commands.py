@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 def _demo(a: argparse.Namespace) -> None:
     from . import demo
 
-    demo.main(Path(a.out), a.train_steps, a.samples, a.workers)
+    demo.main(Path(a.out), a.train_steps, a.samples, a.steps, a.digits, a.workers)
 
 
 def _sample(a: argparse.Namespace) -> None:
@@ -164,6 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="out", help="folder for pictures, models and report.md (default: out)")
     sub.add_argument("--train-steps", type=int, default=2000, help="training steps of each model (default: 2000)")
     sub.add_argument("--samples", type=int, default=400, help="samples from each sampler (default: 400)")
+    sub.add_argument("--steps", type=int, default=1000, help="steps of a sampler, at most (default: 1000)")
+    sub.add_argument("--digits", type=int, default=200, help="digits whose likelihoods are computed (default: 200)")
     sub.add_argument("--workers", type=int, help="processes (default: one for each core)")
 
     sub = command("sample", _sample, "Draw samples from a trained model.", of_a_model, of_a_plan)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,26 @@ class Result:
     seconds: float
 
 
-def main(out: Path, train_steps: int = 2000, samples: int = 400, workers: int | None = None) -> None:
-    """Train, sample, measure and draw into `out`; ends with `out/report.md`."""
+def main(
+    out: Path,
+    train_steps: int = 2000,
+    samples: int = 400,
+    steps: int = 1000,
+    digits: int = 200,
+    workers: int | None = None,
+) -> None:
+    """Train, sample, measure and draw into `out`; ends with `out/report.md`.
+
+    steps    of a sampler, at most; digits: whose likelihoods are computed
+    """
     began = time.perf_counter()
     training, held_out = halves()
     checks.integer("train_steps", train_steps, 1, 10**6)
     # enough for a covariance of 64 pixels, and no more than there are real digits to put beside them
     checks.integer("samples", samples, 70, len(training))
+    checks.integer("steps", steps, 50, 10**6)
+    checks.integer("digits", digits, 2 * demo_flow.PAIRS, len(held_out))
+    jobs = [replace(job, options={**job.options, "steps": min(steps, job.options["steps"])}) for job in JOBS]
     workers = checks.integer("workers", workers or _cores(), 1, 1024)
     out.mkdir(parents=True, exist_ok=True)
     real, unseen = (pixels(data.batch(range(len(data)), (0.0, 1.0)), (0.0, 1.0)) for data in (training, held_out))
@@ -84,11 +97,11 @@ def main(out: Path, train_steps: int = 2000, samples: int = 400, workers: int | 
     with _pool(len(MODELS), "training", train_steps * len(MODELS)) as (pool, progress):
         futures = {name: pool.submit(_train, name, train_steps, out, progress) for name in MODELS}
         losses = {name: future.result() for name, future in futures.items()}
-    with _pool(workers, "sampling", sum(_calls(job) for job in JOBS) * -(-samples // BATCH)) as (pool, progress):
-        runs = [pool.submit(_sample, job, samples, out, progress) for job in JOBS]
+    with _pool(workers, "sampling", sum(_calls(job) for job in jobs) * -(-samples // BATCH)) as (pool, progress):
+        runs = [pool.submit(_sample, job, samples, out, progress) for job in jobs]
         results = [run.result() for run in runs]
-    with _pool(workers, "probability flow", demo_flow.JOBS) as (pool, progress):
-        flow = demo_flow.run(pool, out / "digits-vp.safetensors", held_out, progress)
+    with _pool(workers, "probability flow", demo_flow.jobs(digits)) as (pool, progress):
+        flow = demo_flow.run(pool, out / "digits-vp.safetensors", held_out, digits, progress)
     print("drawing")
     for job, result in zip(JOBS, results):
         pictures.grids(out / f"{slug(job)}.png", unseen[:PICTURED], result.samples[:PICTURED], job.title)

@@ -24,7 +24,7 @@ from .likelihood_report import mean_and_error
 Array = NDArray[np.float64]
 Curve = list[tuple[float, float]]
 
-DIGITS, CHUNK = 200, 50  # digits whose likelihoods are computed, and how many in one job
+CHUNK = 50  # digits whose likelihoods are computed in one job
 PROBES, TOLERANCE = 2, 1e-3  # which changes a likelihood by less than its standard error
 PAIRS, STATES, FINE = 8, 12, 1e-4  # digits that are interpolated, how finely, and with which tolerance
 STARTS, CONVERGED = 64, 1e-6  # noises from which the solvers start, and the tolerance of what they are compared with
@@ -47,14 +47,13 @@ SEVERAL_CALLS: dict[str, samplers.Sampler] = {
 }
 FIXED = {**ONE_CALL, **SEVERAL_CALLS}
 ADAPTIVE = "rk45"
-JOBS = 2 * (DIGITS // CHUNK) + len(FIXED) + 3  # what the progress bar counts
 
 
 @dataclass(frozen=True)
 class Findings:
     """What was measured, of held-out digits and of the same with shuffled pixels where there are two.
 
-    nats, bits  [DIGITS] each; evaluations: the most that one took
+    nats, bits  [digits] each; evaluations: the most that one took
     strip       [PAIRS, STATES, 64], whose ends are `apart` from the digits (RMS of pixels in [0, 1])
     curves      solver -> (network calls, RMS distance of its ends from the converged ones)
     """
@@ -67,15 +66,20 @@ class Findings:
     curves: dict[str, Curve]
 
 
-def run(pool: Executor, path: Path, digits: Data, progress: Any) -> Findings:
-    """All measurements, as jobs of the pool's processes: each puts a 1 into `progress` when it is done."""
+def jobs(count: int) -> int:
+    """What the progress bar counts, with the likelihoods of `count` digits."""
+    return 2 * -(-count // CHUNK) + len(FIXED) + 3
+
+
+def run(pool: Executor, path: Path, digits: Data, count: int, progress: Any) -> Findings:
+    """All measurements, likelihoods of `count` digits, as jobs of the pool's processes: each puts a 1 into `progress` when it is done."""
     model = load(path)
-    real = digits.dequantized(range(DIGITS), model.data_range)
+    real = digits.dequantized(range(count), model.data_range)
     pairs = digits.batch(range(2 * PAIRS), model.data_range)
     # the longest first
     converged = pool.submit(_solve, path, ADAPTIVE, (CONVERGED,), progress)
     likelihoods = [
-        [pool.submit(_likelihoods, path, x[lo : lo + CHUNK].numpy(), lo, digits.bins, progress) for lo in range(0, DIGITS, CHUNK)]
+        [pool.submit(_likelihoods, path, x[k : k + CHUNK].numpy(), k, digits.bins, progress) for k in range(0, count, CHUNK)]
         for x in (real, shuffled(real))
     ]  # fmt: skip
     solving = {ADAPTIVE: pool.submit(_solve, path, ADAPTIVE, TOLERANCES, progress)}
@@ -131,7 +135,7 @@ def report(findings: Findings) -> list[str]:
     return [
         "## The probability flow of the VP model",
         "",
-        f"Likelihoods of {DIGITS} held-out digits, dequantised within their 17 levels ({PROBES} probes, tolerance "
+        f"Likelihoods of {len(real)} held-out digits, dequantised within their 17 levels ({PROBES} probes, tolerance "
         f"{TOLERANCE:g}, at most {findings.evaluations} evaluations), mean ± its standard error:",
         "",
         "| | nats | bits per dimension |",
@@ -139,7 +143,7 @@ def report(findings: Findings) -> list[str]:
         f"| digits | {mean_and_error(real, 2)} | {mean_and_error(real_bits, 3)} |",
         f"| the same, their pixels shuffled | {mean_and_error(other, 2)} | {mean_and_error(other_bits, 3)} |",
         "",
-        f"A digit is likelier than its shuffled pixels in {int((real > other).sum())} cases of {DIGITS}. A uniform "
+        f"A digit is likelier than its shuffled pixels in {int((real > other).sum())} cases of {len(real)}. A uniform "
         f"distribution over the 17 levels has log₂ 17 = {np.log2(17):.2f} bits per dimension.",
         "",
         "![likelihood](likelihood.png)",
