@@ -72,7 +72,10 @@ def jobs(count: int) -> int:
 
 
 def run(pool: Executor, path: Path, digits: Data, count: int, progress: Any) -> Findings:
-    """All measurements, likelihoods of `count` digits, as jobs of the pool's processes: each puts a 1 into `progress` when it is done."""
+    """All measurements, with the likelihoods of `count` digits, as jobs of the pool's processes.
+
+    Each puts a 1 into `progress` when it is done.
+    """
     model = load(path)
     real = digits.dequantized(range(count), model.data_range)
     pairs = digits.batch(range(2 * PAIRS), model.data_range)
