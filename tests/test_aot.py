@@ -18,7 +18,10 @@ ROOT = Path(__file__).parent.parent
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 IMAGE_STEPS = 25  # the operands of the shipped samplers' steps: a new sampler may add one
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux"),
+]
 
 
 def python(*arguments, folder):
