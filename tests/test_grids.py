@@ -148,7 +148,6 @@ def test_chains_on_the_path_of_any_process_that_has_them():
         ("trained", "vp", 5, None, "discrete"),
         ("trained", "ddpm", 1001, None, "steps must be <= 1000"),
         ("uniform", "ncsn", 5, 0.5, "smallest level"),
-        ("score_sde", "ddpm", 5, None, "score_sde"),
         ("score_sde", "ve", 1, None, "steps must be >= 2"),
         ("trained", "ddpm", 5, 0.5, "whole step"),
         ([1.0], "vp", None, None, "at least two"),

@@ -110,11 +110,22 @@ def test_euler_maruyama_needs_a_grid_of_times():
 
 
 def test_the_reference_grid_at_few_steps():
-    """Its β table is what breaks at steps <= beta_max; Euler-Maruyama does not use it."""
+    """Its β table is what breaks below beta_max, where β = 1 for ancestral sampling; Euler-Maruyama does not use it."""
     assert len(fastdiff.plan("vp", 5, sampler="euler_maruyama", grid="score_sde")) == 5
-    for sampler in ("ancestral", "reverse_diffusion", "pc"):
+    for steps, sampler in ((20, "ancestral"), (19, "ancestral"), (19, "reverse_diffusion"), (19, "pc")):
         with pytest.raises(ConfigError, match="beta_max"):
-            fastdiff.plan("vp", 20, sampler=sampler, grid="score_sde")
+            fastdiff.plan("vp", steps, sampler=sampler, grid="score_sde")
+
+
+@pytest.mark.parametrize("process", [fastdiff.OU(), fastdiff.EDM(), fastdiff.NCSN(), fastdiff.VP(0.2, 5)], ids=repr)
+def test_the_reference_grid_of_other_processes_is_eulers(process):
+    """score_sde's SDE.discretize at its N times: x ← x − (f x − g² score) T/N + g √(T/N) z, whatever the process."""
+    n, dt = 7, process.T / 7
+    table = fastdiff.plan(process, n, sampler="euler_maruyama", grid="score_sde", denoise=False)
+    for row, t in zip(table.rows, np.linspace(process.T, process.t_min, n)):
+        f, g = process.drift(t), process.diffusion(t)
+        assert (row.level.t, row.a, row.c) == pytest.approx((t, 1 - f * dt, g * math.sqrt(dt)), rel=1e-12)
+        assert row.b[0] == pytest.approx(g * g * dt, rel=1e-12)
 
 
 def test_long_tables_are_not_kept():

@@ -177,6 +177,7 @@ def bare(process):
 
     class Bare(processes.Process):
         T, t_min = float(process.T), process.t_min
+        prior_std = process.prior_std  # of VP 1, as published, and not σ(T)
 
         def alpha(self, t):
             return process.alpha(t)
@@ -305,8 +306,46 @@ def test_a_subclass_inherits_all_but_the_references_grid(base):
         assert getattr(mine, name) == getattr(theirs, name), name
     u = torch.linspace(0, 0.99, 7)
     assert torch.equal(mine.training_times(u), theirs.training_times(u))
-    with pytest.raises(ConfigError, match=r"grid='score_sde' exists for ve, vp and subvp, not for 'mine'"):
-        mine.reference_transitions(np.array([0.5, 1.0]))
+    t = np.array([mine.T, 0.5 * (mine.T + mine.t_noisy)])
+    if base is fastdiff.SubVP or base.__name__ not in ("VE", "VP"):
+        np.testing.assert_array_equal(mine.reference_transitions(t), theirs.reference_transitions(t))
+    ratio, variance, ancestral = mine.reference_transitions(t)
+    np.testing.assert_array_equal(ratio, 1 + mine.drift(t) * mine.T / 2)
+    np.testing.assert_array_equal(variance, mine.diffusion(t) ** 2 * mine.T / 2)
+    assert np.isnan(ancestral).all()
+
+
+def test_the_prior_is_the_level_at_T():
+    """Of Song's tutorial process σ(1) = 9.845; of VP and its like 1, as published."""
+
+    class Tutorial(processes.Process):
+        T = 1.0
+
+        def alpha(self, t):
+            return processes.lib(t).ones_like(t)
+
+        def sigma(self, t):
+            return processes.lib(t).sqrt((25.0 ** (2 * t) - 1) / (2 * math.log(25.0)))
+
+    process = Tutorial()
+    assert process.prior_std == pytest.approx(9.845, abs=1e-3)
+    assert (fastdiff.VP().prior_std, fastdiff.SubVP().prior_std, fastdiff.DDPM().prior_std) == (1.0, 1.0, 1.0)
+    std = 0.3
+    score = lambda x, t: -x / (std**2 + process.sigma(t)[:, None] ** 2)  # noqa: E731
+    x = fastdiff.sample(score, process, sampler="ddim", steps=200, shape=(4,), num_samples=4000)
+    # DDIM's gain on N(0, s²) data is what its table says; 4 standard errors of a standard deviation of 16,000 numbers
+    assert abs(float(x.std()) / std - 1) < 4 / math.sqrt(2 * 16_000) + 0.03
+    data = std * torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    ll = fastdiff.log_likelihood(score, data, process, trace="exact", rtol=1e-6, atol=1e-6, t_min=1e-3)
+
+
+    def log_prob(deviation, of):
+        return torch.distributions.Normal(0.0, float(deviation)).log_prob(of.double()).sum(1)
+
+    exact = log_prob(math.hypot(std, process.sigma(1e-3)), data)
+    # the prior leaves out the data's own variance
+    exact += log_prob(process.sigma(1.0), ll.latent) - log_prob(math.hypot(std, process.sigma(1.0)), ll.latent)
+    assert float((ll.nats - exact).abs().max()) < 1e-4  # of tolerances of 1e-6
 
 
 def test_a_users_default_sampler_may_be_an_object():
@@ -314,7 +353,7 @@ def test_a_users_default_sampler_may_be_an_object():
         default_sampler = fastdiff.samplers.DDIM(eta=0.5)
 
     assert "DDIM(eta=0.5)" in fastdiff.plan(Halfway(), 3).title
-    with pytest.raises(ConfigError, match="score_sde"):  # β may be another than VP's
+    with pytest.raises(ConfigError, match="score_sde"):  # β may be another than VP's: Euler's steps
         fastdiff.plan(Halfway(), 30, sampler="ancestral", grid="score_sde")
 
 

@@ -41,7 +41,7 @@ class Process:
 
     Whatever differs from one process to another is an attribute or a method here, with a default that a subclass overrides. A
     subclass of VE, EDM or another inherits what that one says here (its sampler, its times of training, where likelihoods
-    start), but not grid="score_sde", which is the reference's own.
+    start), but not the steps of grid="score_sde", which stand on VE's own ladder and VP's own β.
     """
 
     name: ClassVar[str]
@@ -76,8 +76,11 @@ class Process:
 
     @property
     def prior_std(self) -> float:
-        """Standard deviation of the start x_T ~ N(0, prior_std²)."""
-        return 1.0
+        """Standard deviation of the start x_T ~ N(0, prior_std²): σ(T), and 1 where there is no σ.
+
+        VP, sub-VP and DDPM say 1, as published: what α(T)² lacks in σ(T)² is the data's, whose variance is about 1.
+        """
+        return float(self.sigma(float(self.T))) if self.linear else 1.0
 
     @property
     def t_train(self) -> float:
@@ -107,9 +110,10 @@ class Process:
     def reference_transitions(self, t: Array) -> tuple[Array, Array, Array]:
         """(α_{t|s}, σ²_{t|s}, the ancestral variance), each [N], of score_sde's own steps from the N times t down, T/N each.
 
-        NaN where the reference has none.
+        NaN where the reference has none: Euler's steps (its `SDE.discretize`, sub-VP's too) have no ancestral sampler.
         """
-        raise ConfigError(f"grid='score_sde' exists for ve, vp and subvp, not for {self.name!r}: use grid='uniform'")
+        dt = self.T / len(t)
+        return 1 + self.drift(t) * dt, self.diffusion(t) ** 2 * dt, np.full(len(t), np.nan)
 
     def alpha(self, t: Any) -> Any:
         raise self._missing("alpha(t)")
@@ -256,6 +260,10 @@ class VP(Process):
     def log_alpha(self, t: Any) -> Any:
         return -0.5 * self.integral(t)
 
+    @property
+    def prior_std(self) -> float:
+        return 1.0
+
     def alpha(self, t: Any) -> Any:
         return lib(t).exp(self.log_alpha(t))
 
@@ -274,14 +282,14 @@ class VP(Process):
     def reference_transitions(self, t: Array) -> tuple[Array, Array, Array]:
         """β_i = linspace(β_min/N, β_max/N)[i], i = trunc(t (N − 1)/T): α² = 1 − β_i, σ² = β_i, and so is the ancestral variance.
 
-        NaN for N ≤ β_max, where a β_i reaches 1 (Euler–Maruyama's steps do not use them).
+        NaN where β_i > 1, at N < β_max (Euler–Maruyama's steps do not use them), and no ancestral step where β_i = 1.
         """
         n = len(t)
         if type(self) is not VP:  # whose β may be another
             return super().reference_transitions(t)
         var = np.linspace(self.beta_min / n, self.beta_max / n, n)[_truncated(t, self.T)]
-        var = np.where(var < 1, var, np.nan) if n > self.beta_max else np.full(n, np.nan)
-        return np.sqrt(1 - var), var, var
+        var = np.where(var <= 1, var, np.nan)
+        return np.sqrt(1 - var), var, np.where(var < 1, var, np.nan)
 
     def _time_of_integral(self, integral: Any) -> Any:
         # the root of ½t²Δ + tβ_min = B, in the form that keeps its digits at small B
@@ -307,11 +315,7 @@ class SubVP(VP):
         return self._time_of_integral(2 * lib(sigma_hat).arcsinh(sigma_hat / 2))
 
     def reference_transitions(self, t: Array) -> tuple[Array, Array, Array]:
-        """Euler's steps; the reference has no ancestral sampler."""
-        if type(self) is not SubVP:
-            return super().reference_transitions(t)
-        dt = self.T / len(t)
-        return 1 + self.drift(t) * dt, self.diffusion(t) ** 2 * dt, np.full(len(t), np.nan)
+        return Process.reference_transitions(self, t)
 
 
 @dataclass(frozen=True)
@@ -334,10 +338,6 @@ class OU(Process):
             noise=checks.number("noise", self.noise, 0, above=True),
             T=checks.number("T", self.T, 0, above=True),
         )
-
-    @property
-    def prior_std(self) -> float:
-        return float(self.sigma(self.T))
 
     @property
     def t_likelihood(self) -> float:
@@ -443,6 +443,10 @@ class DDPM(Process):
     def beta_table(self) -> Array:
         """β_1 … β_T."""
         return schedules.betas(self.betas, self.T) if isinstance(self.betas, str) else np.array(self.betas)
+
+    @property
+    def prior_std(self) -> float:
+        return 1.0
 
     @cached_property
     def _log_alpha(self) -> Array:

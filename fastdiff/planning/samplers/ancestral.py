@@ -33,7 +33,7 @@ class Ancestral(Sampler):
             choose("variance", self.variance, ("posterior", "beta", "learned_range"))
 
     def predict(self, process: Process, grid: Grid) -> SolverRows:
-        if any(math.isnan(step.posterior) and not math.isnan(step.var) for step in grid.steps):
+        if all(math.isnan(step.posterior) and not math.isnan(step.var) for step in grid.steps):
             raise ConfigError(f"grid='score_sde' has no ancestral sampler for {process.name!r}: use another grid")
         rows: SolverRows = []
         low = -math.inf
@@ -44,7 +44,7 @@ class Ancestral(Sampler):
                 bounds = (low, math.log(step.var)) if low > -math.inf else None
             else:
                 c = math.sqrt(step.var if self.variance == "beta" else step.posterior)
-            a, b = 1 / step.ratio, step.var / step.ratio
+            a, b = (1 / step.ratio, step.var / step.ratio) if step.ratio > 0 else (math.nan, math.nan)
             rows.append([SolverRow(step.level, "ancestral", a, (b,), score(step.level), c=c, log_variance=bounds)])
         return rows
 
