@@ -270,7 +270,7 @@ def test_build_and_describe_refuse():
     }.items():
         with pytest.raises(errors.ConfigError, match=words):
             build(config)
-    for net in (nn.Linear(2, 2), type("Mine", (MLP,), {})((2,)), nn.DataParallel(MLP((2,)))):
+    for net in (nn.Linear(2, 2), type("Mine", (MLP,), {})((2,))):
         with pytest.raises(errors.ConfigError, match=f"net must be .*{type(net).__name__}"):
             describe(net)
 
