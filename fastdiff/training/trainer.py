@@ -117,6 +117,7 @@ def train(
             "train must not be called within torch.func's transforms: call it outside of vmap, grad and jvp"
         )
     described = files.describe(model)
+    _check_tensors([*model.net.parameters(), *model.net.buffers()])
     source = load_data(data)
     _check_data(source, model, options["dequantize"])
     kind = losses.check(model, options["loss"], probe)
@@ -216,8 +217,6 @@ class _State:
 
     def __init__(self, net: nn.Module, lr: float, ema: float) -> None:
         self.net, self.ema, self.step, self.updates = net, ema, 0, 0
-        values = [*net.parameters(), *net.buffers()]
-        _check_tensors(values)
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError("model must have parameters that require gradients: there is nothing to train")
@@ -231,16 +230,18 @@ class _State:
             group = self.groups.setdefault((weight.device, weight.dtype), ([], []))
             group[0].append(average)
             group[1].append(weight.detach())
-        self.buffers: dict[tuple[nn.Module, str], tuple[Tensor, int, Tensor]] = {}
+        self.buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
 
     def keep_buffers(self) -> None:
-        """Copies of the buffers (running statistics), of those alone that changed since the last ones were made."""
+        """Copies of the buffers, such as running statistics, which a step changes before its loss is known."""
         for module in self.net.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     was = self.buffers.get((module, name))
-                    if was is None or was[0] is not buffer or was[1] != buffer._version:
-                        self.buffers[module, name] = (buffer, buffer._version, buffer.detach().clone())
+                    if was is None or was[0] is not buffer:
+                        self.buffers[module, name] = (buffer, buffer.detach().clone())
+                    else:
+                        was[1].copy_(buffer.detach())
 
     def update(self, loss: Tensor, rate: float, grad_clip: float | None) -> bool:
         """One step of Adam and of the average; False, and nothing changed, where the loss or its gradient is not finite."""
@@ -270,11 +271,9 @@ class _State:
 
     @torch.no_grad()
     def _give_buffers_back(self) -> None:
-        for (module, name), (buffer, version, copy) in self.buffers.items():
+        for (module, name), (buffer, copy) in self.buffers.items():
             module._buffers[name] = buffer
-            if buffer._version != version:
-                buffer.copy_(copy)
-                self.buffers[module, name] = (buffer, buffer._version, copy)
+            buffer.copy_(copy)
 
     def _tensors(self, of: list[Tensor]) -> dict[str, Tensor]:
         """The network's tensors by name, with `of` in the place of the trained parameters."""
@@ -292,7 +291,7 @@ class _State:
         tensors |= {"raw." + k: v for k, v in self._tensors(self.weights).items()}
         tensors |= {"ema." + k: v for k, v in averaged.items() if v.dtype != plain[k].dtype}
         for index, moments in self.adam.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
+            tensors |= {f"adam.{index}.{k}": v for k, v in moments.items()}
         skipped = {"skipped": self.step - self.updates} if self.step > self.updates else {}
         files.write(path, tensors, {"model": described, "step": self.step, **skipped, "options": options})
 
