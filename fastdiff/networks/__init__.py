@@ -53,3 +53,4 @@ def adopt(net: nn.Module, config: Any) -> None:
     network = inner(net)
     if isinstance(config, dict) and type(network) is MODELS.get(config.get("name", "")) and not network.scale_given:
         network.set_time_scale(config["time_scale"])
+        network.scale_given = True
