@@ -15,7 +15,7 @@ from .errors import ConfigError, ModelOutputError, choose
 from .execution import ops, reference, tensor_checks
 from .execution.loop import Condition
 from .execution.noise import PERTURBATION, PROBES
-from .model import ScoreModel, like
+from .model import ScoreModel, dtype_of, like
 from .planning import predictions
 from .planning.processes import Process, require_linear
 
@@ -80,6 +80,8 @@ def per_sample(
 ) -> Tensor:
     """The loss of each sample, [B], for x0 [B, *] and times t [B]; all noise is what `cursor` names (ops.cursor).
 
+    x_t is made in x0's precision and given to the network in that of its parameters.
+
     The denoising losses are means over the elements of λ(t) (m − r·x0 − w·ε)², m the network's output and (r, w) what it
     predicts (fastdiff.predictions), so that the target of any prediction is one line; ε is never stored.
 
@@ -101,12 +103,13 @@ def per_sample(
     """
     kind = check(model, loss, probe)
     clean = x0 if x0.dtype in (torch.float32, torch.float64) else x0.float()
+    dtype = dtype_of(model.net, x0.dtype)
     if loss in DENOISING:
-        return _denoising(model, clean, x0.dtype, t, cursor, loss, cond)
+        return _denoising(model, clean, dtype, t, cursor, loss, cond)
     trained = torch.is_grad_enabled()
     # the derivatives in x are needed whether or not the caller wants those in the parameters
     with torch.inference_mode(False), torch.enable_grad():
-        value = _with_trace(model, clean, x0.dtype, t.clone(), cursor.clone(), loss, cond, kind, trained)
+        value = _with_trace(model, clean, dtype, t.clone(), cursor.clone(), loss, cond, kind, trained)
     return value if trained else value.detach()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .errors import ConfigError, ModelOutputError, ModelOutputTypeError, ShapeError, choose
-from .execution import tensor_checks
+from .execution import modules, tensor_checks
 from .execution.loop import Condition
 from .planning import chains, predictions, processes
 from .planning.predictions import Pair
@@ -59,6 +59,9 @@ class ScoreModel(nn.Module):
             data_range=checks.pair("data_range", data_range),
             variance=None if variance is None else choose("variance", variance, ("learned_range",)),
         )  # fmt: skip
+        fit_times = getattr(modules.inner(net), "fit_times", None)
+        if callable(fit_times):
+            fit_times(predictions.time_steps(self.time_input, process))
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """The network's output, as it is, at process times t [B] (or one for all), its input scaled and its time converted."""
@@ -188,12 +191,11 @@ def memory_format_of(net: Any, rank: int) -> torch.memory_format:
 
 def takes_features(net: Any) -> bool:
     """Whether a network has `time_features`, and a call runs the forward that takes them as `features`: no subclass's, no
-    instance's, no hook first."""
+    instance's, no hook first, and none on any part, which may be told the time of each call or change what comes of it."""
     if not isinstance(net, nn.Module) or not hasattr(net, "time_features"):
         return False
     owner = next(c for c in type(net).__mro__ if "forward" in vars(c))
-    hooked = net._forward_hooks or net._forward_pre_hooks
-    if "time_features" not in vars(owner) or "forward" in vars(net) or hooked:
+    if "time_features" not in vars(owner) or any(map(modules.intercepted, net.modules())):
         return False
     return "features" in inspect.signature(vars(owner)["forward"]).parameters  # else it is a helper of the network's
 

@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -43,6 +44,75 @@ def test_train_sample_and_plan(tmp_path):
     planned = run("plan", "vp", 5, "--plot", tmp_path / "plan.png")
     assert planned.stdout.strip() == fastdiff.plan("vp", 5).explain()
     assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def pairs(folder):
+    np.save(folder / "data.npy", np.random.default_rng(0).uniform(-1, 1, (40, 2)).astype(np.float32))
+
+
+def test_the_seed_reaches_the_first_weights(tmp_path):
+    pairs(tmp_path)
+    before, found = torch.get_rng_state(), []
+    for k, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(k)
+        given = [
+            "train",
+            str(tmp_path / "data.npy"),
+            "--out",
+            str(tmp_path / str(k)),
+            "--steps",
+            "1",
+            "--seed",
+            str(seed),
+        ]
+        state = torch.get_rng_state()
+        assert commands.main(given) == 0
+        assert torch.equal(torch.get_rng_state(), state)
+        net = fastdiff.load(tmp_path / str(k)).net
+        found.append(torch.cat([p.flatten() for p in net.parameters()]))
+    torch.set_rng_state(before)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_a_training_without_a_terminal_prints_its_loss(tmp_path):
+    pairs(tmp_path)
+    done = run("train", "data.npy", "--out", "run", "--steps", 250, "--batch-size", 4, cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    assert re.fullmatch(r"step 100 of 250: loss \d+\.\d{4}", lines[0])
+    assert re.fullmatch(r"step 250 of 250: loss \d+\.\d{4}", lines[-1])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_training_with_its_last_step_saved(number, code, tmp_path):
+    pairs(tmp_path)
+    given = ["train", "data.npy", "--out", "run", "--batch-size", "4", "--steps"]
+    command = [sys.executable, "-m", "fastdiff.cli", *given, "1000000"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert "step 100 " in process.stderr.readline()
+        process.send_signal(number)
+        printed, said = process.communicate()
+    assert process.returncode == code
+    step = int(re.search(rf"{number.name}: saved at step (\d+)", said)[1])
+    assert f"step {step} after" in printed
+    assert 100 <= step < 1_000_000
+    again = run(*given, step + 1, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"step {step + 1} after" in again.stdout
+
+
+def test_signal_handlers_are_given_back_and_a_second_signal_is_the_callers(tmp_path, monkeypatch):
+    pairs(tmp_path)
+    given = ["train", str(tmp_path / "data.npy"), "--out", str(tmp_path / "run"), "--steps", "200"]
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    def twice(steps):
+        return lambda step, loss: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+
+    monkeypatch.setattr(commands, "_said", twice)
+    assert commands.main(given) == 130
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()  # step 100 was under way
 
 
 def vectors(folder, **options):

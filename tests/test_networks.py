@@ -270,7 +270,7 @@ def test_build_and_describe_refuse():
     }.items():
         with pytest.raises(errors.ConfigError, match=words):
             build(config)
-    for net in (nn.Linear(2, 2), type("Mine", (MLP,), {})((2,)), nn.DataParallel(MLP((2,)))):
+    for net in (nn.Linear(2, 2), type("Mine", (MLP,), {})((2,))):
         with pytest.raises(errors.ConfigError, match=f"net must be .*{type(net).__name__}"):
             describe(net)
 
@@ -384,6 +384,102 @@ def test_networks_that_are_not_quite_ours_get_their_times():
         options = {"sde": "vp", "steps": 6, "shape": (3,), "num_samples": 4}
         ours = fastdiff.sample(net, **options)
         assert torch.allclose(ours, fastdiff.sample(lambda x, t, net=net: net(x, t), **options), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "part", ["conditioning", "conditioning.time", "conditioning.mlp.0", "modulation", "hidden.1", "out"]
+)
+@pytest.mark.parametrize("change", ["hook", "pre-hook", "forward"])
+def test_hooks_and_forwards_of_any_part_are_run_at_each_call(part, change):
+    """A part that knows which call it is in (here it counts them) may be hooked or replaced: nothing is made ahead of it."""
+    unet = part == "modulation"
+    net = small("unet", (1, 4)) if unet else awake(MLP((4,), hidden=8, layers=2))
+    module, calls = net.get_submodule(part), []
+    shape = net.shape
+    if change == "hook":
+        module.register_forward_hook(lambda m, args, out: calls.append(1) or out * (1 + 0.1 * len(calls)))
+    elif change == "pre-hook":
+        module.register_forward_pre_hook(
+            lambda m, args: calls.append(1) or (args[0] * (1 + 0.1 * len(calls)), *args[1:])
+        )
+    else:
+        plain = module.forward
+        module.forward = lambda *args: calls.append(1) or plain(*args) * (1 + 0.1 * len(calls))
+    options = {"sde": "vp", "steps": 4, "shape": shape, "num_samples": 2, "sampler": "ddim"}
+    ours = fastdiff.sample(net, **options)
+    assert len(calls) == 4
+    calls.clear()
+    assert torch.allclose(ours, fastdiff.sample(lambda x, t: net(x, t), **options), rtol=1e-4, atol=1e-5)
+
+
+def alike(model, first, second):
+    """The cosine between the time features of two times, as the model's network has them."""
+    seen = []
+    handle = model.net.conditioning.time.register_forward_hook(lambda module, args, out: seen.append(out))
+    model(torch.zeros(2, *model.data_shape), torch.tensor([float(first), float(second)]))
+    handle.remove()
+    return float(nn.functional.cosine_similarity(*seen[-1][:, None], dim=1))
+
+
+@both
+@pytest.mark.parametrize("kind", ["sinusoidal", "fourier"])
+@pytest.mark.parametrize("time_input", ["t", "index", "t*999"])
+@pytest.mark.parametrize("steps", [10, 200, 1000, 4000])
+def test_neighbouring_steps_of_a_chain_have_features_that_are_alike(name, kind, time_input, steps, tmp_path):
+    """And the first and the last have not; as the network was saved, so it is loaded."""
+    for sde in (
+        fastdiff.DDPM(torch.full((steps,), 0.01).tolist()),
+        fastdiff.NCSN(np.geomspace(9, 0.1, steps).tolist()),
+    ):
+        net = small(name, (1, 4), time_embedding=kind)
+        nn.init.zeros_(net.out.weight)
+        model = fastdiff.ScoreModel(net, sde, "eps", time_input, (1, 4))
+        middle = steps // 2
+        assert alike(model, middle, middle + 1) > 0.8
+        assert alike(model, 1, steps) < alike(model, 1, 2) - 0.05
+        awake(net)
+        loaded = fastdiff.load(fastdiff.save(model, tmp_path / "model"))
+        filled = fastdiff.load(tmp_path / "model", net=MODELS[name](**{**net.config, "time_scale": None}))
+        x, t = torch.randn(2, 1, 4), torch.tensor([1.0, float(steps)])
+        for same in (loaded, filled):
+            assert torch.equal(same(x, t), model(x, t))
+
+
+@both
+def test_a_time_scale_that_was_given_and_continuous_models_are_left_alone(name, tmp_path):
+    for sde in ("vp", "ve", "edm", fastdiff.OU()):
+        net = MODELS[name]((1, 4))
+        before = dict(net.config)
+        fastdiff.ScoreModel(net, sde, data_shape=(1, 4))
+        assert net.config == before
+    net = MODELS[name]((1, 4), time_scale=7.0)
+    old = fastdiff.ScoreModel(net, "ddpm", data_shape=(1, 4))
+    assert net.config["time_scale"] == net.conditioning.time.scale == 7.0
+    path = fastdiff.save(old, tmp_path / "old")  # so do those of earlier versions have theirs
+    for loaded in (fastdiff.load(path), fastdiff.load(path, net=MODELS[name]((1, 4)))):
+        assert loaded.net.config["time_scale"] == loaded.net.conditioning.time.scale == 7.0
+    trained = awake(MODELS[name]((1, 4)))
+    with pytest.warns(UserWarning, match="time features"):
+        fastdiff.ScoreModel(trained, "ddpm", data_shape=(1, 4))
+    assert trained.config == before
+    shared = MODELS[name]((1, 4))
+    fastdiff.ScoreModel(shared, "ddpm", data_shape=(1, 4))
+    with pytest.warns(UserWarning, match="another model"):
+        fastdiff.ScoreModel(shared, "vp", data_shape=(1, 4))
+
+
+def test_an_unfinished_chain_of_an_earlier_version_goes_on_with_its_features(tmp_path):
+    def train(steps, **options):
+        torch.manual_seed(0)
+        model = fastdiff.ScoreModel(MLP((2,), hidden=8, layers=1, **options), "ddpm", data_shape=(2,))
+        fastdiff.train(model, torch.linspace(-1, 1, 16).view(8, 2), steps=steps, batch_size=4, checkpoint=tmp_path)
+        return model
+
+    train(3, time_scale=16.0)  # what the default was
+    resumed = train(6)
+    whole = train(6, time_scale=16.0)
+    assert resumed.net.config == whole.net.config
+    assert all(torch.equal(a, b) for a, b in zip(resumed.net.state_dict().values(), whole.net.state_dict().values()))
 
 
 class Helped(torch.nn.Module):

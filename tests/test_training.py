@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +29,7 @@ from fastdiff.errors import (
     ConfigError,
     CorruptCheckpointError,
     DataError,
+    DeviceError,
     ShapeError,
 )
 from fastdiff.networks import MLP, UNet
@@ -263,9 +269,9 @@ def test_another_run_in_the_same_directory_is_refused(tmp_path):
     ):
         with pytest.raises(CheckpointMismatchError, match=words):
             fastdiff.train(other, data, steps=4, batch_size=8, checkpoint=tmp_path)
-    with pytest.raises(CheckpointMismatchError, match="batch_size=8, now 4"):
-        fastdiff.train(tiny(), digits(), steps=4, batch_size=4, checkpoint=tmp_path)
-    fastdiff.train(tiny(), digits(), steps=4, batch_size=4, checkpoint=tmp_path, resume=False)
+    with pytest.raises(CheckpointMismatchError, match="seed=0, now 1"):
+        fastdiff.train(tiny(), digits(), steps=4, batch_size=8, checkpoint=tmp_path, seed=1)
+    fastdiff.train(tiny(), digits(), steps=4, batch_size=8, checkpoint=tmp_path, seed=1, resume=False)
 
 
 def test_ema_warm_up_and_clipping_are_their_formulas():
@@ -373,9 +379,318 @@ def test_a_loss_that_is_not_finite_saves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
     model = tiny()
     model.net.out.weight.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(DataError, match="not finite at step 0"):
+    with (
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(DataError, match="not finite at step 0 and the 4 after"),
+    ):
         fastdiff.train(model, digits(), steps=5, checkpoint=tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+class Falters(nn.Module):
+    """Running statistics, weights, and a loss or a gradient that is not finite in some of its calls."""
+
+    def __init__(self, bad=(), where="loss"):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(2), nn.Linear(2, 2)
+        self.bad, self.where, self.calls = bad, where, 0
+
+    def forward(self, x, t):
+        out = self.linear(self.norm(x))
+        if self.training and self.calls in self.bad:
+            if self.where == "loss":
+                out = out * math.inf
+            else:
+                out.register_hook(lambda gradient: gradient * math.nan)
+        self.calls += self.training
+        return out
+
+
+def faltering(*args):
+    torch.manual_seed(0)
+    return fastdiff.ScoreModel(Falters(*args), "vp", data_shape=(2,))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(where, tmp_path):
+    """Three steps of which the third is bad are two steps: weights, moments, averages, running statistics, all counters."""
+    options = {"batch_size": 8, "lr": 1e-2, "warmup": 1}
+    fastdiff.train(faltering(), digits(), steps=2, checkpoint=tmp_path / "two", **options)
+    with pytest.warns(UserWarning, match="not finite at step 2: it is skipped") as said:
+        done = fastdiff.train(faltering((2,), where), digits(), steps=3, checkpoint=tmp_path / "three", **options)
+    assert len(said) == 1
+    assert done.skipped == 1
+    assert done.loss.isfinite().tolist() == [True, True, False]
+    assert "1 of them skipped" in repr(done)
+    (two, expected), (three, found) = (checkpoint.read(tmp_path / k / checkpoint.FILE, "") for k in ("two", "three"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in found)
+    assert (two["step"], three["step"], three["skipped"]) == (2, 3, 1)
+
+
+def test_a_run_with_skipped_steps_is_resumed_as_itself(tmp_path):
+    options = {"batch_size": 8, "lr": 1e-2, "warmup": 1, "checkpoint_every": 4}
+    whole, parts = faltering((1, 5)), faltering((1, 5))
+    with pytest.warns(UserWarning, match="at step 1:") as said:
+        fastdiff.train(whole, digits(), steps=9, **options)
+    assert len(said) == 1  # of two
+    with pytest.warns(UserWarning, match="at step 1:"):
+        fastdiff.train(parts, digits(), steps=4, checkpoint=tmp_path, **options)
+    with pytest.warns(UserWarning, match="at step 5:"):
+        fastdiff.train(parts, digits(), steps=9, checkpoint=tmp_path, **options)
+    assert torch.equal(weights(whole), weights(parts))
+
+
+def test_many_bad_steps_in_a_row_end_the_run_and_a_lower_rate_goes_on(tmp_path):
+    model = faltering(range(55, 1000))
+    options = {"batch_size": 8, "checkpoint": tmp_path, "checkpoint_every": 10}
+    match = rf"at step 55 and the 9 after it: lower lr.*{tmp_path}/checkpoint.safetensors, of step 50"
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(DataError, match=match):
+        fastdiff.train(model, digits(), steps=1000, **options)
+    assert model.net.calls == 65
+    assert weights(model).isfinite().all()
+    with pytest.warns(UserWarning, match=r"goes on with lr=0.0001, which was 0.0002$"):
+        assert len(fastdiff.train(faltering(), digits(), steps=60, lr=1e-4, **options).loss) == 10
+
+
+def test_options_may_change_on_the_way_and_what_the_run_is_may_not(tmp_path):
+    fastdiff.train(tiny(), digits(), steps=2, batch_size=8, checkpoint=tmp_path)
+    changed = {"batch_size": 4, "lr": 1e-3, "warmup": 3, "decay": True, "grad_clip": None, "ema": 0.9}
+    with pytest.warns(UserWarning, match="goes on with") as said:
+        fastdiff.train(tiny(), digits(), steps=4, checkpoint=tmp_path, **changed)
+    assert all(f"{name}={value!r}, which was" in str(said[0].message) for name, value in changed.items())
+    with pytest.warns(UserWarning, match=r"goes on with steps=6, which was 4$"):  # the end of the decay
+        fastdiff.train(tiny(), digits(), steps=6, checkpoint=tmp_path, **changed)
+    for other in ({"loss": "simple"}, {"seed": 1}, {"loss": "ssm"}):
+        with pytest.raises(CheckpointMismatchError, match="was trained with"):
+            fastdiff.train(tiny(), digits(), steps=8, checkpoint=tmp_path, **changed, **other)
+
+
+def rewritten(path, change):
+    header, tensors = checkpoint.read(path, "")
+    checkpoint.write(path, change(tensors), {k: v for k, v in header.items() if k != "format"})
+
+
+WITHOUT = {
+    "no optimiser": lambda tensors: {k: v for k, v in tensors.items() if not k.startswith("adam.")},
+    "half an optimiser": lambda tensors: {k: v for k, v in tensors.items() if k != "adam.1.exp_avg_sq"},
+    "another's optimiser": lambda tensors: tensors | {"adam.0.exp_avg": torch.zeros(3)},
+    "no averages": lambda tensors: {k: v for k, v in tensors.items() if k != "net.out.bias"},
+    "no weights": lambda tensors: {k: v for k, v in tensors.items() if not k.startswith("raw.")},
+    "another precision": lambda tensors: {k: v.double() if k.startswith("net.") else v for k, v in tensors.items()},
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT)
+def test_a_refused_resume_leaves_the_model_as_it_was(what, tmp_path):
+    fastdiff.train(tiny(), digits(), steps=2, batch_size=8, lr=1.0, checkpoint=tmp_path)
+    rewritten(tmp_path / checkpoint.FILE, WITHOUT[what])
+    model = tiny()
+    before = weights(model)
+    with pytest.raises(CheckpointMismatchError, match=r"checkpoint.safetensors"):
+        fastdiff.train(model, digits(), steps=4, batch_size=8, lr=1.0, checkpoint=tmp_path)
+    assert torch.equal(weights(model), before)
+    fastdiff.train(model, digits(), steps=4, batch_size=8, lr=1.0, checkpoint=tmp_path, resume=False)
+
+
+WRAPPED = {
+    "torch.compile": lambda net: torch.compile(net, backend="eager"),
+    "DataParallel": nn.DataParallel,
+    "both": lambda net: nn.DataParallel(torch.compile(net, backend="eager")),
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "compiled parts": lambda net: net.hidden.__setitem__(0, torch.compile(net.hidden[0], backend="eager")) or net,
+    "compiled in place": lambda net: net.compile(backend="eager") or net,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_a_checkpoint_holds_the_network_not_its_wrapper(wrap, tmp_path):
+    def model(wrapped):
+        model = tiny()
+        model.net = wrap(model.net) if wrapped else model.net
+        return model
+
+    options = {"batch_size": 8, "lr": 1e-2, "warmup": 1}
+    fastdiff.train(whole := tiny(), digits(), steps=6, **options)
+    for k, kinds in enumerate([(True, False), (False, True)]):  # resumed across
+        for wrapped, steps in zip(kinds, (3, 6)):
+            fastdiff.train(model(wrapped), digits(), steps=steps, checkpoint=tmp_path / str(k), **options)
+        assert torch.equal(weights(fastdiff.load(tmp_path / str(k))), weights(whole))
+    filled = fastdiff.load(tmp_path / "0", net=wrap(tiny().net))
+    saved = fastdiff.load(fastdiff.save(filled, tmp_path / "saved"))
+    assert type(saved.net) is MLP
+    for same in (filled, saved):
+        assert torch.equal(weights(same), weights(whole))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", ["dsm", "ssm_vr"])
+def test_networks_of_other_precisions_train_resume_and_load(dtype, loss, tmp_path):
+    def model():
+        model = tiny()
+        model.net = model.net.to(dtype)
+        return model
+
+    options = {"loss": loss, "batch_size": 8, "lr": 1e-2, "warmup": 1}
+    fastdiff.train(single := tiny(), digits(), steps=40, **options)
+    fastdiff.train(whole := model(), digits(), steps=40, **options)
+    # Adam's steps of 0.01 are far above the rounding of a weight, and the average of their sum moves with them
+    moved = weights(single) - weights(tiny())
+    assert (weights(whole).float() - weights(single)).norm() < 0.1 * moved.norm()
+    for steps in (15, 40):
+        fastdiff.train(parts := model(), digits(), steps=steps, checkpoint=tmp_path, **options)
+    loaded = fastdiff.load(tmp_path)
+    assert {p.dtype for p in loaded.net.parameters()} == {dtype}
+    for same in (parts, loaded):
+        assert torch.equal(weights(same), weights(whole))
+
+
+def test_networks_that_cannot_be_copied_train():
+    class Locked(MLP):
+        def __init__(self):
+            super().__init__((2,), hidden=16, layers=1)
+            self.lock, self.stream = threading.Lock(), (k for k in range(3))
+
+    torch.manual_seed(0)
+    model = fastdiff.ScoreModel(Locked(), "vp", data_shape=(2,))
+    fastdiff.train(model, digits(), steps=5, batch_size=8)
+    fastdiff.train(plain := tiny(), digits(), steps=5, batch_size=8)
+    assert torch.equal(weights(model), weights(plain))
+
+
+@contextlib.contextmanager
+def setting(set_, value, back):
+    set_(value)
+    try:
+        yield
+    finally:
+        set_(back)
+
+
+AROUND = {
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "another device": lambda: torch.device("meta"),
+    "float64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
+    "bfloat16": lambda: setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "deterministic": lambda: setting(torch.use_deterministic_algorithms, True, False),
+}
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+@pytest.mark.parametrize("loss", ["dsm", "ism"])
+def test_what_is_set_around_a_training_does_not_matter(around, loss, tmp_path):
+    fastdiff.train(whole := tiny(), digits(), steps=5, loss=loss, batch_size=8)
+    model, data = tiny(), digits()
+    with around():
+        fastdiff.train(model, data, steps=3, loss=loss, batch_size=8, checkpoint=tmp_path)
+        fastdiff.train(model, data, steps=5, loss=loss, batch_size=8, checkpoint=tmp_path)
+    assert torch.equal(weights(model), weights(whole))
+
+
+def test_autocast_sees_the_weights_of_each_step():
+    """Its cache would keep those of the first: a training in bfloat16 is near the one in float32, and far from the start."""
+    options = {"steps": 60, "batch_size": 8, "lr": 1e-2, "warmup": 1}
+    fastdiff.train(single := tiny(), digits(), **options)
+    model = tiny()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fastdiff.train(model, digits(), **options)
+    moved = weights(single) - weights(tiny())
+    assert (weights(model) - weights(single)).norm() < 0.1 * moved.norm()
+
+
+def test_networks_that_cannot_be_trained_as_they_are_are_refused():
+    with torch.inference_mode():
+        made = tiny()
+        loaded = fastdiff.load("digits-vp")
+    with pytest.raises(ConfigError, match="inference_mode"):
+        fastdiff.train(made, digits(), steps=1)
+    fastdiff.train(loaded, "digits", steps=1, batch_size=2)
+    lazy = fastdiff.ScoreModel(nn.LazyLinear(2), "vp", data_shape=(2,))
+    with pytest.raises(ConfigError, match="lazy"):
+        fastdiff.train(lazy, digits(), steps=1)
+    with pytest.raises(DeviceError, match="meta"):
+        fastdiff.train(tiny().to("meta"), digits(), steps=1)
+    with pytest.raises(ConfigError, match=r"torch\.func"):
+        torch.func.vmap(lambda x: fastdiff.train(loaded, "digits", steps=1) or x)(torch.zeros(2))
+
+
+@pytest.mark.parametrize("trainings", [2, 3])
+def test_trainings_in_threads_are_those_alone(trainings):
+    def model(seed):
+        torch.manual_seed(seed)
+        return fastdiff.ScoreModel(MLP((2,), hidden=16, layers=2, dropout=0.5), "vp", data_shape=(2,))
+
+    alone, together = ([model(seed) for seed in range(trainings)] for _ in range(2))
+
+    def train(model, seed):
+        fastdiff.train(model, digits(), steps=40, batch_size=8, seed=seed)
+
+    for seed, each in enumerate(alone):
+        train(each, seed)
+    before = torch.get_rng_state()
+    threads = [threading.Thread(target=train, args=(each, seed)) for seed, each in enumerate(together)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(weights(a), weights(b)) for a, b in zip(alone, together))
+
+
+def test_a_directory_is_held_against_a_second_training(tmp_path):
+    model = tiny()
+    before = weights(model)
+
+    def second(step, loss):
+        with pytest.raises(CheckpointError, match="in use by another training"):
+            fastdiff.train(model, digits(), steps=1, checkpoint=tmp_path)
+
+    fastdiff.train(tiny(), digits(), steps=2, batch_size=8, checkpoint=tmp_path, callback=second)
+    assert torch.equal(weights(model), before)
+    assert os.listdir(tmp_path) == ["checkpoint.safetensors"]
+
+
+def test_a_lock_dies_with_its_process(tmp_path):
+    """And not with the last of its children, which have copies of its descriptors."""
+    code = (
+        "import os, sys, time, torch, fastdiff; from fastdiff.networks import MLP; "
+        "model = fastdiff.ScoreModel(MLP((2,)), 'vp', data_shape=(2,)); "
+        "hold = lambda step, loss: ((child := os.fork()) and print(child, flush=True), time.sleep(60)); "
+        "data = torch.linspace(-1, 1, 8).view(4, 2); "
+        "fastdiff.train(model, data, steps=100, batch_size=2, checkpoint=sys.argv[1], callback=hold)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    try:
+        with pytest.raises(CheckpointError, match="in use"):
+            fastdiff.train(tiny(), digits(), steps=1, checkpoint=tmp_path)
+        process.kill()
+        process.wait()
+        fastdiff.train(tiny(), digits(), steps=1, batch_size=2, checkpoint=tmp_path)
+    finally:
+        process.kill()
+        os.kill(child, signal.SIGKILL)
+        process.stdout.close()
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / checkpoint.FILE).mkdir()
+    for folder in ("/proc", tmp_path):
+        model = tiny()
+        model.net.register_forward_hook(lambda *_: pytest.fail("a step was made"))
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            fastdiff.train(model, digits(), steps=1, checkpoint=folder)
+
+
+def test_a_run_that_is_stopped_saves_that_step(tmp_path):
+    options = {"batch_size": 8, "checkpoint_every": 4}
+    fastdiff.train(whole := tiny(), digits(), steps=9, **options)
+    answers = iter([False, False, True])
+    done = fastdiff.train(tiny(), digits(), steps=9, checkpoint=tmp_path, stop=lambda: next(answers), **options)
+    assert (done.steps, len(done.loss)) == (3, 3)
+    fastdiff.train(parts := tiny(), digits(), steps=9, checkpoint=tmp_path, **options)
+    assert torch.equal(weights(whole), weights(parts))
 
 
 def test_labels_that_the_network_cannot_tell_apart_are_refused():

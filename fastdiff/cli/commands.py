@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,14 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     from ..errors import FastdiffError
 
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (FastdiffError, OSError, ImportError) as error:
         print(f"fastdiff {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _demo(a: argparse.Namespace) -> None:
@@ -64,7 +67,10 @@ def _sample(a: argparse.Namespace) -> None:
     )
 
 
-def _train(a: argparse.Namespace) -> None:
+def _train(a: argparse.Namespace) -> int:
+    import torch
+
+    from .. import checks
     from ..errors import ConfigError
     from ..model import ScoreModel
     from ..networks import build
@@ -78,14 +84,62 @@ def _train(a: argparse.Namespace) -> None:
         if data.labels is None:
             raise ConfigError(f"--classes needs labels, and {a.data} has none: leave it out")
         options["num_classes"] = data.num_classes
+    with torch.random.fork_rng(devices=[]):  # the first weights are of the seed too
+        torch.manual_seed(checks.integer("seed", a.seed, 0, 2**64 - 1))
+        net = build(options)
     # images in the usual ranges; vectors in the range of the data, so that samples come back in its units
     data_range = data.range if len(data.shape) == 1 else (0.0, 1.0) if a.sde == "ve" else (-1.0, 1.0)
-    model = ScoreModel(build(options), processes.get(a.sde), a.prediction, data_shape=data.shape, data_range=data_range)
-    done = train(
-        model, data, steps=a.steps, loss=a.loss, batch_size=a.batch_size, lr=a.lr, ema=a.ema, seed=a.seed,
-        dequantize=a.dequantize, checkpoint=a.out, resume=not a.fresh,
-    )  # fmt: skip
+    model = ScoreModel(net, processes.get(a.sde), a.prediction, data_shape=data.shape, data_range=data_range)
+    with _signals() as received:
+        done = train(
+            model, data, steps=a.steps, loss=a.loss, batch_size=a.batch_size, lr=a.lr, ema=a.ema, seed=a.seed,
+            dequantize=a.dequantize, checkpoint=a.out, resume=not a.fresh, callback=_said(a.steps), stop=lambda: received,
+        )  # fmt: skip
     print(f"{data!r}: step {done.steps} after {done.seconds:.0f} s; fastdiff.load({a.out!r}) gives the model")
+    if not received:
+        return 0
+    print(f"fastdiff train: {received[0].name}: saved at step {done.steps}; the same command goes on", file=sys.stderr)
+    return 128 + received[0]
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """The SIGTERM or SIGINT that asked for an end; a second one ends the process as it would have anyway."""
+    received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def receive(number: int, frame: object) -> None:
+        received.append(signal.Signals(number))
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup and the shell's & have it
+            signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _said(steps: int) -> Callable[[int, float], None] | None:
+    """A callback of `train` that prints the loss where no bar shows it: the first, the last, and one in ten seconds."""
+    if sys.stderr is None or sys.stderr.isatty():
+        return None
+    due = 0.0
+
+    def say(step: int, loss: float) -> None:
+        nonlocal due
+        if time.monotonic() >= due or step == steps:
+            due = time.monotonic() + 10
+            with contextlib.suppress(OSError):  # nobody reads: no reason to lose the run
+                print(f"step {step} of {steps}: loss {loss:.4f}", file=sys.stderr, flush=True)
+
+    return say
 
 
 def _likelihood(a: argparse.Namespace) -> None:
@@ -141,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(
-        name: str, run: Callable[[argparse.Namespace], None], about: str, *shared: argparse.ArgumentParser
+        name: str, run: Callable[[argparse.Namespace], int | None], about: str, *shared: argparse.ArgumentParser
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about, parents=shared)
         sub.set_defaults(run=run)
@@ -186,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=int, default=128)
     sub.add_argument("--lr", type=float, default=1e-3)
     sub.add_argument("--ema", type=float, default=0.999)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=int, default=0, help="of the first weights and of all random numbers (default: 0)")
     sub.add_argument("--classes", action="store_true", help="condition on the data's labels")
     sub.add_argument("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
     sub.add_argument("--fresh", action="store_true", help="start anew instead of resuming")

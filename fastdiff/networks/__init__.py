@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import ConfigError, choose
+from ..execution.modules import inner
 from .layers import TimeEmbedding
 from .mlp import MLP
 from .unet import UNet
@@ -30,15 +32,25 @@ def build(config: dict[str, Any]) -> nn.Module:
         raise ConfigError(
             f'config must have the shape of one sample, got {config!r}: add "shape", for example [1, 8, 8]'
         )
-    return network(**arguments)
+    with torch.inference_mode(False):  # whose parameters could not be trained
+        return network(**arguments)
 
 
 def describe(net: nn.Module) -> dict[str, Any]:
-    """The config from which `build` makes a network like `net`, without its weights, as JSON has it."""
-    for name, network in MODELS.items():
-        if type(net) is network:
-            return {"name": name, **net.config}
+    """The config from which `build` makes a network like `net` or like the one that it wraps, as JSON has it."""
+    network = inner(net)
+    for name, kind in MODELS.items():
+        if type(network) is kind:
+            return {"name": name, **network.config}
     raise ConfigError(
-        f"net must be one of fastdiff.networks.MODELS ({', '.join(MODELS)}), got {type(net).__name__}: unwrap it first "
-        f"(DistributedDataParallel's .module, torch.compile's ._orig_mod), or add its class to MODELS with a .config"
+        f"net must be one of fastdiff.networks.MODELS ({', '.join(MODELS)}), got {type(network).__name__}: add its class "
+        "to MODELS with a .config"
     )
+
+
+def adopt(net: nn.Module, config: Any) -> None:
+    """The time scale of a config, as of a file whose tensors the network takes, where the network was given none."""
+    network = inner(net)
+    if isinstance(config, dict) and type(network) is MODELS.get(config.get("name", "")) and not network.scale_given:
+        network.set_time_scale(config["time_scale"])
+        network.scale_given = True

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError, choose
+from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError, choose, warn
 from ..execution import ops
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TIME_SCALES = {"sinusoidal": 1000.0, "fourier": 16.0}
+TIME_SCALES = {"sinusoidal": 1000.0, "fourier": 16.0}  # for times that span 1
+STEP_SCALES = {"sinusoidal": 1.0, "fourier": 0.08}  # the most for steps that lie 1 apart: neighbours stay alike
 FEATURES = 64  # time features: 32 frequencies cover four decades, in networks of any width
 FOURIER_SEED = 0x5EED
 LARGEST = 2**31 - 1  # of any count in a network's configuration
@@ -41,11 +42,20 @@ class TimeEmbedding(nn.Module):
         self.kind = choose("kind", kind, TIME_SCALES)
         self.scale = TIME_SCALES[kind] if scale is None else checks.number("scale", scale, 0, above=True)
         if kind == "fourier":
-            generator = torch.Generator(device="cpu").manual_seed(FOURIER_SEED)
-            weight = torch.randn(channels // 2, generator=generator, dtype=torch.float32, device="cpu")
-            self.register_buffer("weight", (weight * self.scale).to(torch.get_default_device()))
+            self.register_buffer("weight", self._drawn(self.scale).to(torch.get_default_device()))
         else:
             self.register_buffer("frequencies", self._frequencies(torch.float32), persistent=False)
+
+    def rescale(self, scale: float) -> None:
+        """Become the embedding of another scale."""
+        self.scale = scale
+        if self.kind == "fourier":
+            with torch.inference_mode(False):
+                self.weight = self._drawn(scale).to(self.weight.device)
+
+    def _drawn(self, scale: float) -> Tensor:
+        generator = torch.Generator(device="cpu").manual_seed(FOURIER_SEED)
+        return torch.randn(self.channels // 2, generator=generator, dtype=torch.float32, device="cpu") * scale
 
     def _frequencies(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
         # 10^(-4 k / (half - 1)) is Ho et al.'s frequency, in one operation
@@ -79,9 +89,38 @@ class TimeConditioned(nn.Module):
     the values of t. Runs look for the method `time_features`, so a network need not inherit from this class.
     """
 
+    config: dict[str, Any]
+    conditioning: Conditioning
+    out: nn.Module
+    scale_given = True  # whether the time scale was an argument; else the first model made of the network sets it
+    scale_set = False
+
     def time_features(self, t: Tensor) -> Tensor:
         """The features of times t [n], before x or y enters: [n, width]."""
         raise NotImplementedError
+
+    def fit_times(self, steps: tuple[float, float] | None) -> None:
+        """Choose the time scale of a new network for a model's times: a chain's, which span steps[0] and whose neighbours lie
+        steps[1] apart, or (None) continuous ones, for which it stays. One that was given stays too."""
+        kind = self.config["time_embedding"]
+        wanted = TIME_SCALES[kind] if steps is None else min(TIME_SCALES[kind] / steps[0], STEP_SCALES[kind] / steps[1])
+        if self.scale_given:
+            return
+        weight = self.out.weight
+        if wanted != self.config["time_scale"] and (self.scale_set or (not weight.is_meta and bool(weight.any()))):
+            warn(
+                f"the network's time features have the scale {self.config['time_scale']:g}, as it was trained or as another "
+                f"model wants it, and this model's times want {wanted:g}: build a new network for this model, or give the "
+                "network its time_scale"
+            )
+            return
+        self.set_time_scale(wanted)
+
+    def set_time_scale(self, scale: float) -> None:
+        if scale != self.config["time_scale"]:
+            self.config["time_scale"] = scale
+            self.conditioning.time.rescale(scale)
+        self.scale_set = True
 
 
 class Conditioning(nn.Module):

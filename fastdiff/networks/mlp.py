@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..errors import ConfigError
+from ..execution.modules import intercepted
 from .layers import LARGEST, Conditioning, TimeConditioned, check_call, common_config, integers, zeroed
 
 
@@ -23,7 +24,8 @@ class MLP(TimeConditioned):
 
     shape           one sample's shape, any rank from one up
     num_classes     labels `y` [B] >= 0 and <= num_classes; num_classes means "no label", and so does `y=None` for all samples
-    time_embedding  "fourier" or "sinusoidal" (see TimeEmbedding), with `time_scale` 16 or 1000 unless given
+    time_embedding  "fourier" or "sinusoidal" (see TimeEmbedding), with `time_scale` 16 or 1000 unless given; a model of a chain
+                    chooses one for its steps (`fit_times`)
     out_channels    replaces the leading axis of the result by a multiple of it (a learned variance: 2 * shape[0])
 
     The last layer starts at zero, and with it the network's output. `config` holds the arguments as JSON has them.
@@ -42,6 +44,7 @@ class MLP(TimeConditioned):
         out_channels: int | None = None,
     ) -> None:
         super().__init__()
+        self.scale_given = time_scale is not None
         self.shape = integers("shape", shape, 1)
         if not self.shape:
             raise ConfigError("shape must have at least one axis, got (): write (1,) for scalar samples")
@@ -76,7 +79,7 @@ class MLP(TimeConditioned):
             features is not None and len(features) == 1 and y is None
         )  # the same time, and no label, for all samples
         for linear, time in zip(self.hidden, self.conditioning(t, y, features).chunk(len(self.hidden), dim=1)):
-            plain = is_bias and type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+            plain = is_bias and type(linear) is nn.Linear and not intercepted(linear)
             h = F.linear(h, linear.weight, linear.bias + time[0]) if plain else linear(h) + time
             h = self.dropout(F.silu(h, inplace=not torch.is_grad_enabled()))
         return self.out(h).view(len(x), *self.out_shape)

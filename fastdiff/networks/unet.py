@@ -37,7 +37,8 @@ class UNet(TimeConditioned):
     shape           one sample's shape, (C, *spatial), with one to three spatial axes
     attention       the levels (0 is the finest) whose blocks end in self-attention
     num_classes     labels `y` [B] >= 0 and <= num_classes; num_classes means "no label", and so does `y=None` for all samples
-    time_embedding  "sinusoidal" or "fourier" (see TimeEmbedding), with `time_scale` 1000 or 16 unless given
+    time_embedding  "sinusoidal" or "fourier" (see TimeEmbedding), with `time_scale` 1000 or 16 unless given; a model of a chain
+                    chooses one for its steps (`fit_times`)
     out_channels    channels of the result, where they are not the sample's (a learned variance: 2 C)
 
     The last convolution starts at zero, and with it the network's output. `config` holds the arguments as JSON has them.
@@ -58,6 +59,7 @@ class UNet(TimeConditioned):
         out_channels: int | None = None,
     ) -> None:
         super().__init__()
+        self.scale_given = time_scale is not None
         self.config = config = {
             "shape": list(_image_shape(shape)),
             "channels": checks.integer("channels", channels, 2, LARGEST),

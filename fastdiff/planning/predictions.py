@@ -132,6 +132,17 @@ def network_time(time_input: str, process: Process, t: Any, alpha: Any, sigma: A
     return TIME_INPUTS[choose("time_input", time_input, TIME_INPUTS)](process, t, alpha, sigma)
 
 
+def time_steps(time_input: str, process: Process) -> tuple[float, float] | None:
+    """How far a chain's first and last step, and two neighbouring ones, lie apart as a network is told the time;
+    None where time is continuous, or is told by the noise."""
+    if not process.discrete or time_input not in ("t", "index", "t*999"):
+        return None
+    first, second, last = (
+        float(network_time(time_input, process, t, None, None)) for t in (1.0, 2.0, float(process.T))
+    )
+    return max(abs(last - first), abs(second - first)), abs(second - first)
+
+
 def check(prediction: str, time_input: str, process: Process) -> None:
     """Refuse a prediction or time input that the process does not define, and a process without T, or without any x_t."""
     checks.number("T", getattr(process, "T", None), 0, above=True)

@@ -23,6 +23,7 @@ from ..errors import (
     ConfigError,
     CorruptCheckpointError,
 )
+from ..execution import modules
 from ..model import ScoreModel
 from ..planning import processes
 
@@ -37,7 +38,7 @@ def save(model: ScoreModel, path: str | os.PathLike[str]) -> Path:
     `load` rebuilds a network of fastdiff.networks; any other must be given to it as `net`.
     """
     header = {"model": describe(model)}
-    return write(path, {"net." + name: value for name, value in model.net.state_dict().items()}, header)
+    return write(path, {"net." + name: value for name, value in modules.state(model.net).items()}, header)
 
 
 def load(
@@ -60,12 +61,22 @@ def load(
             )
         network = networks.build(config["net"]) if net is None else net
         process = _process(config["process"], given, path)
+        networks.adopt(network, config["net"])
         options = {name: config[name] for name in ("prediction", "time_input", "data_shape", "data_range", "variance")}
         model = ScoreModel(network, process, **options)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptCheckpointError(f"{path} does not describe a model: {error!r:.120}") from error
-    fill(network, tensors, path)
+    check(network, tensors, path)
+    if net is None:
+        _take_dtypes(network, tensors)
+    modules.load_state(network, tensors)
     return model.eval()
+
+
+def _take_dtypes(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The precision of the file, where the network was built for it."""
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.to(tensors[name].dtype)
 
 
 def _process(config: dict[str, Any], sde: processes.Process | None, path: Path) -> processes.Process:
@@ -100,7 +111,7 @@ def describe(model: ScoreModel) -> dict[str, Any]:
     if not isinstance(model.net, nn.Module):
         raise ConfigError(f"net must be a torch.nn.Module to be saved, got {type(model.net).__name__}")
     return {
-        "net": networks.describe(model.net) if type(model.net) in networks.MODELS.values() else None,
+        "net": networks.describe(model.net) if type(modules.inner(model.net)) in networks.MODELS.values() else None,
         "process": model.process.config(),
         "prediction": model.prediction,
         "time_input": model.time_input,
@@ -160,6 +171,14 @@ def read(path: Path, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+def saved_step(path: Path) -> int | None:
+    """The step of a training's checkpoint, None where there is none."""
+    try:
+        return int(read(path, "raw.")[0]["step"])
+    except (CheckpointError, KeyError, TypeError, ValueError, OSError):
+        return None
+
+
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     """SHA-256 of the header and of every tensor's name, dtype, shape and bytes."""
     digest = hashlib.sha256(text.encode())
@@ -170,9 +189,9 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def fill(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load the tensors into the network, all or none."""
-    target = network.state_dict()
+def check(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """CheckpointMismatchError unless the tensors are those that the network takes, all finite."""
+    target = modules.state(network)
     shared = sorted(target.keys() & tensors.keys())
     problems = {
         "lacks": sorted(target.keys() - tensors.keys()),
@@ -185,7 +204,6 @@ def fill(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
         if names:
             shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
             raise CheckpointMismatchError(f"{path} {problem} {len(names)} tensors of this network: {shown}")
-    network.load_state_dict(tensors)
 
 
 def _find(path_or_name: str | os.PathLike[str]) -> Path:

@@ -2,49 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
-from .. import checks, losses
+from .. import checks, losses, networks
 from ..data import Data, load_data
 from ..errors import (
     CheckpointError,
     CheckpointMismatchError,
     ConfigError,
+    CorruptCheckpointError,
     DataError,
+    DeviceError,
     ShapeError,
     choose,
     names_keywords,
+    warn,
 )
-from ..execution import noise, ops
+from ..execution import modules, noise, ops
 from ..execution.monitor import bar
-from ..execution.torch_private import foreach_lerp_
+from ..execution.torch_private import foreach_lerp_, functorch_is_active
 from ..model import ScoreModel
 from ..planning.schedules import ema_decay
 from . import checkpoint as files
 
+# What may differ from one call to the next of a run; all else says which run it is.
+MAY_CHANGE = ("batch_size", "lr", "warmup", "decay", "grad_clip", "ema", "steps")
+# Steps in a row without a finite loss and gradient after which a run gives up.
+MOST_SKIPPED = 10
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Training:
-    """One call of `train`: the loss of each of its steps [steps], the number of the last step, its seconds."""
+    """One call of `train`: the loss of each of its steps [steps], the number of the last step, its seconds, how many of the steps
+    were skipped because their loss (NaN here) or its gradient was not finite."""
 
     loss: Tensor
     steps: int
     seconds: float
+    skipped: int = 0
 
     def __repr__(self) -> str:
-        recent = f", mean loss {self.loss[-100:].mean():.4g} at the end" if len(self.loss) else ""
-        return f"Training({len(self.loss)} steps to {self.steps}{recent}, {self.seconds:.1f} s)"
+        recent = f", mean loss {self.loss[-100:].nanmean():.4g} at the end" if len(self.loss) else ""
+        skipped = f", {self.skipped} of them skipped" if self.skipped else ""
+        return f"Training({len(self.loss)} steps to {self.steps}{skipped}{recent}, {self.seconds:.1f} s)"
 
 
 @names_keywords
@@ -68,6 +83,7 @@ def train(
     resume: bool = True,
     progress: bool | None = None,
     callback: Callable[[int, float], object] | None = None,
+    stop: Callable[[], object] | None = None,
 ) -> Training:
     """Train `model` in place up to step `steps`, and leave it with the averaged (EMA) weights, in evaluation mode.
 
@@ -79,48 +95,53 @@ def train(
     ema           θ' ← m θ' + (1 − m) θ with m = min(ema, (1 + n)/(10 + n))
     dequantize    add uniform noise of one bin to discrete data (Theis et al. 2016)
     seed          data, times, noise and dropout of step n are a function of (seed, n) alone, so a resumed run gives the
-                  same weights as an uninterrupted one
+                  same weights as an uninterrupted one; torch's generator is as it was after each step
     checkpoint    a directory, written atomically every `checkpoint_every` steps and at the end; `fastdiff.load(directory)`
                   gives the averaged model
-    resume        go on from the checkpoint in that directory, which must have the same model, data and options; False
-                  overwrites it
+    resume        go on from the checkpoint in that directory, which must have the same model, data, loss and seed; the other
+                  options may be others, which a warning says; False overwrites it
     callback      called with (step, mean loss of the last 100 steps) every 100 steps and at the last one
+    stop          asked after each step; where it says True, the run saves and ends with that step
+
+    A step whose loss or gradient is not finite is skipped, everything as it was before it; the first is said in a warning,
+    ten in a row are a DataError. Networks of float16 and bfloat16 are trained by float32 copies of their weights.
     """
     options, steps, checkpoint_every = _checked(
         {"loss": loss, "batch_size": batch_size, "lr": lr, "warmup": warmup, "decay": decay, "grad_clip": grad_clip,
          "ema": ema, "dequantize": dequantize, "seed": seed}, steps, checkpoint_every,
     )  # fmt: skip
     checks.function("callback", callback)
+    checks.function("stop", stop)
+    if functorch_is_active():
+        raise ConfigError(
+            "train must not be called within torch.func's transforms: call it outside of vmap, grad and jvp"
+        )
     described = files.describe(model)
+    _check_tensors([*model.net.parameters(), *model.net.buffers()])
     source = load_data(data)
     _check_data(source, model, options["dequantize"])
     kind = losses.check(model, options["loss"], probe)
     options |= {"probe": kind} if options["loss"] in losses.SLICED else {}
-    state = _State(model.net, options["lr"], options["ema"])
     options |= {"data": source.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
     if checkpoint is not None:
         files.as_json(described)  # refuse before the first step what could not be saved after it
-    folder = _folder(checkpoint)
-    if folder is not None and resume and (folder / files.FILE).exists():
-        state.read(folder / files.FILE, options, described)
-    began, first = time.perf_counter(), state.step
-    modes = [(module, module.training) for module in model.modules()]
-    # networks may draw from torch's generator (dropout): it is seeded anew each step, and given back afterwards
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-        bar(progress, steps, "train", "step", first) as shown,
-    ):
+    with torch.inference_mode(False), torch.enable_grad(), _autocast(model.net), _directory(checkpoint) as folder:
+        state = _State(model.net, options["lr"], options["ema"])
+        if folder is not None and resume and (folder / files.FILE).exists():
+            described = state.read(folder / files.FILE, options, described)
+        began, first = time.perf_counter(), state.step
+        modes = [(module, module.training) for module in model.modules()]
         try:
-            recorded = _loop(state, _Batches(source, model, options), options, steps, model, folder, checkpoint_every,
-                             described, shown, callback)  # fmt: skip
+            with bar(progress, steps, "train", "step", first) as shown:
+                recorded = _loop(state, _Batches(source, model, options), options, steps, model, folder, checkpoint_every,
+                                 described, shown, callback, stop)  # fmt: skip
             state.average_into(model.net)
         finally:
             for module, training in modes:
                 module.training = training
     model.eval()
-    return Training(recorded.cpu(), max(steps, first), time.perf_counter() - began)
+    skipped = int(recorded.isnan().sum())
+    return Training(recorded.cpu(), max(state.step, first), time.perf_counter() - began, skipped)
 
 
 def _loop(
@@ -134,88 +155,214 @@ def _loop(
     described: dict[str, Any],
     shown: Any,
     callback: Callable[[int, float], object] | None,
+    stop: Callable[[], object] | None,
 ) -> Tensor:
-    """Every step from state.step to `steps`; their losses [steps], NaN where a loss or a gradient was not finite."""
-    first = state.step
-    recorded = torch.zeros(max(steps - first, 0), device=batches.device)
+    """Every step from state.step to `steps`, or to where `stop` says so; their losses, NaN where a step was skipped."""
+    first, skipped, said = state.step, 0, False  # skipped: in a row, until now
+    recorded = torch.full((max(steps - first, 0),), math.nan, dtype=torch.float32, device=batches.device)
     model.net.train()
     for step in range(first, steps):
-        torch.manual_seed((options["seed"] * 1_000_003 + step) % 2**63)
         x0, t, cursor, cond = batches(step)
-        value = losses.per_sample(model, x0, t, cursor, options["loss"], cond, options.get("probe")).mean()
-        with losses.differentiating(options["loss"]):
-            norm = state.update(value, _rate(step, steps, options), options["grad_clip"])
-        recorded[step - first] = value.detach() + 0 * norm
-        last = step + 1 == steps
-        save_now = folder is not None and ((step + 1) % checkpoint_every == 0 or last)
-        if (step + 1) % 100 == 0 or last or save_now:
-            recent = _recent(recorded[: step - first + 1], first)
+        with _seeded((options["seed"] * 1_000_003 + step) % 2**63):
+            state.keep_buffers()
+            value = losses.per_sample(model, x0, t, cursor, options["loss"], cond, options.get("probe")).mean()
+            with losses.differentiating(options["loss"]):
+                taken = state.update(value, _rate(step, steps, options), options["grad_clip"])
+        if taken:
+            recorded[step - first], skipped = value.detach(), 0
+        else:
+            skipped += 1
+            if skipped == MOST_SKIPPED or (step + 1 == steps and skipped == steps - first):
+                raise _nothing_finite(step, skipped, folder)
+            if not said:
+                warn(
+                    f"the loss or its gradient is not finite at step {step}: it is skipped, and so is any other such step"
+                )
+            said = True
+        stopped = stop is not None and bool(stop())
+        last = stopped or step + 1 == steps
+        # not in the midst of skipped steps: another lr may do better with those than this one
+        save_now = folder is not None and (((step + 1) % checkpoint_every == 0 and taken) or last)
+        if (step + 1) % 100 == 0 or last:
+            recent = float(recorded[: step + 1 - first][-100:].nanmean())
             shown.set_postfix(loss=f"{recent:.4f}")
-            if callback is not None and ((step + 1) % 100 == 0 or last):
+            if callback is not None:
                 callback(step + 1, recent)
         if save_now:
             state.write(folder / files.FILE, described, options)  # type: ignore[operator]
         shown.update()
-    return recorded
+        if stopped:
+            break
+    return recorded[: max(state.step - first, 0)]
+
+
+def _nothing_finite(step: int, skipped: int, folder: Path | None) -> DataError:
+    """Too many skipped steps in a row, or all of a call."""
+    saved = None if folder is None else files.saved_step(folder / files.FILE)
+    good = "the model has the weights from before them"
+    if saved is not None:
+        good = f"the last good checkpoint is {folder / files.FILE}, of step {saved}"  # type: ignore[operator]
+    more = f" and the {skipped - 1} after it" if skipped > 1 else ""
+    return DataError(
+        f"the loss or its gradient is not finite at step {step + 1 - skipped}{more}: lower lr, or check the data; {good}"
+    )
 
 
 class _State:
-    """All that a checkpoint of a run holds: the weights, Adam's moments, the averaged weights, the step."""
+    """All that a checkpoint of a run holds: the weights, Adam's moments, the averaged weights, the step.
+
+    Weights of half precision are rounded copies of float32 ones, which are what is trained and averaged: a step of Adam, and
+    of an average, is smaller than the spacing of half-precision numbers.
+    """
 
     def __init__(self, net: nn.Module, lr: float, ema: float) -> None:
-        self.net, self.step = net, 0
+        self.net, self.ema, self.step, self.updates = net, ema, 0, 0
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError("model must have parameters that require gradients: there is nothing to train")
-        self.adam = torch.optim.Adam(self.parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8)
+        half = (torch.float16, torch.bfloat16)
+        self.weights = [p.detach().float().requires_grad_() if p.dtype in half else p for p in self.parameters]
+        self.rounded = [(p, w) for p, w in zip(self.parameters, self.weights) if p is not w]
+        self.adam = torch.optim.Adam(self.weights, lr=lr, betas=(0.9, 0.999), eps=1e-8)
+        self.averages = [w.detach().clone() for w in self.weights]
+        self.groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        for average, weight in zip(self.averages, self.weights):
+            group = self.groups.setdefault((weight.device, weight.dtype), ([], []))
+            group[0].append(average)
+            group[1].append(weight.detach())
+        self.buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
 
-        def average(averaged: Any, current: Any, count: Any) -> None:
-            foreach_lerp_(averaged, current, 1 - ema_decay(self.step, ema))
+    def keep_buffers(self) -> None:
+        """Copies of the buffers, such as running statistics, which a step changes before its loss is known."""
+        for module in self.net.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    was = self.buffers.get((module, name))
+                    if was is None or was[0] is not buffer:
+                        self.buffers[module, name] = (buffer, buffer.detach().clone())
+                    else:
+                        was[1].copy_(buffer.detach())
 
-        self.averaged = AveragedModel(net, multi_avg_fn=average)
-
-    def update(self, loss: Tensor, rate: float, grad_clip: float | None) -> Tensor:
-        """One step of Adam and of the average; returns the norm of the gradient before clipping."""
-        self.adam.zero_grad(set_to_none=True)
+    def update(self, loss: Tensor, rate: float, grad_clip: float | None) -> bool:
+        """One step of Adam and of the average; False, and nothing changed, where the loss or its gradient is not finite."""
+        for p in self.parameters:
+            p.grad = None
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if grad_clip is None else grad_clip)
+        for p, weight in self.rounded:
+            weight.grad = None if p.grad is None else p.grad.float()
+        norm = nn.utils.clip_grad_norm_(self.weights, math.inf if grad_clip is None else grad_clip)
+        self.step += 1
+        if not math.isfinite(float(loss.detach() + norm.detach())):
+            self._give_buffers_back()
+            return False
         self.adam.param_groups[0]["lr"] = rate
         self.adam.step()
-        self.averaged.update_parameters(self.net)
-        self.step += 1
-        return norm.detach()
+        with torch.no_grad():
+            for p, weight in self.rounded:
+                p.copy_(weight)
+            for averages, weights in self.groups.values():
+                if self.updates == 0:
+                    for average, weight in zip(averages, weights):
+                        average.copy_(weight)
+                else:
+                    foreach_lerp_(averages, weights, 1 - ema_decay(self.updates, self.ema))
+        self.updates += 1
+        return True
+
+    @torch.no_grad()
+    def _give_buffers_back(self) -> None:
+        for (module, name), (buffer, copy) in self.buffers.items():
+            module._buffers[name] = buffer
+            buffer.copy_(copy)
+
+    def _tensors(self, of: list[Tensor]) -> dict[str, Tensor]:
+        """The network's tensors by name, with `of` in the place of the trained parameters."""
+        given = {id(p): value for p, value in zip(self.parameters, of)}
+        return {name: given.get(id(value), value) for name, value in modules.state(self.net, keep_vars=True).items()}
 
     def average_into(self, net: nn.Module) -> None:
-        net.load_state_dict(self.averaged.module.state_dict())
+        modules.load_state(net, self._tensors(self.averages))
 
     def write(self, path: Path, described: dict[str, Any], options: dict[str, Any]) -> None:
-        """Tensors named net.* are the averaged weights (which `load` reads), raw.* the trained ones, adam.* moments."""
-        tensors = {"net." + k: v for k, v in self.averaged.module.state_dict().items()}
-        tensors |= {"raw." + k: v for k, v in self.net.state_dict().items()}
+        """Tensors named net.* are the averaged weights (which `load` reads), raw.* the trained ones, adam.* moments, and ema.*
+        averages of a higher precision than the network's."""
+        plain, averaged = modules.state(self.net), self._tensors(self.averages)
+        tensors = {"net." + k: v.to(plain[k].dtype) for k, v in averaged.items()}
+        tensors |= {"raw." + k: v for k, v in self._tensors(self.weights).items()}
+        tensors |= {"ema." + k: v for k, v in averaged.items() if v.dtype != plain[k].dtype}
         for index, moments in self.adam.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
-        files.write(path, tensors, {"model": described, "step": self.step, "options": options})
+            tensors |= {f"adam.{index}.{k}": v for k, v in moments.items()}
+        skipped = {"skipped": self.step - self.updates} if self.step > self.updates else {}
+        files.write(path, tensors, {"model": described, "step": self.step, **skipped, "options": options})
 
-    def read(self, path: Path, options: dict[str, Any], described: dict[str, Any]) -> None:
-        """Continue from a checkpoint, which must be of the same run."""
-        header, averaged = files.read(path, "net.")
-        was = {**header.get("model", {}), **header.get("options", {})}
-        for name, value in json.loads(json.dumps({**described, **options})).items():
-            if was.get(name) != value:
-                raise CheckpointMismatchError(
-                    f"{path} was trained with {name}={was.get(name)!r:.60}, now {value!r:.60}: choose another directory, "
-                    "or give resume=False to overwrite it"
-                )
-        files.fill(self.net, files.read(path, "raw.")[1], path)
-        files.fill(self.averaged.module, averaged, path)
-        self.step = int(header["step"])
-        self.averaged.n_averaged.fill_(self.step)
+    def read(self, path: Path, options: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
+        """Continue from a checkpoint, which must be of the same run; returns its model's description.
+
+        All is checked before anything is changed.
+        """
+        header, tensors = files.read(path, "")
+        step, skipped = header.get("step"), header.get("skipped", 0)
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("net", "raw", "ema", "adam")}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = value
+        if step is None or not isinstance(header.get("options"), dict) or not parts["raw"]:
+            raise CheckpointMismatchError(
+                f"{path} holds a model and no training to go on with: choose another directory, or give resume=False"
+            )
+        if not isinstance(header.get("model"), dict) or not all(
+            isinstance(n, int) and not isinstance(n, bool) for n in (step, skipped)
+        ) or not 0 <= skipped <= step:  # fmt: skip
+            raise CorruptCheckpointError(
+                f"{path} does not describe a training: {step!r:.40} steps, {skipped!r:.40} skipped"
+            )
+        net = header["model"].get("net")
+        if not getattr(modules.inner(self.net), "scale_given", True) and isinstance(net, dict):
+            # a chain's of an earlier version goes on with the time features that it had
+            described = {**described, "net": {**described["net"], "time_scale": net.get("time_scale")}}
+        changed = _changed(path, header["model"], header["options"], described, options)
+        files.check(self.net, parts["raw"], path)
+        files.check(self.net, parts["net"], path)
+        target, averaged = modules.state(self.net), {**parts["net"], **parts["ema"]}
+        other = [name for name, value in target.items() if parts["net"][name].dtype != value.dtype]
+        if other:
+            raise CheckpointMismatchError(
+                f"{path} was trained in {parts['net'][other[0]].dtype}, and the network is of {target[other[0]].dtype}: "
+                "convert it, or give resume=False"
+            )
+        moments = self._moments(parts["adam"], path, step > skipped)
+        if changed:
+            warn(f"{path} goes on with {', '.join(changed)}")
+        networks.adopt(self.net, net)
+        modules.load_state(self.net, parts["raw"])
+        names = {id(value): name for name, value in modules.state(self.net, keep_vars=True).items()}
+        with torch.no_grad():
+            for p, weight, average in zip(self.parameters, self.weights, self.averages):
+                weight.copy_(parts["raw"][names[id(p)]])
+                average.copy_(averaged[names[id(p)]])
+        self.adam.load_state_dict({**self.adam.state_dict(), "state": moments})
+        self.step, self.updates = step, step - skipped
+        return described
+
+    def _moments(self, tensors: dict[str, Tensor], path: Path, needed: bool) -> dict[int, dict[str, Tensor]]:
+        """Adam's state by the parameter's number; CheckpointMismatchError where it is missing or another network's."""
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in files.read(path, "adam.")[1].items():
-            index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = value
-        if moments:
-            self.adam.load_state_dict({**self.adam.state_dict(), "state": moments})
+        for name, value in tensors.items():
+            index, _, key = name.partition(".")
+            moments.setdefault(int(index) if index.isdecimal() else -1, {})[key] = value
+        for index, entry in moments.items():
+            known = 0 <= index < len(self.weights) and entry.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            if not known or any(entry[k].shape != self.weights[index].shape for k in ("exp_avg", "exp_avg_sq")):
+                raise CheckpointMismatchError(
+                    f"{path} has a state of the optimiser that is not this network's, adam.{index}: choose another "
+                    "directory, or give resume=False"
+                )
+        if needed and not moments:
+            raise CheckpointMismatchError(
+                f"{path} lacks the state of the optimiser, without which a run cannot go on: choose another directory, or "
+                "give resume=False"
+            )
+        return moments
 
 
 class _Batches:
@@ -225,8 +372,8 @@ class _Batches:
         self.data, self.model, self.seed = data, model, options["seed"]
         self.size, self.dequantize = options["batch_size"], options["dequantize"]
         self.device = next(model.net.parameters()).device
-        self.labels = data.labels if getattr(model.net, "num_classes", None) else None
-        self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64)
+        self.labels = data.labels if getattr(modules.inner(model.net), "num_classes", None) else None
+        self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]:
         index, data_range = self._indices(step), self.model.data_range
@@ -261,13 +408,68 @@ def _rate(step: int, steps: int, options: dict[str, Any]) -> float:
     return rate * 0.5 * (1 + math.cos(math.pi * step / steps)) if options["decay"] else rate
 
 
-def _recent(recorded: Tensor, first: int) -> float:
-    """The mean loss of the last 100 steps; DataError where it is not finite, before the weights are saved."""
-    value = float(recorded[-100:].mean())
-    if not math.isfinite(value):
-        step = first + int(torch.nonzero(~recorded.isfinite())[0])
-        raise DataError(f"the loss or its gradient is not finite at step {step}: lower lr, or check the data")
-    return value
+def _changed(
+    path: Path, model: dict[str, Any], was: dict[str, Any], described: dict[str, Any], options: dict[str, Any]
+) -> list[str]:
+    """What a run goes on with that was otherwise before; CheckpointMismatchError where it is another run."""
+    before, now = {**model, **was}, json.loads(json.dumps({**described, **options}))
+    for name, value in now.items():
+        if name not in MAY_CHANGE and before.get(name) != value:
+            raise CheckpointMismatchError(
+                f"{path} was trained with {name}={before.get(name)!r:.60}, now {value!r:.60}: choose another directory, "
+                "or give resume=False to overwrite it"
+            )
+    names = [name for name in MAY_CHANGE if before.get(name) != now[name]]
+    if "decay" in names and "steps" in names:
+        names.remove("steps")
+    return [f"{name}={now[name]!r}, which was {before.get(name)!r:.60}" for name in names]
+
+
+_generators = threading.Lock()
+_locks: set[int] = set()  # descriptors of directories that this process holds
+
+
+def _after_fork() -> None:
+    """A child holds neither its parent's directories nor its generators."""
+    global _generators
+    _generators = threading.Lock()
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+@contextlib.contextmanager
+def _seeded(number: int) -> Iterator[None]:
+    """torch's generators, of which there is one for all threads and from which networks draw (dropout), seeded for one step and
+    given back after it; one training at a time."""
+    with _generators, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(number)
+        yield
+
+
+def _autocast(net: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """The caller's autocast without its cache, which would keep the rounded weights of the first step for all others."""
+    kind = next((p.device.type for p in net.parameters()), "cpu")
+    if not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
+
+
+def _check_tensors(values: list[Tensor]) -> None:
+    for value in values:
+        if isinstance(value, nn.parameter.UninitializedTensorMixin):
+            raise ConfigError("model must have parameters of known shapes, got a lazy one: call the network once first")
+        if value.is_meta:
+            raise DeviceError(
+                "model must hold data, got a parameter or buffer on the meta device: use net.to_empty(device=…)"
+            )
+        if value.is_inference():
+            raise ConfigError(
+                "model must not be made within torch.inference_mode, whose tensors cannot be trained: build it outside"
+            )
 
 
 def _check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
@@ -282,7 +484,7 @@ def _check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
             f"variance must be None to train in this version, got a model with variance={model.variance!r}: build the "
             "ScoreModel without it"
         )
-    classes = getattr(model.net, "num_classes", None)
+    classes = getattr(modules.inner(model.net), "num_classes", None)
     if classes and data.num_classes and data.num_classes > classes:
         raise DataError(
             f"data must have labels of at most num_classes={classes} of the network, got {data.num_classes} classes: "
@@ -290,15 +492,42 @@ def _check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
         )
 
 
-def _folder(checkpoint: str | os.PathLike[str] | None) -> Path | None:
+@contextlib.contextmanager
+def _directory(checkpoint: str | os.PathLike[str] | None) -> Iterator[Path | None]:
+    """The directory of a run, made, tried and held against other runs until this one ends, or its process does."""
     if checkpoint is None:
-        return None
+        yield None
+        return
     folder = Path(checkpoint)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"checkpoint={folder} cannot be a directory ({error}): choose another") from error
-    return folder
+    try:
+        if (folder / files.FILE).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), files.FILE)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint={folder} cannot be written to ({error}): choose another directory"
+        ) from error
+    _locks.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"checkpoint={folder} is in use by another training: wait for its end, or choose another directory"
+            ) from error
+        except OSError as error:  # some network file systems have no locks
+            warn(f"checkpoint={folder} cannot be locked ({error}): see to it that no other training writes there")
+        yield folder
+    finally:
+        _locks.discard(descriptor)
+        with contextlib.suppress(OSError):  # in a forked child it is closed
+            os.close(descriptor)
 
 
 def _checked(options: dict[str, Any], steps: Any, checkpoint_every: Any) -> tuple[dict[str, Any], int, int]:
