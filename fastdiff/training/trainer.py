@@ -18,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel
 from .. import checks, losses
 from ..data import Data, load_data
 from ..errors import (
-    CheckpointError,
     CheckpointMismatchError,
     ConfigError,
     DataError,
@@ -100,7 +99,7 @@ def train(
     options |= {"data": source.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
     if checkpoint is not None:
         files.as_json(described)  # refuse before the first step what could not be saved after it
-    folder = _folder(checkpoint)
+    folder = None if checkpoint is None else files.directory(checkpoint)
     if folder is not None and resume and (folder / files.FILE).exists():
         state.read(folder / files.FILE, options, described)
     began, first = time.perf_counter(), state.step
@@ -288,17 +287,6 @@ def _check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
             f"data must have labels of at most num_classes={classes} of the network, got {data.num_classes} classes: "
             f"build the network with num_classes={data.num_classes}"
         )
-
-
-def _folder(checkpoint: str | os.PathLike[str] | None) -> Path | None:
-    if checkpoint is None:
-        return None
-    folder = Path(checkpoint)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint={folder} cannot be a directory ({error}): choose another") from error
-    return folder
 
 
 def _checked(options: dict[str, Any], steps: Any, checkpoint_every: Any) -> tuple[dict[str, Any], int, int]:
