@@ -51,7 +51,7 @@ def reason(error: BaseException) -> str:
 
 def open_regular(path: Path) -> IO[bytes]:
     """A file to read; OSError for a pipe, a socket or a device, at which reading would wait."""
-    handle = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)), "rb")
+    handle = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)), "rb")
     if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
         handle.close()
         raise OSError("it is not a regular file")
@@ -90,7 +90,9 @@ def check_writable(argument: str, target: Path, failure: type[FastdiffError] = C
             pass
     except OSError as error:
         where = shown(target)
-        raise failure(f"{argument}: no file can be written at {where} ({reason(error)}): choose another folder") from error
+        raise failure(
+            f"{argument}: no file can be written at {where} ({reason(error)}): choose another folder"
+        ) from error
 
 
 @contextlib.contextmanager

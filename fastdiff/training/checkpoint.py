@@ -87,7 +87,7 @@ def _skeleton(config: Any, tensors: dict[str, Tensor], path: Path) -> nn.Module:
     depth = config.get("layers", 1) * config.get("blocks", 1) * len(config.get("multipliers", (1,)))
     if depth > len(tensors):  # each layer and each block has a tensor
         raise CheckpointMismatchError(
-            f"{files.shown(path)} lacks tensors: it holds {len(tensors)} and asks for {str(depth):.20} layers or more"
+            f"{files.shown(path)} lacks tensors: it holds {len(tensors)} and asks for {depth!s:.20} layers or more"
         )
     try:
         with torch.inference_mode(False), torch.device("meta"):
@@ -113,7 +113,8 @@ def _process(config: dict[str, Any], sde: processes.Process | None, path: Path) 
         return sde
     if config["name"] not in processes.PROCESSES:
         raise CheckpointMismatchError(
-            f"{files.shown(path)} was trained on {config['name']!r:.40}, which is not one of fastdiff.processes: give it as load(..., sde=)"
+            f"{files.shown(path)} was trained on {config['name']!r:.40}, which is not one of fastdiff.processes: give it "
+            f"as load(..., sde=)"
         )
     return processes.from_config(config)
 
@@ -161,7 +162,7 @@ def read(path: Path, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     name = files.shown(path)
     try:
         with files.open_regular(path) as handle:
-            text, header, tensors, intact = _parsed(handle, prefix, name)
+            header, tensors, intact = _parsed(handle, prefix, name)
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {files.reason(error)}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -173,8 +174,8 @@ def read(path: Path, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, {name[len(prefix) :]: value for name, value in tensors.items()}
 
 
-def _parsed(handle: IO[bytes], prefix: str, name: str) -> tuple[str, dict[str, Any], dict[str, Tensor], bool]:
-    """The description as it is written and as a dict, the tensors with `prefix`, whether the checksum is theirs."""
+def _parsed(handle: IO[bytes], prefix: str, name: str) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
+    """The description, the tensors with `prefix`, whether the checksum is theirs."""
     start = handle.read(64)
     handle.seek(0)
     for magic, kind in FOREIGN.items():
@@ -191,10 +192,10 @@ def _parsed(handle: IO[bytes], prefix: str, name: str) -> tuple[str, dict[str, A
         raise ValueError(f"format {form!r:.20}")
     if form > FORMAT:
         raise CheckpointVersionError(
-            f"{name} has format {str(form):.40}, and this version of fastdiff reads formats <= {FORMAT}: install a newer fastdiff"
+            f"{name} has format {form!s:.40}, and this version of fastdiff reads formats <= {FORMAT}: install a newer fastdiff"
         )
     tensors, checksum = tensor_file.read(handle, entries, text, lambda key: key.startswith(prefix))
-    return text, header, tensors, metadata.get(tensor_file.SHA) == checksum
+    return header, tensors, metadata.get(tensor_file.SHA) == checksum
 
 
 def fill(network: nn.Module, tensors: dict[str, Tensor], path: Path, *, assign: bool = False) -> None:

@@ -51,7 +51,9 @@ def write(handle: IO[bytes], tensors: dict[str, Tensor], metadata: dict[str, str
         header[name] = {"dtype": NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
     raw = _encoded(header)
     if len(raw) > MAX_HEADER:
-        raise ConfigError(f"a checkpoint holds descriptions of at most {MAX_HEADER} bytes, got {len(raw)}: too many tensors")
+        raise ConfigError(
+            f"a checkpoint holds descriptions of at most {MAX_HEADER} bytes, got {len(raw)}: too many tensors"
+        )
     handle.write(len(raw).to_bytes(8, "little") + raw)
     digest, first = hashlib.sha256(text.encode()), handle.tell()
     for name in sorted(tensors):
@@ -89,7 +91,9 @@ def read_header(handle: IO[bytes]) -> tuple[dict[str, str], dict[str, Entry]]:
     return metadata, entries
 
 
-def read(handle: IO[bytes], entries: dict[str, Entry], text: str, wanted: Callable[[str], bool]) -> tuple[dict[str, Tensor], str]:
+def read(
+    handle: IO[bytes], entries: dict[str, Entry], text: str, wanted: Callable[[str], bool]
+) -> tuple[dict[str, Tensor], str]:
     """(the wanted tensors, the checksum of `text` and of all); ValueError where the file ends early."""
     tensors, digest = {}, hashlib.sha256(text.encode())
     for name in sorted(entries):
@@ -139,7 +143,9 @@ def _spare(size: int) -> list[memoryview]:
 def _storable(name: str, value: Any) -> torch.dtype:
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.dtype not in NAMES:
         kind = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-        raise ConfigError(f"a checkpoint holds dense tensors of plain numbers, got {name[:60]!r}, {kind}: convert it first")
+        raise ConfigError(
+            f"a checkpoint holds dense tensors of plain numbers, got {name[:60]!r}, {kind}: convert it first"
+        )
     return value.dtype
 
 
