@@ -103,21 +103,68 @@ def files(seed: int, count: int, folder: Path, numbers: list[int] | None = None)
 
 
 VALUES = [
-    None, True, 0, 1, -1, 2, 3, 1.5, math.nan, math.inf, -math.inf, 10**30, "", "vp", "ddim", "x" * 10_000, "\x1b[2J\n", b"x", [], [1, 2], (0,),
-    (3,), {}, object(), np.float32(2), np.array([1.0, 2.0]), torch.zeros(2, 3), torch.full((2, 3), math.nan), torch.zeros(0), int, print,
-]  # fmt: skip
+    None,
+    True,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    1.5,
+    math.nan,
+    math.inf,
+    -math.inf,
+    10**30,
+    "",
+    "vp",
+    "ddim",
+    "x" * 10_000,
+    "\x1b[2J\n",
+    b"x",
+    [],
+    [1, 2],
+    (0,),
+    (3,),
+    {},
+    object(),
+    np.float32(2),
+    np.array([1.0, 2.0]),
+    torch.zeros(2, 3),
+    torch.full((2, 3), math.nan),
+    torch.zeros(0),
+    int,
+    print,
+]
+RUN = {"sde": "vp", "steps": 3, "shape": (3,), "num_samples": 2, "progress": False}
 CALLS = {
     "sample": (
-        lambda **o: fastdiff.sample(lambda x, t: -x, **{"sde": "vp", "steps": 3, "shape": (3,), "num_samples": 2, "progress": False, **o}),
-        ("sde", "steps", "shape", "num_samples", "sampler", "grid", "seed", "prediction", "time_input", "clip", "t_min", "batch_size", "x_init"),
+        lambda **o: fastdiff.sample(lambda x, t: -x, **{**RUN, **o}),
+        (
+            "sde",
+            "steps",
+            "shape",
+            "num_samples",
+            "sampler",
+            "grid",
+            "seed",
+            "prediction",
+            "time_input",
+            "clip",
+            "t_min",
+            "batch_size",
+            "x_init",
+        ),
     ),
-    "plan": (lambda **o: fastdiff.plan(**{"sde": "vp", "steps": 3, **o}), ("sde", "steps", "sampler", "prediction", "grid", "t_min")),
+    "plan": (
+        lambda **o: fastdiff.plan(**{"sde": "vp", "steps": 3, **o}),
+        ("sde", "steps", "sampler", "prediction", "grid", "t_min"),
+    ),
     "load": (lambda path: fastdiff.load(path), ("path",)),
     "load_data": (
         lambda **o: fastdiff.load_data(**{"source": np.zeros((2, 3, 4), np.uint8), **o}),
         ("source", "labels", "range", "bins", "channels", "size"),
     ),
-}  # fmt: skip
+}
 
 
 def calls(seed: int, count: int, names: tuple[str, ...] = tuple(CALLS)) -> list[str]:

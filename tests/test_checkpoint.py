@@ -8,13 +8,13 @@ import resource
 import signal
 import struct
 
+import fuzz
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import fastdiff
-import fuzz
 from fastdiff import files
 from fastdiff.errors import CheckpointError, ConfigError, CorruptCheckpointError, WriteError
 from fastdiff.networks import MLP, UNet
@@ -87,7 +87,7 @@ def test_safetensors_and_folders_of_other_libraries_are_named(tmp_path):
     with pytest.raises(CorruptCheckpointError, match=r"fastdiff\.save did not write: fill your network"):
         fastdiff.load(tmp_path / "a.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="another library .* diffusers"):
+    with pytest.raises(CheckpointError, match=r"another library .* diffusers"):
         fastdiff.load(tmp_path)
 
 
@@ -213,7 +213,7 @@ def test_paths_of_users(tmp_path, monkeypatch):
              lambda p: fastdiff.train(model(), data, steps=1, checkpoint=p)]  # fmt: skip
     for call in calls:
         for wrong in ("", "a\0b", 3, b"x", "~nobody-at-all"):
-            with pytest.raises(ConfigError, match="must be a path|not known"):
+            with pytest.raises(ConfigError, match=r"must be a path|not known"):
                 call(wrong)
     with pytest.raises(CheckpointError, match="too long"):
         fastdiff.load("x" * 5000)
@@ -328,3 +328,27 @@ def test_a_directory_that_cannot_be_written_is_refused_before_the_first_step(tmp
 def test_mutants_of_files_raise_only_errors_of_fastdiff(tmp_path):
     assert fuzz.files(seed=1, count=150, folder=tmp_path) == []
     assert fuzz.calls(seed=1, count=200, names=("load", "load_data")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("x.npy", ["sample", "digits-ve", "--steps", "2", "-n", "16", "--out"]),
+        ("x.png", ["sample", "digits-ve", "--steps", "2", "-n", "16", "--out"]),
+        ("x.png", ["plan", "vp", "5", "--plot"]),
+    ],
+)
+def test_a_full_disk_leaves_the_old_result(tmp_path, monkeypatch, capsys, name, arguments):
+    from fastdiff.cli import main
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / name).write_text("the old result")
+    monkeypatch.setattr(os, "fsync", full)
+    assert main([*arguments, str(tmp_path / name)]) == 2
+    assert "untouched" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "the old result"
+    assert os.listdir(tmp_path) == [name]
+    assert main([*arguments, ""]) == 2
+    assert "must be a path" in capsys.readouterr().err
