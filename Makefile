@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
-.PHONY: demo test check bench gpu sanitize clean
+.PHONY: demo test check bench gpu sanitize fuzz clean
 
 # torch first, so that a machine without a CUDA device can choose the CPU build: make TORCH="torch==2.13.0+cpu"
 $(READY): pyproject.toml setup.py $(wildcard csrc/*)
@@ -47,6 +47,10 @@ sanitize: $(READY)
 	    setup.compile_library(p.parent, p, '-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all')"
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 FASTDIFF_LIBRARY=$(SANITIZED) $(BIN)/python -m pytest tests/test_cpu.py -m "not slow"
+
+# a hundred thousand mutants of files and ten thousand odd calls: only fastdiff's own errors, in bounded memory
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz.py $(FUZZ)
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

@@ -77,6 +77,10 @@ class SolverError(FastdiffError, RuntimeError):
         return type(self), (self.reason, self.sample, self.t, self.nfe, self.last_step)
 
 
+class WriteError(FastdiffError, OSError):
+    """A result that could not be written; what stood in its place is as it was."""
+
+
 class CheckpointError(FastdiffError, RuntimeError):
     """A checkpoint that cannot be read or written."""
 

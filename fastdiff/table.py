@@ -11,6 +11,7 @@ h_1, h_2 … are the predictions that earlier rows kept, newest first. A row tha
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from . import files
 from .errors import ConfigError
 
 MAX_HISTORY = 4
@@ -174,13 +176,18 @@ class StepTable:
         end = f"starts from {start}, ends at t = {self.end.t:g}, sigma = {self.end.sigma:.4g}"
         return "\n".join([self.title, ", ".join(facts), end, "", *text])
 
-    def plot(self, path: str | None = None) -> Any:
-        """A figure of the noise level and the coefficients by row (matplotlib); saved to `path` if given."""
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """A figure of the noise level and the coefficients by row (matplotlib); saved to `path` if given, whole or not at all."""
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("plot() needs matplotlib, which is missing: pip install 'fastdiff[demo]'") from error
         figure = Figure(figsize=(9, 6), layout="constrained")
+        target = None if path is None else files.path("path", path)
+        if target is not None:
+            target = target if target.suffix else target.with_name(target.name + ".png")
+            if target.suffix[1:].lower() not in (valid := figure.canvas.get_supported_filetypes()):
+                raise ConfigError(f"path must end in one of .{', .'.join(valid)}, got {files.shown(target)}")
         top, bottom = figure.subplots(2, 1, sharex=True)
         columns, k = dict(zip(COLUMNS, self.matrix.T)), np.arange(len(self.rows))
         top.semilogy(k, [row.level.alpha for row in self.rows], label="alpha")
@@ -194,8 +201,9 @@ class StepTable:
         for axes in (top, bottom):
             axes.legend(fontsize=8)
             axes.grid(alpha=0.3)
-        if path is not None:
-            figure.savefig(path, dpi=120)
+        if target is not None:
+            with files.replacing(target) as handle:
+                figure.savefig(handle, dpi=120, format=target.suffix[1:].lower())
         return figure
 
 

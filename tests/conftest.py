@@ -12,6 +12,9 @@ import torch
 # the tests' tensors are small, and OpenMP threads that wait for each other crawl on a busy machine
 torch.set_num_threads(int(os.environ.get("FASTDIFF_TEST_THREADS", "1")))
 
+with torch.device("meta"):  # which looks up once what makes tensors, and must find torch.empty itself, not `poisoned`
+    torch.empty(0)
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

@@ -15,13 +15,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastdiff"
 # a folder or file of the package -> what of the package it may import; FACE is `fastdiff` itself
 FACE = ""
-BASE = {"checks", "errors"}
+BASE = {"checks", "errors", "files"}
 MODEL = BASE | {"execution", "planning", "model"}
 RUN = MODEL | {"table", "probability_flow", "runs"}
 RULES = {
     "errors": set(),
     "checks": {"errors"},
-    "table": {"errors"},
+    "files": {"errors"},
+    "table": {"errors", "files"},
     "planning": BASE | {"table"},
     "execution": BASE | {"table", "kernels"},
     "kernels": set(),
@@ -39,7 +40,7 @@ RULES = {
     "cli": MODEL | {"networks", "data", "sampling", "likelihood", "training"},
     FACE: MODEL | {"table", "losses", "mcmc", "networks", "data", "sampling", "likelihood", "training"},
 }
-NO_TORCH = {"planning", "table", "checks", "errors"}
+NO_TORCH = {"planning", "table", "checks", "errors", "files"}
 
 
 def modules():

@@ -2,11 +2,14 @@
 
 import copy
 import gzip
+import os
 import pickle
 import random
 import struct
 import sys
+import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -275,9 +278,11 @@ def test_copies_and_pickles():
 
 def test_arrays_as_they_stand():
     x = pictures(4, 6, 5)
-    assert load_data(x).shape == (6, 5)
+    with pytest.warns(UserWarning, match="signals of 6 channels: give channels=1"):
+        assert load_data(x).shape == (6, 5)
     assert load_data(x, channels=1).shape == (1, 6, 5)
-    assert torch.equal(load_data(torch.from_numpy(x)).x, torch.from_numpy(x))
+    assert torch.equal(load_data(torch.from_numpy(x), channels="first").x, torch.from_numpy(x))
+    assert load_data(x[:, :3]).shape == (3, 5)  # few channels, many times: a signal without doubt
     assert load_data(np.linspace(0, 1, 6, dtype=np.float64).reshape(3, 2)).x.dtype == torch.float64
 
 
@@ -357,7 +362,8 @@ def test_npz(tmp_path, name, label, save):
 def test_npz_takes_the_training_part_and_the_named_array(tmp_path):
     parts = {"x_train": pictures(5, 2), "x_test": pictures(3, 2), "y_train": np.arange(5), "y_test": np.arange(3)}
     np.savez(tmp_path / "a.npz", **parts)
-    data = load_data(tmp_path / "a.npz")
+    with pytest.warns(UserWarning, match="only x_train and y_train is taken, not x_test, y_test"):
+        data = load_data(tmp_path / "a.npz")
     assert np.array_equal(data.x.numpy(), parts["x_train"])
     assert data.num_classes == 5
 
@@ -777,8 +783,141 @@ def test_damaged_numpy_files(tmp_path):
                 load_data(tmp_path / f"bad{suffix}")
     with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
         archive.writestr("x", "no array")
-    with pytest.raises(DTypeError, match="x must be uint8"):
+    with pytest.raises(DataError, match="got nothing"):
         load_data(tmp_path / "text.npz")
+    with open(tmp_path / "two.npy", "wb") as file:
+        np.save(file, pictures(4, 5))
+        np.save(file, pictures(4, 5))
+    with pytest.raises(DataError, match="says 20 bytes"):
+        load_data(tmp_path / "two.npy")
+
+
+def test_a_packed_file_cannot_announce_more_than_it_holds(tmp_path):
+    header = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little")
+    text = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1099511627776, 2), }"
+    (tmp_path / "a.npy").write_bytes(header + text.ljust(117) + b"\n")
+    with pytest.raises(DataError, match="says 2199023255552 bytes"):
+        load_data(tmp_path / "a.npy")
+    np.savez(tmp_path / "b.npz", x=pictures(4, 5))
+    raw = (tmp_path / "b.npz").read_bytes()
+    with zipfile.ZipFile(tmp_path / "b.npz") as archive:
+        size = archive.getinfo("x.npy").file_size.to_bytes(4, "little")
+    (tmp_path / "b.npz").write_bytes(raw.replace(size, (2**31 - 1).to_bytes(4, "little")))
+    with pytest.raises(DataError, match="cannot be read"):
+        load_data(tmp_path / "b.npz")
+
+
+@pytest.mark.parametrize("name", ["stack.tif", "film.gif", "film.png", "film.webp"])
+@pytest.mark.parametrize("colour", [False, True])
+def test_every_frame_is_a_sample(tmp_path, name, colour):
+    values = [(60 * k, 255 - 60 * k, 30) if colour else (60 * k,) * 3 for k in range(4)]
+    frames = [Image.fromarray(np.full((6, 5, 3), v, np.uint8)) for v in values]
+    frames = frames if colour else [frame.convert("L") for frame in frames]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    options = {"lossless": True} if name.endswith("webp") else {}
+    frames[0].save(tmp_path / "a" / name, save_all=True, append_images=frames[1:], **options)
+    frames[1].save(tmp_path / "b" / "one.png")
+    data = load_data(tmp_path, channels=3)
+    assert data.labels.tolist() == [0, 0, 0, 0, 1]
+    got = data.x[:4, :, 0, 0].tolist()
+    assert np.abs(np.array(got) - np.array(values)).max() <= (1 if name.endswith("gif") else 0)  # a GIF's palette
+
+
+def test_frames_of_different_sizes_are_refused(tmp_path):
+    frames = [Image.new("L", (8, 8)), Image.new("L", (4, 4))]  # as a TIFF with its thumbnail
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    for size in (None, (4, 4)):
+        with pytest.raises(DataError, match="frames differ in size"):
+            load_data(tmp_path, size=size)
+
+
+def png_of_16_bits(colour):
+    """A PNG of one pixel row, 16 bits a channel, which Pillow reads and does not write."""
+
+    def chunk(kind, body):
+        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+    channels = {2: 3, 4: 2, 6: 4}[colour]
+    header = (4).to_bytes(4, "big") + (1).to_bytes(4, "big") + bytes([16, colour, 0, 0, 0])
+    body = (
+        chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + b"\x12\x34" * 4 * channels)) + chunk(b"IEND", b"")
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *[("a.png", png_of_16_bits(colour)) for colour in (2, 4, 6)],
+        ("a.ppm", b"P6 2 1 65535 " + bytes(range(12))),
+        ("a.ppm", b"P6 2 1 1023 " + bytes(12)),
+    ],
+)
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_colours_of_16_bits_are_refused_not_rounded(tmp_path, name, content, channels):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match="more than 8 bits: load it as a float array"):
+        load_data(tmp_path, channels=channels)
+
+
+def test_bitmaps_of_16_bits_a_pixel_are_read(tmp_path):
+    """Five bits a channel are fewer than eight."""
+    head = b"BM" + (70).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little")
+    info = b"".join(n.to_bytes(4, "little") for n in (40, 2, 2)) + b"\1\0\x10\0" + bytes(24)
+    (tmp_path / "a.bmp").write_bytes(head + info + b"\xff\x7f" * 4)
+    assert load_data(tmp_path).x.tolist() == [[[[255, 255], [255, 255]]] * 3]
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    (tmp_path / "store").mkdir()
+    save_picture(tmp_path / "store/1.png", np.zeros((2, 2), np.uint8))
+    for name in ("cats", "dogs"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        save_picture(tmp_path / "set" / name / "0.png", np.ones((2, 2), np.uint8))
+    (tmp_path / "set/dogs/more").symlink_to(tmp_path / "store")
+    data = load_data(tmp_path / "set")
+    assert (len(data), data.labels.tolist(), data.class_names) == (3, [0, 1, 1], ("cats", "dogs"))
+    (tmp_path / "set/loop").symlink_to(tmp_path / "set")
+    with pytest.raises(DataError, match="twice, also as loop"):
+        load_data(tmp_path / "set")
+
+
+def test_other_programs_formats_are_refused_and_none_is_started(tmp_path, monkeypatch):
+    import subprocess
+
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    (tmp_path / "a.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(DataError, match="no known format"):
+        load_data(tmp_path)
+
+
+def test_pipes_are_refused_at_once(tmp_path):
+    for name in ("a.png", "a.npy", "a.idx"):
+        os.mkfifo(tmp_path / name)
+    for source in (tmp_path, tmp_path / "a.npy", tmp_path / "a.idx"):
+        with warnings.catch_warnings(action="ignore"), pytest.raises(DataError, match="not a regular file"):
+            load_data(source)  # warns of the .npy in a folder of pictures
+
+
+def test_pictures_that_are_not_read_are_named(tmp_path):
+    save_picture(tmp_path / "a.png", np.zeros((2, 2), np.uint8))
+    (tmp_path / "b.heic").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"\.heic are not read"):
+        assert len(load_data(tmp_path)) == 1
+
+
+def test_paths_of_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "a.npy", pictures(4, 5))
+    assert len(load_data("~/a.npy")) == 4
+    for wrong in ("", "a\0b", "~nobody-at-all/x"):
+        with pytest.raises(ConfigError, match="source"):
+            load_data(wrong)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_data("x" * 5000)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"text"])

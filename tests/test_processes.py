@@ -338,7 +338,6 @@ def test_the_prior_is_the_level_at_T():
     data = std * torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     ll = fastdiff.log_likelihood(score, data, process, trace="exact", rtol=1e-6, atol=1e-6, t_min=1e-3)
 
-
     def log_prob(deviation, of):
         return torch.distributions.Normal(0.0, float(deviation)).log_prob(of.double()).sum(1)
 

@@ -679,7 +679,7 @@ def test_a_directory_that_cannot_be_written_is_refused_before_the_first_step(tmp
     for folder in ("/proc", tmp_path):
         model = tiny()
         model.net.register_forward_hook(lambda *_: pytest.fail("a step was made"))
-        with pytest.raises(CheckpointError, match="cannot be written"):
+        with pytest.raises(CheckpointError, match=r"checkpoint.*(no file can be written|must be)"):
             fastdiff.train(model, digits(), steps=1, checkpoint=folder)
 
 

@@ -35,20 +35,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _demo(a: argparse.Namespace) -> None:
+    from .. import files
     from . import demo
 
-    demo.main(Path(a.out), a.train_steps, a.samples, a.steps, a.digits, a.workers)
+    demo.main(files.path("--out", a.out), a.train_steps, a.samples, a.steps, a.digits, a.workers)
 
 
 def _sample(a: argparse.Namespace) -> None:
     import numpy as np
 
+    from .. import files
     from ..sampling import sample
     from ..training import load
 
     model = load(a.model)
-    out = Path(a.out)
-    _writable("--out", out, (".npy", ".png"))
+    out = _writable("--out", a.out, (".npy", ".png"))
     if out.suffix == ".png":
         from . import pictures
 
@@ -58,11 +59,12 @@ def _sample(a: argparse.Namespace) -> None:
         batch_size=a.batch_size, grid=a.grid, return_info=True,
     )  # fmt: skip
     if out.suffix == ".npy":
-        np.save(out, x.numpy())
+        with files.replacing(out) as handle:
+            np.save(handle, x.numpy())
     else:
         pictures.image(out, x.numpy(), model.data_range)
     print(
-        f"{tuple(x.shape)} samples in {out}, in data_range {model.data_range}: {info.network_calls} network calls, "
+        f"{tuple(x.shape)} samples in {files.shown(out)}, in data_range {model.data_range}: {info.network_calls} network calls, "
         f"{info.seconds:.1f} s, seed {info.seed}"
     )
 
@@ -143,8 +145,7 @@ def _said(steps: int) -> Callable[[int, float], None] | None:
 
 
 def _likelihood(a: argparse.Namespace) -> None:
-    if a.out:
-        _writable("--out", Path(a.out), (".npz",))
+    out = None if a.out is None else _writable("--out", a.out, (".npz",))
     from ..data import load_data
     from ..training import load
     from . import likelihood_report
@@ -154,20 +155,19 @@ def _likelihood(a: argparse.Namespace) -> None:
         model, data, a.num_samples, first_sample=a.first_sample, seed=a.seed, trace=a.trace, probes=a.probes, rtol=a.rtol,
         atol=a.atol, t_min=a.t_min, batch_size=a.batch_size,
     )  # fmt: skip
-    if a.out:
-        report.save(Path(a.out))
+    if out is not None:
+        report.save(out)
     print(f"{data!r}\n{report}")
 
 
 def _plan(a: argparse.Namespace) -> None:
     from ..planning.plan import plan
 
-    if a.plot:
-        _writable("--plot", Path(a.plot), (".png", ".pdf", ".svg"))
+    drawing = None if a.plot is None else _writable("--plot", a.plot, (".png", ".pdf", ".svg"))
     table = plan(a.sde, a.steps, sampler=a.sampler, prediction=a.prediction, grid=a.grid)
     print(table.explain(None if a.all else 24))
-    if a.plot:
-        table.plot(a.plot)
+    if drawing is not None:
+        table.plot(drawing)
 
 
 def _doctor(a: argparse.Namespace) -> None:
@@ -176,17 +176,20 @@ def _doctor(a: argparse.Namespace) -> None:
     print(f"fastdiff {metadata.version('fastdiff')}\n{ops.doctor()}")
 
 
-def _writable(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
-    """Refuse, before any work, a file that could not be written after it."""
+def _writable(option: str, value: str, suffixes: tuple[str, ...]) -> Path:
+    """The path of a result; refused, before any work, where the file could not be written after it."""
+    from .. import files
     from ..errors import ConfigError
 
+    path = files.path(option, value)
     if path.suffix not in suffixes:
-        raise ConfigError(f"{option} must end in {' or '.join(suffixes)}, got {path}")
-    parent = path.absolute().parent
-    if not parent.is_dir() or path.is_dir():
-        raise ConfigError(f"{option} must be a file in an existing folder, got {path}")
-    if not os.access(path if path.exists() else parent, os.W_OK):
-        raise ConfigError(f"{option} must be a file that may be written, got {path}: choose another folder")
+        raise ConfigError(f"{option} must end in {' or '.join(suffixes)}, got {files.shown(path)}")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} must be a file in an existing folder, got {files.shown(path)}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ConfigError(f"{option} must be a file that may be written, got {files.shown(path)}: choose another name")
+    files.check_writable(option, path)
+    return path
 
 
 def _parser() -> argparse.ArgumentParser:

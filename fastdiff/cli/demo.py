@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import checks
+from .. import checks, files
 from ..model import ScoreModel
 from ..networks import UNet
 from ..planning import samplers
@@ -91,6 +91,7 @@ def main(
     jobs = [replace(job, options={**job.options, "steps": min(steps, job.options["steps"])}) for job in JOBS]
     workers = checks.integer("workers", workers or _cores(), 1, 1024)
     out.mkdir(parents=True, exist_ok=True)
+    files.check_writable("out", out / "report.md")
     real, unseen = (pixels(data.batch(range(len(data)), (0.0, 1.0)), (0.0, 1.0)) for data in (training, held_out))
     print(f"fastdiff demo: {len(training)} digits to train on, {len(held_out)} held out, {workers} processes")
     # every model needs the same time: as many processes as models keep all cores busy to the end
@@ -111,9 +112,10 @@ def main(
     demo_flow.draw(out, flow)
     seconds = time.perf_counter() - began
     text = "\n".join([report(results, real, unseen, train_steps, seconds), *demo_flow.report(flow)])
-    (out / "report.md").write_text(text)
+    with files.replacing(out / "report.md") as handle:
+        handle.write(text.encode())
     print(text)
-    print(f"pictures and report in {out}/, {seconds:.0f} seconds")
+    print(f"pictures and report in {files.shown(out)}/, {seconds:.0f} seconds")
 
 
 def model_for(name: str) -> ScoreModel:

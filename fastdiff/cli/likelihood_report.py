@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .. import checks
+from .. import checks, files
 from ..errors import ConfigError, DataError, ShapeError
 from ..likelihood import LogLikelihood, bits_per_dim, log_likelihood
 from ..model import ScoreModel
@@ -51,7 +51,8 @@ class Likelihood:
         arrays = {name: getattr(self.result, name).numpy() for name in ("nats", "stderr", "latent", "nfe")}
         if self.bits is not None:
             arrays["bits_per_dim"] = self.bits.numpy()
-        np.savez(path, **arrays)
+        with files.replacing(path) as handle:
+            np.savez(handle, **arrays)
 
 
 def likelihood(

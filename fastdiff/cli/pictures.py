@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import files
 from ..errors import ShapeError
 
 try:
@@ -46,7 +47,7 @@ def grids(path: Path, real: Images, samples: Images, title: str) -> None:
     for axes, rows, name in zip(figure.subplots(1, 2), (real, samples), ("real digits (held out)", title)):
         _show(axes, mosaic(squares(rows), 10))
         axes.set_title(name)
-    figure.savefig(path, dpi=80)
+    _save(figure, path, 80)
 
 
 def strip(path: Path, states: NDArray[np.float64], title: str) -> None:
@@ -56,7 +57,7 @@ def strip(path: Path, states: NDArray[np.float64], title: str) -> None:
     axes = figure.subplots()
     _show(axes, mosaic(squares(states.reshape(-1, size)), count))
     axes.set_title(title)
-    figure.savefig(path, dpi=100)
+    _save(figure, path, 100)
 
 
 def banner(path: Path, states: NDArray[np.float64], zoom: int = 7) -> None:
@@ -74,7 +75,7 @@ def losses(path: Path, curves: dict[str, NDArray[np.float64]]) -> None:
     axes.set(xlabel="training step", ylabel="loss", yscale="log", title="training loss (mean of 50 steps)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=100)
+    _save(figure, path, 100)
 
 
 def neighbours(path: Path, samples: Images, training: Images) -> None:
@@ -85,7 +86,7 @@ def neighbours(path: Path, samples: Images, training: Images) -> None:
     axes = figure.subplots()
     _show(axes, mosaic(squares(pairs), len(samples)))
     axes.set_title("samples (above) and their nearest training digits (below)")
-    figure.savefig(path, dpi=100)
+    _save(figure, path, 100)
 
 
 def histograms(path: Path, groups: dict[str, NDArray[np.float64]], label: str, title: str) -> None:
@@ -98,7 +99,7 @@ def histograms(path: Path, groups: dict[str, NDArray[np.float64]], label: str, t
         axes.axvline(values.mean(), color=f"C{k}", linestyle="--", linewidth=1)
     axes.set(xlabel=label, ylabel="samples", title=title)
     axes.legend()
-    figure.savefig(path, dpi=100)
+    _save(figure, path, 100)
 
 
 def convergence(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], across: str, up: str) -> None:
@@ -118,7 +119,7 @@ def convergence(path: Path, panels: dict[str, dict[str, list[tuple[float, float]
         axes.grid(alpha=0.3)
         axes.legend(fontsize=9)
     figure.axes[0].set_ylabel(up)
-    figure.savefig(path, dpi=80)
+    _save(figure, path, 80)
 
 
 def check_drawable(count: int, shape: tuple[int, ...]) -> None:
@@ -138,7 +139,12 @@ def _bare(path: Path, canvas: Images, zoom: int) -> None:
     """An image and nothing else, its pixels `zoom` wide."""
     figure = Figure(figsize=(canvas.shape[1] * zoom / 100, canvas.shape[0] * zoom / 100), dpi=100)
     _show(figure.add_axes((0, 0, 1, 1)), canvas)
-    figure.savefig(path)
+    _save(figure, path, 100)
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> None:
+    with files.replacing(path) as handle:
+        figure.savefig(handle, dpi=dpi, format=path.suffix[1:])
 
 
 def _show(axes: object, image: Images) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import math
 import os
@@ -10,23 +11,28 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .. import checks
-from ..errors import ConfigError, DataError, DTypeError, ShapeError
+from .. import checks, files
+from ..errors import ConfigError, DataError, DTypeError, FastdiffError, ShapeError, warn
 from ..execution.tensor_checks import check_dense
 from .data import Data, check_dtype
 
 _IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-_PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".apng", ".ppm", ".tif", ".tiff", ".webp")
+# what Pillow may take a file for, whatever its name: others start programs (PostScript) or read other files
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_NOT_READ = (".avif", ".eps", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".npy", ".npz", ".psd", ".svg", ".tga")
+_MOST_PACKED = 1100  # deflate's largest ratio is 1032
 # what numpy and zipfile raise over a damaged file
 _NUMPY_ERRORS = (
-    *(OSError, EOFError, ValueError, SyntaxError, RuntimeError),
-    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+    *(OSError, EOFError, ValueError, TypeError, SyntaxError, RuntimeError, MemoryError, ArithmeticError, LookupError),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error, struct.error),
 )
 
 
@@ -48,12 +54,13 @@ def load_data(
     - "digits": scikit-learn's 1797 digits [1, 8, 8], 17 levels 0 … 16, 10 classes (for a folder of that name give
       Path("digits"));
     - a .npy file, or a .npz: its array "x", "images", "data" or "x_train", else the only one with two axes or more;
-      labels from "y", "labels" or "y_train";
+      labels from "y", "labels" or "y_train"; a warning names the arrays that are left out;
     - an IDX file (MNIST's format), plain or gzipped: [N, H, W] becomes [N, 1, H, W]; int8 and int16 become float32,
       int32 float64; the labels-idx1 file beside an images-idx3 file is its labels;
-    - a folder of pictures, at any depth, in the order of their paths; other files and names that begin with a dot
-      are skipped. Becomes uint8 [N, C, H, W]. If every picture lies in a subfolder, the first-level subfolders are
-      the classes. EXIF rotation is applied, transparency laid on white.
+    - a folder of pictures, at any depth and through links, in the order of their paths; other files and names that begin
+      with a dot are skipped. Becomes uint8 [N, C, H, W]. If every picture lies in a subfolder, the first-level subfolders
+      are the classes. Each frame of a TIFF stack, a GIF, WebP or PNG animation is a sample. EXIF rotation is applied,
+      transparency laid on white; more than 8 bits a channel are refused.
 
     channels: for arrays "last" moves the last axis to its place after N, "first" says that it is there already (without
         either, uint8 [N, H, W, 1, 3 or 4] is refused), 1 makes [N, H, W] to [N, 1, H, W]. For pictures 1 converts to
@@ -90,11 +97,16 @@ class _Raw(NamedTuple):
 
 def _read(source: Any, has_labels: bool, channels: Any, size: Any) -> _Raw:
     if isinstance(source, (str, os.PathLike)) and source != "digits":
-        path = Path(source).expanduser()
-        if path.is_dir():
-            return _folder(path, channels, size)
-        if not path.is_file():
-            raise DataError(f'source must be "digits" or the path of a file or folder, got {str(path)!r}: no such file')
+        path = files.path("source", source)
+        try:
+            if path.is_dir():
+                return _folder(path, channels, size)
+            if not path.exists():
+                raise DataError(
+                    f'source must be "digits" or the path of a file or folder, got {files.shown(path)!r}: no such file'
+                )
+        except OSError as error:
+            raise DataError(f"source {files.shown(path)} cannot be read: {files.reason(error)}") from error
     if size is not None:
         raise ConfigError(f"size must be None unless source is a folder of pictures, got {size!r}: leave it out")
     if isinstance(source, torch.Tensor):
@@ -106,6 +118,10 @@ def _read(source: Any, has_labels: bool, channels: Any, size: Any) -> _Raw:
         kind = type(source).__name__
         raise DTypeError(f"source must be a tensor, numpy array, Data, path or name, got {kind}: use numpy.asarray")
     if source == "digits":
+        if os.path.exists("digits"):
+            warn(
+                "source 'digits' is scikit-learn's, and there is also a file or folder digits here: write ./digits for that"
+            )
         return _digits(channels)
     if path.suffix.lower() in (".npy", ".npz"):
         array, labels = _numpy_file(path, has_labels)
@@ -115,10 +131,15 @@ def _read(source: Any, has_labels: bool, channels: Any, size: Any) -> _Raw:
     return _Raw(_arranged(_tensor(array), 1 if array.ndim == 3 and channels is None else channels), labels)
 
 
+def _one_of(value: Any, valid: tuple[Any, ...]) -> bool:
+    """Whether a value is one of these, and no array or tensor, whose equality is many."""
+    return (value is None or isinstance(value, (str, int))) and not isinstance(value, bool) and value in valid
+
+
 def _arranged(x: torch.Tensor, channels: Any) -> torch.Tensor:
     """x with its channels, if any, right after N."""
-    if channels not in (None, "first", "last", 1) or isinstance(channels, bool):
-        raise ConfigError(f'channels must be "first", "last" or 1 where source is an array, got {channels!r}')
+    if not _one_of(channels, (None, "first", "last", 1)):
+        raise ConfigError(f'channels must be "first", "last" or 1 where source is an array, got {channels!r:.60}')
     if channels == 1:
         if x.ndim != 3:
             raise ShapeError(f"channels=1 needs an array [N, H, W], got {list(x.shape)}: leave it out")
@@ -132,6 +153,11 @@ def _arranged(x: torch.Tensor, channels: Any) -> torch.Tensor:
         raise ShapeError(
             f'source must not be uint8 [N, H, W, C] without channels=, got {list(x.shape)}: give channels="last" to make it '
             f'[N, C, H, W], or "first" to leave it'
+        )
+    if channels is None and x.ndim == 3 and min(x.shape[1:]) > 4:
+        warn(
+            f"source {list(x.shape)} is taken as signals of {x.shape[1]} channels: give channels=1 if these are pictures "
+            f'[N, H, W], or "first" if they are not'
         )
     return x
 
@@ -149,32 +175,96 @@ def _digits(channels: Any) -> _Raw:
     return _Raw(torch.from_numpy(digits.images.astype(np.uint8)[:, None]), digits.target, (0.0, 16.0), 17)
 
 
-def _numpy_file(path: Path, has_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
+@contextlib.contextmanager
+def _opened(path: Path, what: str) -> Iterator[IO[bytes]]:
+    """The file, and a DataError for whatever its contents make numpy, zipfile and gzip raise."""
     try:
-        with path.open("rb") as stream:
-            loaded = np.load(stream, allow_pickle=False)
-            return (loaded, None) if isinstance(loaded, np.ndarray) else _members(path, loaded, has_labels)
-    except DataError:
+        with files.open_regular(path) as stream:
+            yield stream
+    except FastdiffError:
         raise
     except _NUMPY_ERRORS as error:
-        raise DataError(
-            f"source {path.name} cannot be read as a numpy file without pickle: {_one_line(error)}"
-        ) from error
+        raise DataError(f"source {files.shown(path.name)} cannot be read{what}: {files.reason(error)}") from error
 
 
-def _members(path: Path, archive: Any, has_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    name = _the_name(path, archive.files, ("x", "images", "data", "x_train"))
+def _numpy_file(path: Path, has_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    with _opened(path, " as a numpy file without pickle") as stream:
+        start = stream.read(4)
+        stream.seek(0)
+        if start[:2] != b"PK":
+            return _npy(stream, os.fstat(stream.fileno()).st_size), None
+        with zipfile.ZipFile(stream) as archive:
+            return _members(path, archive, has_labels)
+
+
+def _npy(stream: IO[bytes], size: int) -> np.ndarray:
+    """The array of a .npy file of `size` bytes, which its header must describe to the byte."""
+    shape, fortran, dtype = _npy_header(stream)
+    expected = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    if min(shape, default=0) < 0 or stream.tell() + expected != size:
+        raise ValueError(f"its header {list(shape)} says {expected} bytes, and {size - stream.tell()} follow")
+    body = bytearray(expected)
+    view, done = memoryview(body), 0
+    while done < expected and (piece := stream.read(min(expected - done, 1 << 24))):
+        view[done : done + len(piece)] = piece
+        done += len(piece)
+    if done != expected or stream.read(1):
+        raise ValueError("it is truncated or has trailing bytes")
+    return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of the format is not one that numbers have")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)  # type: ignore[no-untyped-call]
+    return tuple(int(length) for length in shape), bool(fortran), dtype
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    info = archive.getinfo(f"{name}.npy")
+    if info.file_size > _MOST_PACKED * info.compress_size + 1024:
+        raise ValueError(f"{name[:40]} announces more than its {info.compress_size} bytes can hold")
+    with archive.open(info) as stream:
+        return _npy(stream, info.file_size)
+
+
+def _members(path: Path, archive: zipfile.ZipFile, has_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    infos = archive.infolist()
+    names = [info.filename.removesuffix(".npy") for info in infos if info.filename.endswith(".npy")]
+    if len(set(names)) != len(names):
+        raise ValueError("it names an array twice")
+    if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in infos):
+        raise ValueError("it is packed in a way that numpy does not use")
+    name = _the_name(path, names, ("x", "images", "data", "x_train"))
+    axes = {}
+    for each in names:
+        with archive.open(f"{each}.npy") as stream:
+            axes[each] = len(_npy_header(stream)[0])
     if name is None:
-        arrays = [name for name in archive.files if np.ndim(archive[name]) >= 2]
+        arrays = [each for each in names if axes[each] >= 2]
         if len(arrays) != 1:
-            names = ", ".join(archive.files) or "nothing"
+            listed = ", ".join(names) or "nothing"
             raise DataError(
-                f"source {path.name} must hold an array named x, or exactly one with two axes or more, got {names}: "
-                f"pass the array itself"
+                f"source {files.shown(path.name)} must hold an array named x, or exactly one with two axes or more, got "
+                f"{listed:.80}: pass the array itself"
             )
         name = arrays[0]
-    labels = None if has_labels else _the_name(path, archive.files, ("y", "labels", "y_train"))
-    return np.asarray(archive[name]), None if labels is None else np.asarray(archive[labels])
+    beside = ("y", "labels", "y_train")
+    labels = None if has_labels else _the_name(path, names, beside)
+    rest = [
+        each for each in names if each != name and axes[each] >= 1 and each not in (beside if has_labels else (labels,))
+    ]
+    if rest:
+        listed = ", ".join(rest)
+        taken = name if labels is None else f"{name} and {labels}"
+        warn(
+            f"source {files.shown(path.name)}: only {taken} is taken, not {listed:.80}: pass labels= or another array itself"
+        )
+    return _member(archive, name), None if labels is None else _member(archive, labels)
 
 
 def _the_name(path: Path, names: list[str], candidates: tuple[str, ...]) -> str | None:
@@ -188,14 +278,13 @@ def _the_name(path: Path, names: list[str], candidates: tuple[str, ...]) -> str 
 
 
 def _idx_file(path: Path) -> np.ndarray:
-    """The array of an IDX file (LeCun, Cortes & Burges): 0, 0, dtype, rank, big-endian int32 lengths, values."""
-    try:
-        with path.open("rb") as plain:
-            zipped = plain.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if zipped else path.open("rb") as stream:
+    with _opened(path, "") as stream:
+        packed = stream.read(2) == b"\x1f\x8b"
+        stream.seek(0)
+        if not packed:
             return _idx_array(path, stream)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"source {path.name} cannot be read: {_one_line(error)}") from error
+        with gzip.GzipFile(fileobj=stream) as unpacked:
+            return _idx_array(path, unpacked)  # type: ignore[arg-type]
 
 
 def _idx_array(path: Path, stream: IO[bytes]) -> np.ndarray:
@@ -227,55 +316,136 @@ def _idx_labels(path: Path) -> np.ndarray | None:
 
 
 def _folder(root: Path, channels: Any, size: Any) -> _Raw:
-    if channels not in (None, 1, 3) or isinstance(channels, bool):
-        raise ConfigError(f"channels must be 1 or 3 where source is a folder of pictures, got {channels!r}")
+    if not _one_of(channels, (None, 1, 3)):
+        raise ConfigError(f"channels must be 1 or 3 where source is a folder of pictures, got {channels!r:.60}")
     if size is not None:
         if not isinstance(size, (tuple, list)) or len(size) != 2:
             raise ConfigError(f"size must be (height, width), got {size!r:.80}")
         size = tuple(checks.integer("size", length, 1, 2**16) for length in size)
-    paths = sorted(file.relative_to(root).parts for file in root.rglob("*") if not file.is_dir())
-    paths = [parts for parts in paths if Path(parts[-1]).suffix.lower() in _PICTURES]
-    paths = [parts for parts in paths if not any(part.startswith(".") for part in parts)]
-    if not paths:
-        raise DataError(f"source {str(root)!r} holds no picture: the formats are {' '.join(_PICTURES)}")
-    first = _picture(root.joinpath(*paths[0]), channels, size)
-    x = np.empty((len(paths), *first.shape), np.uint8)
-    for i, parts in enumerate(paths):
-        picture = _picture(root.joinpath(*parts), channels, size)
-        if picture.shape != first.shape:
-            option = "size=(H, W)" if picture.shape[1:] != first.shape[1:] else "channels=1 or 3"
+    paths = _pictures_in(root)
+    frames = [_frames(root.joinpath(*parts)) for parts in paths]
+    read = (
+        (parts, picture)
+        for parts, count in zip(paths, frames)
+        for picture in _pictures(root.joinpath(*parts), count, channels, size)
+    )
+    x = np.empty(0, np.uint8)
+    for done, (parts, picture) in enumerate(read):
+        if not done:
+            x = np.empty((sum(frames), *picture.shape), np.uint8)
+        if picture.shape != x.shape[1:]:
+            option = "size=(H, W)" if picture.shape[1:] != x.shape[2:] else "channels=1 or 3"
             raise ShapeError(
-                f"source must hold pictures of one shape, got {list(first.shape)} and {list(picture.shape)} in "
-                f"{'/'.join(parts)}: give {option}"
+                f"source must hold pictures of one shape, got {list(x.shape[1:])} and {list(picture.shape)} in "
+                f"{files.shown('/'.join(parts))}: give {option}"
             )
-        x[i] = picture
+        x[done] = picture
+    tensor = torch.from_numpy(x)
     if any(len(parts) == 1 for parts in paths):
-        return _Raw(torch.from_numpy(x))
+        return _Raw(tensor)
     names = tuple(sorted({parts[0] for parts in paths}))
-    return _Raw(torch.from_numpy(x), [names.index(parts[0]) for parts in paths], class_names=names)
+    number = {name: k for k, name in enumerate(names)}
+    labels = [number[parts[0]] for parts, count in zip(paths, frames) for _ in range(count)]
+    return _Raw(tensor, labels, class_names=names)
 
 
-def _picture(file: Path, channels: int | None, size: tuple[int, int] | None) -> np.ndarray:
-    """uint8 [C, H, W]."""
+def _pictures_in(root: Path) -> list[tuple[str, ...]]:
+    """The pictures' paths within the folder, sorted; linked folders are followed, each real one once."""
+    paths, skipped, seen = [], set(), {}
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(
+            f"source holds {files.shown(error.filename)}, which cannot be read: {files.reason(error)}"
+        ) from error
+
+    for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
+        at = os.stat(folder)
+        where = Path(folder).relative_to(root)
+        if (at.st_dev, at.st_ino) in seen:  # also a link to a folder above, which would never end
+            before = files.shown(seen[at.st_dev, at.st_ino])
+            raise DataError(
+                f"source holds the folder {before} twice, also as {files.shown(where)}: remove one of the links"
+            )
+        seen[at.st_dev, at.st_ino] = where
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if name.startswith("."):
+                continue
+            if suffix in _PICTURES:
+                paths.append((*where.parts, name))
+            elif suffix in _NOT_READ:
+                skipped.add(suffix)
+    if not paths:
+        raise DataError(f"source {files.shown(root)!r} holds no picture: the formats are {' '.join(_PICTURES)}")
+    if skipped:
+        warn(
+            f"source {files.shown(root)}: files ending in {' '.join(sorted(skipped))} are not read: convert them to .png"
+        )
+    return sorted(paths)
+
+
+@contextlib.contextmanager
+def _picture_file(file: Path) -> Iterator[Any]:
+    """A picture as Pillow opens it, and a DataError for whatever its contents make Pillow raise."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise ImportError("a folder of pictures needs Pillow, which is missing: pip install fastdiff[demo]") from error
     try:
-        with Image.open(file) as opened:
-            if opened.mode[0] in "IF":
-                raise ValueError(f"mode {opened.mode} has more than 8 bits: load it as a float array")
+        with files.open_regular(file) as stream, Image.open(stream, formats=_FORMATS) as opened:
+            yield opened
+    except FastdiffError:
+        raise
+    except (*_NUMPY_ERRORS, Image.DecompressionBombError) as error:
+        reason = (
+            files.reason(error) if not isinstance(error, Image.UnidentifiedImageError) else "it is of no known format"
+        )
+        raise DataError(
+            f"source holds {files.shown(file.name)}, which cannot be read as a picture: {reason}"
+        ) from error
+
+
+def _frames(file: Path) -> int:
+    with _picture_file(file) as opened:
+        # a camera's second picture in a JPEG is a preview or a map of its brightness, no sample
+        return 1 if opened.format == "MPO" else int(getattr(opened, "n_frames", 1))
+
+
+def _pictures(file: Path, count: int, channels: int | None, size: tuple[int, int] | None) -> Iterator[np.ndarray]:
+    """Each frame as uint8 [C, H, W]; all of a file have its first one's size, and colour if one has."""
+    from PIL import Image, ImageOps
+
+    with _picture_file(file) as opened:
+        grey = all([_mode(opened, k) in ("1", "L", "LA") for k in range(count)])
+        channels = channels or (1 if grey else 3)
+        first = opened.size
+        for k in range(count):
+            opened.seek(k)
+            if opened.size != first:
+                raise DataError(
+                    f"source holds {files.shown(file.name)}, whose frames differ in size: save the right one alone"
+                )
             image = ImageOps.exif_transpose(opened)
-        channels = channels or (1 if image.mode in ("1", "L", "LA") else 3)
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("L" if channels == 1 else "RGB")
-    except (OSError, EOFError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise DataError(f"source holds {file.name}, which cannot be read as a picture: {_one_line(error)}") from error
-    if size is not None:
-        image = image.resize(size[::-1], Image.Resampling.BICUBIC)
-    return np.asarray(image).reshape(*image.size[::-1], channels).transpose(2, 0, 1)
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("L" if channels == 1 else "RGB")
+            if size is not None:
+                image = image.resize(size[::-1], Image.Resampling.BICUBIC)
+            yield np.asarray(image).reshape(*image.size[::-1], channels).transpose(2, 0, 1)
+
+
+def _mode(opened: Any, frame: int) -> str:
+    """A frame's mode; ValueError where its numbers have more than 8 bits, which Pillow would drop."""
+    opened.seek(frame)
+    packing = str(
+        [tile[3] for tile in opened.tile]
+    )  # how the file's numbers lie: "RGB;16B"; a PPM says its largest number
+    largest = max((tile[3][-1] for tile in opened.tile if tile[0].startswith("ppm")), default=0)
+    if opened.mode[0] in "IF" or re.search(r"(?<!BGR);16", packing) or largest > 255:
+        raise ValueError("it has more than 8 bits: load it as a float array")
+    return str(opened.mode)
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
@@ -286,7 +456,3 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
     if not array.flags.writeable or array.dtype != native or any(stride < 0 for stride in array.strides):
         array = np.array(array, dtype=native)
     return torch.from_numpy(array)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
-import secrets
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from .. import networks
+from .. import files, networks
 from ..errors import (
     CheckpointError,
     CheckpointMismatchError,
     CheckpointVersionError,
     ConfigError,
     CorruptCheckpointError,
+    warn,
 )
 from ..execution import modules
 from ..model import ScoreModel
 from ..planning import processes
+from . import tensor_file
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 FILE = "checkpoint.safetensors"
+# how files that are no checkpoint begin, and what they are
+FOREIGN = {
+    b"PK\3\4": "a zip archive, as torch.save writes .pt and .pth files",
+    b"\x80": "a pickle, as torch.save wrote .pt and .pth files",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
+    b"<": "an HTML or XML page, not the file itself: download it again",
+    b"\x1f\x8b": "a gzip archive: unpack it",
+    b"GGUF": "a GGUF file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a .npy array",
+}
+WRAP = "fill your network with its tensors and wrap it, ScoreModel(net, sde, ...)"
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_digest = tensor_file.digest  # what a file must carry as its sha256
 
 
 def save(model: ScoreModel, path: str | os.PathLike[str]) -> Path:
@@ -41,6 +52,7 @@ def save(model: ScoreModel, path: str | os.PathLike[str]) -> Path:
     return write(path, {"net." + name: value for name, value in modules.state(model.net).items()}, header)
 
 
+@torch.inference_mode(False)
 def load(
     path_or_name: str | os.PathLike[str], *, net: nn.Module | None = None, sde: processes.Process | None = None
 ) -> ScoreModel:
@@ -57,26 +69,46 @@ def load(
         config = header["model"]
         if net is None and config["net"] is None:
             raise CheckpointMismatchError(
-                f"{path} holds a network that is not one of fastdiff.networks: give it as load(..., net=)"
+                f"{files.shown(path)} holds a network that is not one of fastdiff.networks: give it as load(..., net=)"
             )
-        network = networks.build(config["net"]) if net is None else net
+        network = _skeleton(config["net"], tensors, path) if net is None else net
         process = _process(config["process"], given, path)
         networks.adopt(network, config["net"])
         options = {name: config[name] for name in ("prediction", "time_input", "data_shape", "data_range", "variance")}
         model = ScoreModel(network, process, **options)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptCheckpointError(f"{path} does not describe a model: {error!r:.120}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise CorruptCheckpointError(f"{files.shown(path)} does not describe a model: {error!r:.100}") from error
     check(network, tensors, path)
-    if net is None:
-        _take_dtypes(network, tensors)
-    modules.load_state(network, tensors)
+    if net is None:  # the file's tensors become the network's own, with their dtypes
+        place = torch.get_default_device()
+        network.load_state_dict({name: value.to(place) for name, value in tensors.items()}, assign=True)
+    else:
+        modules.load_state(network, tensors)
     return model.eval()
 
 
-def _take_dtypes(network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The precision of the file, where the network was built for it."""
-    for name, parameter in network.named_parameters():
-        parameter.data = parameter.data.to(tensors[name].dtype)
+def _skeleton(config: Any, tensors: dict[str, Tensor], path: Path) -> nn.Module:
+    """The network of a configuration, to be filled with the file's: its tensors are shapes without memory.
+
+    So a file costs no more than it holds, whatever it asks for, and no random number is drawn.
+    """
+    depth = config.get("layers", 1) * config.get("blocks", 1) * len(config.get("multipliers", (1,)))
+    if depth > len(tensors):  # each layer and each block has a tensor
+        raise CheckpointMismatchError(
+            f"{files.shown(path)} lacks tensors: it holds {len(tensors)} and asks for {depth!s:.20} layers or more"
+        )
+    try:
+        with torch.inference_mode(False), torch.device("meta"):
+            network = networks.build(config)
+    except RuntimeError as error:  # sizes that torch cannot multiply
+        raise CheckpointMismatchError(
+            f"{files.shown(path)} asks for a network that is too large: {files.reason(error)}"
+        ) from error
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, networks.TimeEmbedding):  # holds numbers of its own, which no file has
+                setattr(module, name, networks.TimeEmbedding(child.channels, child.kind, child.scale))
+    return network
 
 
 def _process(config: dict[str, Any], sde: processes.Process | None, path: Path) -> processes.Process:
@@ -84,12 +116,13 @@ def _process(config: dict[str, Any], sde: processes.Process | None, path: Path) 
     if sde is not None:
         if json.loads(as_json(sde.config())) != config:
             raise CheckpointMismatchError(
-                f"{path} was trained on {config!r:.120}, got sde={sde!r:.120}: give the process it was trained on"
+                f"{files.shown(path)} was trained on {config!r:.60}, got sde={sde!r:.60}: give the process it was trained on"
             )
         return sde
     if config["name"] not in processes.PROCESSES:
         raise CheckpointMismatchError(
-            f"{path} was trained on {config['name']!r}, which is not one of fastdiff.processes: give it as load(..., sde=)"
+            f"{files.shown(path)} was trained on {config['name']!r:.40}, which is not one of fastdiff.processes: give it "
+            f"as load(..., sde=)"
         )
     return processes.from_config(config)
 
@@ -122,53 +155,55 @@ def describe(model: ScoreModel) -> dict[str, Any]:
 
 
 def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[str, Any]) -> Path:
-    """Write atomically: a temporary file beside the target, flushed to the disk, then renamed over it."""
-    target = Path(path)
+    """Write the tensors and the header, whole or not at all."""
+    target = files.path("path", path)
     if target.suffix != ".safetensors":
         target = target.with_name(target.name + ".safetensors")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    # clones: tied weights are written twice, which safetensors would refuse as shared memory
-    copies = {name: v.detach().cpu().clone(memory_format=torch.contiguous_format) for name, v in tensors.items()}
     text = as_json({"format": FORMAT, **header})
-    try:
-        # written here and not by safetensors' own save_file, which leaves files that only their owner may read
-        with open(temporary, "wb") as handle:
-            handle.write(serialize(copies, {"fastdiff": text, "sha256": _digest(text, copies)}))
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{target} could not be written ({error}): a file that stood there before is untouched"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with files.replacing(target, CheckpointError) as handle:
+        tensor_file.write(handle, tensors, {"fastdiff": text}, text)
     return target
 
 
 def read(path: Path, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header, and the tensors whose names start with `prefix`, without that prefix."""
+    name = files.shown(path)
     try:
-        with safe_open(path, "pt") as handle:
-            metadata = handle.metadata() or {}
-            text, header = metadata["fastdiff"], json.loads(metadata["fastdiff"])
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (a handle, not a dict)
-        form = int(header["format"])
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise CorruptCheckpointError(f"{path} is not a whole checkpoint of fastdiff: {error!r:.120}") from error
+        with files.open_regular(path) as handle:
+            header, tensors, intact = _parsed(handle, prefix, name)
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {files.reason(error)}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptCheckpointError(f"{name} is not a whole checkpoint of fastdiff: {files.reason(error)}") from error
+    if not intact:
+        raise CorruptCheckpointError(
+            f"{name} was changed after it was written, or while it was read: its checksum does not match"
+        )
+    return header, {name[len(prefix) :]: value for name, value in tensors.items()}
+
+
+def _parsed(handle: IO[bytes], prefix: str, name: str) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
+    """The description, the tensors with `prefix`, whether the checksum is theirs."""
+    start = handle.read(64)
+    handle.seek(0)
+    for magic, kind in FOREIGN.items():
+        if start.lstrip().startswith(magic) and start[8:9] != b"{":  # which a safetensors header begins with
+            hint = "" if ":" in kind else f": {WRAP}"
+            raise CorruptCheckpointError(f"{name} is {kind}{hint}")
+    metadata, entries = tensor_file.read_header(handle)
+    if "fastdiff" not in metadata:
+        raise CorruptCheckpointError(f"{name} is a safetensors file that fastdiff.save did not write: {WRAP}")
+    text = metadata["fastdiff"]
+    header = json.loads(text)
+    form = header["format"]
+    if type(form) is not int or form < 1:
+        raise ValueError(f"format {form!r:.20}")
     if form > FORMAT:
         raise CheckpointVersionError(
-            f"{path} has format {form}, and this version of fastdiff reads formats <= {FORMAT}: install a newer fastdiff"
+            f"{name} has format {form!s:.40}, and this version of fastdiff reads formats <= {FORMAT}: install a newer fastdiff"
         )
-    if metadata.get("sha256") != _digest(text, tensors):
-        raise CorruptCheckpointError(f"{path} was changed after it was written: its checksum does not match")
-    return header, {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+    tensors, checksum = tensor_file.read(handle, entries, text, lambda key: key.startswith(prefix))
+    return header, tensors, metadata.get(tensor_file.SHA) == checksum
 
 
 def saved_step(path: Path) -> int | None:
@@ -179,42 +214,77 @@ def saved_step(path: Path) -> int | None:
         return None
 
 
-def _digest(text: str, tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the header and of every tensor's name, dtype, shape and bytes."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    return digest.hexdigest()
-
-
 def check(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """CheckpointMismatchError unless the tensors are those that the network takes, all finite."""
     target = modules.state(network)
     shared = sorted(target.keys() & tensors.keys())
+    kinds = {k: (target[k].is_floating_point(), tensors[k].dtype in FLOATS) for k in shared}
     problems = {
         "lacks": sorted(target.keys() - tensors.keys()),
         "has the unknown": sorted(tensors.keys() - target.keys()),
         "has other shapes for": [k for k in shared if target[k].shape != tensors[k].shape],
-        "has other dtypes for": [k for k in shared if target[k].is_floating_point() != tensors[k].is_floating_point()],
-        "has numbers that are not finite in": [k for k in shared if not bool(tensors[k].isfinite().all())],
+        "has other dtypes for": [k for k in shared if kinds[k][0] != kinds[k][1]],
+        "has numbers that are not finite in": [k for k in shared if not _finite(tensors[k])],
     }
     for problem, names in problems.items():
         if names:
-            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-            raise CheckpointMismatchError(f"{path} {problem} {len(names)} tensors of this network: {shown}")
+            listed = ", ".join(names[:5])
+            shown = listed[:90] + ", …" * (len(names) > 5 or len(listed) > 90)
+            raise CheckpointMismatchError(
+                f"{files.shown(path)} {problem} {len(names)} tensors of this network: {shown}"
+            )
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether all numbers are, in pieces that take no memory to speak of."""
+    return not value.dtype.is_floating_point or all(
+        bool(piece.isfinite().all()) for piece in value.flatten().split(1 << 22)
+    )
+
+
+def directory(checkpoint: str | os.PathLike[str]) -> Path:
+    """The folder of a training's checkpoints, made if need be, in which a file can be written; else an error."""
+    folder = files.path("checkpoint", checkpoint)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint={files.shown(folder)} cannot be a directory ({files.reason(error)}): choose another"
+        ) from error
+    files.check_writable("checkpoint", folder / FILE, CheckpointError)
+    return folder
 
 
 def _find(path_or_name: str | os.PathLike[str]) -> Path:
-    path = Path(path_or_name)
+    path = files.path("path_or_name", path_or_name)
     shipped = sorted(file.stem for file in SHIPPED.glob("*.safetensors"))
     candidates = [path, path / FILE, *([path.with_name(path.name + ".safetensors")] if path.name else [])]
-    if str(path_or_name) in shipped:
-        candidates.append(SHIPPED / f"{path_or_name}.safetensors")
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(
-        f"no checkpoint at {path}: give a path, or a name that ships with it ({', '.join(shipped)})"
-    )
+    name = str(path_or_name)
+    try:
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None and path.is_dir() and name not in shipped:
+            _check_foreign_folder(path)
+    except OSError as error:
+        raise CheckpointError(f"{files.shown(path)} cannot be read: {files.reason(error)}") from error
+    if name in shipped:
+        if found is None:
+            return SHIPPED / f"{name}.safetensors"
+        warn(
+            f"{name} is a file here and also a model that ships with fastdiff, and the file is read: write ./{name} for the "
+            f"file, or rename it for the model that ships"
+        )
+    if found is None:
+        raise FileNotFoundError(
+            f"no checkpoint at {files.shown(path)}: give a path, or a name that ships with it ({', '.join(shipped)})"
+        )
+    return found
+
+
+def _check_foreign_folder(folder: Path) -> None:
+    """Say so where a folder is a model of diffusers or transformers."""
+    for name in ("model_index.json", "config.json"):
+        if (folder / name).is_file():
+            raise CheckpointError(
+                f"{files.shown(folder)} is a folder of another library (it holds {name}), such as diffusers: load its network "
+                f"with that library and wrap it, ScoreModel(net, sde, ...)"
+            )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import math
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -498,21 +496,11 @@ def _directory(checkpoint: str | os.PathLike[str] | None) -> Iterator[Path | Non
     if checkpoint is None:
         yield None
         return
-    folder = Path(checkpoint)
+    folder = files.directory(checkpoint)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint={folder} cannot be a directory ({error}): choose another") from error
-    try:
-        if (folder / files.FILE).is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), files.FILE)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise CheckpointError(
-            f"checkpoint={folder} cannot be written to ({error}): choose another directory"
-        ) from error
+        raise CheckpointError(f"checkpoint={folder} cannot be opened ({error}): choose another directory") from error
     _locks.add(descriptor)
     try:
         try:
