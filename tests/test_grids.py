@@ -149,6 +149,7 @@ def test_chains_on_the_path_of_any_process_that_has_them():
         ("trained", "ddpm", 1001, None, "steps must be <= 1000"),
         ("uniform", "ncsn", 5, 0.5, "smallest level"),
         ("score_sde", "ve", 1, None, "steps must be >= 2"),
+        ("score_sde", "ddpm", 5, None, "sigma > 0"),
         ("trained", "ddpm", 5, 0.5, "whole step"),
         ([1.0], "vp", None, None, "at least two"),
         ([], "vp", None, None, "at least two"),

@@ -229,6 +229,8 @@ def _reference_steps(process: Process, n: int, t_min: float) -> tuple[Step, ...]
         raise ConfigError(f"steps must be >= 2 with grid='score_sde', got {n}")
     t = np.linspace(process.T, t_min, n)
     levels = _levels_of_times(process, t)
+    if levels[-1].sigma <= 0:  # where the last step calls the network
+        raise ConfigError(f"t_min must have sigma > 0 with grid='score_sde', got t_min={t_min:g}: give a larger one")
     transitions = process.reference_transitions(t)
     columns = (np.full(n, -process.T / n), *transitions, process.drift(t), process.diffusion(t))
     following = [*levels[1:], levels[-1]]
