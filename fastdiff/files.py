@@ -117,23 +117,29 @@ def _temporary(target: Path) -> Iterator[tuple[Path, IO[bytes]]]:
 
 def _lock(handle: IO[bytes]) -> bool:
     """Lock a file that one has just made; False if another has removed it, or is about to."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True  # a file system without locks: there nobody removes what is another's
-    return os.fstat(handle.fileno()).st_nlink > 0
+    held = hold(handle.fileno())
+    # without locks nobody removes what is another's
+    return held is None or (held and os.fstat(handle.fileno()).st_nlink > 0)
+
+
+def hold(descriptor: int) -> bool | None:
+    """Lock an open file or folder until it is closed: False if another holds it, None where there are no such locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems
+        return None
+    return True
 
 
 def _remove_if_dead(temporary: Path) -> None:
     """Remove a writer's temporary file if the writer no longer holds its lock."""
-    if fcntl is None:
-        return
     with contextlib.suppress(OSError), open_regular(temporary) as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        temporary.unlink()
+        if hold(handle.fileno()):
+            temporary.unlink()
 
 
 def _flush_folder(folder: Path) -> None:

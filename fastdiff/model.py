@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 import weakref
@@ -123,7 +124,7 @@ def as_model(
         facts = {"prediction": model.prediction, "time_input": model.time_input, "shape": model.data_shape}
         claims = {"prediction": prediction, "time_input": time_input, "shape": shape and tensor_checks.shape_of(shape)}
         for name, value in claims.items():
-            if value is not None and value != facts[name]:
+            if value is not None and (type(value) is not type(facts[name]) or value != facts[name]):
                 raise ConfigError(f"{name}={value!r} contradicts the model's own {facts[name]!r}: leave it out")
         if variance is None or model.variance is not None:
             return model
@@ -135,7 +136,8 @@ def as_model(
         raise ConfigError(f"sde must be given with a plain callable: one of {', '.join(processes.PROCESSES)}")
     if shape is None:
         raise ConfigError("shape must be given with a plain callable: one sample's shape, such as shape=(2,)")
-    return ScoreModel(model, sde, prediction or "score", time_input, shape, variance=variance)
+    prediction = "score" if prediction is None else prediction
+    return ScoreModel(model, sde, prediction, time_input, shape, variance=variance)
 
 
 def check_path(sde: Any, process: processes.Process) -> None:
@@ -197,7 +199,12 @@ def takes_features(net: Any) -> bool:
     owner = next(c for c in type(net).__mro__ if "forward" in vars(c))
     if "time_features" not in vars(owner) or any(map(modules.intercepted, net.modules())):
         return False
-    return "features" in inspect.signature(vars(owner)["forward"]).parameters  # else it is a helper of the network's
+    return "features" in _parameters_of(vars(owner)["forward"])  # else it is a helper of the network's
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters_of(forward: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def time_features(net: Any, times: Tensor, rows: int, most: int) -> Tensor | None:

@@ -211,6 +211,8 @@ TENSORS = [
     ({"cond": torch.full((4,), NAN)}, DataError, "cond must be finite"),
     # names come before tensors
     ({"x_init": torch.zeros(4, 2), "grid": "karass"}, ConfigError, "did you mean 'karras'"),
+    *(({"prediction": value}, ConfigError, "prediction must be one of")
+      for value in ("", np.zeros(2), torch.zeros(2), ["eps"], 3)),
     ({"sde": "vq"}, ConfigError, "did you mean 'v[ep]'"),
 ]  # fmt: skip
 

@@ -121,7 +121,7 @@ TIME_INPUTS: dict[str, Callable[[Process, Any, Any, Any], Any]] = {
 
 def default_time_input(prediction: str) -> str:
     """The default time input: the process time "t", with EDM's preconditioning its "c_noise"."""
-    return "c_noise" if prediction == "edm" else "t"
+    return "c_noise" if choose("prediction", prediction, PREDICTIONS) == "edm" else "t"
 
 
 def network_time(time_input: str, process: Process, t: Any, alpha: Any, sigma: Any) -> Any:

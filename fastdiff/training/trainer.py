@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -34,6 +33,7 @@ from ..errors import (
 from ..execution import modules, noise, ops
 from ..execution.monitor import bar
 from ..execution.torch_private import foreach_lerp_, functorch_is_active
+from ..files import hold
 from ..model import ScoreModel
 from ..planning.schedules import ema_decay
 from . import checkpoint as files
@@ -436,7 +436,8 @@ def _after_fork() -> None:
     _locks.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextlib.contextmanager
@@ -503,14 +504,13 @@ def _directory(checkpoint: str | os.PathLike[str] | None) -> Iterator[Path | Non
         raise CheckpointError(f"checkpoint={folder} cannot be opened ({error}): choose another directory") from error
     _locks.add(descriptor)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        held = hold(descriptor)
+        if held is False:
             raise CheckpointError(
                 f"checkpoint={folder} is in use by another training: wait for its end, or choose another directory"
-            ) from error
-        except OSError as error:  # some network file systems have no locks
-            warn(f"checkpoint={folder} cannot be locked ({error}): see to it that no other training writes there")
+            )
+        if held is None:
+            warn(f"checkpoint={folder} cannot be locked there: see to it that no other training writes in it")
         yield folder
     finally:
         _locks.discard(descriptor)
