@@ -67,6 +67,8 @@ _FAULTS = {
     2: (DTypeError, "operands must be float16, bfloat16, float32 or float64, and a mask bool"),
     3: (ShapeError, _CURSOR),
     4: (DTypeError, "table must be contiguous and have the state's dtype"),
+    5: (MemoryError, "there is no memory for the buffers of a fused operation: use a smaller batch_size"),
+    6: (RuntimeError, "torch's loop over threads failed in a fused operation: backend='reference' does without it"),
 }
 _ORDERS = {"sin_cos": 0, "cos_sin": 1, "interleaved": 2}
 
