@@ -18,7 +18,9 @@ from .execution import cuda_graph, graphs, monitor, ops, tensor_checks
 from .execution.adaptive import Solution
 from .execution.loop import Condition, Draw, Loop, network_times
 from .execution.noise import PRIOR
-from .model import ScoreModel, answer, dtype_of, evaluating, memory_format_of, picked, takes_features, time_features
+from .model import (
+    ScoreModel, answer, dtype_of, evaluating, memory_format_of, owned, picked, takes_features, time_features,
+)  # fmt: skip
 from .planning import samplers
 from .probability_flow import Flow, ReverseSDE, Trace
 from .table import StepTable
@@ -167,7 +169,7 @@ class _Loops(contextlib.ExitStack):
         beside  whether other batches run at the same time, so that this one needs buffers of its own
         """
         request = self.request
-        cond, first = picked(request.cond, slice(lo, hi)), request.first_sample + lo
+        cond, first = owned(picked(request.cond, slice(lo, hi))), request.first_sample + lo
         x_init = None if request.x_init is None else request.x_init[lo:hi].detach()
         loop = None if beside else self.loops.get(hi - lo)
         if loop is None:

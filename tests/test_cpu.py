@@ -70,12 +70,14 @@ def test_constants_are_those_of_the_definition():
     text = (CSRC / "constants.h").read_text()
     constants = {
         name: tuple(float.fromhex(value) for value in re.findall(r"-?0x[0-9a-f.]+p[+-]?\d+", values))
-        for name, values in re.findall(r"\b(k\w+)(?:\[\d\])? = (\{.*?\}|[^,;]*)", text, re.S)
+        for name, values in re.findall(r"\b(k\w+)(?:\[\d+\])? = (\{.*?\}|[^,;]*)", text, re.S)
     }
     assert constants == {
         "kLog": noise._LOG, "kMinusTwoLnTwo": (noise._MINUS_2_LN_2,), "kSin": noise._SIN, "kCos": noise._COS,
         "kQuarters": (reference.QUARTERS,), "kPerLnTwo": (reference._PER_LN_2,), "kLnTwoHigh": (reference._LN_2_HIGH,),
         "kLnTwoLow": (reference._LN_2_LOW,), "kExp": reference._EXP,
+        "kPerLnTwoWide": (reference._PER_LN_2_WIDE,), "kLnTwoHighWide": (reference._LN_2_HIGH_WIDE,),
+        "kLnTwoLowWide": (reference._LN_2_LOW_WIDE,), "kExpWide": reference._EXP_WIDE,
     }  # fmt: skip
 
 

@@ -15,6 +15,8 @@ is_alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]
 # () -> whether torch.func transforms are active, and how many dispatch modes are
 functorch_is_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack
+# () -> what torch.jit.trace is making, or None
+tracing_state = torch._C._get_tracing_state
 # (tensors, others, weight) -> None: each tensor ← tensor + weight·(other − tensor), in one call
 foreach_lerp_ = torch._foreach_lerp_
 

@@ -29,7 +29,7 @@ from ..errors import (
 from ..execution import noise, ops
 from ..execution.monitor import bar
 from ..execution.torch_private import foreach_lerp_
-from ..model import ScoreModel
+from ..model import ScoreModel, leaves_no_trace, stepping
 from ..planning.schedules import ema_decay
 from . import checkpoint as files
 
@@ -47,6 +47,7 @@ class Training:
         return f"Training({len(self.loss)} steps to {self.steps}{recent}, {self.seconds:.1f} s)"
 
 
+@leaves_no_trace
 @names_keywords
 def train(
     model: ScoreModel,
@@ -104,7 +105,8 @@ def train(
     if folder is not None and resume and (folder / files.FILE).exists():
         state.read(folder / files.FILE, options, described)
     began, first = time.perf_counter(), state.step
-    modes = [(module, module.training) for module in model.modules()]
+    with stepping(model.net):
+        modes = [(module, module.training) for module in model.modules()]
     # networks may draw from torch's generator (dropout): it is seeded anew each step, and given back afterwards
     with (
         torch.inference_mode(False),
@@ -117,9 +119,11 @@ def train(
                              described, shown, callback)  # fmt: skip
             state.average_into(model.net)
         finally:
-            for module, training in modes:
-                module.training = training
-    model.eval()
+            with stepping(model.net):
+                for module, training in modes:
+                    module.training = training
+    with stepping(model.net):
+        model.eval()
     return Training(recorded.cpu(), max(steps, first), time.perf_counter() - began)
 
 
@@ -138,7 +142,8 @@ def _loop(
     """Every step from state.step to `steps`; their losses [steps], NaN where a loss or a gradient was not finite."""
     first = state.step
     recorded = torch.zeros(max(steps - first, 0), device=batches.device)
-    model.net.train()
+    with stepping(model.net):
+        model.net.train()
     for step in range(first, steps):
         torch.manual_seed((options["seed"] * 1_000_003 + step) % 2**63)
         x0, t, cursor, cond = batches(step)
