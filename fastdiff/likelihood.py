@@ -328,6 +328,7 @@ def _check_samples(name: str, x: Any) -> None:
             f"{name} must be floating numbers in the model's units, got {x.dtype}: for levels such as 0 … 255 use "
             "fastdiff.dequantize"
         )
+    tensor_checks.check_dense(name, x)
     tensor_checks.check_floating(name, x)
     if x.ndim < 2:
         raise ShapeError(f"{name} must have shape [B, *shape], an axis of samples first, got {tuple(x.shape)}")

@@ -243,7 +243,10 @@ def answer(
 ) -> tuple[Tensor, Tensor | None]:
     """The prediction [B, *] of net(x [B, *], time [B]), and its variance's half of the channels, checked."""
     shape, device = x.shape, x.device  # before the call, in which a network may change its input's
-    output = call(net, x, time, cond, features)
+    try:
+        output = call(net, x, time, cond, features)
+    except StopIteration as error:  # which would end the loop that asks, and be called its fault
+        raise ModelOutputError("the model raised StopIteration, such as next() of an iterator at its end") from error
     return check_output(output if isinstance(output, Tensor) else single_tensor(output), shape, device, variance)
 
 
@@ -275,12 +278,13 @@ def check_output(
     output: Tensor, shape: tuple[int, ...], device: torch.device, variance: str | None
 ) -> tuple[Tensor, Tensor | None]:
     """The prediction [B, *], and the variance's half of the channels if there is one; nothing is broadcast."""
-    if output.layout != torch.strided:
-        raise ModelOutputError(f"the model must return a dense strided tensor, got layout {output.layout}")
+    if output.is_nested or output.layout != torch.strided:
+        got = "a nested one" if output.is_nested else f"layout {output.layout}"
+        raise ModelOutputError(f"the model must return a dense strided tensor, got {got}")
     if output.device != device:
         raise ModelOutputError(f"the model returned a tensor on {output.device}, its input is on {device}")
-    if not output.is_floating_point():
-        raise ModelOutputTypeError(f"the model must return floating numbers, got {output.dtype}")
+    if output.dtype not in tensor_checks.DTYPES:
+        raise ModelOutputTypeError(f"the model must return floating numbers of 16 bits or more, got {output.dtype}")
     output = output.resolve_neg()
     if output.shape == shape and variance is None:
         return output, None

@@ -13,7 +13,8 @@ from typing import Any
 def cached(
     room: int, weight: Callable[[Any], int] = lambda result: 1
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Keep a function's latest results, whose weights add up to `room` at most and each to a fifth of it, by the types and values of its arguments.
+    """Keep a function's latest results, whose weights add up to `room` at most and each to a fifth of it, by the types and
+    values of its arguments.
 
     An object of the user's own counts by its attributes as they are at the call; where they cannot be told (pickled), the
     result is made anew.
@@ -28,7 +29,7 @@ def cached(
             nonlocal total
             try:
                 key = _Key(args)
-            except Exception:  # whatever a user's own __hash__, __eq__ or __reduce__ raises
+            except (TypeError, AttributeError, ValueError, RuntimeError, pickle.PicklingError):
                 return function(*args)
             with lock:
                 found = kept.get(key)

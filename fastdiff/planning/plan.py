@@ -141,6 +141,8 @@ def _grid(
     end = sampler.default_t_min(process) if t_min is None else t_min
     if steps is None:
         steps = sampler.default_steps(process, end)
+        if steps < 1 and 0 <= end < process.T:
+            raise ConfigError(f"t_min={end:g} leaves no step of a chain that ends at {process.T:g}: use {process.T - 1:g} or less")
     spec = sampler.default_grid(process, steps, end) if spec is None else spec
     if spec == "score_sde" and not sampler.reference_grid:
         raise ConfigError(f"grid='score_sde' has no sampler {sampler.name!r}: use grid='uniform'")
