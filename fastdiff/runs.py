@@ -20,7 +20,15 @@ from .execution.adaptive import Solution
 from .execution.loop import Condition, Draw, Loop, network_times
 from .execution.noise import PRIOR
 from .model import (
-    ScoreModel, answer, dtype_of, evaluating, memory_format_of, owned, picked, takes_features, time_features,
+    ScoreModel,
+    answer,
+    dtype_of,
+    evaluating,
+    memory_format_of,
+    owned,
+    picked,
+    takes_features,
+    time_features,
 )  # fmt: skip
 from .planning import samplers
 from .probability_flow import Flow, ReverseSDE, Trace

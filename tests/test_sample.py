@@ -8,6 +8,9 @@ import math
 import pickle
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,9 +18,11 @@ import pytest
 import torch
 from runs import CHOOSE_THEIR_STEPS, OPTIONS, every_run
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiff
-from fastdiff.errors import ConfigError, NonFiniteError
+from fastdiff.errors import ConfigError, DataError, FastdiffError, ModelOutputError, NonFiniteError
+from fastdiff.model import evaluating, stepping
 from fastdiff.planning.processes import PROCESSES
 from fastdiff.planning.samplers import SAMPLERS, ULA, Adaptive, AdaptiveSDE, Ancestral, Heun, PredictorCorrector
 
@@ -626,7 +631,7 @@ def timed(x, t):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("sampler", [None, "pc", "heun", "dpm++"])
+@pytest.mark.parametrize("sampler", [None, "pc", "heun", "unipc"])
 @pytest.mark.parametrize("deed", ["share", "empty", "shrink", "grow", "share output"])
 def test_a_network_may_move_the_memory_of_its_input(deed, sampler, backend):
     calls = []
@@ -734,7 +739,9 @@ def test_lazily_negated_tensors_are_what_they_show(sampler):
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     steps = {} if sampler else {"steps": 4}
     runs = [
-        fastdiff.sample(lambda x, t, c: c - x, "vp", x_init=v, cond=v, shape=(6,), num_samples=4, sampler=sampler, **steps)
+        fastdiff.sample(
+            lambda x, t, c: c - x, "vp", x_init=v, cond=v, shape=(6,), num_samples=4, sampler=sampler, **steps
+        )
         for v in (-x, torch._neg_view(x))
     ]
     assert torch.equal(*runs)
@@ -771,6 +778,7 @@ def test_an_evaluation_waits_for_another_threads_step():
     assert net.training
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as a generator is freed
 def test_an_interrupt_at_any_line_leaves_modes_and_gradients():
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5))
     model = fastdiff.ScoreModel(lambda x, t: net(x), "vp", data_shape=(3,))
@@ -797,14 +805,11 @@ def test_an_interrupt_at_any_line_leaves_modes_and_gradients():
         try:
             run()
         except KeyboardInterrupt:
-            ended = False
-        else:
-            ended = True
+            pass
         finally:
             sys.settrace(before)
         assert torch.is_grad_enabled(), at
         assert all(module.training for module in model.net.modules()), at
-        if ended:
+        if left[0] > 0:  # the run has no line of this number
             break
-    assert at > 300
-    assert ended
+    assert left[0] > 0

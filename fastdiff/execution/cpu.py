@@ -100,7 +100,11 @@ def _load() -> tuple[Any, str, str]:
     except (OSError, AttributeError) as error:
         return None, "", f"{LIBRARY.name} cannot be loaded: {error}"
     if NAMED and library.fastdiff_sources() != (_sources() or _installed()):
-        return None, "", f"FASTDIFF_LIBRARY={str(LIBRARY)!r:.100} was built from other sources: unset it, or build it anew"
+        return (
+            None,
+            "",
+            f"FASTDIFF_LIBRARY={str(LIBRARY)!r:.100} was built from other sources: unset it, or build it anew",
+        )
     if not library.fastdiff_sees(float("nan")):
         return None, "", f"{LIBRARY.name} was compiled without numbers that are not finite (-ffast-math)"
     try:
@@ -121,7 +125,9 @@ def _untrusted(path: Path) -> str:
         status = place.stat()
         # a folder such as /tmp lets nobody replace what is another's; but the library itself is not to lie in one
         shared = status.st_mode & 0o022 and not (status.st_mode & 0o1000 and place not in (path, path.parent))
-        if status.st_uid not in trusted or (shared and (status.st_mode & 0o002 or status.st_gid not in (0, os.getgid()))):
+        if status.st_uid not in trusted or (
+            shared and (status.st_mode & 0o002 or status.st_gid not in (0, os.getgid()))
+        ):
             return f"FASTDIFF_LIBRARY={str(path)!r:.100} is not loaded, as others may write {str(place)!r:.100}: chmod go-w"
     return ""
 

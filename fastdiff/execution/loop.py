@@ -152,7 +152,9 @@ class Loop:
         cursors = torch.from_numpy(rows).to(self.start.device)
         for low in range(0, len(rows), BLOCK):
             block = self.plans[low : low + BLOCK]
-            ahead = [None] * len(block) if self.features is None else self.features[low : low + len(block)].clone().split(1)
+            ahead = (
+                [None] * len(block) if self.features is None else self.features[low : low + len(block)].clone().split(1)
+            )
             for k, (plan, cursor, features) in enumerate(zip(block, cursors[low : low + BLOCK].unbind(), ahead), low):
                 if features is None and plan.calls_network:
                     self.time.fill_(self.times[k])

@@ -187,7 +187,7 @@ def _register() -> Any:
             library.impl(name, getattr(cpu, name), "CPU")
         if HAS_TRITON:
             library.impl(name, _on_cuda(name), "CUDA")
-        torch.library.register_fake(f"fastdiff::{name}", _FAKES.get(name, _writes), lib=library)
+        torch.library.register_fake(f"fastdiff::{name}", _faked(_FAKES.get(name, _writes)), lib=library)
     for name, (backward, setup) in autograd.FORMULAS.items():
         torch.library.register_autograd(f"fastdiff::{name}", backward, setup_context=setup, lib=library)
     return library
@@ -232,7 +232,16 @@ _SERVED: dict[tuple[str, bool], ModuleType] = {}
 
 def _writes(*args: Any, **kwargs: Any) -> None:
     """The fake of an operation that returns nothing."""
-    _tensors([*args, *kwargs.values()])
+
+
+def _faked(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A fake that refuses tensors on different devices, some of which may be meta."""
+
+    def of(*args: Any, **kwargs: Any) -> Any:
+        _tensors([*args, *kwargs.values()])
+        return fake(*args, **kwargs)
+
+    return of
 
 
 _FAKES: dict[str, Callable[..., Any]] = {

@@ -23,7 +23,9 @@ def shape_of(shape: Any) -> tuple[int, ...]:
         raise ConfigError(f"shape must be one sample's shape, a tuple such as (1, 28, 28) or (2,), got {shape!r}")
     checked = tuple(checks.integer("shape", n, 0, 2**34) for n in lengths)
     if math.prod(checked) > 2**34:  # FDN1 counts a sample's numbers by fours in 32 bits
-        raise ConfigError(f"shape must be of at most 2**34 numbers, got {shape!r:.80} of {math.prod(checked)}: use less")
+        raise ConfigError(
+            f"shape must be of at most 2**34 numbers, got {shape!r:.80} of {math.prod(checked)}: use less"
+        )
     return checked
 
 

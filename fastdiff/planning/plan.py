@@ -126,7 +126,9 @@ def _check_rows(sampler: samplers.Sampler, steps: int) -> None:
     """Refuse, before rows are made, more than MAX_ROWS."""
     rows = steps * (1 + getattr(sampler, "corrector_steps", 0))
     if rows > MAX_ROWS:
-        raise ConfigError(f"steps={steps} of sampler {sampler.name!r} are {rows} rows, at most {MAX_ROWS}: use fewer of both")
+        raise ConfigError(
+            f"steps={steps} of sampler {sampler.name!r} are {rows} rows, at most {MAX_ROWS}: use fewer of both"
+        )
 
 
 def _grid(
@@ -142,7 +144,9 @@ def _grid(
     if steps is None:
         steps = sampler.default_steps(process, end)
         if steps < 1 and 0 <= end < process.T:
-            raise ConfigError(f"t_min={end:g} leaves no step of a chain that ends at {process.T:g}: use {process.T - 1:g} or less")
+            raise ConfigError(
+                f"t_min={end:g} leaves no step of a chain that ends at {process.T:g}: use {process.T - 1:g} or less"
+            )
     spec = sampler.default_grid(process, steps, end) if spec is None else spec
     if spec == "score_sde" and not sampler.reference_grid:
         raise ConfigError(f"grid='score_sde' has no sampler {sampler.name!r}: use grid='uniform'")
