@@ -217,7 +217,7 @@ def test_a_table_of_too_many_rows_is_refused_before_it_is_made():
 @pytest.mark.parametrize("sampler", ["ddim", "unipc", "pc", "heun", "sa"])
 @pytest.mark.parametrize(("sde", "end"), [("ddpm", 999.5), ("ncsn", 9.5)])
 def test_a_chain_without_a_step_left_is_refused(sde, end, sampler):
-    with pytest.raises(ConfigError, match="no step|grid"):
+    with pytest.raises(ConfigError, match="no step"):
         fastdiff.plan(sde, t_min=end, sampler=sampler, grid="uniform")
 
 
@@ -238,8 +238,6 @@ def test_the_cache_sees_attributes_that_change():
 
 class Sampler(fastdiff.samplers.EulerMaruyama):
     """Of a module, so that it can be pickled, and with an attribute that changes."""
-
-    scale = [1.0]
 
     def predict(self, process, grid):
         return [
