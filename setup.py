@@ -24,7 +24,12 @@ ROOT = Path(__file__).resolve().parent
 # the source calls fma(); GCC's default would fuse others too, where the instruction set has the instruction.
 # -fno-math-errno, -fno-trapping-math: nobody reads errno or floating-point traps, and then sqrt and rint are instructions and
 # loops of comparisons become vectors. No number depends on either.
-FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall -Wextra"
+# -fno-fast-math and the next: the library looks for numbers that are not finite, whatever a user's CXXFLAGS say.
+# -fstack-clash-protection: a small stack that runs out ends in a fault, never in another thread's memory.
+FLAGS = (
+    "-std=c++17 -O3 -fPIC -fno-fast-math -fno-finite-math-only -ffp-contract=off -fno-math-errno -fno-trapping-math "
+    "-fstack-clash-protection -fvisibility=hidden -Wall -Wextra"
+)
 SOURCES = {"fastdiff": "", "plain": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     # (gcc calls the undefined lanes of its own AVX-512 headers uninitialised)
@@ -42,13 +47,13 @@ def write_build(folder: Path, library: Path, compiler: str, extra: str) -> None:
     escape = lambda path: str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
     lines = [
         f"cxx = {compiler}",
-        f"flags = {FLAGS} {extra}",
+        f"flags = {extra} {FLAGS}",  # the later one wins
         "rule compile",
         "  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx {extra} -shared $in -o $out -lm",
+        "  command = $cxx $flags -shared $in -o $out -lm",
     ]
     objects = []
     named = f'-DFASTDIFF_SOURCES=\\"{sources}\\"'

@@ -18,5 +18,11 @@ constexpr double kQuarters = 0x1.45f306dc9c883p-1;  // quarter turns in a radian
 constexpr float kPerLnTwo = 0x1.715476p+0f, kLnTwoHigh = 0x1.62e3p-1f, kLnTwoLow = 0x1.2fefa4p-17f;
 constexpr float kExp[8] = {0x1.a01a02p-13f, 0x1.6c16c2p-10f, 0x1.111112p-7f, 0x1.555556p-5f,
                            0x1.555556p-3f,  0x1p-1f,         0x1p+0f,        0x1p+0f};
+// the same for float64, to the 13th power
+constexpr double kPerLnTwoWide = 0x1.71547652b82fep+0, kLnTwoHighWide = 0x1.62e42feep-1, kLnTwoLowWide = 0x1.a39ef35793c76p-33;
+constexpr double kExpWide[14] = {0x1.6124613a86d09p-33, 0x1.1eed8eff8d898p-29, 0x1.ae64567f544e4p-26,
+                                0x1.27e4fb7789f5cp-22, 0x1.71de3a556c734p-19, 0x1.a01a01a01a01ap-16,
+                                0x1.a01a01a01a01ap-13, 0x1.6c16c16c16c17p-10, 0x1.1111111111111p-7,
+                                0x1.5555555555555p-5, 0x1.5555555555555p-3, 0x1p-1, 0x1p+0, 0x1p+0};
 
 }  // namespace

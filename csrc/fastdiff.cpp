@@ -1,8 +1,19 @@
 #include "fastdiff.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 fastdiff_for fastdiff_parallel_for = nullptr;
+
+void* fastdiff_scratch() {
+    struct Kept {
+        void* memory = nullptr;
+        ~Kept() { free(memory); }
+    };
+    static thread_local Kept kept;
+    if (!kept.memory && posix_memalign(&kept.memory, 64, size_t(kScratch)) != 0) kept.memory = nullptr;
+    return kept.memory;
+}
 
 namespace {
 
@@ -48,6 +59,9 @@ const char* fastdiff_start(fastdiff_for parallel_for, const char* instruction_se
         }
     return nullptr;
 }
+
+// Whether the compiler kept the tests for numbers that are not finite.
+int fastdiff_sees(double value) { return value * 0 != 0; }
 
 // The sources that this library was built from (a hash of them).
 const char* fastdiff_sources() { return FASTDIFF_SOURCES; }

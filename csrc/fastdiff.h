@@ -7,7 +7,7 @@ enum Operation {
     kNormal, kRademacher, kStep, kMeasureLangevin, kPerturb, kDsmLoss, kDsmLossBackward, kTimestepEmbedding, kProbeDot, kRkError
 };
 // As fastdiff/execution/cpu.py words them.
-enum Result { kDone, kRowOutOfRange, kWrongDtype, kWrongCursor, kWrongTable };
+enum Result { kDone, kRowOutOfRange, kWrongDtype, kWrongCursor, kWrongTable, kNoMemory, kThreads };
 constexpr int kMaxStages = 16, kMaxTensors = 32;
 
 typedef void (*fastdiff_range)(int64_t begin, int64_t end, void* context);
@@ -15,6 +15,11 @@ typedef int (*fastdiff_for)(int64_t begin, int64_t end, int64_t grain, fastdiff_
 
 // torch's own loop over threads (torch_parallel_for), or null: then everything runs on the caller's thread.
 extern fastdiff_for fastdiff_parallel_for;
+
+// The calling thread's buffers, kScratch bytes, which stay until it ends; null: there is no memory. They are not on its stack,
+// which may be small: a server's worker has 128 KiB or less.
+constexpr int64_t kScratch = 14 * 2048 * 8 + 64;
+void* fastdiff_scratch();
 
 // One operation on one instruction set; `wide`: a float64 state.
 int fastdiff_run_plain(int operation, const int64_t* arguments, bool wide);

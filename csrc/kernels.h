@@ -19,13 +19,11 @@ template <bool is_sign> int fill(const int64_t* a) {
     const Cursor cursor(view(kCursor).as<const int64_t>());
     const Source source = cursor.source(a[kHeader]);
     const bool wide = out.dtype == kFloat64;
-    each_tile(g, [&](const Tile& tile) {
-        alignas(64) float buffer[kTile];
-        float* z = wide ? buffer : out.as<float>() + tile.first;
+    return each_tile(g, [&](const Tile& tile, void* scratch) {
+        float* z = wide ? in<float[kTile]>(scratch) : out.as<float>() + tile.first;
         is_sign ? signs(z, g, tile, cursor, source) : normals(z, g, tile, cursor, source);
         if (wide) out.write(tile.first, tile.n, z);
     });
-    return 0;
 }
 
 namespace perturb_slots { enum { kOut, kX0, kAlpha, kSigma, kCursor }; }
@@ -41,11 +39,15 @@ template <class S> int perturb(const int64_t* a) {
     if (!view.plain(kCursor, kInt64)) return kWrongCursor;
     const Cursor cursor(view(kCursor).as<const int64_t>());
     const Source source = cursor.source(a[kHeader]);
-    each_tile(g, [&](const Tile& tile) {
-        perturbed(out + tile.first, x0, alpha, sigma, g, tile, cursor, source);
+    return each_tile(g, [&](const Tile& tile, void* scratch) {
+        perturbed(in<PerturbedBuffers<S>>(scratch), out + tile.first, x0, alpha, sigma, g, tile, cursor, source);
     });
-    return 0;
 }
+
+template <class S> struct LossBuffers {
+    PerturbedBuffers<S> perturbed;
+    alignas(64) S output[kTile];
+};
 
 namespace dsm_loss_slots { enum { kLoss, kError, kOutput, kX0, kR, kW, kWeight, kCursor }; }
 // stream
@@ -61,15 +63,17 @@ template <class S> int dsm_loss(const int64_t* a) {
     const Cursor cursor(view(kCursor).as<const int64_t>());
     const Source source = cursor.source(a[kHeader]);
     Sums sums(g, 1);
-    each_tile(g, [&](const Tile& tile) {
-        alignas(64) S buffer[kTile];
+    if (!sums) return kNoMemory;
+    const int fault = each_tile(g, [&](const Tile& tile, void* scratch) {
+        auto& buffers = in<LossBuffers<S>>(scratch);
         S* place = error + tile.first;
-        perturbed(place, x0, r, w, g, tile, cursor, source);
-        const S* m = output.read(tile.first, tile.n, buffer);
+        perturbed(buffers.perturbed, place, x0, r, w, g, tile, cursor, source);
+        const S* m = output.read(tile.first, tile.n, buffers.output);
 FASTDIFF_INDEPENDENT
         for (int i = 0; i < tile.n; ++i) place[i] = m[i] - place[i];
         sums.add(tile, 0, [&](int i) { return double(place[i]) * double(place[i]); });
     });
+    if (fault) return fault;
     for (int64_t i = 0; i < g.samples; ++i) {
         const double mean = (g.numel ? sums.total(i, 0) : 0.0) / double(g.numel ? g.numel : 1);
         loss[i] = S(double(weight[i]) * mean);
@@ -85,8 +89,8 @@ template <class S> int dsm_loss_backward(const int64_t* a) {
     const View out = view(kOut), error = view(kError);
     const S *grad = view(kGrad).as<const S>(), *weight = view(kWeight).as<const S>();
     if (!view.floating(kOut, kError)) return kWrongDtype;
-    each_tile(g, [&](const Tile& tile) {
-        alignas(64) S buffers[2][kTile];
+    return each_tile(g, [&](const Tile& tile, void* scratch) {
+        auto& buffers = in<S[2][kTile]>(scratch);
         const S* e = error.read(tile.first, tile.n, buffers[0]);
         const bool direct = out.dtype == (sizeof(S) == 4 ? kFloat32 : kFloat64);
         S* place = direct ? out.as<S>() + tile.first : buffers[1];
@@ -97,7 +101,6 @@ template <class S> int dsm_loss_backward(const int64_t* a) {
         }
         if (!direct) out.write(tile.first, tile.n, place);
     });
-    return 0;
 }
 
 namespace probe_dot_slots { enum { kTotal, kValue, kCursor, kProbe }; }
@@ -113,8 +116,9 @@ template <class S> int probe_dot(const int64_t* a) {
     const Cursor cursor(view(kCursor).as<const int64_t>());
     const Source source = cursor.source(a[kHeader]);
     Sums sums(g, 1);
-    each_tile(g, [&](const Tile& tile) {
-        alignas(64) S buffers[2][kTile];
+    if (!sums) return kNoMemory;
+    const int fault = each_tile(g, [&](const Tile& tile, void* scratch) {
+        auto& buffers = in<S[2][kTile]>(scratch);
         alignas(64) float drawn[kTile];
         const S* u = value.read(tile.first, tile.n, buffers[0]);
         if (probe) {
@@ -125,6 +129,7 @@ template <class S> int probe_dot(const int64_t* a) {
         a[kHeader + 1] ? signs(drawn, g, tile, cursor, source) : normals(drawn, g, tile, cursor, source);
         sums.add(tile, 0, [&](int i) { return double(u[i]) * double(drawn[i]); });
     });
+    if (fault) return fault;
     for (int64_t i = 0; i < g.samples; ++i) total[i] = g.numel ? sums.total(i, 0) : 0.0;
     return 0;
 }
@@ -145,9 +150,10 @@ template <class S> int rk_error(const int64_t* a) {
     View k[kMaxStages];
     for (int j = 0; j < stages; ++j) k[j] = view(kStages + j);
     Sums sums(g, 1);
-    each_tile(g, [&](const Tile& tile) {
-        alignas(64) S buffers[4][kTile];
-        S factors[kTile];
+    if (!sums) return kNoMemory;
+    const int fault = each_tile(g, [&](const Tile& tile, void* scratch) {
+        auto& buffers = in<S[5][kTile]>(scratch);
+        S* factors = buffers[4];
         const S* before = x.read(tile.first, tile.n, buffers[0]);
         S *next = after + tile.first, *error = buffers[1];
         const auto combine = [&](S* total, const double* w, bool started) {
@@ -176,6 +182,7 @@ template <class S> int rk_error(const int64_t* a) {
         }
         sums.add(tile, 0, [&](int i) { return double(ratio[i]) * double(ratio[i]); });
     });
+    if (fault) return fault;
     for (int64_t i = 0; i < g.samples; ++i) norm[i] = S(sqrt((g.numel ? sums.total(i, 0) : 0.0) / double(g.numel ? g.numel : 1)));
     return 0;
 }

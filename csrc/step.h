@@ -19,12 +19,15 @@ template <class S> const S* noise(
     return buffer;
 }
 
+template <class S> struct PerturbedBuffers {
+    alignas(64) S drawn[kTile], clean[kTile], first[kTile], second[kTile];
+};
+
 // first_i·x0 + second_i·ε of a tile, in `out`.
 template <class S> void perturbed(
-    S* out, const View& x0, const S* first, const S* second, const Geometry& g, const Tile& tile, const Cursor& cursor,
+    PerturbedBuffers<S>& buffers, S* out, const View& x0, const S* first, const S* second, const Geometry& g, const Tile& tile, const Cursor& cursor,
     const Source& source) {
-    alignas(64) S drawn[kTile], clean_values[kTile], first_factors[kTile], second_factors[kTile];
-    const S* clean = x0.read(tile.first, tile.n, clean_values);
+    const S* clean = x0.read(tile.first, tile.n, buffers.clean);
     if constexpr (sizeof(S) == 4) {
         if (in_one_loop(g, tile)) {
             const Term<S> term = {clean, first[tile.sample], nullptr};
@@ -33,8 +36,8 @@ template <class S> void perturbed(
         }
     }
     WeightedSum<S> sum;
-    add_per_sample(sum, clean, tile, first, 1, first_factors);
-    add_per_sample(sum, noise(drawn, View(), g, tile, cursor, source), tile, second, 1, second_factors);
+    add_per_sample(sum, clean, tile, first, 1, buffers.first);
+    add_per_sample(sum, noise(buffers.drawn, View(), g, tile, cursor, source), tile, second, 1, buffers.second);
     sum.run(out, tile.n);
 }
 
@@ -42,6 +45,7 @@ template <class S> void perturbed(
 template <class S> struct Row {
     S a, e, b[4], c, p, q, low, high, next_scale, guidance, log_slope, log_mid, known_alpha, known_sigma, gain, cap;
 };
+static_assert(sizeof(Row<float>) == 19 * 4 && sizeof(Row<double>) == 19 * 8, "the table has 19 columns without gaps");
 
 template <class S> S clamped(S v, S low, S high) {
     v = v < low ? low : v;  // NaN stays
@@ -83,8 +87,6 @@ template <class S> void write_scaled(const View& to, const Tile& tile, const S* 
     to.write(tile.first, tile.n, v);
 }
 
-inline double exponential(double u) { return exp(u); }
-
 // e^u by exactly rounded steps, as fastdiff.execution.reference._exp. (Horner's rule without a loop, which would keep the
 // compiler from making vectors of the loop around it.)
 inline float exponential(float u) {
@@ -100,6 +102,18 @@ inline float exponential(float u) {
     p = fma(p, r, kExp[7]);
     const uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
     float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return p * scale;
+}
+
+inline double exponential(double u) {
+    u = clamped(u, -708.0, 709.0);
+    const double whole = rint(u * kPerLnTwoWide), n = u == u ? whole : 0.0;
+    const double r = fma(n, -kLnTwoLowWide, fma(n, -kLnTwoHighWide, u));
+    double p = kExpWide[0];
+    for (int i = 1; i < int(sizeof kExpWide / sizeof *kExpWide); ++i) p = fma(p, r, kExpWide[i]);
+    const uint64_t bits = uint64_t(int64_t(n) + 1023) << 52;
+    double scale;
     memcpy(&scale, &bits, sizeof scale);
     return p * scale;
 }
@@ -155,9 +169,9 @@ template <class S> int step(const int64_t* a) {
     const Source source = cursor.source(stream < 0 ? 0 : stream);
     const bool noisy = (given_z || stream >= 0) && (row.c != S(0) || v || measured || (mask && row.known_sigma != S(0)));
     const bool clips = m && (row.low > S(-INFINITY) || row.high < S(INFINITY));
-    each_tile(g, [&](const Tile& tile) {
+    return each_tile(g, [&](const Tile& tile, void* scratch) {
         const int n = tile.n;
-        StepBuffers<S> buffers;
+        StepBuffers<S>& buffers = in<StepBuffers<S>>(scratch);
         const S* h0 = nullptr;
         if (m) {
             h0 = prediction(row, x, m, guide, tile, buffers.prediction);
@@ -221,8 +235,12 @@ template <class S> int step(const int64_t* a) {
         if (first_bad) flag(first_bad, result, tile, cursor.row);
         if (net_input) write_scaled(net_input, tile, result, row.next_scale, buffers.net_input());
     });
-    return 0;
 }
+
+template <class S> struct MeasureBuffers {
+    PredictionBuffers<S> prediction;
+    alignas(64) S drawn[kTile];
+};
 
 namespace measure_langevin_slots { enum { kMeasured, kTable, kCursor, kX, kM, kGuide, kZ, kKept }; }
 // the table's rows, stream, whether norms are the batch's means
@@ -241,18 +259,20 @@ template <class S> int measure_langevin(const int64_t* a) {
     const Row<S> row = *found;
     const Source source = cursor.source(a[kHeader + 1] < 0 ? 0 : a[kHeader + 1]);
     Sums sums(g, 2);
-    each_tile(g, [&](const Tile& tile) {
-        PredictionBuffers<S> buffers;
-        alignas(64) S drawn[kTile];
-        S* h0 = buffers.h0;
-        clamp(h0, prediction(row, x, m, guide, tile, buffers), row.low, row.high, tile.n);
-        S* place = kept ? kept.as<S>() + tile.first : drawn;
+    if (!sums) return kNoMemory;
+    const int fault = each_tile(g, [&](const Tile& tile, void* scratch) {
+        auto& buffers = in<MeasureBuffers<S>>(scratch);
+        S* h0 = buffers.prediction.h0;
+        clamp(h0, prediction(row, x, m, guide, tile, buffers.prediction), row.low, row.high, tile.n);
+        S* place = kept ? kept.as<S>() + tile.first : buffers.drawn;
         const S* z = noise(place, given_z, g, tile, cursor, source);
         if (kept && z != place) memcpy(place, z, size_t(tile.n) * sizeof(S));
         sums.add(tile, 0, [&](int i) { return double(z[i]) * double(z[i]); });
         sums.add(tile, 1, [&](int i) { return double(h0[i]) * double(h0[i]); });
     });
-    double* norms = static_cast<double*>(malloc(sizeof(double) * size_t(4 * g.samples + 1)));
+    if (fault) return fault;
+    double* norms = static_cast<double*>(malloc(sizeof(double) * (4 * size_t(g.samples) + 1)));
+    if (!norms) return kNoMemory;
     double mean[2] = {0, 0};
     for (int which = 0; which < 2; ++which) {
         double *norm = norms + which * g.samples, *tree = norms + (2 + which) * g.samples;

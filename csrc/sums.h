@@ -29,10 +29,11 @@ struct Sums {
     int count;
 
     Sums(const Geometry& g, int count) : blocks((g.numel + kBlock - 1) / kBlock), samples(g.samples), count(count) {
-        partial = static_cast<double*>(malloc(sizeof(double) * size_t(blocks * samples * count + 1)));
+        partial = static_cast<double*>(malloc(sizeof(double) * (size_t(blocks) * size_t(samples) * size_t(count) + 1)));
     }
     ~Sums() { free(partial); }
     Sums(const Sums&) = delete;
+    explicit operator bool() const { return partial != nullptr; }  // false: there is no memory
 
     // Adds the tile's elements, given by `element(i)`, to sum number `which`.
     template <class Element> void add(const Tile& tile, int which, Element element) {

@@ -43,6 +43,9 @@ struct Tile {
     }
 };
 
+static_assert(kTile % 2048 == 0, "signs (fill.h) take blocks of 2048 elements, sums (sums.h) blocks of 1024");
+static_assert(kMaxTensors >= 4 + kMaxStages && (kMaxTensors & (kMaxTensors - 1)) == 0, "slots of rk_error, and a power of two");
+
 struct Cursor {
     int64_t row;
     uint32_t first_sample;
@@ -61,7 +64,7 @@ struct Arguments {
     Geometry g;
 
     Arguments(const int64_t* a, int scalars) : g(a) {
-        for (const int64_t* e = a + kHeader + scalars; e < a + a[0]; e += 2) entry[e[1] & 255] = e;
+        for (const int64_t* e = a + kHeader + scalars; e < a + a[0]; e += 2) entry[e[1] & (kMaxTensors - 1)] = e;
     }
     int64_t dtype(int i) const { return entry[i][1] >> 8 & 255; }
     View operator()(int i) const {
@@ -81,22 +84,37 @@ struct Arguments {
 template <class Body> struct Range {
     const Geometry* g;
     const Body* body;
+    int without_memory;  // threads that had none
     static void run(int64_t begin, int64_t end, void* self) {
-        const Range* range = static_cast<Range*>(self);
-        for (int64_t index = begin; index < end; ++index) (*range->body)(Tile(*range->g, index));
+        Range* range = static_cast<Range*>(self);
+        void* scratch = fastdiff_scratch();
+        if (!scratch) {
+            __atomic_store_n(&range->without_memory, 1, __ATOMIC_RELAXED);
+            return;
+        }
+        for (int64_t index = begin; index < end; ++index) (*range->body)(Tile(*range->g, index), scratch);
     }
 };
 
-// body(tile) for all tiles, on torch's own threads where there is work for more than one.
-template <class Body> void each_tile(const Geometry& g, const Body& body) {
-    Range<Body> range{&g, &body};
+// The buffers of an operation's tiles, in the thread's scratch memory.
+template <class Buffers> Buffers& in(void* scratch) {
+    static_assert(sizeof(Buffers) <= kScratch, "kScratch is too small");
+    static_assert(alignof(Buffers) <= 64, "scratch memory is aligned to 64 bytes");
+    return *static_cast<Buffers*>(scratch);
+}
+
+// body(tile, scratch) for all tiles, on torch's own threads where there is work for more than one; a Result.
+template <class Body> int each_tile(const Geometry& g, const Body& body) {
+    Range<Body> range{&g, &body, 0};
     const int64_t tiles = g.tiles(), size = g.numel >= kTile ? kTile : g.per_tile() * g.numel;
     constexpr int64_t kWorthAThread = 16384;
-    if (tiles == 0) return;
+    if (tiles == 0) return kDone;
+    int failed = 0;
     if (fastdiff_parallel_for && tiles * size >= 2 * kWorthAThread)
-        fastdiff_parallel_for(0, tiles, (kWorthAThread + size - 1) / size, Range<Body>::run, &range);
+        failed = fastdiff_parallel_for(0, tiles, (kWorthAThread + size - 1) / size, Range<Body>::run, &range);
     else
         Range<Body>::run(0, tiles, &range);
+    return range.without_memory ? kNoMemory : failed ? kThreads : kDone;
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ def integer(argument: str, value: Any, low: int, high: int) -> int:
     """A whole number in [low, high]: Python's or numpy's; bool and floats are refused even when whole."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
     if not whole or not low <= value <= high:
-        raise ConfigError(f"{argument} must be an integer >= {low} and <= {_power(high)}, got {value!r}")
+        raise ConfigError(f"{argument} must be an integer >= {low} and <= {_power(high)}, got {value!r:.80}")
     return int(value)
 
 
@@ -29,10 +29,12 @@ def number(
 ) -> float:
     """A number in [low, high], bounds left out where `above`, `below` say so or where they are infinite."""
     real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, (bool, np.bool_))
+    if real and isinstance(value, (int, np.integer)) and abs(int(value)) >= 2**1024:  # which no float holds
+        real = False
     above, below = above or math.isinf(low), below or math.isinf(high)
     if not real or not low <= value <= high or (above and value == low) or (below and value == high):
         interval = f"{'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
-        raise ConfigError(f"{argument} must be a number in {interval}, got {value!r}")
+        raise ConfigError(f"{argument} must be a number in {interval}, got {value!r:.80}")
     return float(value)
 
 

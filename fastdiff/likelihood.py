@@ -18,7 +18,7 @@ from .execution.adaptive import Solution
 from .execution.divergence import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus, Probes, Reverse
 from .execution.noise import PROBES
 from .execution.reference import tree_sum
-from .model import ScoreModel, as_model, device_of, parameters
+from .model import ScoreModel, as_model, device_of, leaves_no_trace, parameters
 from .planning.samplers import Adaptive
 from .probability_flow import Trace, end_time
 from .runs import Request, follow
@@ -49,6 +49,7 @@ class LogLikelihood:
     x: Tensor | None = field(default=None, repr=False)
 
 
+@leaves_no_trace
 @names_keywords
 def log_likelihood(
     model: Any,
@@ -127,6 +128,7 @@ def log_likelihood(
     return LogLikelihood(nats, stderr, solution.y, solution.nfe, x)
 
 
+@leaves_no_trace
 @names_keywords
 def encode(
     model: Any, x: Tensor, sde: Any = None, *, rtol: float = 1e-5, atol: float = 1e-5, method: str = "dopri5",
@@ -143,6 +145,7 @@ def encode(
     return _follow(request, x, ends, solver, batch_size, progress, "encode").y
 
 
+@leaves_no_trace
 @names_keywords
 def decode(
     model: Any, z: Tensor, sde: Any = None, *, temperature: float = 1.0, rtol: float = 1e-5, atol: float = 1e-5,
@@ -325,6 +328,7 @@ def _check_samples(name: str, x: Any) -> None:
             f"{name} must be floating numbers in the model's units, got {x.dtype}: for levels such as 0 … 255 use "
             "fastdiff.dequantize"
         )
+    tensor_checks.check_dense(name, x)
     tensor_checks.check_floating(name, x)
     if x.ndim < 2:
         raise ShapeError(f"{name} must have shape [B, *shape], an axis of samples first, got {tuple(x.shape)}")

@@ -15,7 +15,7 @@ from .errors import ConfigError, ModelOutputError, choose
 from .execution import ops, reference, tensor_checks
 from .execution.loop import Condition
 from .execution.noise import PERTURBATION, PROBES
-from .model import ScoreModel, dtype_of, like
+from .model import ScoreModel, dtype_of, like, stepping
 from .planning import predictions
 from .planning.processes import Process, require_linear
 
@@ -102,6 +102,15 @@ def per_sample(
     Raises ConfigError (`check`), ModelOutputError where the network gives no gradient with respect to x.
     """
     kind = check(model, loss, probe)
+    if torch.compiler.is_compiling():
+        return _per_sample(model, x0, t, cursor, loss, cond, kind)
+    with stepping(model.net):
+        return _per_sample(model, x0, t, cursor, loss, cond, kind)
+
+
+def _per_sample(
+    model: ScoreModel, x0: Tensor, t: Tensor, cursor: Tensor, loss: str, cond: Condition, kind: str
+) -> Tensor:
     clean = x0 if x0.dtype in (torch.float32, torch.float64) else x0.float()
     dtype = dtype_of(model.net, x0.dtype)
     if loss in DENOISING:

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checks
 from .errors import ConfigError, ModelOutputError, NonFiniteError, ShapeError
 from .execution import noise, ops, reference, tensor_checks
-from .model import evaluating
+from .model import evaluating, leaves_no_trace
 
 Energy = Callable[[Tensor], Tensor]
 
@@ -85,6 +85,7 @@ def hmc(
     return _run(model, x, t, steps, seed, first_sample, propose)
 
 
+@leaves_no_trace
 def _run(
     model: Any,
     x: Tensor,

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
+import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
 from .errors import ConfigError, ModelOutputError, ModelOutputTypeError, ShapeError, choose
-from .execution import modules, tensor_checks
+from .execution import cpu, modules, tensor_checks
 from .execution.loop import Condition
 from .planning import chains, predictions, processes
 from .planning.predictions import Pair
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class ScoreModel(nn.Module):
@@ -231,12 +234,27 @@ def picked(cond: Condition, which: slice | Tensor) -> Condition:
     return None if cond is None else cond[which]
 
 
+def owned(cond: Condition) -> Condition:
+    """A copy of a condition, which a network may change in place; what is expanded stays so, and takes no more memory."""
+    if isinstance(cond, dict):
+        return {key: _copied(value) for key, value in cond.items()}
+    return None if cond is None else _copied(cond)
+
+
+def _copied(value: Tensor) -> Tensor:
+    one = value[tuple(slice(None) if stride else slice(1) for stride in value.stride())]
+    return one.detach().clone().expand(value.shape)
+
+
 def answer(
     net: Any, variance: str | None, x: Tensor, time: Tensor, features: Tensor | None, cond: Condition
 ) -> tuple[Tensor, Tensor | None]:
     """The prediction [B, *] of net(x [B, *], time [B]), and its variance's half of the channels, checked."""
     shape, device = x.shape, x.device  # before the call, in which a network may change its input's
-    output = call(net, x, time, cond, features)
+    try:
+        output = call(net, x, time, cond, features)
+    except StopIteration as error:  # which would end the loop that asks, and be called its fault
+        raise ModelOutputError("the model raised StopIteration, such as next() of an iterator at its end") from error
     return check_output(output if isinstance(output, Tensor) else single_tensor(output), shape, device, variance)
 
 
@@ -268,12 +286,13 @@ def check_output(
     output: Tensor, shape: tuple[int, ...], device: torch.device, variance: str | None
 ) -> tuple[Tensor, Tensor | None]:
     """The prediction [B, *], and the variance's half of the channels if there is one; nothing is broadcast."""
-    if output.layout != torch.strided:
-        raise ModelOutputError(f"the model must return a dense strided tensor, got layout {output.layout}")
+    if output.is_nested or output.layout != torch.strided:
+        got = "a nested one" if output.is_nested else f"layout {output.layout}"
+        raise ModelOutputError(f"the model must return a dense strided tensor, got {got}")
     if output.device != device:
         raise ModelOutputError(f"the model returned a tensor on {output.device}, its input is on {device}")
-    if not output.is_floating_point():
-        raise ModelOutputTypeError(f"the model must return floating numbers, got {output.dtype}")
+    if output.dtype not in tensor_checks.DTYPES:
+        raise ModelOutputTypeError(f"the model must return floating numbers of 16 bits or more, got {output.dtype}")
     output = output.resolve_neg()
     if output.shape == shape and variance is None:
         return output, None
@@ -290,30 +309,142 @@ def check_output(
     raise ModelOutputError(f"the model returned {tuple(output.shape)}, expected {wanted}")
 
 
-_lock = threading.Lock()
-_borrowed: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+# --- a network's mode, which threads share ----------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def evaluating(net: Any) -> Iterator[None]:
-    """Evaluation mode for a network, and each submodule's own flag back afterwards; the first thread in sets it, the
-    last one out restores it."""
-    if not isinstance(net, nn.Module):
-        yield
-        return
-    with _lock:
-        entry = _borrowed.setdefault(net, [0, []])
-        if entry[0] == 0:
-            entry[1] = [module for module in net.modules() if module.training]
-            for module in entry[1]:
-                module.training = False
-        entry[0] += 1
+class _Users:
+    """Who uses a network now: evaluations, or the training steps of one thread; and who waits, in order."""
+
+    def __init__(self) -> None:
+        self.evaluations: dict[_Use, int] = {}  # to their threads
+        self.steps: dict[_Use, int] = {}
+        self.waiting: list[_Use] = []
+        self.training: list[nn.Module] = []  # whose flag is set again after the evaluations
+
+
+_changed = threading.Condition()
+_users: weakref.WeakKeyDictionary[nn.Module, _Users] = weakref.WeakKeyDictionary()
+_mine = threading.local()
+
+
+class _Use:
+    """Base of `evaluating` and `stepping`: a thread within one never waits for the other, nor for itself."""
+
+    def __init__(self, net: Any) -> None:
+        self.net = net if isinstance(net, nn.Module) else None
+
+    def __enter__(self) -> None:
+        if self.net is None:
+            return
+        held = vars(_mine).setdefault("held", [])
+        held.append(self)  # first, so that `leaves_no_trace` finds it whenever an interrupt comes
+        me = threading.get_ident()
+        with _changed:
+            users = _users.setdefault(self.net, _Users())
+            if me not in users.evaluations.values() and me not in users.steps.values():
+                users.waiting.append(self)
+                _changed.wait_for(lambda: users.waiting[0] is self and self.may_enter(users))
+                users.waiting.remove(self)
+                _changed.notify_all()
+            self.begin(users, me)
+
+    def __exit__(self, *_: object) -> None:
+        if self.net is None:
+            return
+        with _changed:  # each line may be run again, if an interrupt ended the first try
+            users = _users.get(self.net)
+            if users is not None:
+                if self in users.waiting:
+                    users.waiting.remove(self)
+                self.end(users)
+                if not (users.evaluations or users.steps or users.waiting):
+                    _users.pop(self.net, None)
+            if self in _mine.held:
+                _mine.held.remove(self)
+            _changed.notify_all()
+
+    def may_enter(self, users: _Users) -> bool:
+        """Whether others leave room."""
+        raise NotImplementedError
+
+    def begin(self, users: _Users, thread: int) -> None:
+        """Enter."""
+        users.steps[self] = thread
+
+    def end(self, users: _Users) -> None:
+        """Leave."""
+        users.steps.pop(self, None)
+
+
+class evaluating(_Use):
+    """Evaluation mode for a network, and each submodule's own flag back afterwards; the first evaluation sets it, the last one
+    restores it. It waits for another thread's training step, which would run in the wrong mode."""
+
+    def may_enter(self, users: _Users) -> bool:
+        return not users.steps
+
+    def begin(self, users: _Users, thread: int) -> None:
+        if not users.evaluations:
+            users.training = [module for module in self.net.modules() if module.training]  # type: ignore[union-attr]
+        users.evaluations[self] = thread
+        for module in users.training:
+            module.training = False
+
+    def end(self, users: _Users) -> None:
+        if users.evaluations.keys() == {self}:
+            for module in users.training:
+                module.training = True
+        users.evaluations.pop(self, None)
+
+
+class stepping(_Use):
+    """A training step of a network: it waits for other threads' evaluations, and they for it."""
+
+    def may_enter(self, users: _Users) -> bool:
+        return not users.evaluations and not users.steps
+
+
+def leaves_no_trace(function: Callable[P, R]) -> Callable[P, R]:
+    """The function; where it ends with an exception, such as Ctrl-C at any instant (also as a `with` begins or ends), networks'
+    modes and torch's gradients are as before. In a forked child it runs on one thread."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        gradients, held = torch.is_grad_enabled(), len(vars(_mine).get("held", ()))
+        try:
+            if cpu.forked:  # the child has none of its parent's threads, for which torch would wait for ever
+                return _on_one_thread(function, *args, **kwargs)
+            return function(*args, **kwargs)
+        except BaseException:
+            torch.set_grad_enabled(gradients)
+            for use in reversed(vars(_mine).get("held", [])[held:]):
+                use.__exit__()
+            raise
+
+    return call
+
+
+def _on_one_thread(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        yield
+        return function(*args, **kwargs)
     finally:
-        with _lock:
-            entry[0] -= 1
-            if entry[0] == 0:
-                for module in entry[1]:
-                    module.training = True
-                del _borrowed[net]
+        torch.set_num_threads(threads)
+
+
+def _forget() -> None:
+    """After a fork: other threads, and what they hold, are the parent's."""
+    global _changed
+    _changed = threading.Condition()
+    me = threading.get_ident()
+    for users in list(_users.values()):
+        users.waiting.clear()
+        users.steps = {use: thread for use, thread in users.steps.items() if thread == me}
+        others = [use for use, thread in users.evaluations.items() if thread != me]
+        for use in others:
+            use.end(users)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -10,15 +10,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, DTypeError, GraphError, SolverError, warn
+from .errors import ConfigError, DataError, DTypeError, GraphError, SolverError, warn
 from .execution import cuda_graph, graphs, monitor, ops, tensor_checks
 from .execution.adaptive import Solution
 from .execution.loop import Condition, Draw, Loop, network_times
 from .execution.noise import PRIOR
-from .model import ScoreModel, answer, dtype_of, evaluating, memory_format_of, picked, takes_features, time_features
+from .model import (
+    ScoreModel,
+    answer,
+    dtype_of,
+    evaluating,
+    memory_format_of,
+    owned,
+    picked,
+    takes_features,
+    time_features,
+)  # fmt: skip
 from .planning import samplers
 from .probability_flow import Flow, ReverseSDE, Trace
 from .table import StepTable
@@ -167,7 +178,7 @@ class _Loops(contextlib.ExitStack):
         beside  whether other batches run at the same time, so that this one needs buffers of its own
         """
         request = self.request
-        cond, first = picked(request.cond, slice(lo, hi)), request.first_sample + lo
+        cond, first = owned(picked(request.cond, slice(lo, hi))), request.first_sample + lo
         x_init = None if request.x_init is None else request.x_init[lo:hi].detach()
         loop = None if beside else self.loops.get(hi - lo)
         if loop is None:
@@ -274,7 +285,10 @@ class _CallersNoise:
         if isinstance(self.noise, Tensor):
             return self.noise[k]
         if self.last is None or self.last[0] != k:
-            z = self.noise(k)
+            try:
+                z = self.noise(k)
+            except StopIteration as error:
+                raise DataError(f"noise({k}) raised StopIteration, such as next() of an iterator at its end") from error
             tensor_checks.check_tensor(f"noise({k})", z, self.request.shape, self.request.device, self.request.finite)
             self.last = (k, z)
         return self.last[1]
@@ -314,7 +328,7 @@ def run_adaptive(
         request.operations.normal(x, cursor, PRIOR)
         x.mul_(request.model.process.prior_std)
     else:
-        x = request.x_init.detach().to(request.dtype).contiguous()
+        x = request.x_init.detach().to(request.dtype).resolve_neg().contiguous()
     solution = follow(
         request,
         x,
@@ -358,17 +372,24 @@ def follow(
     with _running(request.model, progress, len(x), what, "sample") as bar:
         for lo in range(0, len(x), batch):
             hi = min(lo + batch, len(x))
-            part, cond = x[lo:hi], picked(request.cond, slice(lo, hi))
+            x_part, cond = x[lo:hi], picked(request.cond, slice(lo, hi))
             if isinstance(solver, samplers.AdaptiveSDE):
                 first = request.first_sample + lo
-                field: Flow = ReverseSDE(request.model, part, cond, operations, first, request.seed, denoise)
+                field: Flow = ReverseSDE(request.model, x_part, cond, operations, first, request.seed, denoise)
             else:
                 trace, variables = None if traces is None else traces(lo, hi), solver.variables(request.model.process)
-                field = Flow(request.model, variables, part, cond, operations, trace, integrals, states)
+                field = Flow(request.model, variables, x_part, cond, operations, trace, integrals, states)
             try:
-                parts.append(field.integrate(start, end, solver, bar.update))
+                with np.errstate(all="ignore"):  # what overflows is refused below
+                    part = field.integrate(start, end, solver, bar.update)
             except SolverError as error:
                 raise SolverError(error.reason, lo + error.sample, error.t, error.nfe, error.last_step) from None
+            if not math.isfinite(part.y.sum(dtype=torch.float64)) and not bool(part.y.isfinite().all()):
+                raise ConfigError(
+                    f"the flow of {request.model.process!r:.60} from t = {start:g} to {end:g} leaves the finite numbers: use "
+                    "a process whose alpha and sigma float64 tells from 0 there, or a larger t_min"
+                )
+            parts.append(part)
     return parts[0] if len(parts) == 1 else _joined(parts, x, integrals, states)
 
 

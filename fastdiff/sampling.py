@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks
 from .errors import ConfigError, DataError, DTypeError, choose, names_keywords
 from .execution import loop, tensor_checks
-from .model import ScoreModel, as_model, check_path, device_of
+from .model import ScoreModel, as_model, check_path, device_of, leaves_no_trace
 from .planning import chains, processes, samplers
 from .planning.plan import MAX_STEPS, make_table
 from .probability_flow import end_time
@@ -111,6 +111,7 @@ def sample(
 
 
 @_untraced
+@leaves_no_trace
 @names_keywords
 def sample(
     model: Any,

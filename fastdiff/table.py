@@ -143,7 +143,14 @@ class StepTable:
 
     @cached_property
     def matrix(self) -> NDArray[np.float64]:
-        """The numbers that a step reads, float64 [rows, len(COLUMNS)]."""
+        """The numbers that a step reads, float64 [rows, len(COLUMNS)]; they cannot be written, as later runs read them."""
+        matrix = self.numbers.view()
+        matrix.flags.writeable = False
+        return matrix
+
+    @cached_property
+    def numbers(self) -> NDArray[np.float64]:
+        """The same as torch takes them, which knows no arrays that cannot be written: for reading."""
         after = [*(row.level for row in self.rows[1:]), self.end]
         scales = [row.in_scale if row.calls_network else 1.0 for row in self.rows[1:]]
         lines = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -70,12 +71,14 @@ def test_constants_are_those_of_the_definition():
     text = (CSRC / "constants.h").read_text()
     constants = {
         name: tuple(float.fromhex(value) for value in re.findall(r"-?0x[0-9a-f.]+p[+-]?\d+", values))
-        for name, values in re.findall(r"\b(k\w+)(?:\[\d\])? = (\{.*?\}|[^,;]*)", text, re.S)
+        for name, values in re.findall(r"\b(k\w+)(?:\[\d+\])? = (\{.*?\}|[^,;]*)", text, re.S)
     }
     assert constants == {
         "kLog": noise._LOG, "kMinusTwoLnTwo": (noise._MINUS_2_LN_2,), "kSin": noise._SIN, "kCos": noise._COS,
         "kQuarters": (reference.QUARTERS,), "kPerLnTwo": (reference._PER_LN_2,), "kLnTwoHigh": (reference._LN_2_HIGH,),
         "kLnTwoLow": (reference._LN_2_LOW,), "kExp": reference._EXP,
+        "kPerLnTwoWide": (reference._PER_LN_2_WIDE,), "kLnTwoHighWide": (reference._LN_2_HIGH_WIDE,),
+        "kLnTwoLowWide": (reference._LN_2_LOW_WIDE,), "kExpWide": reference._EXP_WIDE,
     }  # fmt: skip
 
 
@@ -481,3 +484,109 @@ def test_normals_are_normal():
     for edge, count in beyond.items():
         expected = n * special.erfc(edge / 2**0.5)
         assert abs(count - expected) < 5 * expected**0.5 + 1, edge
+
+
+# --- memory, threads, builds -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_stacks_are_enough(dtype):
+    code = f"""
+import threading, torch, fastdiff
+x = torch.randn(2, 5000, dtype={dtype}).expand(2, 5000)
+net = lambda x, t: -x.flip(1).flip(1)
+def run():
+    for sampler in (None, "pc", "rk45"):
+        fastdiff.sample(net, "vp", None if sampler == "rk45" else 3, shape=(5000,), num_samples=2, dtype={dtype}, sampler=sampler)
+    fastdiff.log_likelihood(net, x, "vp", rtol=1e-2, atol=1e-2)
+run()
+threading.stack_size(128 * 1024)
+thread = threading.Thread(target=run)
+thread.start(); thread.join()
+print("done")
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert shown.stdout.strip() == "done", (shown.returncode, shown.stderr[-500:])
+
+
+def test_a_fork_leaves_torchs_threads():
+    code = """
+import os, torch
+torch.set_num_threads(3)
+import fastdiff
+pid = os.fork()
+if pid == 0:
+    os._exit(torch.get_num_threads())
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "3"
+
+
+def test_exponentials_of_float64_are_the_references():
+    v = torch.linspace(-3000, 3000, 60_001, dtype=torch.float64)[None]
+    v[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    table = torch.zeros(1, len(COLUMNS), dtype=torch.float64)
+    table[0, COLUMNS.index("log_slope")], table[0, COLUMNS.index("high")] = 0.37, torch.inf
+    table[0, COLUMNS.index("low")], table[0, COLUMNS.index("log_mid")] = -torch.inf, -1.1
+    results = []
+    for module in (cpu, reference):
+        out = torch.zeros_like(v)
+        module.step(out, table, ops.cursor(0, 0, 0), None, out, z=torch.ones_like(v), v=v)
+        results.append(out)
+    assert torch.equal(results[0].nan_to_num(7.0), results[1].nan_to_num(7.0))
+    exact = (v * 0.37 - 1.1)[0, 3:].clamp(-708, 709).exp()
+    assert ((results[0][0, 3:] - exact).abs() <= 4e-16 * exact).all()
+
+
+def loaded_copy(tmp_path, change=lambda path: None):
+    path = tmp_path / "lib" / "other.so"
+    path.parent.mkdir(mode=0o755)
+    path.write_bytes(cpu.PACKAGED.read_bytes())
+    path.chmod(0o755)
+    change(path)
+    code = "import fastdiff.execution.cpu as cpu; print(cpu.available, cpu.why)"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "FASTDIFF_LIBRARY": str(path)}
+    )
+
+
+def other_sources(path):
+    hashed = re.search(rb"[0-9a-f]{16}\0", path.read_bytes())[0]
+    built = cpu._library.fastdiff_sources()
+    path.write_bytes(path.read_bytes().replace(built, b"0" * 16))
+    assert hashed
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda path: path.chmod(0o777), "others may write"),
+        (lambda path: path.parent.chmod(0o777), "others may write"),
+        (lambda path: path.parent.chmod(0o1777), "others may write"),
+        (other_sources, "other sources"),
+        (lambda path: path.write_bytes(b"no library"), "cannot be loaded"),
+        (lambda path: path.unlink(), "does not exist"),
+        (
+            lambda path: path.write_bytes(Path(torch.__file__).parent.joinpath("lib/libc10.so").read_bytes()),
+            "cannot be",
+        ),
+    ],
+    ids=["writable", "folder", "sticky", "sources", "text", "absent", "stranger"],
+)
+def test_a_named_library_that_cannot_be_trusted_is_left_out(tmp_path, change, word):
+    shown = loaded_copy(tmp_path, change)
+    assert shown.stdout.startswith("False"), shown
+    assert word in shown.stdout
+    assert "RuntimeWarning" in shown.stderr
+
+
+def test_a_named_library_of_the_same_sources_is_taken(tmp_path):
+    assert loaded_copy(tmp_path).stdout.startswith("True")
+
+
+def test_devices_must_agree():
+    out = torch.zeros(2, 3)
+    with pytest.raises(DeviceError):
+        torch.ops.fastdiff.normal(out, ops.cursor(0, 0, 0).to("meta"), 0)
+    with pytest.raises(DeviceError):
+        torch.ops.fastdiff.perturb(out, torch.ones(2, device="meta"), torch.ones(2), ops.cursor(0, 0, 0), 0)

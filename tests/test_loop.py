@@ -197,7 +197,7 @@ def test_a_row_is_given_the_predictions_it_reads():
 
 def on_new_tensors(rows, x, network):
     """The same operations with a new tensor for all that is written, in lists: no buffer can hold two things."""
-    matrix, base, history = torch.from_numpy(rows.matrix).to(x.dtype), x, []
+    matrix, base, history = torch.from_numpy(rows.numbers).to(x.dtype), x, []
     for k, line in enumerate(rows.rows):
         cursor, m, v, z, measured = ops.cursor(k, 0, SEED), None, None, None, None
         base = x if line.saves_base else base

@@ -12,6 +12,7 @@ import torch
 import fastdiff
 from fastdiff.errors import ConfigError
 from fastdiff.planning import samplers
+from fastdiff.planning.cache import cached
 from fastdiff.planning.grids import sigmas
 from fastdiff.planning.samplers import AnnealedLangevin, PredictorCorrector
 from fastdiff.planning.samplers.base import EPS, SolverRow
@@ -215,3 +216,68 @@ def test_samplers_and_processes_need_not_hash():
     sampler.lam = 0.0
     assert sum(row.draws for row in noisy.rows) == 2
     assert not any(row.draws for row in fastdiff.plan("vp", 3, sampler=sampler).rows)
+
+
+def test_a_table_of_too_many_rows_is_refused_before_it_is_made():
+    with pytest.raises(ConfigError, match="rows"):
+        fastdiff.plan("vp", 10, sampler=fastdiff.samplers.PredictorCorrector(corrector_steps=10**7))
+    with pytest.raises(ConfigError, match="rows"):
+        fastdiff.plan("ve", grid=[1.0, 0.5, 0.1], sampler=fastdiff.samplers.PredictorCorrector(corrector_steps=10**7))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "unipc", "pc", "heun", "sa"])
+@pytest.mark.parametrize(("sde", "end"), [("ddpm", 999.5), ("ncsn", 9.5)])
+def test_a_chain_without_a_step_left_is_refused(sde, end, sampler):
+    with pytest.raises(ConfigError, match="no step"):
+        fastdiff.plan(sde, t_min=end, sampler=sampler, grid="uniform")
+
+
+def test_the_cache_sees_attributes_that_change():
+    class Own(fastdiff.VP):
+        def sigma(self, t):
+            return super().sigma(t) * self.factor
+
+        __hash__ = object.__hash__
+        __eq__ = object.__eq__
+
+    process = Own()
+    object.__setattr__(process, "factor", 1.0)
+    one = fastdiff.plan(process, 5)
+    object.__setattr__(process, "factor", 0.5)
+    assert fastdiff.plan(process, 5).rows[0].level.sigma == pytest.approx(0.5 * one.rows[0].level.sigma)
+
+
+class Sampler(fastdiff.samplers.EulerMaruyama):
+    """Of a module, so that it can be pickled, and with an attribute that changes."""
+
+    def predict(self, process, grid):
+        return [
+            [dataclasses.replace(row, a=row.a * self.scale[0]) for row in step]
+            for step in super().predict(process, grid)
+        ]
+
+
+def test_the_cache_sees_what_is_within_attributes():
+    for make in (lambda s: s, lambda s: fastdiff.samplers.PredictorCorrector(predictor=s, corrector="none")):
+        own = Sampler()
+        object.__setattr__(own, "scale", [1.0])
+        one = fastdiff.plan("vp", 6, sampler=make(own))
+        assert fastdiff.plan("vp", 6, sampler=make(own)) is one
+        own.scale[0] = 2.0
+        assert fastdiff.plan("vp", 6, sampler=make(own)).rows[0].a == 2 * one.rows[0].a
+
+
+def test_the_cache_is_bounded_in_weight():
+    made = []
+
+    @cached(10, len)
+    def of(n):
+        made.append(n)
+        return "x" * n
+
+    for n in (2, 1, 2, 3, 3):
+        of(n)
+    assert made == [2, 1, 3, 3]  # what takes more than a fifth is not kept
+    for n in (2, -1, -2, -3, 1, 1):
+        of(n)
+    assert made.count(1) == 1

@@ -131,7 +131,7 @@ def test_a_tables_matrix_means_what_its_rows_say():
     rows = tuple(
         Row(level, "by hand", a=0.0, b=(1.0,), calls_network=True, network_time=level.t, q=2.0) for level in levels
     )
-    matrix = torch.from_numpy(StepTable("by hand", rows, Level(0.0, 4.0, 0.125), 1.0).matrix)
+    matrix = torch.from_numpy(StepTable("by hand", rows, Level(0.0, 4.0, 0.125), 1.0).numbers)
     x, m, guide, known, z = (torch.randn(2, 4, generator=torch.Generator().manual_seed(s)).double() for s in range(5))
     mask = torch.tensor([[True, False, True, False]]).expand(2, 4)
     for k, (alpha, sigma) in enumerate([(0.25, 2.0), (4.0, 0.125)]):

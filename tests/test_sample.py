@@ -8,6 +8,9 @@ import math
 import pickle
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,9 +18,11 @@ import pytest
 import torch
 from runs import CHOOSE_THEIR_STEPS, OPTIONS, every_run
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiff
-from fastdiff.errors import ConfigError, NonFiniteError
+from fastdiff.errors import ConfigError, DataError, FastdiffError, ModelOutputError, NonFiniteError
+from fastdiff.model import evaluating, stepping
 from fastdiff.planning.processes import PROCESSES
 from fastdiff.planning.samplers import SAMPLERS, ULA, Adaptive, AdaptiveSDE, Ancestral, Heun, PredictorCorrector
 
@@ -523,7 +528,9 @@ draw = lambda: fastdiff.sample(lambda x, t: -x, "vp", 3, shape=(3, 128, 128), nu
 x = draw()
 pid = os.fork()
 if pid == 0:
-    os._exit(0 if torch.equal(x, draw()) else 1)
+    y, kept = draw(), torch.get_num_threads() == 2  # torch's threads are as they would be without fastdiff:
+    torch.set_num_threads(1)  # not there, so that a large operation of torch's own would wait for ever
+    os._exit(0 if torch.equal(x, y) and kept else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -614,3 +621,195 @@ def test_every_batch_is_checked_when_the_noise_is_a_callable():
             noise=lambda row: torch.zeros(8, 3),
             check="final",
         )
+
+
+# --- memory, modes and endings ---------------------------------------------------------------------------------------
+
+
+def timed(x, t):
+    return -x * (1 + t.view(-1, 1, 1))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("sampler", [None, "pc", "heun", "unipc"])
+@pytest.mark.parametrize("deed", ["share", "empty", "shrink", "grow", "share output"])
+def test_a_network_may_move_the_memory_of_its_input(deed, sampler, backend):
+    calls = []
+
+    def net(x, t):
+        out = timed(x, t)
+        calls.append(1)
+        if len(calls) % 3 == 2:
+            storage = x.untyped_storage()
+            if deed == "share":
+                x.share_memory_()
+                t.share_memory_()
+            elif deed == "share output":
+                out.share_memory_()
+            else:
+                storage.resize_({"empty": 0, "shrink": 4, "grow": 2 * storage.nbytes()}[deed])
+        return out
+
+    options = {"sampler": sampler, "shape": (5, 7), "num_samples": 3, "batch_size": 2, "backend": backend}
+    twin = fastdiff.sample(timed, "vp", 9, **options)
+    assert torch.equal(fastdiff.sample(net, "vp", 9, **options), twin)
+
+
+@pytest.mark.parametrize("sampler", [None, "rk45", "adaptive_sde"])
+@pytest.mark.parametrize("kind", ["plain", "expanded", "strided", "dict"])
+def test_a_network_may_change_its_condition(kind, sampler):
+    base = torch.ones(4, 3)
+    y = {"plain": base, "expanded": base[:1].expand(4, 3), "strided": torch.ones(4, 6)[:, ::2], "dict": base}[kind]
+
+    def net(x, t, y):
+        out = -x + y
+        y[0].add_(1.0)
+        return out
+
+    options = {"shape": (3,), "num_samples": 4, "sampler": sampler}
+    steps = {} if sampler else {"steps": 5}
+    fastdiff.sample(net, "vp", cond={"y": y} if kind == "dict" else y, **options, **steps)
+    assert torch.equal(y, torch.ones(4, 3))
+
+
+def test_time_features_of_the_next_batch_are_as_they_were():
+    class Net(torch.nn.Module):
+        def time_features(self, t):
+            return t[:, None].repeat(1, 3)
+
+        def forward(self, x, t, features=None):
+            out = -x * (1 + features)
+            if features.shape[0] == 1:
+                features.add_(1.0)
+            return out
+
+    one, two = (fastdiff.sample(Net(), "vp", 5, shape=(3,), num_samples=4, batch_size=n) for n in (4, 2))
+    assert torch.equal(one, two)
+
+
+def test_a_network_or_noise_that_raises_stop_iteration_is_named():
+    def ended(*_):
+        raise StopIteration
+
+    for sampler in (None, "rk45"):
+        with pytest.raises(ModelOutputError, match="StopIteration"):
+            fastdiff.sample(ended, "vp", sampler=sampler, shape=(3,), num_samples=2)
+    with pytest.raises(DataError, match="StopIteration"):
+        fastdiff.sample(lambda x, t: -x, "vp", 3, shape=(3,), num_samples=2, noise=ended)
+
+
+def kinds_of_tensors():
+    x = torch.ones(4, 6)
+    with FakeTensorMode():
+        fake = torch.zeros(4, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nested = torch.nested.nested_tensor([torch.zeros(6)] * 4)
+        quantised = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+    jagged = torch.nested.nested_tensor([torch.zeros(6)] * 4, layout=torch.jagged)
+    return {
+        "fake": fake, "nested": nested, "jagged": jagged, "quantised": quantised, "meta": x.to("meta"),
+        "float8": x.to(torch.float8_e4m3fn), "sparse": x.to_sparse(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["fake", "nested", "jagged", "quantised", "meta", "float8", "sparse"])
+def test_tensors_without_plain_numbers_are_refused(kind):
+    value = kinds_of_tensors()[kind]
+    options = {"shape": (6,), "num_samples": 4}
+    net = lambda x, t, cond=None: -x  # noqa: E731
+    for run in (
+        lambda: fastdiff.sample(net, "vp", 2, x_init=value, **options),
+        lambda: fastdiff.sample(net, "vp", 2, cond=value, **options),
+        lambda: fastdiff.sample(net, "vp", 2, cond={"cond": value}, **options),
+        lambda: fastdiff.sample(net, "vp", 2, noise=lambda k: value, **options),
+        lambda: fastdiff.encode(net, value, "vp"),
+        lambda: fastdiff.log_likelihood(net, value, "vp"),
+    ):
+        with pytest.raises(FastdiffError) as caught:
+            run()
+        assert "\n" not in str(caught.value)
+    if kind != "fake":
+        with pytest.raises(FastdiffError):
+            fastdiff.sample(lambda x, t: value, "vp", 2, **options)
+
+
+@pytest.mark.parametrize("sampler", [None, "rk45", "adaptive_sde"])
+def test_lazily_negated_tensors_are_what_they_show(sampler):
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    steps = {} if sampler else {"steps": 4}
+    runs = [
+        fastdiff.sample(
+            lambda x, t, c: c - x, "vp", x_init=v, cond=v, shape=(6,), num_samples=4, sampler=sampler, **steps
+        )
+        for v in (-x, torch._neg_view(x))
+    ]
+    assert torch.equal(*runs)
+
+
+def test_an_evaluation_waits_for_another_threads_step():
+    net = torch.nn.Dropout(0.5)
+    entered, go, seen = threading.Event(), threading.Event(), []
+
+    def step():
+        with stepping(net):
+            entered.set()
+            go.wait(10)
+            seen.append(net.training)
+
+    def look():
+        with evaluating(net):
+            seen.append(net.training)
+
+    threads = [threading.Thread(target=step), threading.Thread(target=look)]
+    threads[0].start()
+    assert entered.wait(10)
+    threads[1].start()
+    time.sleep(0.05)
+    go.set()
+    for thread in threads:
+        thread.join(10)
+    assert seen == [True, False]
+    assert net.training
+    with stepping(net), evaluating(net):  # a thread never waits for itself
+        assert not net.training
+    with evaluating(net), stepping(net), evaluating(net):
+        assert not net.training
+    assert net.training
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as a generator is freed
+def test_an_interrupt_at_any_line_leaves_modes_and_gradients():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5))
+    model = fastdiff.ScoreModel(lambda x, t: net(x), "vp", data_shape=(3,))
+    model.net = type("Net", (torch.nn.Module,), {"forward": lambda self, x, t: self.inner(x)})()
+    model.net.inner = net
+    run = lambda: fastdiff.sample(model, steps=1, num_samples=1)  # noqa: E731
+    run()
+    left = [0]
+
+    def trace(frame, event, _):
+        name = frame.f_code.co_filename
+        if not ("fastdiff" in name or "contextlib" in name or "grad_mode" in name):
+            return None
+        left[0] -= 1
+        if left[0] == 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    for at in range(1, 5000, 3):
+        left[0] = at
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            run()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        assert torch.is_grad_enabled(), at
+        assert all(module.training for module in model.net.modules()), at
+        if left[0] > 0:  # the run has no line of this number
+            break
+    assert left[0] > 0

@@ -134,3 +134,8 @@ def test_planning_is_cached_and_hashable():
     assert fastdiff.plan("vp", 77) is fastdiff.plan("vp", 77)
     assert fastdiff.plan("vp", 77) is fastdiff.plan(fastdiff.VP(), 77)
     assert fastdiff.plan("vp", 77) is not fastdiff.plan("vp", 77, denoise=False)
+
+
+def test_arrays_of_a_table_cannot_be_written():
+    with pytest.raises(ValueError, match="read-only"):
+        fastdiff.plan("vp", 7).matrix[:] = 0.0

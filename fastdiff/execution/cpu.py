@@ -48,7 +48,9 @@ OPERATIONS = {
 _NUMBERS = {name: number for number, name in enumerate(OPERATIONS)}
 
 # FASTDIFF_LIBRARY names another build of the same sources, such as that of `make sanitize`
-LIBRARY = Path(os.environ.get("FASTDIFF_LIBRARY") or Path(__file__).parent.parent / "libfastdiff.so")
+PACKAGED = Path(__file__).parent.parent / "libfastdiff.so"
+NAMED = os.environ.get("FASTDIFF_LIBRARY")
+LIBRARY = Path(NAMED).expanduser().resolve() if NAMED else PACKAGED
 INSTRUCTION_SETS = ("plain", "avx2", "avx512")
 
 
@@ -67,6 +69,8 @@ _FAULTS = {
     2: (DTypeError, "operands must be float16, bfloat16, float32 or float64, and a mask bool"),
     3: (ShapeError, _CURSOR),
     4: (DTypeError, "table must be contiguous and have the state's dtype"),
+    5: (MemoryError, "there is no memory for the buffers of a fused operation: use a smaller batch_size"),
+    6: (RuntimeError, "torch's loop over threads failed in a fused operation: backend='reference' does without it"),
 }
 _ORDERS = {"sin_cos": 0, "cos_sin": 1, "interleaved": 2}
 
@@ -84,13 +88,25 @@ def _load() -> tuple[Any, str, str]:
             "",
             f"{LIBRARY} does not exist: fastdiff was installed without a C++ compiler, or the compiler failed",
         )
+    untrusted = _untrusted(LIBRARY) if NAMED else ""
+    if untrusted:
+        return None, "", untrusted
     try:
         library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
+        library.fastdiff_start.restype = ctypes.c_char_p
+        library.fastdiff_sources.restype = ctypes.c_char_p
+        library.fastdiff_run.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+        library.fastdiff_sees.argtypes = (ctypes.c_double,)
+    except (OSError, AttributeError) as error:
         return None, "", f"{LIBRARY.name} cannot be loaded: {error}"
-    library.fastdiff_start.restype = ctypes.c_char_p
-    library.fastdiff_sources.restype = ctypes.c_char_p
-    library.fastdiff_run.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+    if NAMED and library.fastdiff_sources() != (_sources() or _installed()):
+        return (
+            None,
+            "",
+            f"FASTDIFF_LIBRARY={str(LIBRARY)!r:.100} was built from other sources: unset it, or build it anew",
+        )
+    if not library.fastdiff_sees(float("nan")):
+        return None, "", f"{LIBRARY.name} was compiled without numbers that are not finite (-ffast-math)"
     try:
         name = _start(library, wanted)
     except (OSError, AttributeError) as error:
@@ -98,6 +114,41 @@ def _load() -> tuple[Any, str, str]:
     if name is None:
         raise ConfigError(f"FASTDIFF_INSTRUCTION_SET={wanted!r} is not supported by this processor: unset it")
     return library, name, ""
+
+
+def _untrusted(path: Path) -> str:
+    """Why a library that a variable names must not be loaded: others than this user and root may change it; or ""."""
+    if not hasattr(os, "getuid"):
+        return ""
+    trusted = (0, os.getuid())
+    for place in (path, *path.parents):
+        status = place.stat()
+        # a folder such as /tmp lets nobody replace what is another's; but the library itself is not to lie in one
+        shared = status.st_mode & 0o022 and not (status.st_mode & 0o1000 and place not in (path, path.parent))
+        if status.st_uid not in trusted or (
+            shared and (status.st_mode & 0o002 or status.st_gid not in (0, os.getgid()))
+        ):
+            return f"FASTDIFF_LIBRARY={str(path)!r:.100} is not loaded, as others may write {str(place)!r:.100}: chmod go-w"
+    return ""
+
+
+def _sources() -> bytes | None:
+    """The hash of csrc/ as it is now; None where it does not lie beside the package."""
+    folder = Path(__file__).parents[2] / "csrc"
+    if not folder.is_dir():
+        return None
+    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.[ch]*")))
+    return hashlib.sha256(content).hexdigest()[:16].encode()
+
+
+def _installed() -> bytes | None:
+    """The hash of the sources of the package's own library."""
+    try:
+        own = ctypes.CDLL(str(PACKAGED))
+        own.fastdiff_sources.restype = ctypes.c_char_p
+        return own.fastdiff_sources()  # type: ignore[no-any-return]
+    except (OSError, AttributeError):
+        return None
 
 
 def _start(library: Any, instruction_set: str | None) -> str | None:
@@ -112,6 +163,19 @@ def _start(library: Any, instruction_set: str | None) -> str | None:
 _library, instruction_set, why = _load()
 available = _library is not None
 _run: Any = _library.fastdiff_run if available else None
+forked = False  # whether this process is a child that was forked after the import, and has none of torch's threads
+
+
+def _be_alone() -> None:
+    """After a fork: work on the caller's thread."""
+    global forked
+    forked = True
+    if available:
+        _library.fastdiff_start(None, instruction_set.encode())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_be_alone)
 
 
 def use(name: str | None) -> bool:
@@ -124,11 +188,8 @@ def use(name: str | None) -> bool:
 
 def is_fresh() -> bool:
     """Whether the library was built from csrc/ as it is now; True where csrc/ does not lie beside the package."""
-    folder = Path(__file__).parents[2] / "csrc"
-    if not available or not folder.is_dir():
-        return True
-    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.[ch]*")))
-    return bool(_library.fastdiff_sources().decode() == hashlib.sha256(content).hexdigest()[:16])
+    now = _sources()
+    return not available or now is None or bool(_library.fastdiff_sources() == now)
 
 
 @functools.cache

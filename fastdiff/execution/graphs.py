@@ -183,6 +183,9 @@ class GraphLoop(Loop):
         if self.first_bad is not None:
             raise_if_bad(self.table, self.first_bad, first_sample)
 
+    def renew_input(self) -> None:
+        raise GraphError("it moves or resizes the memory of its input")
+
     def follow(self) -> None:
         """Wait, on the current stream, for the run before."""
         if self.done is not None:

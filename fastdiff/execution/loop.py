@@ -113,6 +113,7 @@ class Loop:
         self.mark = monitor.marker()
         self._measure = self.mark("measure_langevin", operations.measure_langevin)
         self._steps: dict[RowPlan, Step] = {}
+        self._hold_input()
         self.load(table, features, seed)
 
     def load(self, table: StepTable, features: Tensor | None, seed: int) -> None:
@@ -123,7 +124,7 @@ class Loop:
         self.plans = plans(table, self.operations.KEEPS_NOISE)
         numbers = [n for plan in set(self.plans) for n in (plan.x, plan.out, plan.pushed, plan.noise) if n is not None]
         self.buffers += [torch.empty_like(self.start) for _ in range(max(numbers) + 1 - len(self.buffers))]
-        self.matrix = self.placed("matrix", torch.from_numpy(table.matrix).to(self.start.dtype))
+        self.matrix = self.placed("matrix", torch.from_numpy(table.numbers).to(self.start.dtype))
         self.features = None if features is None else self.placed("features", features)
 
     def placed(self, name: str, values: Tensor) -> Tensor:
@@ -151,7 +152,9 @@ class Loop:
         cursors = torch.from_numpy(rows).to(self.start.device)
         for low in range(0, len(rows), BLOCK):
             block = self.plans[low : low + BLOCK]
-            ahead = [None] * len(block) if self.features is None else self.features[low : low + len(block)].split(1)
+            ahead = (
+                [None] * len(block) if self.features is None else self.features[low : low + len(block)].clone().split(1)
+            )
             for k, (plan, cursor, features) in enumerate(zip(block, cursors[low : low + BLOCK].unbind(), ahead), low):
                 if features is None and plan.calls_network:
                     self.time.fill_(self.times[k])
@@ -194,8 +197,11 @@ class Loop:
             # tensors of their own, so that what a network does to them (grad, shape, data) is gone with them
             m, v = network(self.net_input.detach(), self.time.detach(), features, cond)
             m, v = m.detach(), v.detach() if plan.learned and v is not None else None
+            storage, address, size = self._held
+            if storage.data_ptr() != address or storage.nbytes() != size:
+                self.renew_input()
             # a network may return its input, which this row overwrites
-            if plan.feeds and torch_private.is_alias_of(m, self.net_input):
+            elif plan.feeds and torch_private.is_alias_of(m, self.net_input):
                 m, v = m.clone(), None if v is None else v.clone()
         if plan.norm is not None and m is not None:
             stored = None if plan.noise is None or z is not None else self.buffers[plan.noise]
@@ -209,6 +215,17 @@ class Loop:
         if step is None:
             step = self._steps[plan] = self._prepare(plan, None)
         step(cursor, m, v)
+
+    def _hold_input(self) -> None:
+        """Note where the network's input lies, which the steps write by its address."""
+        storage = self.net_input.untyped_storage()
+        self._held = storage, storage.data_ptr(), storage.nbytes()
+
+    def renew_input(self) -> None:
+        """The network moved, shared or resized the memory of its input: it keeps that, and gets its next ones elsewhere."""
+        self.net_input, self.time = torch.empty_like(self.net_input), torch.empty_like(self.time)
+        self._hold_input()
+        self._steps.clear()
 
     def _prepare(self, plan: RowPlan, z: Tensor | None) -> Step:
         """The `step` of a row's plan, on this loop's buffers."""

@@ -27,10 +27,6 @@ from . import autograd, cpu, noise, reference, tensor_checks, torch_private
 BACKENDS = ("auto", "reference", "cpu", "triton")
 ENGINES = ("auto", "eager", "graph")
 
-# A forked child has none of its parent's OpenMP threads, for which torch would wait for ever.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
-
 SCHEMAS = {
     "normal": "(Tensor(a!) out, Tensor cursor, int stream) -> ()",
     "rademacher": "(Tensor(a!) out, Tensor cursor, int stream) -> ()",
@@ -191,7 +187,7 @@ def _register() -> Any:
             library.impl(name, getattr(cpu, name), "CPU")
         if HAS_TRITON:
             library.impl(name, _on_cuda(name), "CUDA")
-        torch.library.register_fake(f"fastdiff::{name}", _FAKES.get(name, _writes), lib=library)
+        torch.library.register_fake(f"fastdiff::{name}", _faked(_FAKES.get(name, _writes)), lib=library)
     for name, (backward, setup) in autograd.FORMULAS.items():
         torch.library.register_autograd(f"fastdiff::{name}", backward, setup_context=setup, lib=library)
     return library
@@ -202,12 +198,26 @@ def _on_cuda(name: str) -> Callable[..., Any]:
 
 
 def _serving(args: Sequence[Any]) -> ModuleType:
-    """The backend for these arguments, by the first tensor's device, and by whether any is float64."""
+    """The backend for these arguments, by their device, and by whether any is float64."""
+    tensors = _tensors(args)
+    return _served(tensors[0].device, any(value.dtype is torch.float64 for value in tensors))
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    """The tensors among an operation's arguments, which must be on one device."""
     tensors = [value for value in args if isinstance(value, Tensor)]
     for values in args:
         if isinstance(values, (list, tuple)):
             tensors += [value for value in values if isinstance(value, Tensor)]
-    return _served(tensors[0].device, any(value.dtype is torch.float64 for value in tensors))
+    place = tensors[0].device
+    for value in tensors:
+        if value.device != place:
+            raise _elsewhere(place, value)
+    return tensors
+
+
+def _elsewhere(place: torch.device, value: Tensor) -> DeviceError:
+    return DeviceError(f"all tensors must be on {place}, got one on {value.device}: use .to({str(place)!r})")
 
 
 def _served(device: torch.device, wide: bool) -> ModuleType:
@@ -220,8 +230,18 @@ def _served(device: torch.device, wide: bool) -> ModuleType:
 _SERVED: dict[tuple[str, bool], ModuleType] = {}
 
 
-def _writes(*_: Any, **__: Any) -> None:
+def _writes(*args: Any, **kwargs: Any) -> None:
     """The fake of an operation that returns nothing."""
+
+
+def _faked(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A fake that refuses tensors on different devices, some of which may be meta."""
+
+    def of(*args: Any, **kwargs: Any) -> Any:
+        _tensors([*args, *kwargs.values()])
+        return fake(*args, **kwargs)
+
+    return of
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -276,6 +296,8 @@ def _run(name: str, *args: Any) -> Any:
     """torch.ops.fastdiff.<name>; for plain tensors past the dispatcher, which takes longer than a small operation."""
     if torch.compiler.is_compiling():
         return getattr(torch.ops.fastdiff, name)(*args)
+    if torch_private.tracing_state() is not None or type(args[0]) not in _TENSORS:
+        return getattr(torch.ops.fastdiff, name)(*args)  # torch.jit.trace and torch.fx record the operation
     if torch_private.functorch_is_active() or torch_private.forward_mode_is_active():
         return getattr(autograd, name)(*args)
     place = args[0].device
@@ -283,7 +305,7 @@ def _run(name: str, *args: Any) -> Any:
     for value in args:
         if isinstance(value, Tensor):
             if value.device != place:
-                raise DeviceError(f"all tensors must be on {place}, got one on {value.device}: use .to({str(place)!r})")
+                raise _elsewhere(place, value)
             # subclasses and negated views are left to the dispatcher
             plain = plain and type(value) in _TENSORS and not value.is_neg()
             trained = trained or value.requires_grad

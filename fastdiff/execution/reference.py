@@ -40,6 +40,16 @@ _EXP = tuple(map(float.fromhex, (
     "0x1.a01a02p-13", "0x1.6c16c2p-10", "0x1.111112p-7", "0x1.555556p-5", "0x1.555556p-3", "0x1p-1", "0x1p+0", "0x1p+0",
 )))  # fmt: skip
 
+# the same for float64, to the 13th power; the first part of ln 2 has 32 bits
+_PER_LN_2_WIDE, _LN_2_HIGH_WIDE, _LN_2_LOW_WIDE = map(
+    float.fromhex, ("0x1.71547652b82fep+0", "0x1.62e42feep-1", "0x1.a39ef35793c76p-33")
+)
+_EXP_WIDE = tuple(map(float.fromhex, (
+    "0x1.6124613a86d09p-33", "0x1.1eed8eff8d898p-29", "0x1.ae64567f544e4p-26", "0x1.27e4fb7789f5cp-22",
+    "0x1.71de3a556c734p-19", "0x1.a01a01a01a01ap-16", "0x1.a01a01a01a01ap-13", "0x1.6c16c16c16c17p-10",
+    "0x1.1111111111111p-7", "0x1.5555555555555p-5", "0x1.5555555555555p-3", "0x1p-1", "0x1p+0", "0x1p+0",
+)))  # fmt: skip
+
 # A factor: one number, or a tensor that broadcasts over the state.
 Factor = float | Tensor
 
@@ -302,16 +312,19 @@ def _weighted_sum(terms: Sequence[tuple[Factor, Tensor | None]], like: Tensor) -
 
 
 def _exp(u: Tensor) -> Tensor:
-    """e^u; in float32 by exactly rounded steps alone, for u clamped to [−86, 88]."""
+    """e^u by exactly rounded steps alone, for u clamped to [−86, 88], in float64 to [−708, 709]."""
     if u.dtype == torch.float64:
-        return u.exp()
-    u = u.clamp(-86.0, 88.0)
-    n = (u * _PER_LN_2).round()
-    r = fma(n, torch.full_like(u, -_LN_2_LOW), fma(n, torch.full_like(u, -_LN_2_HIGH), u))
-    p = torch.full_like(u, _EXP[0])
-    for coefficient in _EXP[1:]:
+        u, per, high, low, series = u.clamp(-708.0, 709.0), _PER_LN_2_WIDE, _LN_2_HIGH_WIDE, _LN_2_LOW_WIDE, _EXP_WIDE
+        whole, bias, place = torch.int64, 1023, 52
+    else:
+        u, per, high, low, series = u.clamp(-86.0, 88.0), _PER_LN_2, _LN_2_HIGH, _LN_2_LOW, _EXP
+        whole, bias, place = torch.int32, 127, 23
+    n = (u * per).round()
+    r = fma(n, torch.full_like(u, -low), fma(n, torch.full_like(u, -high), u))
+    p = torch.full_like(u, series[0])
+    for coefficient in series[1:]:
         p = fma(p, r, torch.full_like(u, coefficient))
-    return p * ((n.nan_to_num().to(torch.int32) + 127) << 23).view(torch.float32)
+    return p * ((n.nan_to_num().to(whole) + bias) << place).view(u.dtype)
 
 
 def _root(value: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError
+from . import torch_private
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -20,7 +21,12 @@ def shape_of(shape: Any) -> tuple[int, ...]:
     lengths = () if isinstance(shape, str) or not isinstance(shape, Iterable) else tuple(shape)
     if not lengths:
         raise ConfigError(f"shape must be one sample's shape, a tuple such as (1, 28, 28) or (2,), got {shape!r}")
-    return tuple(checks.integer("shape", n, 0, 2**34) for n in lengths)
+    checked = tuple(checks.integer("shape", n, 0, 2**34) for n in lengths)
+    if math.prod(checked) > 2**34:  # FDN1 counts a sample's numbers by fours in 32 bits
+        raise ConfigError(
+            f"shape must be of at most 2**34 numbers, got {shape!r:.80} of {math.prod(checked)}: use less"
+        )
+    return checked
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
@@ -38,8 +44,8 @@ def device_of(device: torch.device | str | None) -> torch.device:
 
 def check_tensor(name: str, x: Any, shape: tuple[int, ...], device: torch.device, finite: bool) -> None:
     """A dense floating tensor of this shape on this device, finite if `finite`."""
-    check_floating(name, x)
     check_dense(name, x)
+    check_floating(name, x)
     if tuple(x.shape) != shape:
         raise ShapeError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
     check_device(name, x, device)
@@ -55,10 +61,18 @@ def check_floating(name: str, x: Any) -> None:
 
 
 def check_dense(name: str, x: Any) -> None:
-    """A tensor that is neither sparse nor nested."""
+    """A tensor that holds its numbers one by one: not sparse, nested, quantised, fake or of 8-bit floats."""
     _check_is_tensor(name, x)
-    if x.layout != torch.strided or x.is_nested:
+    if x.is_nested:
+        raise ShapeError(f"{name} must be one dense tensor, got a nested one: use .to_padded_tensor(0.0)")
+    if x.layout != torch.strided:
         raise ShapeError(f"{name} must be a dense strided tensor, got layout {x.layout}: use .to_dense()")
+    if x.is_quantized:
+        raise DTypeError(f"{name} must not be quantised, got {x.dtype}: use .dequantize()")
+    if x.dtype.itemsize == 1 and x.is_floating_point():
+        raise DTypeError(f"{name} must be of more than 8 bits, got {x.dtype}: use .float()")
+    if type(x) is not Tensor and torch_private.is_fake(x):
+        raise DTypeError(f"{name} must hold data, got a {type(x).__name__}: make it outside of FakeTensorMode")
 
 
 def _check_is_tensor(name: str, x: Any) -> None:

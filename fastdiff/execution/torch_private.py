@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 
 # (a, b) -> whether two tensors share storage
@@ -15,6 +16,8 @@ is_alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]
 # () -> whether torch.func transforms are active, and how many dispatch modes are
 functorch_is_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack
+# () -> what torch.jit.trace is making, or None
+tracing_state = torch._C._get_tracing_state
 # (tensors, others, weight) -> None: each tensor ← tensor + weight·(other − tensor), in one call
 foreach_lerp_ = torch._foreach_lerp_
 
@@ -22,6 +25,11 @@ foreach_lerp_ = torch._foreach_lerp_
 def forward_mode_is_active() -> bool:
     """Whether the caller is within torch.autograd.forward_ad.dual_level()."""
     return bool(forward_ad._current_level >= 0)
+
+
+def is_fake(value: Any) -> bool:
+    """Whether a tensor is a FakeTensor, or wraps one."""
+    return bool(fake_tensor.is_fake(value))
 
 
 def end_allocate_to_pool(device: int, pool: Any) -> None:

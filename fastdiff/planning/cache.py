@@ -1,38 +1,85 @@
-"""A cache of results that serves processes and samplers without a hash too."""
+"""A cache of results for processes and samplers, also of the user's own, which need not hash and may change."""
 
 from __future__ import annotations
 
 import functools
+import pickle
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 
-def cached(maxsize: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """functools.lru_cache, by type and value; a call whose arguments do not hash, such as a user's own process that may change,
-    is made anew."""
+def cached(
+    room: int, weight: Callable[[Any], int] = lambda result: 1
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Keep a function's latest results, whose weights add up to `room` at most and each to a fifth of it, by the types and
+    values of its arguments.
+
+    An object of the user's own counts by its attributes as they are at the call; where they cannot be told (pickled), the
+    result is made anew.
+    """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        kept = functools.lru_cache(maxsize=maxsize, typed=True)(function)
+        kept = OrderedDict[Any, tuple[Any, int]]()
+        lock, total = threading.Lock(), 0
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
+            nonlocal total
             try:
-                return kept(*args)
-            except TypeError:
-                if _hash(args):
-                    raise
+                key = _Key(args)
+            except (TypeError, AttributeError, ValueError, RuntimeError, pickle.PicklingError):
                 return function(*args)
+            with lock:
+                found = kept.get(key)
+                if found is not None:
+                    kept.move_to_end(key)
+                    return found[0]
+            result = function(*args)
+            heavy = weight(result)
+            with lock:
+                if heavy * 5 <= room and key not in kept:  # one that is larger would drive out most of the others
+                    kept[key] = result, heavy
+                    total += heavy
+                    while total > room:
+                        total -= kept.popitem(last=False)[1][1]
+            return result
 
-        call.cache_info, call.cache_clear = kept.cache_info, kept.cache_clear  # type: ignore[attr-defined]
         return call
 
     return decorate
 
 
-def _hash(args: tuple[Any, ...]) -> bool:
-    """Whether all of them hash."""
-    try:
-        hash(args)
-    except TypeError:
+class _Key:
+    """The arguments' types and values, hashed once."""
+
+    __slots__ = ("hashed", "parts")
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        parts = [arg if type(arg) in _PLAIN or _constant(arg) else pickle.dumps(arg) for arg in args]
+        self.parts = (*parts, *map(type, args))
+        self.hashed = hash(self.parts)
+
+    def __hash__(self) -> int:
+        return self.hashed
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.parts == other.parts
+
+
+_PLAIN = frozenset((int, float, str, bool, tuple, type(None)))
+
+
+def _constant(arg: Any) -> bool:
+    """Whether an argument cannot change: plain values, and fastdiff's own frozen objects of nothing else."""
+    kind = type(arg)
+    if kind.__module__.partition(".")[0] != "fastdiff":
         return False
-    return True
+    if isinstance(arg, tuple):
+        return True
+    frozen = getattr(kind, "__dataclass_params__", None)
+    if frozen is None or not frozen.frozen:
+        return False
+    values = [getattr(arg, name) for name in kind.__match_args__]
+    return all([type(value) in _PLAIN or _constant(value) for value in values])

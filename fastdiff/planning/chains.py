@@ -12,7 +12,7 @@ from .processes import DDPM, NCSN, Process
 CHAINS = ("ddpm", "ncsn")
 
 
-@cached(maxsize=64)
+@cached(64)
 def has_chain(process: Process, name: str) -> bool:
     """Whether the chain `name` can stand on the path of the continuous `process`."""
     if name not in CHAINS or process.discrete or not process.linear:
@@ -22,7 +22,7 @@ def has_chain(process: Process, name: str) -> bool:
     return bool(np.allclose(alpha if name == "ncsn" else alpha**2 + process.sigma(t) ** 2, 1.0, rtol=1e-9))
 
 
-@cached(maxsize=16)
+@cached(16)
 def chain_on(process: Process, name: str, levels: int) -> Process:
     """The chain `name` of `levels` levels on the path of `process`: DDPM evenly in t, NCSN geometrically in σ."""
     if has_chain(process, name):
@@ -37,7 +37,7 @@ def chain_on(process: Process, name: str, levels: int) -> Process:
     raise ConfigError(f"sde={name!r} is not on the path of {process.name!r}: use sde={process.name!r}")
 
 
-@cached(maxsize=64)
+@cached(64)
 def on_path(chain: Process, process: Process) -> bool:
     """Whether every level of the discrete `chain` is a level of the continuous `process`, up to 1 % of T beyond its end.
 

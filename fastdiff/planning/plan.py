@@ -17,8 +17,9 @@ from .cache import cached
 from .processes import Process
 from .samplers.base import X0, Combination, SolverRow
 
-LONGEST_CACHED = 10_000
-MAX_STEPS = 10**6  # a longer table would take many gigabytes on the host
+ROWS_CACHED = 50_000  # in all tables together: some 40 MB
+MAX_STEPS = 10**6
+MAX_ROWS = 4 * 10**6  # a longer table would take many gigabytes on the host
 
 Clip = tuple[float, float] | None
 
@@ -72,12 +73,9 @@ def make_table(
     clip: Clip = None,
     denoise: bool = True,
 ) -> StepTable:
-    """What `plan` does once its names are objects: its arguments checked, and the table, from a cache unless it is long."""
+    """What `plan` does once its names are objects: its arguments checked, and the table, from a cache."""
     steps = None if steps is None else checks.integer("steps", steps, 1, MAX_STEPS)
-    # typed: a grid of times and the same numbers as sigmas are equal tuples. A long table is not worth its memory
-    long = steps is not None and steps > LONGEST_CACHED
-    make = _make if long else _cached
-    return make(
+    return _cached(  # type: ignore[no-any-return]
         process,
         sampler,
         steps,
@@ -106,6 +104,7 @@ def _make(
     predictions.check(prediction, time_input, clock)
     with np.errstate(all="ignore"):  # what overflows is refused by name
         grid, steps = _grid(process, steps, sampler, grid_spec, t_min)
+        _check_rows(sampler, steps)
         solver_rows, end = sampler.rows(process, grid, steps, denoise)
     flat = [_without_zeros(row) for step in solver_rows for row in step]
     if grid.reference and any(math.isnan(number) for row in flat for number in (row.a, row.c, *row.b)):
@@ -120,7 +119,16 @@ def _make(
     return StepTable(title, tuple(rows), end, _start_std(process, grid.steps[0].level), clip)
 
 
-_cached = cached(maxsize=64)(_make)
+_cached = cached(ROWS_CACHED, len)(_make)
+
+
+def _check_rows(sampler: samplers.Sampler, steps: int) -> None:
+    """Refuse, before rows are made, more than MAX_ROWS."""
+    rows = steps * (1 + getattr(sampler, "corrector_steps", 0))
+    if rows > MAX_ROWS:
+        raise ConfigError(
+            f"steps={steps} of sampler {sampler.name!r} are {rows} rows, at most {MAX_ROWS}: use fewer of both"
+        )
 
 
 def _grid(
@@ -135,6 +143,10 @@ def _grid(
     end = sampler.default_t_min(process) if t_min is None else t_min
     if steps is None:
         steps = sampler.default_steps(process, end)
+        if steps < 1 and 0 <= end < process.T:
+            raise ConfigError(
+                f"t_min={end:g} leaves no step of a chain that ends at {process.T:g}: use {process.T - 1:g} or less"
+            )
     spec = sampler.default_grid(process, steps, end) if spec is None else spec
     if spec == "score_sde" and not sampler.reference_grid:
         raise ConfigError(f"grid='score_sde' has no sampler {sampler.name!r}: use grid='uniform'")

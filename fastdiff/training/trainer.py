@@ -34,7 +34,7 @@ from ..execution import modules, noise, ops
 from ..execution.monitor import bar
 from ..execution.torch_private import foreach_lerp_, functorch_is_active
 from ..files import hold
-from ..model import ScoreModel
+from ..model import ScoreModel, leaves_no_trace, stepping
 from ..planning.schedules import ema_decay
 from . import checkpoint as files
 
@@ -60,6 +60,7 @@ class Training:
         return f"Training({len(self.loss)} steps to {self.steps}{skipped}{recent}, {self.seconds:.1f} s)"
 
 
+@leaves_no_trace
 @names_keywords
 def train(
     model: ScoreModel,
@@ -128,16 +129,19 @@ def train(
         if folder is not None and resume and (folder / files.FILE).exists():
             described = state.read(folder / files.FILE, options, described)
         began, first = time.perf_counter(), state.step
-        modes = [(module, module.training) for module in model.modules()]
+        with stepping(model.net):
+            modes = [(module, module.training) for module in model.modules()]
         try:
             with bar(progress, steps, "train", "step", first) as shown:
                 recorded = _loop(state, _Batches(source, model, options), options, steps, model, folder, checkpoint_every,
                                  described, shown, callback, stop)  # fmt: skip
             state.average_into(model.net)
         finally:
-            for module, training in modes:
-                module.training = training
-    model.eval()
+            with stepping(model.net):
+                for module, training in modes:
+                    module.training = training
+    with stepping(model.net):
+        model.eval()
     skipped = int(recorded.isnan().sum())
     return Training(recorded.cpu(), max(state.step, first), time.perf_counter() - began, skipped)
 
@@ -158,10 +162,11 @@ def _loop(
     """Every step from state.step to `steps`, or to where `stop` says so; their losses, NaN where a step was skipped."""
     first, skipped, said = state.step, 0, False  # skipped: in a row, until now
     recorded = torch.full((max(steps - first, 0),), math.nan, dtype=torch.float32, device=batches.device)
-    model.net.train()
+    with stepping(model.net):
+        model.net.train()
     for step in range(first, steps):
         x0, t, cursor, cond = batches(step)
-        with _seeded((options["seed"] * 1_000_003 + step) % 2**63):
+        with stepping(model.net), _seeded((options["seed"] * 1_000_003 + step) % 2**63):
             state.keep_buffers()
             value = losses.per_sample(model, x0, t, cursor, options["loss"], cond, options.get("probe")).mean()
             with losses.differentiating(options["loss"]):
