@@ -19,6 +19,7 @@ from .execution.divergence import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus,
 from .execution.noise import PROBES
 from .execution.reference import tree_sum
 from .model import ScoreModel, as_model, device_of, leaves_no_trace, parameters
+from .planning.coverage import misfit
 from .planning.samplers import Adaptive
 from .probability_flow import Trace, end_time
 from .runs import Request, follow
@@ -242,13 +243,18 @@ def _request(
     first = checks.integer("first_sample", first_sample, 0, 2**32 - len(x))
     request = Request(model, len(x), seed, first, cond, x, dtype, device, backend, "eager", "final", start_name=name)
     request.resolved  # noqa: B018 (refuses a backend that is not there)
-    if has_range and name == "x" and x.numel():
+    if name == "x" and x.numel():
         (low, high), (least, most) = model.data_range, (float(end) for end in x.detach().aminmax())
-        if least < 2 * low - high or most > 2 * high - low:
-            warn(
+        said = misfit(
+            model.process, max(-least, most), (high - low) / 8 if has_range and t_min is None else None, ends[0]
+        )
+        if has_range and (least < 2 * low - high or most > 2 * high - low):
+            said = (
                 f"x runs from {least:g} to {most:g}, far outside of the model's data_range ({low:g}, {high:g}): is it in "
-                "other units?",
+                "other units?"
             )
+        if said is not None:
+            warn(said)
     with torch.inference_mode(False):
         return request, x.detach().to(dtype).clone(memory_format=torch.contiguous_format), ends
 

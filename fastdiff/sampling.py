@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .errors import ConfigError, DataError, DTypeError, choose, names_keywords
+from .errors import ConfigError, DataError, DTypeError, choose, names_keywords, warn
 from .execution import loop, tensor_checks
 from .model import ScoreModel, as_model, check_path, device_of, leaves_no_trace
 from .planning import chains, processes, samplers
+from .planning.coverage import misfit
 from .planning.plan import MAX_STEPS, make_table
 from .probability_flow import end_time
 from .runs import Request, run_adaptive, run_table
@@ -196,6 +197,7 @@ def sample(
     batch = max(num_samples, 1) if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
     trajectory = checks.integer("trajectory", trajectory, 0, 10**7)
     checks.function("callback", callback)
+    range_known = isinstance(model, ScoreModel)
     model = as_model(model, sde, shape, prediction, time_input, samplers.variance_of(sampler))
     if math.prod((num_samples, *model.data_shape)) >= 2**48:
         raise ConfigError(
@@ -204,6 +206,12 @@ def sample(
     dtype, state_dtype = _dtypes(dtype, x_init)
     process, solver = _process_and_sampler(model, sde, steps, sampler)
     place = device_of(device, x_init, model.net)
+    if range_known and x_init is None:
+        low, high = model.data_range
+        spread = (high - low) / 8 if t_min is None and (grid is None or isinstance(grid, str)) else None
+        said = misfit(process, max(abs(low), abs(high)), spread)
+        if said is not None:
+            warn(said)
     request = functools.partial(
         Request, model, num_samples, seed, first_sample, cond, x_init, state_dtype, place, backend, engine, check
     )  # made, and so its tensors looked at, once the rest is known to be right
