@@ -19,6 +19,7 @@ from .execution.divergence import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus,
 from .execution.noise import PROBES
 from .execution.reference import tree_sum
 from .model import ScoreModel, as_model, device_of, leaves_no_trace, parameters
+from .planning.predictions import TimeInput
 from .planning.samplers import Adaptive
 from .probability_flow import Trace, end_time
 from .runs import Request, follow
@@ -69,7 +70,7 @@ def log_likelihood(
     max_nfe: int = 100_000,
     t_min: float | None = None,
     prediction: str | None = None,
-    time_input: str | None = None,
+    time_input: TimeInput | None = None,
     cond: Any = None,
     seed: int = 0,
     first_sample: int = 0,
@@ -133,7 +134,7 @@ def log_likelihood(
 def encode(
     model: Any, x: Tensor, sde: Any = None, *, rtol: float = 1e-5, atol: float = 1e-5, method: str = "dopri5",
     variable: str = "asinh", form: str = "v", couple: bool = False, max_nfe: int = 100_000, t_min: float | None = None,
-    prediction: str | None = None, time_input: str | None = None, cond: Any = None, batch_size: int | None = None,
+    prediction: str | None = None, time_input: TimeInput | None = None, cond: Any = None, batch_size: int | None = None,
     backend: str = "auto", progress: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """The latent x_T [B, *] of data x [B, *]: where the probability-flow ODE takes it from t_min to T, about N(0, prior_std²).
@@ -150,7 +151,7 @@ def encode(
 def decode(
     model: Any, z: Tensor, sde: Any = None, *, temperature: float = 1.0, rtol: float = 1e-5, atol: float = 1e-5,
     method: str = "dopri5", variable: str = "asinh", form: str = "v", couple: bool = False, max_nfe: int = 100_000,
-    t_min: float | None = None, prediction: str | None = None, time_input: str | None = None, cond: Any = None,
+    t_min: float | None = None, prediction: str | None = None, time_input: TimeInput | None = None, cond: Any = None,
     batch_size: int | None = None, backend: str = "auto", progress: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Data x [B, *] of a latent z [B, *]: where the probability-flow ODE takes temperature·z from T to t_min.
@@ -229,7 +230,7 @@ def bits_per_dim(ll: LogLikelihood, data_range: tuple[float, float], bins: int =
 
 
 def _request(
-    model: Any, x: Any, sde: Any, t_min: float | None, prediction: str | None, time_input: str | None, cond: Any,
+    model: Any, x: Any, sde: Any, t_min: float | None, prediction: str | None, time_input: TimeInput | None, cond: Any,
     backend: str, name: str, seed: int = 0, first_sample: int = 0,
 ) -> tuple[Request, Tensor, tuple[float, float]]:  # fmt: skip
     """What the public functions share: their arguments checked, x (called `name`) in the dtype of the state, and (t_min, T)."""

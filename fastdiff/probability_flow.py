@@ -175,7 +175,7 @@ def end_time(model: ScoreModel, sde: Any, t_min: float | None, default: float) -
     if model.time_input == "index":
         raise ConfigError(
             "time_input='index' has whole steps only, and an adaptive solver stands between them: use a sampler of fixed "
-            "steps, such as 'ddim', or a network that takes time_input='t'"
+            "steps, such as 'ddim', or time_input='fractional_index'"
         )
     if t_min is None:
         return default

@@ -19,6 +19,7 @@ from .execution import loop, tensor_checks
 from .model import ScoreModel, as_model, check_path, device_of, leaves_no_trace
 from .planning import chains, processes, samplers
 from .planning.plan import MAX_STEPS, make_table
+from .planning.predictions import TimeInput
 from .probability_flow import end_time
 from .runs import Request, run_adaptive, run_table
 from .table import StepTable
@@ -61,7 +62,7 @@ class SampleOptions(TypedDict, total=False):
     num_samples: int
     shape: Sequence[int] | None
     prediction: str | None
-    time_input: str | None
+    time_input: TimeInput | None
     cond: Any
     seed: int | None
     first_sample: int
@@ -122,7 +123,7 @@ def sample(
     num_samples: int = 16,
     shape: Sequence[int] | None = None,
     prediction: str | None = None,
-    time_input: str | None = None,
+    time_input: TimeInput | None = None,
     cond: Any = None,
     seed: int | None = 0,
     first_sample: int = 0,
@@ -147,8 +148,9 @@ def sample(
     """Draw samples [num_samples, *shape] from a score-based model, in the units of its `data_range` (not clamped to it).
 
     model         a ScoreModel, or any callable (x [B, *shape], t [B]) -> [B, *shape]: then `sde` and `shape` are needed,
-                  `prediction` is "score" and t the process time unless said otherwise. x and t are the run's own buffers,
-                  overwritten for the next call: a model that keeps them must clone them
+                  `prediction` is "score" and t the process time unless said otherwise (on a chain the step from 0, "index", of
+                  a network that predicts anything but a score). x and t are the run's own buffers, overwritten for the
+                  next call: a model that keeps them must clone them
     sde           "ve", "vp", "subvp", "ddpm", "ncsn", "edm", "ou" or a process; default the model's own. A discrete
                   chain whose levels lie on the model's path (DDPM where α² + σ² = 1, NCSN where α = 1) runs on it
     steps         predictor steps (annealed Langevin: levels × steps per level); default 1000, all steps of a chain, or
@@ -160,8 +162,9 @@ def sample(
     batch_size    samples in one network call; None: all
     x_init, noise the start [num_samples, *shape]; the noise [rows, num_samples, *shape], or a callable row -> [num_samples,
                   *shape] that is called once for each row that draws, in order
-    grid, t_min   where the steps stand and end: "uniform" "quadratic" "logsnr" "karras" "trained" "score_sde", decreasing
-                  times, or fastdiff.grids.sigmas([...])
+    grid, t_min   where the steps stand and end: "uniform" "quadratic" "logsnr" "karras" "trained" "score_sde", diffusers'
+                  "leading" "trailing" "linspace", OpenAI's "ddim50" "10,15,20", decreasing times, noise ratios
+                  fastdiff.grids.sigmas([...]), or a chain's steps from 0, fastdiff.grids.indices([...])
     clip          (lo, hi) for the predicted x0
     denoise       leave out the last predictor row's noise; annealed Langevin adds x + σ² score; "adaptive_sde" ends in the mean
                   of x0

@@ -35,7 +35,7 @@ def plan(
     t_min: float | None = None,
     clip: tuple[float, float] | None = None,
     denoise: bool = True,
-    time_input: str | None = None,
+    time_input: predictions.TimeInput | None = None,
     clock: Process | None = None,
 ) -> StepTable:
     """The table of a run, by the same rules and defaults as `fastdiff.sample`.
@@ -51,7 +51,7 @@ def plan(
         samplers.get(sampler, process),
         steps,
         prediction=prediction,
-        time_input=predictions.default_time_input(prediction) if time_input is None else time_input,
+        time_input=predictions.default_time_input(prediction, clock or process) if time_input is None else time_input,
         clock=process if clock is None else clock,
         grid=grid,
         t_min=t_min,
@@ -66,7 +66,7 @@ def make_table(
     steps: int | None = None,
     *,
     prediction: str,
-    time_input: str,
+    time_input: predictions.TimeInput,
     clock: Process,
     grid: Any = None,
     t_min: float | None = None,
@@ -75,18 +75,34 @@ def make_table(
 ) -> StepTable:
     """What `plan` does once its names are objects: its arguments checked, and the table, from a cache."""
     steps = None if steps is None else checks.integer("steps", steps, 1, MAX_STEPS)
-    return _cached(  # type: ignore[no-any-return]
+    make = _make if callable(time_input) else _cached  # a function may mean something else by the next run
+    return make(
         process,
         sampler,
         steps,
         prediction,
         time_input,
         clock,
-        grid if grid is None or isinstance(grid, (str, grids.Sigmas)) else grids.decreasing("grid", grid),
+        _checked_grid(process, grid),
         None if t_min is None else checks.number("t_min", t_min),
         None if clip is None else checks.pair("clip", clip),
         checks.flag("denoise", denoise),
     )
+
+
+def _checked_grid(process: Process, grid: Any) -> Any:
+    """The grid as constants: a name, noise ratios, or times."""
+    if grids.is_respacing(grid):
+        if not process.discrete or process.ladder:
+            raise ConfigError(f"grid={grid!r} needs a DDPM chain, and the process is {process.name!r}: use steps=")
+        grid = grids.timesteps(grid, int(process.T))
+    if isinstance(grid, grids.Indices):
+        return grids.times_of(grid, process)
+    if grid is None or isinstance(grid, (str, grids.Sigmas)):
+        return grid
+    times = grids.decreasing("grid", grid)
+    grids.warn_of_timesteps(process, times)
+    return times
 
 
 def _make(
@@ -94,7 +110,7 @@ def _make(
     sampler: samplers.Sampler,
     steps: int | None,
     prediction: str,
-    time_input: str,
+    time_input: predictions.TimeInput,
     clock: Process,
     grid_spec: Any,
     t_min: float | None,
@@ -151,7 +167,8 @@ def _grid(
     if spec == "score_sde" and not sampler.reference_grid:
         raise ConfigError(f"grid='score_sde' has no sampler {sampler.name!r}: use grid='uniform'")
     # the reference's grid has as many points as steps; any other has one more, but for samplers that stand on levels
-    return grids.build(spec, process, steps if spec == "score_sde" else sampler.intervals(process, steps), end), steps
+    intervals = steps if spec == "score_sde" else sampler.intervals(process, steps)
+    return grids.build(spec, process, intervals, end, one_more=sampler.one_more), steps
 
 
 def _start_std(process: Process, first: Level) -> float:
@@ -264,7 +281,7 @@ def _convert(source: Combination, target: Combination, level: Level) -> tuple[fl
 
 
 def _network_columns(
-    flat: Sequence[SolverRow], prediction: str, time_input: str, process: Process, clock: Process
+    flat: Sequence[SolverRow], prediction: str, time_input: predictions.TimeInput, process: Process, clock: Process
 ) -> dict[Level, _Network]:
     """The network's side of a call at each level where there is one."""
     levels = list(dict.fromkeys(row.level for row in flat if row.h0 is not None))

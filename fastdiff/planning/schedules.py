@@ -15,18 +15,18 @@ Array = NDArray[np.float64]
 
 
 def linear(T: int, beta_start: float | None = None, beta_end: float | None = None) -> Array:
-    """β_i from 1e-4 to 0.02 in equal steps (Ho et al. 2020), times 1000/T for other T (Nichol & Dhariwal 2021)."""
+    """β_i from 1e-4 to 0.02 in equal steps (Ho et al. 2020), both times 1000/T (Nichol & Dhariwal 2021) unless given."""
     return np.linspace(*_ends(T, beta_start, beta_end, 1e-4, 0.02), T)
 
 
 def quadratic(T: int, beta_start: float | None = None, beta_end: float | None = None) -> Array:
-    """√β_i in equal steps, 1e-4 to 0.02 (the `quad` schedule of Ho et al. 2020)."""
+    """√β_i in equal steps, 1e-4 to 0.02 (the `quad` schedule of Ho et al. 2020), both times 1000/T unless given."""
     lo, hi = _ends(T, beta_start, beta_end, 1e-4, 0.02)
     return np.linspace(math.sqrt(lo), math.sqrt(hi), T) ** 2
 
 
 def scaled_linear(T: int, beta_start: float | None = None, beta_end: float | None = None) -> Array:
-    """√β_i in equal steps, 0.00085 to 0.012 (Rombach et al. 2022)."""
+    """√β_i in equal steps, 0.00085 to 0.012 (Rombach et al. 2022), both times 1000/T unless given."""
     return quadratic(T, *_ends(T, beta_start, beta_end, 0.00085, 0.012))
 
 

@@ -60,6 +60,7 @@ class Sampler:
     name: ClassVar[str]
     reference_grid: ClassVar[bool] = False  # whether score_sde's own discretisation has this sampler
     any_steps: ClassVar[bool] = False  # whether `steps` is free on an explicit grid
+    one_more: ClassVar[bool] = False  # how diffusers spaces this sampler's timesteps (fastdiff.grids.timesteps)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -29,6 +29,7 @@ class DPMSolver(FewSteps):
 
     order: int = 2
     name: ClassVar[str] = "dpm_solver"
+    one_more: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.integer("order", self.order, 1, 3)
@@ -87,6 +88,7 @@ class DPMSolverPP2S(FewSteps):
     eta: float = 0.0
     sde: bool = False
     name: ClassVar[str] = "dpmpp_2s"
+    one_more: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.number("eta", self.eta, 0, 1)

@@ -73,6 +73,7 @@ class DEIS(FewSteps):
     variable: str = "t"
     lower_order_final: bool | None = None
     name: ClassVar[str] = "deis"
+    one_more: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.integer("order", self.order, 1, 4)
@@ -124,6 +125,7 @@ class DPMSolverPP(FewSteps):
     eta: float = 0.0
     lower_order_final: bool | None = None
     name: ClassVar[str] = "dpmpp_2m"
+    one_more: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.integer("order", self.order, 1, 3)

@@ -58,6 +58,7 @@ class UniPC(FewSteps):
     predicts: str = "x0"
     lower_order_final: bool = True
     name: ClassVar[str] = "unipc"
+    one_more: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.integer("order", self.order, 1, 3)
@@ -108,6 +109,7 @@ class SA(FewSteps):
     tau: float = 1.0
     lower_order_final: bool = True
     name: ClassVar[str] = "sa"
+    one_more: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.integer("predictor", self.predictor, 1, 3)
