@@ -237,7 +237,7 @@ def _request(
     _check_samples(name, x)
     has_range = isinstance(model, ScoreModel)
     model = as_model(model, sde, None if has_range else tuple(x.shape[1:]), prediction, time_input)
-    ends = end_time(model, sde, t_min, model.process.t_likelihood), float(model.process.T)
+    ends = end_time(model, sde, t_min, model.process.t_likelihood), model.process.t_start
     device = device_of(x.device, x, model.net)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     first = checks.integer("first_sample", first_sample, 0, 2**32 - len(x))

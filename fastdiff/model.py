@@ -18,7 +18,7 @@ from .errors import ConfigError, ModelOutputError, ModelOutputTypeError, ShapeEr
 from .execution import cpu, modules, tensor_checks
 from .execution.loop import Condition
 from .planning import chains, predictions, processes
-from .planning.predictions import Pair
+from .planning.processes import Pair
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -21,8 +21,7 @@ from .execution.noise import SAMPLER
 from .model import ScoreModel, answer, check_path, dtype_of, memory_format_of, picked, takes_features, time_features
 from .planning import predictions
 from .planning.ode_variables import OdePoint, OdeVariables
-from .planning.predictions import Pair
-from .planning.processes import require_linear
+from .planning.processes import Pair, require_linear
 
 # (network, its input [B, *], which samples) -> its output, and estimates of tr ∂output/∂input and of tr 1 (execution.divergence)
 Trace = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -177,6 +176,10 @@ def end_time(model: ScoreModel, sde: Any, t_min: float | None, default: float) -
             "time_input='index' has whole steps only, and an adaptive solver stands between them: use a sampler of fixed "
             "steps, such as 'ddim', or time_input='fractional_index'"
         )
+    start = np.array([process.t_start])
+    alpha, sigma = process.alpha(start), process.sigma(start)
+    pair = predictions.coordinates(model.prediction, process, start, alpha, sigma)
+    predictions.check_determined(model.prediction, pair, start, alpha, sigma)
     if t_min is None:
         return default
     if sde not in (None, process.name, process):

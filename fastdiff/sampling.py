@@ -213,12 +213,14 @@ def sample(
     if isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
         _refuse_fixed(solver, steps=steps, grid=grid, clip=clip, noise=noise, callback=callback)
         end = end_time(model, sde, t_min, solver.default_t_min(process))
-        if end == process.T:
-            raise ConfigError(f"t_min must be below T = {end:g}, where the run starts: give a smaller one")
+        if end >= process.t_start:
+            raise ConfigError(
+                f"t_min must be below {process.t_start:g}, where the run starts, got {end:g}: give a smaller one"
+            )
         result = run_adaptive(
             request(),
             solver,
-            float(process.T),
+            process.t_start,
             end,
             batch=batch,
             trajectory=trajectory,

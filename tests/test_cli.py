@@ -88,7 +88,14 @@ def test_a_signal_ends_a_training_with_its_last_step_saved(number, code, tmp_pat
     pairs(tmp_path)
     given = ["train", "data.npy", "--out", "run", "--batch-size", "4", "--steps"]
     command = [sys.executable, "-m", "fastdiff.cli", *given, "1000000"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = [
+        sys.executable,
+        "-c",
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
+    ]  # jobs in the background ignore SIGINT, and so do their children
+    with subprocess.Popen(
+        heard + command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert "step 100 " in process.stderr.readline()
         process.send_signal(number)
         printed, said = process.communicate()

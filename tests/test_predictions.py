@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastdiff
-from fastdiff import predictions
+from fastdiff import predictions, processes
 from fastdiff.errors import ConfigError
 
 T = np.array([3.0, 40.0, 80.0, 100.0])
@@ -33,6 +33,8 @@ def case(kind):
         "x0": X0,
         "v": alpha * EPS - sigma * X0,
         "scaled_score": -(x - alpha * X0) / sigma,
+        # dx/dt of log α linear within a step, with α² + σ² = 1
+        "velocity": 0.5 * np.log(1 - beta) * (alpha * X0 - alpha**2 / sigma * EPS),
         "prev_mean": mean,  # Ho et al. 2020, eq. 7
         "increment": np.sqrt(beta) * EPS / sigma,  # E[z | x_t, x_0] of x_t = √(1−β) x_{t−1} + √β z
     }
@@ -117,3 +119,27 @@ def test_time_inputs():
 def test_bad_combinations_are_refused(prediction, time_input, process, match):
     with pytest.raises(ConfigError, match=match):
         predictions.check(prediction, time_input, process)
+
+
+class Straight(processes.Process):
+    """Flow matching's path, which has no α at T."""
+
+    T, t_min = 1.0, 1e-5
+
+    def alpha(self, t):
+        return 1.0 - t
+
+    def sigma(self, t):
+        return 1.0 * t
+
+
+@pytest.mark.parametrize(("process", "within"), [(Straight(), 1e-9), (fastdiff.VP(), 1e-8), (fastdiff.VE(), 1e-8)])
+def test_velocity_is_the_paths_derivative(process, within):
+    t = np.array([0.1, 0.5, 0.9]) * process.T
+    r, w = predictions.coordinates("velocity", process, t, process.alpha(t), process.sigma(t))
+    h = 1e-5 * process.T
+    np.testing.assert_allclose(r, (process.alpha(t + h) - process.alpha(t - h)) / (2 * h), rtol=within, atol=1e-9)
+    np.testing.assert_allclose(w, (process.sigma(t + h) - process.sigma(t - h)) / (2 * h), rtol=within, atol=1e-9)
+    if process.name == "straight":  # ε − x0, up to T itself
+        r, w = process.rates(np.array([1e-5, 0.5, 1.0]))
+        np.testing.assert_allclose([r, w], [[-1.0] * 3, [1.0] * 3], rtol=2e-7)

@@ -174,7 +174,7 @@ def test_euler_maruyama_and_the_family_down_to_the_ode(name, lam):
     theirs = score_based.euler_maruyama(lambda t: kernel(t).f, lambda t: kernel(t).g, score, start, times, noise, lam)
     same(states(score, name, N, sampler=EulerMaruyama(lam), x_init=start), theirs)
     if lam == 0:
-        same(states(score, name, N, sampler="ode", x_init=start), theirs)
+        same(states(score, name, N, sampler="ode", grid="uniform", x_init=start), theirs)
 
 
 CORRECTORS = {
@@ -264,7 +264,7 @@ def denoiser(x, sigma):
 
 def test_heun_is_karras_algorithm_1():
     grid = score_based.karras_sigmas(9)
-    ours = states(denoiser, "edm", 9, x_init=80 * X, prediction="x0")
+    ours = states(denoiser, "edm", 9, grid="karras", x_init=80 * X, prediction="x0")
     same(ours, score_based.edm_deterministic(denoiser, 80 * X, grid))
 
 
@@ -276,7 +276,8 @@ GRID = score_based.karras_sigmas(9)
 )
 def test_heun_with_churn_is_karras_algorithm_2(s_churn, s_max, rows):
     """By the cap √2 − 1, by S_churn/N, and with a level that stands on S_max itself."""
-    ours = states(denoiser, "edm", 9, sampler=Heun(s_churn, 0.05, s_max, 1.003), x_init=80 * X, prediction="x0")
+    sampler = Heun(s_churn, 0.05, s_max, 1.003)
+    ours = states(denoiser, "edm", 9, sampler=sampler, grid="karras", x_init=80 * X, prediction="x0")
     theirs = score_based.edm_stochastic(denoiser, 80 * X, GRID, noise, s_churn, 0.05, s_max, 1.003)
     same(ours, theirs)
     assert len(ours) == 17 + sum(0.05 <= sigma <= s_max for sigma in GRID)
@@ -296,7 +297,7 @@ def test_churn_on_vp_is_the_same_algorithm_on_x_over_alpha():
     start = ratios[0] * X
     theirs = score_based.edm_stochastic(rescaled, start, ratios, noise, 2.0, 0.02, 50.0, 1.01)
     sampler = Heun(2.0, 0.02, 50.0, 1.01)
-    ours = states(clean, vp, 9, sampler=sampler, x_init=float(vp.alpha(1.0)) * start, prediction="x0")
+    ours = states(clean, vp, 9, sampler=sampler, grid="karras", x_init=float(vp.alpha(1.0)) * start, prediction="x0")
     assert len(ours) == len(theirs) > 20
     assert (ours[-1] - theirs[-1]).abs().max() < 1e-9  # at σ = 0, where α = 1
 
@@ -317,7 +318,7 @@ def test_edm_preconditioning_is_equation_7():
     theirs = score_based.edm_deterministic(
         score_based.edm_precondition(network, 0.7), 80 * X, score_based.karras_sigmas(9)
     )
-    same(states(network, fastdiff.EDM(sigma_data=0.7), 9, x_init=80 * X, prediction="edm"), theirs)
+    same(states(network, fastdiff.EDM(sigma_data=0.7), 9, grid="karras", x_init=80 * X, prediction="edm"), theirs)
 
 
 @pytest.mark.parametrize("name", KERNELS)

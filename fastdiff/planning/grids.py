@@ -22,6 +22,8 @@ from .processes import Process
 
 Array = NDArray[np.float64]
 
+_SMALLEST = 1e-9  # α from which formulas that divide by it keep half of float64's digits
+
 
 class Step(NamedTuple):
     """From `level` down to `next`: x_level = ratio·x_next + √var·z is the forward kernel between them.
@@ -205,17 +207,17 @@ def decreasing(argument: str, values: Any) -> tuple[float, ...]:
 
 
 def _uniform(process: Process, n: int, t_min: float) -> Array:
-    return np.linspace(process.T, t_min, n + 1)
+    return np.linspace(process.t_start, t_min, n + 1)
 
 
 def _quadratic(process: Process, n: int, t_min: float) -> Array:
-    return np.linspace(math.sqrt(process.T), math.sqrt(t_min), n + 1) ** 2
+    return np.linspace(math.sqrt(process.t_start), math.sqrt(t_min), n + 1) ** 2
 
 
 def _logsnr(process: Process, n: int, t_min: float) -> Array:
     high, low = _ends(process, t_min, "logsnr")
     times: Array = process.time(np.exp(np.linspace(math.log(high), math.log(low), n + 1)))
-    times[0], times[-1] = process.T, t_min
+    times[0], times[-1] = process.t_start, t_min
     return times
 
 
@@ -242,7 +244,7 @@ TIMES: dict[str, Callable[[Process, int, float], Array]] = {
     "logsnr": _logsnr,
     "trained": _trained,
 }
-GRIDS = (*TIMES, "karras", "score_sde", *SPACINGS)
+GRIDS = (*TIMES, "fourth_root", "karras", "score_sde", *SPACINGS)
 
 
 def karras(sigma_max: float, sigma_min: float, n: int, rho: float = 7.0) -> Array:
@@ -251,18 +253,39 @@ def karras(sigma_max: float, sigma_min: float, n: int, rho: float = 7.0) -> Arra
     return np.append(ramp, 0.0)
 
 
-def build(spec: object, process: Process, n: int | None, t_min: float | None, *, one_more: bool = False) -> Grid:
+def fourth_root(sigma_max: float, sigma_min: float, n: int, sigma_data: float = 0.5) -> Array:
+    """n + 1 noise ratios, even in (log(1 + (σ̂/σ_data)²))^{1/4} from `sigma_max` to `sigma_min`.
+
+    log(1 + (σ̂/σ_data)²) is ∫β of the VP process whose noise ratio is σ̂/σ_data, about ½ t² (β_max − β_min) of linear β: these
+    are the levels even in √t there, for every process, whatever its clock. docs/samplers.md compares them with other grids.
+    """
+    high, low = (math.log1p((sigma_hat / sigma_data) ** 2) ** 0.25 for sigma_hat in (sigma_max, sigma_min))
+    levels: Array = sigma_data * np.sqrt(np.expm1(np.linspace(high, low, n + 1) ** 4))
+    levels[0], levels[-1] = sigma_max, sigma_min
+    return levels
+
+
+def build(
+    spec: object,
+    process: Process,
+    n: int | None,
+    t_min: float | None,
+    in_time: bool = False,
+    to_data: bool = True,
+    one_more: bool = False,
+) -> Grid:
     """The grid of `n` steps that ends at `t_min` (None: the process's); an explicit `spec` has both, and takes neither.
 
-    `one_more`: see `timesteps`.
+    in_time, to_data  of "fourth_root": whether it is a grid of times, and whether its last level is the data instead of t_min
+    one_more          of "leading" and "linspace": see `timesteps`
     """
     if isinstance(spec, str):
         choose("grid", spec, GRIDS)
         if n is None:
             raise ConfigError(f"steps= is needed with grid={spec!r}")
         end = process.t_min if t_min is None else t_min
-        if not 0 <= end < process.T:
-            raise ConfigError(f"t_min must satisfy 0 <= t_min < T = {process.T:g}, got {end:g}")
+        if not 0 <= end < process.t_start:
+            raise ConfigError(f"t_min must satisfy 0 <= t_min < T = {process.t_start:g}, got {end:g}")
         if end < process.first_time:
             raise ConfigError(
                 f"t_min must be >= {process.first_time:g}, the smallest level of {process.name!r}, got {end:g}"
@@ -271,6 +294,14 @@ def build(spec: object, process: Process, n: int | None, t_min: float | None, *,
             return build(_spaced(spec, process, n, end, one_more), process, None, None)
         if spec == "score_sde":
             return Grid(_reference_steps(process, n, end), reference=True)
+        if spec == "fourth_root":
+            high, low = _ends(process, end, spec)
+            levels = fourth_root(high, low, n, process.sigma_data)
+            if to_data and not in_time:
+                return Grid(_steps(process, _levels_of_sigma_hat(process, np.append(levels[:-1], 0.0))), True)
+            times = process.time(levels)
+            times[0], times[-1] = process.t_start, end
+            return Grid(_steps(process, _levels_of_times(process, times)), not in_time)
         if spec == "karras":
             return Grid(_steps(process, _levels_of_sigma_hat(process, karras(*_ends(process, end, spec), n))), True)
         return Grid(_steps(process, _levels_of_times(process, TIMES[spec](process, n, end))))
@@ -314,8 +345,8 @@ def step_between(process: Process, level: Level, following: Level) -> Step:
 
 
 def _ends(process: Process, t_min: float, name: str) -> tuple[float, float]:
-    """σ̂ at T and at t_min."""
-    t = np.array([float(process.T), t_min])
+    """σ̂ at the start and at t_min."""
+    t = np.array([process.t_start, t_min])
     high, low = (process.sigma(t) / process.alpha(t)).tolist()
     if low <= 0:
         raise ConfigError(f"t_min must have sigma > 0 with grid={name!r}, got t_min={t_min:g}: give a larger one")
@@ -333,7 +364,7 @@ def _levels_of_sigma_hat(process: Process, sigma_hat: Array) -> list[Level]:
     inside = (t >= first - 1e-9) & (t <= process.T * 1.000001)
     outside = np.flatnonzero((sigma_hat > 0) & ~inside)
     if len(outside):
-        low, high = (float(process.sigma(v) / process.alpha(v)) for v in (first, float(process.T)))
+        low, high = (float(process.sigma_hat(v)) for v in (first, float(process.T)))
         raise ConfigError(
             f"sigma/alpha = {sigma_hat[outside[0]]:g} is not among the process's levels, {low:g} to {high:g}: stay inside"
         )
@@ -344,9 +375,11 @@ def _levels_of_sigma_hat(process: Process, sigma_hat: Array) -> list[Level]:
 
 def _steps(process: Process, levels: list[Level]) -> tuple[Step, ...]:
     t, alpha, sigma = (np.array(column) for column in zip(*levels))
-    if not (alpha.min() > 1e-150 and np.isfinite(sigma).all()):
+    if not (alpha.min() > _SMALLEST and np.isfinite(sigma).all()):
+        k = int(np.where(np.isfinite(sigma), alpha, -1).argmin())
         raise ConfigError(
-            f"alpha({t[int(alpha.argmin())]:g}) is 0 to float64 in this process: its rate is too large, lower it"
+            f"alpha({t[k]:g}) = {alpha[k]:.3g} and sigma = {sigma[k]:.3g} leave nothing of the data in x_t, so that no step can "
+            f"begin there: start at t <= {process.t_start:g}"
         )
     ratio = alpha[:-1] / alpha[1:]
     # the difference of two squares, by its factors: neighbouring levels are close
@@ -367,7 +400,7 @@ def _reference_steps(process: Process, n: int, t_min: float) -> tuple[Step, ...]
     `reference_transitions`."""
     if n < 2:
         raise ConfigError(f"steps must be >= 2 with grid='score_sde', got {n}")
-    t = np.linspace(process.T, t_min, n)
+    t = np.linspace(process.t_start, t_min, n)
     levels = _levels_of_times(process, t)
     if levels[-1].sigma <= 0:  # where the last step calls the network
         raise ConfigError(f"t_min must have sigma > 0 with grid='score_sde', got t_min={t_min:g}: give a larger one")

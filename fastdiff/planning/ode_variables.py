@@ -27,8 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import choose
-from .predictions import Pair
-from .processes import Process, lib
+from .processes import Pair, Process, lib
 
 
 class _OfSigmaHat(NamedTuple):

@@ -167,14 +167,14 @@ def _grid(
     if spec == "score_sde" and not sampler.reference_grid:
         raise ConfigError(f"grid='score_sde' has no sampler {sampler.name!r}: use grid='uniform'")
     # the reference's grid has as many points as steps; any other has one more, but for samplers that stand on levels
-    intervals = steps if spec == "score_sde" else sampler.intervals(process, steps)
-    return grids.build(spec, process, intervals, end, one_more=sampler.one_more), steps
+    count = steps if spec == "score_sde" else sampler.intervals(process, steps)
+    return grids.build(spec, process, count, end, sampler.in_time, t_min is None, sampler.one_more), steps
 
 
 def _start_std(process: Process, first: Level) -> float:
-    """The standard deviation of the start: the prior's at T; below T the level's own σ, Karras et al.'s Alg. 1, as long
+    """The standard deviation of the start: the prior's at t_start; below, the level's own σ, Karras et al.'s Alg. 1, as long
     as the data's share of x is small or α = 1; else NaN, and the run needs x_init."""
-    if abs(first.t - process.T) <= 1e-6 * process.T:
+    if first.t >= process.t_start - 1e-6 * process.T:
         return process.prior_std
     return first.sigma if first.alpha == 1 or first.sigma >= 10 * first.alpha else math.nan
 
@@ -294,6 +294,7 @@ def _network_columns(
     clock_t = t if clock == process else np.minimum(clock.time(sigma / alpha), clock.T)
     time = predictions.network_time(time_input, clock, clock_t, alpha, sigma)
     r, w = predictions.coordinates(prediction, clock, clock_t, alpha, sigma)
+    predictions.check_determined(prediction, (r, w), t, alpha, sigma)
     in_scale = predictions.input_scale(prediction, clock, alpha, sigma)
     columns = np.stack(np.broadcast_arrays(time, in_scale, r, w), 1).tolist()
     return {level: _Network(time, in_scale, (r, w)) for level, (time, in_scale, r, w) in zip(levels, columns)}

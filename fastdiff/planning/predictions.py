@@ -7,6 +7,7 @@ x = α x0 + σ ε that makes any prediction an affine function of x and any othe
     scaled_score   (0, −1), score = m/σ (NCSNv2)   v      (−σ, α)         (Salimans & Ho 2022)
     prev_mean      E[x_{t−1} | x_t, x0], the mean of Ho et al. 2020, eq. 7: (α_{t−1}, α_{t|t−1} σ_{t−1}²/σ_t)
     increment      the noise of the last increment x_t = α_{t|t−1} x_{t−1} + σ_{t|t−1} z given x_t: (0, σ_{t|t−1}/σ_t)
+    velocity       dx/dt = α̇ x0 + σ̇ ε of the path, ε − x0 on the straight one (Lipman et al. 2023; Liu et al. 2023)
     edm            F of D = c_skip x̂ + c_out F(c_in x̂, ln σ̂/4), x̂ = x/α, σ̂ = σ/α (Karras et al. 2022, eq. 7)
 """
 
@@ -21,9 +22,8 @@ import numpy as np
 
 from .. import checks
 from ..errors import ConfigError, choose
-from .processes import Process, lib, require_linear
+from .processes import Pair, Process, lib, require_linear
 
-Pair = tuple[Any, Any]
 # a name of TIME_INPUTS, or a function of the process times [B]
 TimeInput = str | Callable[[Any], Any]
 
@@ -69,6 +69,7 @@ PREDICTIONS: dict[str, Callable[[Process, Any, Any, Any], Pair]] = {
     "x0": lambda process, t, alpha, sigma: (0.0 * sigma + 1.0, 0.0 * sigma),
     "v": lambda process, t, alpha, sigma: (-sigma, alpha),
     "scaled_score": lambda process, t, alpha, sigma: (0.0 * sigma, 0.0 * sigma - 1.0),
+    "velocity": lambda process, t, alpha, sigma: process.rates(t),
     "prev_mean": _prev_mean,
     "increment": _increment,
     "edm": _edm,
@@ -88,6 +89,18 @@ def convert(source: Pair, target: Pair, alpha: Any, sigma: Any) -> Pair:
     (r, w), (r_target, w_target) = source, target
     determinant = alpha * w - sigma * r
     return (r_target * w - w_target * r) / determinant, (alpha * w_target - sigma * r_target) / determinant
+
+
+def check_determined(prediction: str, pair: Pair, t: Any, alpha: Any, sigma: Any) -> None:
+    """Refuse levels where a prediction (r, w) says nothing of x0: ε and the score, where α is next to 0."""
+    r, w = pair
+    lost = np.flatnonzero((alpha < 1e-5) & (abs(alpha * w - sigma * r) < 1e-5 * np.hypot(r, w)))
+    if len(lost):
+        k = lost[0]
+        raise ConfigError(
+            f"prediction={prediction!r} says nothing of the data at t = {t[k]:g}, where alpha = {alpha[k]:.1g}: use a network of "
+            "prediction='v' or 'x0', or a sampler of fixed steps with a grid that starts at a lower t"
+        )
 
 
 def input_scale(prediction: str, process: Process, alpha: Any, sigma: Any) -> Any:

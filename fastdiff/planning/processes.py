@@ -21,12 +21,15 @@ from numpy.typing import NDArray
 from .. import checks
 from ..errors import ConfigError, choose
 from . import schedules
+from .cache import cached
 
 Array = NDArray[np.float64]
+Pair = tuple[Any, Any]
 
 _SHORTEST = 1e-5
 # float32 must hold the square of every level
 _LARGEST = math.sqrt(float(np.finfo(np.float32).max))
+_LARGEST_RATIO = 1e4  # of σ/α where runs start, if α is small there
 
 
 class Process:
@@ -52,6 +55,9 @@ class Process:
     # its whole times 1 … T are also the levels of annealed Langevin dynamics; `index` still counts from t = 1, the lowest noise
     ladder: ClassVar[bool] = False
     default_sampler: ClassVar[Any] = "euler_maruyama"  # a name, or an object of fastdiff.samplers
+    default_grid: ClassVar[str] = (
+        "fourth_root"  # where samplers of many steps stand; few-step samplers always stand there
+    )
     sigma_data: float = 0.5  # the data's standard deviation in EDM's preconditioning
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -81,6 +87,12 @@ class Process:
         VP, sub-VP and DDPM say 1, as published: what α(T)² lacks in σ(T)² is the data's, whose variance is about 1.
         """
         return float(self.sigma(float(self.T))) if self.linear else 1.0
+
+    @property
+    def t_start(self) -> float:
+        """Where runs start and likelihoods end: T, or below it, on a continuous process, where σ/α is 10⁴ and α < 10⁻³: from
+        there on (x − σ ε)/α has no digits left in float32, and what x holds of the data is a ten-thousandth of its noise."""
+        return _start(self)  # type: ignore[no-any-return]
 
     @property
     def t_train(self) -> float:
@@ -138,18 +150,33 @@ class Process:
         rise = library.log(self.sigma(high) * self.alpha(low) / (self.sigma(low) * self.alpha(high))) / (high - low)
         return _as(self.sigma(middle) * library.sqrt(2 * rise), t)
 
+    def rates(self, t: Any) -> Pair:
+        """(dα/dt, dσ/dt): from `drift` and `diffusion` where a process has these formulas, else by differences."""
+        if self.defines("drift") and self.defines("diffusion"):
+            drift, sigma = self.drift(t), self.sigma(t)
+            return drift * self.alpha(t), drift * sigma + self.diffusion(t) ** 2 / (2 * sigma)
+        low, high = self._around(t)
+        width = high - low
+        return tuple(_as((of(high) - of(low)) / width, t) for of in (self.alpha, self.sigma))
+
     def time(self, sigma_hat: Any) -> Any:
         """The t at which σ(t)/α(t) is `sigma_hat`: by bisection unless a process has a formula; outside [0, T] where none is."""
         wanted = _double(sigma_hat)
         low, high = 0.0 * wanted, 0.0 * wanted + float(self.T)
-        first, last = (self.sigma(t) / self.alpha(t) for t in (low, high))
+        first, last = self.sigma_hat(low), self.sigma_hat(high)
         below, above = wanted < first * (1 - 1e-9), wanted > last * (1 + 1e-9)
         where = lib(wanted).where
         for _ in range(60):
             middle = 0.5 * (low + high)
-            lower = self.sigma(middle) / self.alpha(middle) < wanted
+            lower = self.sigma_hat(middle) < wanted
             low, high = where(lower, middle, low), where(lower, high, middle)
         return _as(where(below, -1.0 + low, where(above, 1.0 + 2 * high, 0.5 * (low + high))), sigma_hat)
+
+    def sigma_hat(self, t: Any) -> Any:
+        """σ/α, infinite where α is not above 0, as rounding may have it at T."""
+        alpha = self.alpha(t)
+        where = lib(alpha).where
+        return where(alpha > 0, self.sigma(t) / where(alpha > 0, alpha, 0.0 * alpha + 1.0), 0.0 * alpha + math.inf)
 
     def _around(self, t: Any) -> tuple[Any, Any]:
         """Times about t, within (0, T]."""
@@ -182,6 +209,7 @@ class VE(Process):
     sigma_max: float = 50.0
     name: ClassVar[str] = "ve"
     default_sampler: ClassVar[Any] = "pc"
+    default_grid: ClassVar[str] = "uniform"  # as published
     T = 1.0
     t_min: ClassVar[float] = 1e-5
 
@@ -233,6 +261,7 @@ class VP(Process):
     beta_min: float = 0.1
     beta_max: float = 20.0
     name: ClassVar[str] = "vp"
+    default_grid: ClassVar[str] = "uniform"  # as published
     T = 1.0
     t_min: ClassVar[float] = 1e-3
 
@@ -436,10 +465,12 @@ class DDPM(Process):
             _keep(self, T=len(self.betas))
         _keep(self, T=checks.integer("T", self.T, 1, 10**7))
         values = self.beta_table
-        bad = np.flatnonzero(~((values > 0) & (values < 1)))
+        bad = np.flatnonzero(~((values > 0) & (values < 1) | (values == 1) & (np.arange(self.T) == self.T - 1)))
         if len(bad):
             way_out = ": use a larger T" if isinstance(self.betas, str) else ""
-            raise ConfigError(f"betas must lie in (0, 1), got betas[{bad[0]}] = {values[bad[0]]:g}{way_out}")
+            raise ConfigError(
+                f"betas must lie in (0, 1), the last in (0, 1], got betas[{bad[0]}] = {values[bad[0]]:g}{way_out}"
+            )
 
     @cached_property
     def beta_table(self) -> Array:
@@ -452,8 +483,14 @@ class DDPM(Process):
 
     @cached_property
     def _log_alpha(self) -> Array:
-        """log α at t = 0 … T."""
-        return np.concatenate(([0.0], 0.5 * np.cumsum(np.log1p(-self.beta_table))))
+        """log α at t = 0 … T; where β_T = 1 (zero terminal SNR, Lin et al. 2023) α_T is 10⁻⁷ instead of 0, so that formulas may
+        divide by it, as they do in float64: x_0 from v is then off by 10⁻⁷ x."""
+        betas = self.beta_table
+        last = betas[-1:] < 1
+        logs = np.log1p(-np.append(betas[:-1], np.where(last, betas[-1:], 0.0)))
+        log_alpha = np.concatenate(([0.0], 0.5 * np.cumsum(logs)))
+        log_alpha[-1] = log_alpha[-1] if last else min(math.log(1e-7), log_alpha[-1] - math.log(1e3))
+        return log_alpha
 
     def alpha(self, t: Any) -> Any:
         return lib(t).exp(_interpolate(t, self._log_alpha, 0))
@@ -531,6 +568,16 @@ class NCSN(Process):
 
 
 PROCESSES: dict[str, type[Process]] = {c.name: c for c in (VE, VP, SubVP, DDPM, NCSN, EDM, OU)}
+
+
+@cached(64)
+def _start(process: Process) -> float:
+    """`Process.t_start`."""
+    top = float(process.T)
+    if process.discrete or not process.linear:
+        return top
+    alpha, sigma_hat = float(process.alpha(np.float64(top))), float(process.sigma_hat(np.float64(top)))
+    return float(process.time(np.float64(_LARGEST_RATIO))) if alpha < 1e-3 and sigma_hat > _LARGEST_RATIO else top
 
 
 def get(sde: object) -> Process:

@@ -10,7 +10,7 @@ from ... import checks
 from ...errors import ConfigError, choose
 from ..grids import Grid
 from ..processes import Process
-from .base import EPS, Sampler, SolverRow, SolverRows, score
+from .base import EPS, FewSteps, Sampler, SolverRow, SolverRows, score
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Ancestral(Sampler):
 
 
 @dataclass(frozen=True)
-class DDIM(Sampler):
+class DDIM(FewSteps):
     """DDIM on any process (Song, Meng & Ermon 2021, eq. 12 and 16):
 
         x_s = α_s x̂_0 + √(σ_s² − c²) ε + c z,     c = η √(σ²_{t|s} σ_s²/σ_t²)

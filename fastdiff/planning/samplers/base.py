@@ -67,9 +67,16 @@ class Sampler:
         if not hasattr(cls, "name"):
             cls.name = cls.__name__.lower()
 
+    @property
+    def in_time(self) -> bool:
+        """Whether it steps in process time alone, or calls the network where the grid ends."""
+        return False
+
     def default_grid(self, process: Process, steps: int, t_min: float) -> str:
-        """The grid where the caller names none: a chain's own times where they suffice."""
-        return "trained" if process.discrete and t_min == int(t_min) and steps <= process.T - t_min else "uniform"
+        """The grid where the caller names none: the process's own, of a chain its own times where they suffice."""
+        if process.discrete:
+            return "trained" if t_min == int(t_min) and steps <= process.T - t_min else "uniform"
+        return process.default_grid
 
     def default_steps(self, process: Process, t_min: float) -> int:
         """`steps` where neither the caller nor a grid says: 1000, or all of a discrete process."""
@@ -105,10 +112,10 @@ class Sampler:
 
 
 class FewSteps(Sampler):
-    """Samplers made for few steps: on the Karras grid unless another is named, or on a chain's own times."""
+    """Samplers made for few steps: on the grid "fourth_root" unless another is named, or on a chain's own times."""
 
     def default_grid(self, process: Process, steps: int, t_min: float) -> str:
-        return super().default_grid(process, steps, t_min) if process.discrete else "karras"
+        return super().default_grid(process, steps, t_min) if process.discrete else "fourth_root"
 
 
 def finished(rows: SolverRows, grid: Grid, denoise: bool) -> tuple[SolverRows, Level]:

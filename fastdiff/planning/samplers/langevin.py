@@ -32,6 +32,10 @@ class _Langevin(Sampler):
         if self.step_size is not None:
             checks.number("step_size", self.step_size, 0, above=True)
 
+    @property
+    def in_time(self) -> bool:
+        return True
+
     def default_t_min(self, process: Process) -> float:
         return process.t_noisy
 

@@ -16,7 +16,7 @@ from ... import checks
 from ...table import Level
 from ..grids import Grid, Step, level_at, levels_at, step_between
 from ..processes import Process
-from .base import EPS, Combination, FewSteps, Sampler, SolverRow, SolverRows, ddim_step, split_noise, velocity
+from .base import EPS, Combination, FewSteps, SolverRow, SolverRows, ddim_step, split_noise, velocity
 
 
 def _euler(step: Step, in_sigma: bool) -> tuple[float, float, Combination]:
@@ -27,7 +27,7 @@ def _euler(step: Step, in_sigma: bool) -> tuple[float, float, Combination]:
 
 
 @dataclass(frozen=True)
-class ODE(Sampler):
+class ODE(FewSteps):
     """Euler's method: x' = x + Δt dx/dt, or x'/α' = x/α + Δσ̂ ε on grids of σ̂ (which is DDIM)."""
 
     name: ClassVar[str] = "ode"
@@ -63,8 +63,7 @@ class _Churned(FewSteps):
 
         One limit beside the printed ones: σ̂' stays within the process, as the network knows nothing beyond T.
         """
-        top = np.array([float(process.T)])
-        highest = float((process.sigma(top) / process.alpha(top))[0])
+        highest = float(process.sigma_hat(process.t_start))
         for step in grid.steps:
             rows: list[SolverRow] = []
             sigma_hat = step.level.sigma_hat

@@ -96,9 +96,17 @@ class PredictorCorrector(Sampler):
     def steps_on(self, process: Process, points: int) -> int:
         return points if self.predicting is None else points - 1
 
+    @property
+    def calls_at_the_end(self) -> bool:
+        """Whether the corrector runs on the level where the grid ends."""
+        return self.predicting is None or (self.order == "predictor_first" and self.corrector != "none")
+
+    @property
+    def in_time(self) -> bool:
+        return self.calls_at_the_end or (self.predicting is not None and self.predicting.in_time)
+
     def default_t_min(self, process: Process) -> float:
-        calls_at_the_end = self.predicting is None or (self.order == "predictor_first" and self.corrector != "none")
-        return process.t_noisy if calls_at_the_end else process.t_min
+        return process.t_noisy if self.calls_at_the_end else process.t_min
 
     def intervals(self, process: Process, steps: int) -> int:
         # the corrector alone stands on every level, the last one included

@@ -25,6 +25,10 @@ class EulerMaruyama(Sampler):
     def __post_init__(self) -> None:
         checks.number("lam", self.lam, 0, 1)
 
+    @property
+    def in_time(self) -> bool:
+        return True
+
     def predict(self, process: Process, grid: Grid) -> SolverRows:
         if grid.in_sigma:
             raise ConfigError(
