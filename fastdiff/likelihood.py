@@ -149,19 +149,20 @@ def encode(
 @leaves_no_trace
 @names_keywords
 def decode(
-    model: Any, z: Tensor, sde: Any = None, *, temperature: float = 1.0, rtol: float = 1e-5, atol: float = 1e-5,
-    method: str = "dopri5", variable: str = "asinh", form: str = "v", couple: bool = False, max_nfe: int = 100_000,
-    t_min: float | None = None, prediction: str | None = None, time_input: TimeInput | None = None, cond: Any = None,
-    batch_size: int | None = None, backend: str = "auto", progress: bool | None = None,
+    model: Any, z: Tensor, sde: Any = None, *, temperature: float = 1.0, denoise: bool = False, rtol: float = 1e-5,
+    atol: float = 1e-5, method: str = "dopri5", variable: str = "asinh", form: str = "v", couple: bool = False,
+    max_nfe: int = 100_000, t_min: float | None = None, prediction: str | None = None, time_input: TimeInput | None = None,
+    cond: Any = None, batch_size: int | None = None, backend: str = "auto", progress: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Data x [B, *] of a latent z [B, *]: where the probability-flow ODE takes temperature·z from T to t_min.
 
     temperature   below 1 towards the typical, above 1 towards the rare (Kingma & Dhariwal 2018, §6: of the prior's std)
+    denoise       end in the mean of x0 at t_min (Tweedie's formula), by one evaluation more
 
     Other arguments and errors as in `log_likelihood`.
     """
     heat = checks.number("temperature", temperature, 0)
-    solver = Adaptive(method, rtol, atol, variable, form, couple, max_nfe)
+    solver = Adaptive(method, rtol, atol, variable, form, couple, max_nfe, denoise)
     request, x, ends = _request(model, z, sde, t_min, prediction, time_input, cond, backend, "z")
     return _follow(request, heat * x, ends[::-1], solver, batch_size, progress, "decode").y
 
@@ -174,7 +175,7 @@ def interpolate(
     mode      "spherical": sin((1−w)Ω)/sin Ω · za + sin(wΩ)/sin Ω · zb, Ω the angle between the latents, so that what lies
               between is as long as they are (Shoemake 1985; Song et al. 2021, appendix D.2); "linear": (1−w) za + w zb
     cond      of both ends, [B, …]
-    options   `temperature` of the way back, and all of `encode`
+    options   `temperature` and `denoise` of the way back, and all of `encode`
 
     Raises as `encode`.
     """
@@ -182,7 +183,7 @@ def interpolate(
     share = checks.sequence("weights", weights)
     if not share:
         raise ConfigError("weights must hold at least one number, such as torch.linspace(0, 1, 8), got none")
-    keywords = [*inspect.signature(encode).parameters, "temperature"]
+    keywords = [*inspect.signature(encode).parameters, "temperature", "denoise"]
     for name in options:
         if name not in keywords:
             raise TypeError(f"interpolate() takes no keyword {name!r}, only weights, mode, {', '.join(keywords[2:])}")
@@ -191,8 +192,9 @@ def interpolate(
         tensor_checks.check_finite(name, end)
     if xa.shape != xb.shape or xa.dtype != xb.dtype:
         raise ShapeError(f"xa and xb must be alike, got {tuple(xa.shape)} {xa.dtype} and {tuple(xb.shape)} {xb.dtype}")
-    back = options.pop("temperature", 1.0)
-    checks.number("temperature", back, 0)
+    back = {name: options.pop(name) for name in ("temperature", "denoise") if name in options}
+    checks.number("temperature", back.get("temperature", 1.0), 0)
+    checks.flag("denoise", back.get("denoise", False))
     za, zb = (encode(model, end, cond=cond, **options) for end in (xa, xb))
     a, b = za.flatten(1).double(), zb.flatten(1).double()
     w = torch.tensor(share, dtype=torch.float64, device=za.device)[:, None]
@@ -205,7 +207,7 @@ def interpolate(
         of_a, of_b = (torch.where(flat, v, (v * angle).sin() / whole) for v in (of_a, of_b))
     mixed = (of_a[..., None] * a + of_b[..., None] * b).to(za.dtype).view(len(share), *za.shape)
     every = {"cond": _repeated(cond, len(share)), **options}
-    return decode(model, mixed.flatten(0, 1), temperature=back, **every).view_as(mixed)
+    return decode(model, mixed.flatten(0, 1), **back, **every).view_as(mixed)
 
 
 def bits_per_dim(ll: LogLikelihood, data_range: tuple[float, float], bins: int = 256) -> Tensor:

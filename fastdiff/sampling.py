@@ -18,7 +18,7 @@ from .errors import ConfigError, DataError, DTypeError, choose, names_keywords
 from .execution import loop, tensor_checks
 from .model import ScoreModel, as_model, check_path, device_of, leaves_no_trace
 from .planning import chains, processes, samplers
-from .planning.plan import MAX_STEPS, make_table
+from .planning.plan import MAX_STEPS, check_table, make_table
 from .planning.predictions import TimeInput
 from .probability_flow import end_time
 from .runs import Request, run_adaptive, run_table
@@ -59,6 +59,7 @@ class SampleOptions(TypedDict, total=False):
     """The keywords of `sample` that do not change what it returns."""
 
     sampler: Any
+    table: StepTable | None
     num_samples: int
     shape: Sequence[int] | None
     prediction: str | None
@@ -144,6 +145,7 @@ def sample(
     callback: Callable[[int, float, Tensor], object] | None = None,
     trajectory: int = 0,
     return_info: bool = False,
+    table: StepTable | None = None,
 ) -> Any:
     """Draw samples [num_samples, *shape] from a score-based model, in the units of its `data_range` (not clamped to it).
 
@@ -182,6 +184,8 @@ def sample(
                   are not replayed: a network that counts its calls wants "eager", and after a change of an attribute call
                   fastdiff.graphs.clear()
     return_info   adds a SampleInfo
+    table         a StepTable to run as it is, instead of steps, sampler, grid, t_min, clip and denoise: one of fastdiff.plan for
+                  the model's prediction, time_input and process (as its `clock`), or rows changed or written by hand
 
     Returns x, or a tuple x[, states][, info]. Inputs, the model's mode and every global state are left as they were.
 
@@ -199,18 +203,34 @@ def sample(
     batch = max(num_samples, 1) if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
     trajectory = checks.integer("trajectory", trajectory, 0, 10**7)
     checks.function("callback", callback)
-    model = as_model(model, sde, shape, prediction, time_input, samplers.variance_of(sampler))
+    variance = samplers.variance_of(sampler)
+    if table is not None:
+        _refuse_planned(
+            steps=steps,
+            sampler=sampler,
+            grid=grid,
+            t_min=t_min,
+            clip=clip,
+            denoise=None if denoise else False,
+        )
+        learned = any(row.log_variance is not None for row in getattr(table, "rows", ()))
+        variance = "learned_range" if learned else None
+    model = as_model(model, sde, shape, prediction, time_input, variance)
     if math.prod((num_samples, *model.data_shape)) >= 2**48:
         raise ConfigError(
             f"num_samples={num_samples} of shape {model.data_shape} need more than 2**48 numbers: ask for fewer"
         )
     dtype, state_dtype = _dtypes(dtype, x_init)
-    process, solver = _process_and_sampler(model, sde, steps, sampler)
+    if table is not None:
+        check_path(sde, model.process)
+        table = check_table(table, model.prediction, model.time_input, model.process)
+    else:
+        process, solver = _process_and_sampler(model, sde, steps, sampler)
     place = device_of(device, x_init, model.net)
     request = functools.partial(
         Request, model, num_samples, seed, first_sample, cond, x_init, state_dtype, place, backend, engine, check
     )  # made, and so its tensors looked at, once the rest is known to be right
-    if isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
+    if table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
         _refuse_fixed(solver, steps=steps, grid=grid, clip=clip, noise=noise, callback=callback)
         end = end_time(model, sde, t_min, solver.default_t_min(process))
         if end >= process.t_start:
@@ -228,7 +248,7 @@ def sample(
             denoise=denoise,
         )
     else:
-        table = make_table(
+        table = table or make_table(
             process, solver, steps, prediction=model.prediction, time_input=model.time_input, clock=model.process, grid=grid,
             t_min=t_min, clip=clip, denoise=denoise,
         )  # fmt: skip
@@ -268,6 +288,15 @@ def _process_and_sampler(
         levels = solver.intervals(process, count) + 1 if processes.get(name).ladder else max(count, 1000)
         process = chains.chain_on(process, name, levels)
     return process, solver if model.variance is None else samplers.with_variance(solver, model.variance)
+
+
+def _refuse_planned(**options: Any) -> None:
+    """Refuse what a table has said already."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name}={value!r:.40} contradicts table, whose rows are run as they are: give it to plan"
+            )
 
 
 def _refuse_fixed(solver: samplers.Sampler, **fixed: Any) -> None:

@@ -49,6 +49,7 @@ class SolverRow:
     clips: bool = True  # nor is its score clipped
     measure: Measure | None = None
     log_variance: tuple[float, float] | None = None
+    raw: float = 0.0  # of ε as the network has it, where h0 is clipped
 
 
 SolverRows = list[list[SolverRow]]  # one list for each step
@@ -66,6 +67,11 @@ class Sampler:
         super().__init_subclass__(**options)
         if not hasattr(cls, "name"):
             cls.name = cls.__name__.lower()
+
+    @property
+    def stores_state(self) -> bool:
+        """Whether the x that a step leaves is the state, so that it can be clamped."""
+        return True
 
     @property
     def in_time(self) -> bool:
