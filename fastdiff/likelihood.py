@@ -58,7 +58,7 @@ def log_likelihood(
     sde: Any = None,
     *,
     trace: str = "hutchinson",
-    probes: int = 1,
+    probes: int | Tensor = 1,
     probe: str | None = None,
     derivative: str = "reverse",
     rtol: float = 1e-5,
@@ -88,7 +88,8 @@ def log_likelihood(
 
     trace         of the Jacobian in the divergence: "hutchinson" (an unbiased estimate), "hutch++" (a third of the `probes`
                   capture the Jacobian's range, a third the rest: for Jacobians of low rank), "exact" (up to 4096 numbers)
-    probes        how many; each is one more backward pass in each evaluation, whose spread is the standard error
+    probes        how many; each is one more backward pass in each evaluation, whose spread is the standard error; or the
+                  vectors themselves, [K, B, *shape] of mean 0 and covariance 1
     probe         of "hutchinson": "rademacher" (±1, the default) or "normal"; the same
                   probes all along the flow, those of (seed, first_sample + i)
     derivative    "reverse" (one call of the network in each evaluation, for value and all probes) or "forward" (one for each
@@ -107,7 +108,16 @@ def log_likelihood(
     request, x, ends = _request(model, x, sde, t_min, prediction, time_input, cond, backend, "x", seed, first_sample)
     traces, estimates = _traces(request, trace, probes, probe, derivative)
     solution = _follow(
-        request, x, ends, solver, batch_size, progress, "likelihood", traces=traces, integrals=estimates, columns=probes
+        request,
+        x,
+        ends,
+        solver,
+        batch_size,
+        progress,
+        "likelihood",
+        traces=traces,
+        integrals=estimates,
+        columns=estimates if isinstance(probes, Tensor) else probes,
     )
     std, numbers = request.model.process.prior_std, math.prod(request.model.data_shape)
     prior = -0.5 * (tree_sum((solution.y.double() / std) ** 2) + numbers * math.log(2 * math.pi * std**2))
@@ -257,7 +267,7 @@ def _request(
 
 
 def _traces(
-    request: Request, trace: str, probes: int, probe: str | None, derivative: str
+    request: Request, trace: str, probes: int | Tensor, probe: str | None, derivative: str
 ) -> tuple[Callable[[int, int], Trace], int]:
     """(lo, hi) -> the trace for samples lo … hi − 1, and how many estimates it makes."""
     choose("trace", trace, TRACES)
@@ -270,8 +280,10 @@ def _traces(
             "model has parameters made under inference_mode, through which there are no gradients: make it outside, or use "
             "derivative='forward'"
         )
-    count = checks.integer("probes", probes, 1, MOST_PROBES)
     numbers = math.prod(request.model.data_shape)
+    if isinstance(probes, Tensor):
+        return _given_probes(request, trace, probes, probe, kind)
+    count = checks.integer("probes", probes, 1, MOST_PROBES)
     if trace == "exact":
         if numbers > LONGEST_TRACE:
             raise ConfigError(
@@ -306,6 +318,21 @@ def _traces(
         return HutchPlusPlus(kind, drawn("normal", 1, third, lo, hi), drawn("normal", 0, third, lo, hi))
 
     return hutch_plus_plus, third
+
+
+def _given_probes(
+    request: Request, trace: str, probes: Tensor, probe: str | None, kind: Any
+) -> tuple[Callable[[int, int], Trace], int]:
+    """Hutchinson's estimate by vectors [K, B, *] of the caller's."""
+    if trace != "hutchinson" or probe is not None:
+        named = f"probe={probe!r}" if probe is not None else f"trace={trace!r}"
+        raise ConfigError(f"probes that are given are those of trace='hutchinson', got {named} too: leave it out")
+    shape = request.shape
+    if probes.ndim == 0 or not 1 <= len(probes) <= MOST_PROBES:
+        raise ShapeError(f"probes must have shape [K, {', '.join(map(str, shape))}], got {tuple(probes.shape)}")
+    tensor_checks.check_tensor("probes", probes, (len(probes), *shape), request.device, finite=True)
+    vectors = probes.detach().to(request.dtype).resolve_neg()
+    return lambda lo, hi: Hutchinson(kind, Probes(vectors[:, lo:hi].contiguous())), len(vectors)
 
 
 def _follow(

@@ -253,6 +253,14 @@ def karras(sigma_max: float, sigma_min: float, n: int, rho: float = 7.0) -> Arra
     return np.append(ramp, 0.0)
 
 
+def polyexponential(sigma_max: float, sigma_min: float, n: int, rho: float = 1.0) -> Array:
+    """log σ_i = log σ_min + (1 − i/(n − 1))^ρ log(σ_max/σ_min), then 0: n + 1 numbers for `sigmas` (k-diffusion's
+    get_sigmas_polyexponential; ρ = 1 its get_sigmas_exponential)."""
+    high, low = (checks.number(f"sigma_{end}", v, 0, above=True) for end, v in (("max", sigma_max), ("min", sigma_min)))
+    ramp = np.linspace(1, 0, checks.integer("n", n, 1, 10**7)) ** checks.number("rho", rho, 0, above=True)
+    return np.append(np.exp(ramp * math.log(high / low) + math.log(low)), 0.0)
+
+
 def fourth_root(sigma_max: float, sigma_min: float, n: int, sigma_data: float = 0.5) -> Array:
     """n + 1 noise ratios, even in (log(1 + (σ̂/σ_data)²))^{1/4} from `sigma_max` to `sigma_min`.
 
