@@ -243,7 +243,7 @@ def test_defaults_of_what_a_network_is_told():
     of = lambda net, sde, kind: fastdiff.ScoreModel(net, sde, kind, data_shape=(2,)).time_input  # noqa: E731
     net = torch.nn.Linear(2, 2)
     assert [of(net, "ddpm", kind) for kind in ("eps", "x0", "v", "prev_mean")] == ["index"] * 4
-    assert of(net, "ncsn", "eps") == "index"
+    assert of(net, "ncsn", "eps") == "t"
     assert of(net, "ddpm", "edm") == of(MLP((2,)), "ddpm", "edm") == "c_noise"
     # a score is a function of the process time, and fastdiff's networks fit themselves to it
     assert of(net, "ddpm", "score") == of(net, "vp", "eps") == of(MLP((2,)), "ddpm", "eps") == "t"

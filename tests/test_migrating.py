@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -500,3 +502,39 @@ def test_given_probes_are_hutchinsons_vectors():
     ):
         with pytest.raises(error):
             fastdiff.log_likelihood(model, x, **change)
+
+
+def test_what_the_page_calls_exists():
+    """Every call of the page's tables is one: an object, or a keyword that `sample`, `train` or a network takes."""
+    page = (Path(__file__).parent.parent / "docs" / "migrating.md").read_text()
+    names = {"fastdiff": fastdiff, "samplers": samplers, "grids": grids, "schedules": fastdiff.schedules, "torch": torch}
+    names |= {"timesteps": [980, 500, 20]}
+    chain = fastdiff.DDPM()
+    cells = [line.split("|")[2] for line in page.splitlines() if line.startswith("|") and "`" in line.split("|")[2]]
+    calls = [call for cell in cells for call in re.findall(r"`([^`]+)`", cell)]
+    assert len(calls) > 50
+    for call in calls:
+        keyword = re.match(r"(\w+)=", call)
+        if keyword is None:
+            made = eval(call, names)
+            assert isinstance(made, samplers.Sampler | fastdiff.DDPM), call
+            if isinstance(made, samplers.Sampler) and not isinstance(made, samplers.Adaptive | samplers.PredictorCorrector):
+                assert len(fastdiff.plan(chain, 12, sampler=made)), call
+            continue
+        options = eval(f"dict({call})", names)
+        kind = keyword[1]
+        if kind in ("grid", "clip"):
+            sde = "vp" if call == 'grid="score_sde"' else "edm" if "karras" in call or "poly" in call else chain
+            sampler = "euler_maruyama" if sde == "vp" else "ddim"
+            implied = not isinstance(options.get("grid", "leading"), str) or re.match(r'grid="(ddim)?\d', call)
+            assert len(fastdiff.plan(sde, None if implied else 30, sampler=sampler, **options)), call
+        elif kind == "time_input":
+            sde = "vp" if call in ('time_input="t*999"', 'time_input="sigma"') else chain
+            assert fastdiff.ScoreModel(torch.nn.Identity(), sde, "eps", data_shape=(2,), **options), call
+        elif kind == "time_embedding":
+            assert MLP((2,), hidden=8, layers=1, **options)
+        elif kind == "probes":
+            model = model_of()
+            assert fastdiff.log_likelihood(model, torch.zeros(8, 4), probes=torch.ones(1, 8, 4), rtol=0.1, atol=0.1)
+        else:
+            trained(steps=1, **options)

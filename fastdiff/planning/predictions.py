@@ -156,11 +156,11 @@ TIME_INPUTS: dict[str, Callable[[Process, Any, Any, Any], Any]] = {
 
 
 def default_time_input(prediction: str, process: Process) -> str:
-    """The default: "c_noise" with EDM's preconditioning, on chains the "index" that published networks take, else the process
-    time "t". A score is a function of the process time, also on chains."""
+    """The default: "c_noise" with EDM's preconditioning, on DDPM chains the "index" that published networks take, else the
+    process time "t". A score is a function of the process time, also on chains."""
     if choose("prediction", prediction, PREDICTIONS) == "edm":
         return "c_noise"
-    return "index" if process.discrete and prediction != "score" else "t"
+    return "index" if process.discrete and not process.ladder and prediction != "score" else "t"
 
 
 def network_time(time_input: TimeInput, process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
