@@ -321,7 +321,14 @@ def test_point_mass_is_exact_in_law(sampler, name):
     """With the x0 of a point mass μ the state after each step is α μ + σ ε: its mean and variance, without a sample."""
     process, mu = get(name), 0.3
     table = fastdiff.plan(
-        process, 7, sampler=sampler, prediction="x0", grid="uniform", t_min=0.3 * process.T, denoise=False, time_input="t"
+        process,
+        7,
+        sampler=sampler,
+        prediction="x0",
+        grid="uniform",
+        t_min=0.3 * process.T,
+        denoise=False,
+        time_input="t",
     )
     first = table.rows[0].level
 

@@ -507,7 +507,13 @@ def test_given_probes_are_hutchinsons_vectors():
 def test_what_the_page_calls_exists():
     """Every call of the page's tables is one: an object, or a keyword that `sample`, `train` or a network takes."""
     page = (Path(__file__).parent.parent / "docs" / "migrating.md").read_text()
-    names = {"fastdiff": fastdiff, "samplers": samplers, "grids": grids, "schedules": fastdiff.schedules, "torch": torch}
+    names = {
+        "fastdiff": fastdiff,
+        "samplers": samplers,
+        "grids": grids,
+        "schedules": fastdiff.schedules,
+        "torch": torch,
+    }
     names |= {"timesteps": [980, 500, 20]}
     chain = fastdiff.DDPM()
     cells = [line.split("|")[2] for line in page.splitlines() if line.startswith("|") and "`" in line.split("|")[2]]
@@ -518,7 +524,9 @@ def test_what_the_page_calls_exists():
         if keyword is None:
             made = eval(call, names)
             assert isinstance(made, samplers.Sampler | fastdiff.DDPM), call
-            if isinstance(made, samplers.Sampler) and not isinstance(made, samplers.Adaptive | samplers.PredictorCorrector):
+            if isinstance(made, samplers.Sampler) and not isinstance(
+                made, samplers.Adaptive | samplers.PredictorCorrector
+            ):
                 assert len(fastdiff.plan(chain, 12, sampler=made)), call
             continue
         options = eval(f"dict({call})", names)

@@ -87,7 +87,13 @@ def test_learned_range_is_nichol_and_dhariwals():
     def both(x, t):
         return nonlinear(x, t), torch.sin(3 * x)
 
-    ours = states(lambda x, t: torch.cat(both(x, t), 1), process, sampler=Ancestral("learned_range"), prediction="eps", time_input="t")
+    ours = states(
+        lambda x, t: torch.cat(both(x, t), 1),
+        process,
+        sampler=Ancestral("learned_range"),
+        prediction="eps",
+        time_input="t",
+    )
     same(ours, score_based.improved_ddpm_sample(both, X, process.beta_table, noise))
 
 

@@ -129,6 +129,11 @@ def _index(process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
     return process.index(whole)
 
 
+def _share_of_index(process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
+    _check_counted("index/T", process)
+    return _fractional_index(process, t, alpha, sigma) / process.T
+
+
 def _fractional_index(process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
     """The index where t is a step; between two steps linear in log σ̂, below the first that of the first (as k-diffusion's
     DiscreteSchedule and diffusers)."""
@@ -147,7 +152,7 @@ TIME_INPUTS: dict[str, Callable[[Process, Any, Any, Any], Any]] = {
     "t": lambda process, t, alpha, sigma: 1.0 * t,
     "index": _index,
     "fractional_index": _fractional_index,
-    "index/T": lambda process, t, alpha, sigma: _fractional_index(process, t, alpha, sigma) / process.T,
+    "index/T": _share_of_index,
     "sigma": lambda process, t, alpha, sigma: 1.0 * sigma,
     "log_sigma": lambda process, t, alpha, sigma: lib(sigma).log(sigma),
     "t*999": lambda process, t, alpha, sigma: 999.0 * t,
