@@ -182,15 +182,15 @@ def end_time(model: ScoreModel, sde: Any, t_min: float | None, default: float) -
     process = model.process
     require_linear(process, "the probability flow", "integrate a flow of your own on model.score(x, t)")
     check_path(sde, process)
+    start = np.array([process.t_start])
+    alpha, sigma = process.alpha(start), process.sigma(start)
+    pair = predictions.coordinates(model.prediction, process, start, alpha, sigma)
+    predictions.check_determined(model.prediction, pair, start, alpha, sigma)
     if model.time_input == "index":
         raise ConfigError(
             "time_input='index' has whole steps only, and an adaptive solver stands between them: use a sampler of fixed "
             "steps, such as 'ddim', or time_input='fractional_index'"
         )
-    start = np.array([process.t_start])
-    alpha, sigma = process.alpha(start), process.sigma(start)
-    pair = predictions.coordinates(model.prediction, process, start, alpha, sigma)
-    predictions.check_determined(model.prediction, pair, start, alpha, sigma)
     if t_min is None:
         return default
     if sde not in (None, process.name, process):

@@ -170,7 +170,15 @@ def test_bad_steps_are_refused(make, match):
 
 
 @pytest.mark.parametrize(
-    "times", [[980, 500, 0], [999, 666, 333, 0], [999, 500, 19], torch.tensor([999.0, 946.5, 0.0])]
+    "times",
+    [
+        range(980, -1, -20),
+        [999, 666, 333, 0],
+        [999, 850, 736, 645, 545, 455, 343, 233, 124, 24],
+        [950, 500, 1],
+        np.array([981, 721, 461, 201, 1]),
+        torch.tensor([999.0, 946.5, 0.0]),
+    ],
 )
 def test_timesteps_as_times_are_warned_of(times):
     with pytest.warns(UserWarning, match=r"fastdiff.grids.indices\(timesteps\)") as seen:
@@ -179,7 +187,9 @@ def test_timesteps_as_times_are_warned_of(times):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastdiff.plan("ddpm", grid=[1000, 500, 0])
-        fastdiff.plan("ddpm", grid=[800.5, 500, 0], sampler="ddim")
+        fastdiff.plan("ddpm", grid=[1000, 666, 333, 1])
+        fastdiff.plan("ddpm", grid=[800.5, 500, 20.5], sampler="ddim")
+        fastdiff.plan("ddpm", grid=[981, 500, 0])
         fastdiff.plan("ddpm", grid=grids.indices([980, 500, 0]))
         fastdiff.plan("vp", grid=[1, 0.5, 0.01])
         fastdiff.plan("ncsn", grid=[9, 5, 1], sampler="ddim")

@@ -170,11 +170,16 @@ def times_of(grid: Indices, process: Process) -> tuple[float, ...]:
 
 
 def warn_of_timesteps(process: Process, times: Sequence[float]) -> None:
-    """Warn where a list of times on a DDPM chain may be timesteps, which count from 0 and so are one off."""
-    if process.discrete and not process.ladder and times[0] < process.T and times[0] == int(times[0]):
+    """Warn where a list of times on a DDPM chain may be timesteps, which count from 0 and so are one off: it starts at the
+    last of those, or holds whole numbers below T which end before the data or are evenly spaced."""
+    if not process.discrete or process.ladder or times[0] >= process.T:
+        return
+    whole = all(t == int(t) for t in times)
+    even = len(times) > 3 and np.ptp(np.diff(times)) <= 1
+    if times[0] == process.T - 1 or (whole and (times[-1] > 0 or even)):
         warn(
-            f"grid starts at the whole number {times[0]:g} < T = {process.T:g}, as timesteps that count from 0 do, and is "
-            "taken as process times, which count from 1: for timesteps give fastdiff.grids.indices(timesteps)"
+            f"grid starts at {times[0]:g}, below T = {process.T:g}, as timesteps do that count from 0, and is taken as process "
+            "times, which count from 1: for timesteps give fastdiff.grids.indices(timesteps)"
         )
 
 
