@@ -41,7 +41,7 @@ def mixture(process):
 
 
 def errors(model, samples):
-    """{(solver, grid, calls): error}, infinite where the run is refused or leaves the finite numbers."""
+    """{(solver, grid, calls): error}, infinite where the run leaves the finite numbers."""
     start = model.process.prior_std * fastdiff.normal(samples, model.data_shape, seed=5)
     options = {"num_samples": samples, "x_init": start, "progress": False}
     wanted = fastdiff.sample(model, sampler=samplers.Adaptive(rtol=1e-6, atol=1e-6), **options)
@@ -50,9 +50,9 @@ def errors(model, samples):
         for grid in GRIDS:
             for calls in CALLS:
                 try:
-                    x = fastdiff.sample(model, calls // each, sampler=solver, grid=grid, **options)
+                    x = fastdiff.sample(model, steps=calls // each, sampler=solver, grid=grid, **options)
                     found[solver, grid, calls] = float((x - wanted).square().mean().sqrt())
-                except fastdiff.errors.FastdiffError:
+                except fastdiff.errors.NonFiniteError:
                     found[solver, grid, calls] = math.inf
     return found
 

@@ -368,7 +368,10 @@ def _chain(**fixed: Any) -> Options:
 
 def _subset(times: Callable[[int], list[int]], end: int = 0, **fixed: Any) -> Options:
     chain = fastdiff.DDPM(betas(CHAIN))
-    return lambda steps: {"sde": chain, "sampler": "ddim", "grid": [*times(steps), end], **fixed}
+    last = end - 1 if end else None
+    return lambda steps: {
+        "sde": chain, "sampler": "ddim", "grid": grids.indices([t - 1 for t in times(steps)], last), **fixed
+    }  # fmt: skip
 
 
 def _ve_heun(steps: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .execution.noise import PROBES
 from .execution.reference import tree_sum
 from .model import ScoreModel, as_model, device_of, leaves_no_trace, parameters
 from .planning.coverage import misfit
+from .planning.predictions import TimeInput
 from .planning.samplers import Adaptive
 from .probability_flow import Trace, end_time
 from .runs import Request, follow
@@ -58,7 +59,7 @@ def log_likelihood(
     sde: Any = None,
     *,
     trace: str = "hutchinson",
-    probes: int = 1,
+    probes: int | Tensor = 1,
     probe: str | None = None,
     derivative: str = "reverse",
     rtol: float = 1e-5,
@@ -70,7 +71,7 @@ def log_likelihood(
     max_nfe: int = 100_000,
     t_min: float | None = None,
     prediction: str | None = None,
-    time_input: str | None = None,
+    time_input: TimeInput | None = None,
     cond: Any = None,
     seed: int = 0,
     first_sample: int = 0,
@@ -88,7 +89,8 @@ def log_likelihood(
 
     trace         of the Jacobian in the divergence: "hutchinson" (an unbiased estimate), "hutch++" (a third of the `probes`
                   capture the Jacobian's range, a third the rest: for Jacobians of low rank), "exact" (up to 4096 numbers)
-    probes        how many; each is one more backward pass in each evaluation, whose spread is the standard error
+    probes        how many; each is one more backward pass in each evaluation, whose spread is the standard error; or the
+                  vectors themselves, [K, B, *shape] of mean 0 and covariance 1
     probe         of "hutchinson": "rademacher" (±1, the default) or "normal"; the same
                   probes all along the flow, those of (seed, first_sample + i)
     derivative    "reverse" (one call of the network in each evaluation, for value and all probes) or "forward" (one for each
@@ -107,7 +109,16 @@ def log_likelihood(
     request, x, ends = _request(model, x, sde, t_min, prediction, time_input, cond, backend, "x", seed, first_sample)
     traces, estimates = _traces(request, trace, probes, probe, derivative)
     solution = _follow(
-        request, x, ends, solver, batch_size, progress, "likelihood", traces=traces, integrals=estimates, columns=probes
+        request,
+        x,
+        ends,
+        solver,
+        batch_size,
+        progress,
+        "likelihood",
+        traces=traces,
+        integrals=estimates,
+        columns=estimates if isinstance(probes, Tensor) else probes,
     )
     std, numbers = request.model.process.prior_std, math.prod(request.model.data_shape)
     prior = -0.5 * (tree_sum((solution.y.double() / std) ** 2) + numbers * math.log(2 * math.pi * std**2))
@@ -134,7 +145,7 @@ def log_likelihood(
 def encode(
     model: Any, x: Tensor, sde: Any = None, *, rtol: float = 1e-5, atol: float = 1e-5, method: str = "dopri5",
     variable: str = "asinh", form: str = "v", couple: bool = False, max_nfe: int = 100_000, t_min: float | None = None,
-    prediction: str | None = None, time_input: str | None = None, cond: Any = None, batch_size: int | None = None,
+    prediction: str | None = None, time_input: TimeInput | None = None, cond: Any = None, batch_size: int | None = None,
     backend: str = "auto", progress: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """The latent x_T [B, *] of data x [B, *]: where the probability-flow ODE takes it from t_min to T, about N(0, prior_std²).
@@ -149,19 +160,20 @@ def encode(
 @leaves_no_trace
 @names_keywords
 def decode(
-    model: Any, z: Tensor, sde: Any = None, *, temperature: float = 1.0, rtol: float = 1e-5, atol: float = 1e-5,
-    method: str = "dopri5", variable: str = "asinh", form: str = "v", couple: bool = False, max_nfe: int = 100_000,
-    t_min: float | None = None, prediction: str | None = None, time_input: str | None = None, cond: Any = None,
-    batch_size: int | None = None, backend: str = "auto", progress: bool | None = None,
+    model: Any, z: Tensor, sde: Any = None, *, temperature: float = 1.0, denoise: bool = False, rtol: float = 1e-5,
+    atol: float = 1e-5, method: str = "dopri5", variable: str = "asinh", form: str = "v", couple: bool = False,
+    max_nfe: int = 100_000, t_min: float | None = None, prediction: str | None = None, time_input: TimeInput | None = None,
+    cond: Any = None, batch_size: int | None = None, backend: str = "auto", progress: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Data x [B, *] of a latent z [B, *]: where the probability-flow ODE takes temperature·z from T to t_min.
 
     temperature   below 1 towards the typical, above 1 towards the rare (Kingma & Dhariwal 2018, §6: of the prior's std)
+    denoise       end in the mean of x0 at t_min (Tweedie's formula), by one evaluation more
 
     Other arguments and errors as in `log_likelihood`.
     """
     heat = checks.number("temperature", temperature, 0)
-    solver = Adaptive(method, rtol, atol, variable, form, couple, max_nfe)
+    solver = Adaptive(method, rtol, atol, variable, form, couple, max_nfe, denoise)
     request, x, ends = _request(model, z, sde, t_min, prediction, time_input, cond, backend, "z")
     return _follow(request, heat * x, ends[::-1], solver, batch_size, progress, "decode").y
 
@@ -174,7 +186,7 @@ def interpolate(
     mode      "spherical": sin((1−w)Ω)/sin Ω · za + sin(wΩ)/sin Ω · zb, Ω the angle between the latents, so that what lies
               between is as long as they are (Shoemake 1985; Song et al. 2021, appendix D.2); "linear": (1−w) za + w zb
     cond      of both ends, [B, …]
-    options   `temperature` of the way back, and all of `encode`
+    options   `temperature` and `denoise` of the way back, and all of `encode`
 
     Raises as `encode`.
     """
@@ -182,7 +194,7 @@ def interpolate(
     share = checks.sequence("weights", weights)
     if not share:
         raise ConfigError("weights must hold at least one number, such as torch.linspace(0, 1, 8), got none")
-    keywords = [*inspect.signature(encode).parameters, "temperature"]
+    keywords = [*inspect.signature(encode).parameters, "temperature", "denoise"]
     for name in options:
         if name not in keywords:
             raise TypeError(f"interpolate() takes no keyword {name!r}, only weights, mode, {', '.join(keywords[2:])}")
@@ -191,8 +203,9 @@ def interpolate(
         tensor_checks.check_finite(name, end)
     if xa.shape != xb.shape or xa.dtype != xb.dtype:
         raise ShapeError(f"xa and xb must be alike, got {tuple(xa.shape)} {xa.dtype} and {tuple(xb.shape)} {xb.dtype}")
-    back = options.pop("temperature", 1.0)
-    checks.number("temperature", back, 0)
+    back = {name: options.pop(name) for name in ("temperature", "denoise") if name in options}
+    checks.number("temperature", back.get("temperature", 1.0), 0)
+    checks.flag("denoise", back.get("denoise", False))
     za, zb = (encode(model, end, cond=cond, **options) for end in (xa, xb))
     a, b = za.flatten(1).double(), zb.flatten(1).double()
     w = torch.tensor(share, dtype=torch.float64, device=za.device)[:, None]
@@ -205,7 +218,7 @@ def interpolate(
         of_a, of_b = (torch.where(flat, v, (v * angle).sin() / whole) for v in (of_a, of_b))
     mixed = (of_a[..., None] * a + of_b[..., None] * b).to(za.dtype).view(len(share), *za.shape)
     every = {"cond": _repeated(cond, len(share)), **options}
-    return decode(model, mixed.flatten(0, 1), temperature=back, **every).view_as(mixed)
+    return decode(model, mixed.flatten(0, 1), **back, **every).view_as(mixed)
 
 
 def bits_per_dim(ll: LogLikelihood, data_range: tuple[float, float], bins: int = 256) -> Tensor:
@@ -230,7 +243,7 @@ def bits_per_dim(ll: LogLikelihood, data_range: tuple[float, float], bins: int =
 
 
 def _request(
-    model: Any, x: Any, sde: Any, t_min: float | None, prediction: str | None, time_input: str | None, cond: Any,
+    model: Any, x: Any, sde: Any, t_min: float | None, prediction: str | None, time_input: TimeInput | None, cond: Any,
     backend: str, name: str, seed: int = 0, first_sample: int = 0,
 ) -> tuple[Request, Tensor, tuple[float, float]]:  # fmt: skip
     """What the public functions share: their arguments checked, x (called `name`) in the dtype of the state, and (t_min, T)."""
@@ -260,7 +273,7 @@ def _request(
 
 
 def _traces(
-    request: Request, trace: str, probes: int, probe: str | None, derivative: str
+    request: Request, trace: str, probes: int | Tensor, probe: str | None, derivative: str
 ) -> tuple[Callable[[int, int], Trace], int]:
     """(lo, hi) -> the trace for samples lo … hi − 1, and how many estimates it makes."""
     choose("trace", trace, TRACES)
@@ -273,8 +286,10 @@ def _traces(
             "model has parameters made under inference_mode, through which there are no gradients: make it outside, or use "
             "derivative='forward'"
         )
-    count = checks.integer("probes", probes, 1, MOST_PROBES)
     numbers = math.prod(request.model.data_shape)
+    if isinstance(probes, Tensor):
+        return _given_probes(request, trace, probes, probe, kind)
+    count = checks.integer("probes", probes, 1, MOST_PROBES)
     if trace == "exact":
         if numbers > LONGEST_TRACE:
             raise ConfigError(
@@ -309,6 +324,21 @@ def _traces(
         return HutchPlusPlus(kind, drawn("normal", 1, third, lo, hi), drawn("normal", 0, third, lo, hi))
 
     return hutch_plus_plus, third
+
+
+def _given_probes(
+    request: Request, trace: str, probes: Tensor, probe: str | None, kind: Any
+) -> tuple[Callable[[int, int], Trace], int]:
+    """Hutchinson's estimate by vectors [K, B, *] of the caller's."""
+    if trace != "hutchinson" or probe is not None:
+        named = f"probe={probe!r}" if probe is not None else f"trace={trace!r}"
+        raise ConfigError(f"probes that are given are those of trace='hutchinson', got {named} too: leave it out")
+    shape = request.shape
+    if probes.ndim == 0 or not 1 <= len(probes) <= MOST_PROBES:
+        raise ShapeError(f"probes must have shape [K, {', '.join(map(str, shape))}], got {tuple(probes.shape)}")
+    tensor_checks.check_tensor("probes", probes, (len(probes), *shape), request.device, finite=True)
+    vectors = probes.detach().to(request.dtype).resolve_neg()
+    return lambda lo, hi: Hutchinson(kind, Probes(vectors[:, lo:hi].contiguous())), len(vectors)
 
 
 def _follow(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,12 +74,15 @@ def per_sample(
     model: ScoreModel,
     x0: Tensor,
     t: Tensor,
-    cursor: Tensor,
+    cursor: Tensor | None,
     loss: str,
     cond: Condition = None,
     probe: str | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """The loss of each sample, [B], for x0 [B, *] and times t [B]; all noise is what `cursor` names (ops.cursor).
+
+    `noise` [B, *] is ε instead, for comparisons with other codes; then `cursor` is needed for probes alone.
 
     x_t is made in x0's precision and given to the network in that of its parameters.
 
@@ -102,46 +106,75 @@ def per_sample(
     Raises ConfigError (`check`), ModelOutputError where the network gives no gradient with respect to x.
     """
     kind = check(model, loss, probe)
+    _check_noise(model, x0, cursor, loss, noise)
     if torch.compiler.is_compiling():
-        return _per_sample(model, x0, t, cursor, loss, cond, kind)
+        return _per_sample(model, x0, t, cursor, loss, cond, kind, noise)
     with stepping(model.net):
-        return _per_sample(model, x0, t, cursor, loss, cond, kind)
+        return _per_sample(model, x0, t, cursor, loss, cond, kind, noise)
+
+
+def _check_noise(model: ScoreModel, x0: Tensor, cursor: Tensor | None, loss: str, noise: Tensor | None) -> None:
+    if noise is not None:
+        require_linear(model.process, "noise=", "give a cursor, by which its `sample` draws")
+        tensor_checks.check_tensor("noise", noise, tuple(x0.shape), x0.device, finite=False)
+    if cursor is None and (noise is None or loss in SLICED):
+        raise ConfigError(
+            f"cursor must name the noise of loss={loss!r}, got None: fastdiff.execution.ops.cursor(draw, sample, seed)"
+        )
 
 
 def _per_sample(
-    model: ScoreModel, x0: Tensor, t: Tensor, cursor: Tensor, loss: str, cond: Condition, kind: str
+    model: ScoreModel, x0: Tensor, t: Tensor, cursor: Any, loss: str, cond: Condition, kind: str, noise: Tensor | None
 ) -> Tensor:
     clean = x0 if x0.dtype in (torch.float32, torch.float64) else x0.float()
     dtype = dtype_of(model.net, x0.dtype)
     if loss in DENOISING:
-        return _denoising(model, clean, dtype, t, cursor, loss, cond)
+        return _denoising(model, clean, dtype, t, cursor, loss, cond, noise)
     trained = torch.is_grad_enabled()
     # the derivatives in x are needed whether or not the caller wants those in the parameters
     with torch.inference_mode(False), torch.enable_grad():
-        value = _with_trace(model, clean, dtype, t.clone(), cursor.clone(), loss, cond, kind, trained)
+        value = _with_trace(
+            model, clean, dtype, t.clone(), None if cursor is None else cursor.clone(), loss, cond, kind, trained, noise
+        )
     return value if trained else value.detach()
 
 
 def _denoising(
-    model: ScoreModel, clean: Tensor, dtype: torch.dtype, t: Tensor, cursor: Tensor, loss: str, cond: Condition
-) -> Tensor:
+    model: ScoreModel, clean: Tensor, dtype: torch.dtype, t: Tensor, cursor: Any, loss: str, cond: Condition,
+    noise: Tensor | None,
+) -> Tensor:  # fmt: skip
     process = model.process
     alpha, sigma = process.alpha(t), process.sigma(t)
     r, w = predictions.coordinates(model.prediction, process, t, alpha, sigma)
-    output = model(ops.perturb(clean, alpha, sigma, cursor, PERTURBATION).to(dtype), t, cond)
+    noisy = (
+        ops.perturb(clean, alpha, sigma, cursor, PERTURBATION) if noise is None else _with(noise, clean, alpha, sigma)
+    )
+    output = model(noisy.to(dtype), t, cond)
     weight = torch.ones_like(w)
     if loss != "simple":
         _, q = model.conversion("eps", t, alpha, sigma)  # of the error on the scale of ε
         weight = q**2 if loss == "dsm" else (q * process.diffusion(t) / sigma) ** 2
-    return ops.dsm_loss(output, clean, r, w, weight, cursor, PERTURBATION)[0]
+    if noise is None:
+        return ops.dsm_loss(output, clean, r, w, weight, cursor, PERTURBATION)[0]
+    error = output.to(clean.dtype) - _with(noise, clean, r, w)
+    return (weight.double() * reference.tree_sum(error.double() ** 2) / max(clean[:1].numel(), 1)).to(clean.dtype)
+
+
+def _with(noise: Tensor, clean: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    """r x0 + w ε."""
+    return like(r, clean) * clean + like(w, clean) * noise.to(clean.dtype)
 
 
 def _with_trace(
-    model: ScoreModel, clean: Tensor, dtype: torch.dtype, t: Tensor, cursor: Tensor, loss: str, cond: Condition,
-    kind: str, trained: bool,
+    model: ScoreModel, clean: Tensor, dtype: torch.dtype, t: Tensor, cursor: Any, loss: str, cond: Condition,
+    kind: str, trained: bool, noise: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """ "ism", "ssm" and "ssm_vr" by h = √λ s: 2√λ tr ∇h + ‖h‖² over D, and their slices."""
-    x = perturb(model.process, clean, t, cursor).detach().clone().requires_grad_()
+    process = model.process
+    noisy = (
+        perturb(process, clean, t, cursor) if noise is None else _with(noise, clean, process.alpha(t), process.sigma(t))
+    )
+    x = noisy.detach().clone().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no second derivative
         output = model(x.to(dtype), t, cond).to(x.dtype)
     p, q, root = _scaled_score(model, t)

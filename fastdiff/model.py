@@ -30,7 +30,9 @@ class ScoreModel(nn.Module):
     net          callable (x [B, *data_shape], time [B], cond) -> [B, *data_shape]
     sde          a process or its name; one without alpha and sigma (see fastdiff.processes.Process) takes "score" only
     prediction   "score", "eps", "x0", "v", "scaled_score", "prev_mean", "increment" or "edm" (see fastdiff.predictions)
-    time_input   what `time` is: "t", "index", "sigma", "log_sigma", "t*999" or "c_noise" (EDM's, its default)
+    time_input   what `time` is: the process time "t", "index", "fractional_index", "index/T", "sigma", "log_sigma", "t*999",
+                 "c_noise" (EDM's), or a function t [B] -> [B]. Default: "c_noise" for "edm"; on DDPM chains "index", the
+                 steps from 0 as published networks count them, but "t" for "score" and for fastdiff's own networks; else "t"
     data_range   the range of its training data, and so of its samples (which are not clamped to it)
     variance     "learned_range": the network returns twice the channels, the second half for the variance
     """
@@ -40,7 +42,7 @@ class ScoreModel(nn.Module):
         net: Any,
         sde: processes.Process | str,
         prediction: str = "eps",
-        time_input: str | None = None,
+        time_input: predictions.TimeInput | None = None,
         data_shape: Sequence[int] = (),
         data_range: tuple[float, float] = (-1.0, 1.0),
         variance: str | None = None,
@@ -49,12 +51,16 @@ class ScoreModel(nn.Module):
         if not callable(net):
             raise ConfigError(f"net must be callable as net(x, t), got {type(net).__name__}")
         process = processes.get(sde)
-        time_input = predictions.default_time_input(prediction) if time_input is None else time_input
+        fit_times = getattr(modules.inner(net), "fit_times", None)
+        if time_input is None:
+            time_input = predictions.default_time_input(prediction, process)
+            if time_input == "index" and callable(fit_times):  # it fits itself to process times
+                time_input = "t"
         predictions.check(prediction, time_input, process)
         self.net = net
         self.process: processes.Process
         self.prediction: str
-        self.time_input: str
+        self.time_input: predictions.TimeInput
         self.data_shape: tuple[int, ...]
         self.data_range: tuple[float, float]
         self.variance: str | None
@@ -63,7 +69,6 @@ class ScoreModel(nn.Module):
             data_range=checks.pair("data_range", data_range),
             variance=None if variance is None else choose("variance", variance, ("learned_range",)),
         )  # fmt: skip
-        fit_times = getattr(modules.inner(net), "fit_times", None)
         if callable(fit_times):
             fit_times(predictions.time_steps(self.time_input, process))
 
@@ -117,8 +122,9 @@ class ScoreModel(nn.Module):
 
 
 def as_model(
-    model: Any, sde: Any, shape: Any, prediction: str | None, time_input: str | None, variance: str | None = None
-) -> ScoreModel:
+    model: Any, sde: Any, shape: Any, prediction: str | None, time_input: predictions.TimeInput | None,
+    variance: str | None = None,
+) -> ScoreModel:  # fmt: skip
     """The ScoreModel of a run: a ScoreModel as it is, whose facts the caller may repeat; a plain callable by the caller's.
 
     variance   what the sampler needs where the model says nothing of it

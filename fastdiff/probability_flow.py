@@ -129,6 +129,20 @@ class Denoised(Flow):
         return 0.0 * point.sigma + 1.0, 0.0 * point.sigma
 
 
+def denoised(field: Flow, solution: Solution, end: float) -> Solution:
+    """The solution with the mean of x0 at time `end` in place of x there, also in the last of its states."""
+    x = solution.y
+    times = torch.full((1, len(x)), end, dtype=torch.float64, device=x.device)
+    variables = OdeVariables(field.model.process, "t", "x")
+    stage = Denoised(field.model, variables, x, field.cond, field.operations).at(
+        times, torch.arange(len(x), device=x.device)
+    )[0]
+    mean, _ = stage(x)
+    if solution.states is not None and len(solution.states):
+        solution.states[-1] = mean
+    return Solution(mean, solution.integrals, solution.nfe + 1, solution.states, solution.calls + 1)
+
+
 class ReverseSDE(Flow):
     """dx = (f x − g² score) dt + g dw, backwards in time (Song et al. 2021, eq. 6)."""
 
@@ -160,10 +174,7 @@ class ReverseSDE(Flow):
         solution = integrate_sde(self, x, start, end, solver, operations=self.operations, progress=progress)
         if not self.denoise:
             return solution
-        every = torch.arange(len(x), device=x.device)
-        times = torch.full((1, len(x)), end, dtype=torch.float64, device=x.device)
-        mean, _ = Denoised(self.model, self.variables, x, self.cond, self.operations).at(times, every)[0](solution.y)
-        return Solution(mean, solution.integrals, solution.nfe + 1, None, solution.calls + 1)
+        return denoised(self, solution, end)
 
 
 def end_time(model: ScoreModel, sde: Any, t_min: float | None, default: float) -> float:
@@ -171,15 +182,15 @@ def end_time(model: ScoreModel, sde: Any, t_min: float | None, default: float) -
     process = model.process
     require_linear(process, "the probability flow", "integrate a flow of your own on model.score(x, t)")
     check_path(sde, process)
-    if model.time_input == "index":
-        raise ConfigError(
-            "time_input='index' has whole steps only, and an adaptive solver stands between them: use a sampler of fixed "
-            "steps, such as 'ddim', or a network that takes time_input='t'"
-        )
     start = np.array([process.t_start])
     alpha, sigma = process.alpha(start), process.sigma(start)
     pair = predictions.coordinates(model.prediction, process, start, alpha, sigma)
     predictions.check_determined(model.prediction, pair, start, alpha, sigma)
+    if model.time_input == "index":
+        raise ConfigError(
+            "time_input='index' has whole steps only, and an adaptive solver stands between them: use a sampler of fixed "
+            "steps, such as 'ddim', or time_input='fractional_index'"
+        )
     if t_min is None:
         return default
     if sde not in (None, process.name, process):

@@ -31,7 +31,7 @@ from .model import (
     time_features,
 )  # fmt: skip
 from .planning import samplers
-from .probability_flow import Flow, ReverseSDE, Trace
+from .probability_flow import Flow, ReverseSDE, Trace, denoised
 from .table import StepTable
 
 MAX_FEATURES = 2**28  # bytes of the time features of a whole run; beyond, the network makes them in each row
@@ -165,6 +165,8 @@ class _Loops(contextlib.ExitStack):
         net, device = request.model.net, request.device
         self.request, self.table = request, table
         uncaptured = graphs.obstacle(net, device, len(table), noise, request.engine == "graph")
+        if table.finishing and uncaptured is None:
+            uncaptured = "some rows have operations of their own after the step"
         self.backend, self.engine, self.why = request.resolve(uncaptured)
         self.operations = ops.backend_module(self.backend)
         self.net_dtype = dtype_of(net, request.dtype)
@@ -382,6 +384,8 @@ def follow(
             try:
                 with np.errstate(all="ignore"):  # what overflows is refused below
                     part = field.integrate(start, end, solver, bar.update)
+                    if isinstance(solver, samplers.Adaptive) and solver.denoise and len(part.y):
+                        part = denoised(field, part, end)
             except SolverError as error:
                 raise SolverError(error.reason, lo + error.sample, error.t, error.nfe, error.last_step) from None
             if not math.isfinite(part.y.sum(dtype=torch.float64)) and not bool(part.y.isfinite().all()):

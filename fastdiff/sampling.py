@@ -19,7 +19,8 @@ from .execution import loop, tensor_checks
 from .model import ScoreModel, as_model, check_path, device_of, leaves_no_trace
 from .planning import chains, processes, samplers
 from .planning.coverage import misfit
-from .planning.plan import MAX_STEPS, make_table
+from .planning.plan import MAX_STEPS, check_table, make_table
+from .planning.predictions import TimeInput
 from .probability_flow import end_time
 from .runs import Request, run_adaptive, run_table
 from .table import StepTable
@@ -59,10 +60,11 @@ class SampleOptions(TypedDict, total=False):
     """The keywords of `sample` that do not change what it returns."""
 
     sampler: Any
+    table: StepTable | None
     num_samples: int
     shape: Sequence[int] | None
     prediction: str | None
-    time_input: str | None
+    time_input: TimeInput | None
     cond: Any
     seed: int | None
     first_sample: int
@@ -123,7 +125,7 @@ def sample(
     num_samples: int = 16,
     shape: Sequence[int] | None = None,
     prediction: str | None = None,
-    time_input: str | None = None,
+    time_input: TimeInput | None = None,
     cond: Any = None,
     seed: int | None = 0,
     first_sample: int = 0,
@@ -144,12 +146,14 @@ def sample(
     callback: Callable[[int, float, Tensor], object] | None = None,
     trajectory: int = 0,
     return_info: bool = False,
+    table: StepTable | None = None,
 ) -> Any:
     """Draw samples [num_samples, *shape] from a score-based model, in the units of its `data_range` (not clamped to it).
 
     model         a ScoreModel, or any callable (x [B, *shape], t [B]) -> [B, *shape]: then `sde` and `shape` are needed,
-                  `prediction` is "score" and t the process time unless said otherwise. x and t are the run's own buffers,
-                  overwritten for the next call: a model that keeps them must clone them
+                  `prediction` is "score" and t the process time unless said otherwise (on a DDPM chain the step from 0, "index",
+                  of a network that predicts anything but a score). x and t are the run's own buffers, overwritten for the
+                  next call: a model that keeps them must clone them
     sde           "ve", "vp", "subvp", "ddpm", "ncsn", "edm", "ou" or a process; default the model's own. A discrete
                   chain whose levels lie on the model's path (DDPM where α² + σ² = 1, NCSN where α = 1) runs on it
     steps         predictor steps (annealed Langevin: levels × steps per level); default 1000, all steps of a chain, or
@@ -161,8 +165,9 @@ def sample(
     batch_size    samples in one network call; None: all
     x_init, noise the start [num_samples, *shape]; the noise [rows, num_samples, *shape], or a callable row -> [num_samples,
                   *shape] that is called once for each row that draws, in order
-    grid, t_min   where the steps stand and end: "uniform" "quadratic" "logsnr" "karras" "trained" "score_sde", decreasing
-                  times, or fastdiff.grids.sigmas([...])
+    grid, t_min   where the steps stand and end: "uniform" "quadratic" "logsnr" "karras" "trained" "score_sde", diffusers'
+                  "leading" "trailing" "linspace", OpenAI's "ddim50" "10,15,20", decreasing times, noise ratios
+                  fastdiff.grids.sigmas([...]), or a chain's steps from 0, fastdiff.grids.indices([...])
     clip          (lo, hi) for the predicted x0
     denoise       leave out the last predictor row's noise; annealed Langevin adds x + σ² score; "adaptive_sde" ends in the mean
                   of x0
@@ -180,6 +185,8 @@ def sample(
                   are not replayed: a network that counts its calls wants "eager", and after a change of an attribute call
                   fastdiff.graphs.clear()
     return_info   adds a SampleInfo
+    table         a StepTable to run as it is, instead of steps, sampler, grid, t_min, clip and denoise: one of fastdiff.plan for
+                  the model's prediction, time_input and process (as its `clock`), or rows changed or written by hand
 
     Returns x, or a tuple x[, states][, info]. Inputs, the model's mode and every global state are left as they were.
 
@@ -198,15 +205,31 @@ def sample(
     trajectory = checks.integer("trajectory", trajectory, 0, 10**7)
     checks.function("callback", callback)
     range_known = isinstance(model, ScoreModel)
-    model = as_model(model, sde, shape, prediction, time_input, samplers.variance_of(sampler))
+    variance = samplers.variance_of(sampler)
+    if table is not None:
+        _refuse_planned(
+            steps=steps,
+            sampler=sampler,
+            grid=grid,
+            t_min=t_min,
+            clip=clip,
+            denoise=None if denoise else False,
+        )
+        learned = any(row.log_variance is not None for row in getattr(table, "rows", ()))
+        variance = "learned_range" if learned else None
+    model = as_model(model, sde, shape, prediction, time_input, variance)
     if math.prod((num_samples, *model.data_shape)) >= 2**48:
         raise ConfigError(
             f"num_samples={num_samples} of shape {model.data_shape} need more than 2**48 numbers: ask for fewer"
         )
     dtype, state_dtype = _dtypes(dtype, x_init)
-    process, solver = _process_and_sampler(model, sde, steps, sampler)
+    if table is not None:
+        check_path(sde, model.process)
+        table = check_table(table, model.prediction, model.time_input, model.process)
+    else:
+        process, solver = _process_and_sampler(model, sde, steps, sampler)
     place = device_of(device, x_init, model.net)
-    if range_known and x_init is None:
+    if range_known and x_init is None and table is None:
         low, high = model.data_range
         spread = (high - low) / 8 if t_min is None and (grid is None or isinstance(grid, str)) else None
         said = misfit(process, max(abs(low), abs(high)), spread)
@@ -215,7 +238,7 @@ def sample(
     request = functools.partial(
         Request, model, num_samples, seed, first_sample, cond, x_init, state_dtype, place, backend, engine, check
     )  # made, and so its tensors looked at, once the rest is known to be right
-    if isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
+    if table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
         _refuse_fixed(solver, steps=steps, grid=grid, clip=clip, noise=noise, callback=callback)
         end = end_time(model, sde, t_min, solver.default_t_min(process))
         if end >= process.t_start:
@@ -233,7 +256,7 @@ def sample(
             denoise=denoise,
         )
     else:
-        table = make_table(
+        table = table or make_table(
             process, solver, steps, prediction=model.prediction, time_input=model.time_input, clock=model.process, grid=grid,
             t_min=t_min, clip=clip, denoise=denoise,
         )  # fmt: skip
@@ -273,6 +296,15 @@ def _process_and_sampler(
         levels = solver.intervals(process, count) + 1 if processes.get(name).ladder else max(count, 1000)
         process = chains.chain_on(process, name, levels)
     return process, solver if model.variance is None else samplers.with_variance(solver, model.variance)
+
+
+def _refuse_planned(**options: Any) -> None:
+    """Refuse what a table has said already."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name}={value!r:.40} contradicts table, whose rows are run as they are: give it to plan"
+            )
 
 
 def _refuse_fixed(solver: samplers.Sampler, **fixed: Any) -> None:

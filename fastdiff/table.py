@@ -3,6 +3,7 @@
     row:  [saves_base]        base ← x
           [calls_network]     h_0 = P(p·x + q·network(in_scale·x, network_time))   P = identity | clamp to `clip`
                               x ← a·x + e·base + Σ_j b_j·h_j + c·z                z ~ N(0, 1), the draw that the row names
+          [raw]               x ← x + raw·network, [bounds] x ← clamp(x): operations of their own, in few tables
           [keeps_prediction]  the history takes h_0
 
 h_1, h_2 … are the predictions that earlier rows kept, newest first. A row that calls no network has no h_0: its b starts at h_1.
@@ -76,6 +77,13 @@ class Row:
     q: float = 1.0
     measure: Measure | None = None
     log_variance: tuple[float, float] | None = None  # bounds that the network's second half interpolates; replaces c
+    raw: float = 0.0  # of the network's output as it is, where h_0 is clipped
+    bounds: tuple[float, float] | None = None  # of the state that the row leaves
+
+    @property
+    def finishes(self) -> bool:
+        """Whether the row has operations of its own after the step."""
+        return self.raw != 0 or self.bounds is not None
 
     @property
     def draws(self) -> bool:
@@ -85,13 +93,18 @@ class Row:
 
 @dataclass(frozen=True)
 class StepTable:
-    """A whole run: rows, the level it ends on, the standard deviation of its start (NaN: it needs x_init). Validates itself."""
+    """A whole run: rows, the level it ends on, the standard deviation of its start (NaN: it needs x_init). Validates itself.
+
+    `prediction` and `time_input` are those that the rows were planned for; None: no one's, such as rows written by hand.
+    """
 
     title: str
     rows: tuple[Row, ...] = field(repr=False)
     end: Level
     prior_std: float
     clip: tuple[float, float] | None = None
+    prediction: str | None = field(default=None, repr=False)
+    time_input: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -99,7 +112,7 @@ class StepTable:
         predictions, saved = 0, False
         for k, row in enumerate(self.rows):
             call = (row.network_time, row.in_scale, row.p, row.q) if row.calls_network else ()
-            if not all(map(math.isfinite, (row.a, row.e, row.c, *row.b, *call))):
+            if not all(map(math.isfinite, (row.a, row.e, row.c, row.raw, *row.b, *call))):
                 raise ConfigError(f"row {k} ({row.label}, t = {row.level.t:g}) has a coefficient that is not finite")
             saved |= row.saves_base
             if row.e != 0 and not saved:
@@ -110,8 +123,11 @@ class StepTable:
                 )
             if row.measure is not None and not (row.calls_network and len(row.b) == 1):
                 raise ConfigError(f"row {k} ({row.label}) measures its step, which takes a network call and one b")
-            if (row.keeps_prediction or row.clips or row.log_variance is not None) and not row.calls_network:
+            needs = row.keeps_prediction or row.clips or row.log_variance is not None or row.raw != 0
+            if needs and not row.calls_network:
                 raise ConfigError(f"row {k} ({row.label}) needs a prediction but does not call the network")
+            if row.bounds is not None and not row.bounds[0] < row.bounds[1]:
+                raise ConfigError(f"row {k} ({row.label}) must keep x within (lo, hi) with lo < hi, got {row.bounds}")
             if row.clips and self.clip is None:
                 raise ConfigError(f"row {k} ({row.label}) clips x0, and the table has no range clip=(lo, hi)")
             if len(row.b) > MAX_HISTORY:
@@ -135,6 +151,11 @@ class StepTable:
     def couples_batch(self) -> bool:
         """Whether some row's step depends on the whole batch."""
         return any(row.measure is not None and row.measure.norm == "batch" for row in self.rows)
+
+    @cached_property
+    def finishing(self) -> dict[int, Row]:
+        """The rows that have operations of their own after the step, by number."""
+        return {k: row for k, row in enumerate(self.rows) if row.finishes}
 
     @cached_property
     def times(self) -> tuple[float, ...]:
@@ -229,6 +250,10 @@ def _describe(row: Row) -> list[str]:
     if row.log_variance is not None:
         low, high = (math.exp(v / 2) for v in row.log_variance)
         update += f" + [{low:.4g} … {high:.4g}]·z"
+    if row.raw != 0:
+        update += f" {'−' if row.raw < 0 else '+'} {abs(row.raw):.5g}·net"
+    if row.bounds is not None:
+        update = f"clamp({update})"
     marks = ("; base <- x" if row.saves_base else "") + ("; push" if row.keeps_prediction else "")
     time = f"{row.network_time:.6g}" if row.calls_network else ""
     return [row.label, f"{row.level.t:.6g}", f"{row.level.sigma:.5g}", time, h0, update + marks]

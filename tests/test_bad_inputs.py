@@ -343,7 +343,8 @@ def test_networks_and_starts_on_different_devices():
 
 
 PINNED = """model sde steps sampler num_samples shape prediction time_input cond seed first_sample batch_size x_init noise
-    grid t_min clip denoise guidance dtype device backend engine check progress callback trajectory return_info"""
+    grid t_min clip denoise guidance dtype device backend engine check progress callback trajectory return_info
+    table"""
 
 
 def test_pinned_signature():

@@ -321,7 +321,14 @@ def test_point_mass_is_exact_in_law(sampler, name):
     """With the x0 of a point mass μ the state after each step is α μ + σ ε: its mean and variance, without a sample."""
     process, mu = get(name), 0.3
     table = fastdiff.plan(
-        process, 7, sampler=sampler, prediction="x0", grid="uniform", t_min=0.3 * process.T, denoise=False
+        process,
+        7,
+        sampler=sampler,
+        prediction="x0",
+        grid="uniform",
+        t_min=0.3 * process.T,
+        denoise=False,
+        time_input="t",
     )
     first = table.rows[0].level
 
@@ -373,6 +380,7 @@ def test_few_steps(sampler, name):
     """A step into σ = 0 from anywhere is x0; two and three have as many orders as there are steps."""
     process = get(name)
     options = {"grid": "karras", "shape": (2,), "num_samples": 4, "dtype": torch.float64, "t_min": process.t_min or 1.0}
+    options |= {"time_input": "t"}
     model = exact("x0", process)
     one, ddim = (fastdiff.sample(model, process, 1, sampler=s, prediction="x0", **options) for s in (sampler, "ddim"))
     assert (one - ddim).abs().max() < 1e-12 * (1 + process.prior_std)

@@ -114,6 +114,8 @@ def test_time_inputs():
         ("prev_mean", "t", fastdiff.VP(), "ddpm or ncsn"),
         ("increment", "t", fastdiff.VE(), "ddpm or ncsn"),
         ("eps", "index", fastdiff.VP(), "continuous"),
+        ("eps", "index/T", fastdiff.VP(), "time_input='index/T' needs a discrete process"),
+        ("eps", "fractional_index", fastdiff.EDM(), "time_input='fractional_index' needs a discrete process"),
     ],
 )
 def test_bad_combinations_are_refused(prediction, time_input, process, match):

@@ -77,7 +77,7 @@ def same(ours, theirs):
 @pytest.mark.parametrize("variance", ["posterior", "beta"])
 def test_ddpm_is_algorithm_2(variance):
     process = fastdiff.DDPM("linear", T=60)
-    ours = states(nonlinear, process, sampler=Ancestral(variance), prediction="eps")
+    ours = states(nonlinear, process, sampler=Ancestral(variance), prediction="eps", time_input="t")
     same(ours, score_based.ddpm_sample(nonlinear, X, process.beta_table, noise, variance))
 
 
@@ -87,14 +87,20 @@ def test_learned_range_is_nichol_and_dhariwals():
     def both(x, t):
         return nonlinear(x, t), torch.sin(3 * x)
 
-    ours = states(lambda x, t: torch.cat(both(x, t), 1), process, sampler=Ancestral("learned_range"), prediction="eps")
+    ours = states(
+        lambda x, t: torch.cat(both(x, t), 1),
+        process,
+        sampler=Ancestral("learned_range"),
+        prediction="eps",
+        time_input="t",
+    )
     same(ours, score_based.improved_ddpm_sample(both, X, process.beta_table, noise))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_ddim_is_equation_12(eta):
     process = fastdiff.DDPM()
-    ours = states(nonlinear, process, 20, sampler=DDIM(eta), prediction="eps")
+    ours = states(nonlinear, process, 20, sampler=DDIM(eta), prediction="eps", time_input="t")
     times = np.arange(1000, -1, -50.0)
     same(ours, score_based.ddim_sample(nonlinear, X, process.alpha(times) ** 2, times[:-1], noise, eta))
 
@@ -492,7 +498,10 @@ def test_every_process_sampler_and_prediction_runs_or_is_refused(name, sampler):
         options["grid"] = "uniform"
     results = {}
     for kind in predictions.PREDICTIONS:
-        run = functools.partial(fastdiff.sample, exact(kind, process), process, steps, prediction=kind, **options)
+        told = None if kind == "edm" else "t"
+        run = functools.partial(
+            fastdiff.sample, exact(kind, process), process, steps, prediction=kind, time_input=told, **options
+        )
         if kind in ("prev_mean", "increment") and not process.discrete:
             with pytest.raises(ConfigError, match="discrete chains only"):
                 run()
@@ -540,7 +549,7 @@ def test_clip_is_a_clipped_network(name, sampler):
         t = t.double()
         return (x - process.alpha(t)[:, None] * clean(x, t)) / process.sigma(t)[:, None]
 
-    options = {"sampler": sampler, "shape": (2,), "num_samples": 6, "dtype": torch.float64}
+    options = {"sampler": sampler, "shape": (2,), "num_samples": 6, "dtype": torch.float64, "time_input": "t"}
     expected = fastdiff.sample(clipped, process, 9, prediction="x0", **options)
     ours = fastdiff.sample(as_eps, process, 9, prediction="eps", clip=(-0.4, 0.4), **options)
     plain = fastdiff.sample(as_eps, process, 9, prediction="eps", **options)

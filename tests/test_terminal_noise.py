@@ -124,7 +124,7 @@ def test_chains_of_zero_terminal_snr_step_as_with_alpha_0():
         assert (found - (sigma * x + alpha * v)).abs().max() < 1e-6
     for sampler in ("ddim", "ancestral", "dpmpp_2m", "unipc", "heun"):
         x = fastdiff.sample(
-            exact(chain, "v"), chain, 100, sampler=sampler, prediction="v", shape=(3,), num_samples=1500
+            exact(chain, "v"), chain, 100, sampler=sampler, prediction="v", time_input="t", shape=(3,), num_samples=1500
         )
         assert abs(float(x.std()) - 0.5) < (0.09 if sampler in OF_THE_SDE else 0.02), sampler
 
@@ -143,7 +143,9 @@ def test_noise_says_nothing_of_the_data_where_there_is_none(prediction):
     with pytest.raises(ConfigError, match="says nothing of the data"):
         fastdiff.log_likelihood(never, torch.zeros(2, 3), chain, prediction=prediction)
     # the way out
-    x = fastdiff.sample(exact(chain, prediction), chain, grid=list(range(990, -1, -10)), sampler="ddim", **options)
+    x = fastdiff.sample(
+        exact(chain, prediction), chain, grid=fastdiff.grids.indices(range(989, -1, -10)), sampler="ddim", **options
+    )
     assert x.isfinite().all()
     with pytest.raises(ConfigError, match=r"alpha\(1\) = 0 .*start at t <= 0.9999"):
         fastdiff.sample(never, Straight(), grid=[1.0, 0.5], sampler="ddim", **options)

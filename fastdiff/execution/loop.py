@@ -147,6 +147,7 @@ class Loop:
         self.begin(first_sample, x_init)
         yield self.start
         network, row = self.mark("network", network), self.mark("row", self.row)
+        finishing = self.table.finishing
         rows = np.zeros((len(self.table), 3), dtype=np.int64)
         rows[:, 0], rows[:, 1], rows[:, 2] = np.arange(len(rows)), first_sample, ops.signed(self.seed)
         cursors = torch.from_numpy(rows).to(self.start.device)
@@ -158,7 +159,9 @@ class Loop:
             for k, (plan, cursor, features) in enumerate(zip(block, cursors[low : low + BLOCK].unbind(), ahead), low):
                 if features is None and plan.calls_network:
                     self.time.fill_(self.times[k])
-                row(plan, network, cond, cursor, features, noise(k) if noise is not None and plan.draws else None)
+                m = row(plan, network, cond, cursor, features, noise(k) if noise is not None and plan.draws else None)
+                if k in finishing:
+                    self.finish(k, plan, m)
                 if every and first_bad is not None:
                     raise_if_bad(self.table, first_bad, first_sample)
                 yield self.buffers[plan.out]
@@ -190,8 +193,8 @@ class Loop:
         cursor: Tensor,
         features: Tensor | None,
         z: Tensor | None,
-    ) -> None:
-        """One row. `cursor`: see fastdiff.execution.reference; z: the caller's noise."""
+    ) -> Tensor | None:
+        """One row; returns the network's output. `cursor`: see fastdiff.execution.reference; z: the caller's noise."""
         m = v = None
         if plan.calls_network:
             # tensors of their own, so that what a network does to them (grad, shape, data) is gone with them
@@ -210,11 +213,22 @@ class Loop:
             self._measure(self.measured, self.matrix, cursor, stream, plan.norm == "batch", state, m, None, z, stored)
         if z is not None:
             self._prepare(plan, z)(cursor, m, v)
-            return
+            return m
         step = self._steps.get(plan)
         if step is None:
             step = self._steps[plan] = self._prepare(plan, None)
         step(cursor, m, v)
+        return m
+
+    def finish(self, k: int, plan: RowPlan, m: Tensor | None) -> None:
+        """What a row does after its step: x ← clamp(x + raw·m), and the next network input anew."""
+        row, x = self.table.rows[k], self.buffers[plan.out]
+        if row.raw != 0 and m is not None:
+            x.add_(m.to(x.dtype), alpha=row.raw)
+        if row.bounds is not None:
+            x.clamp_(*row.bounds)
+        if plan.feeds:
+            self.net_input.copy_(x * self.table.rows[k + 1].in_scale)
 
     def _hold_input(self) -> None:
         """Note where the network's input lies, which the steps write by its address."""

@@ -15,8 +15,12 @@ from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError
 from ..execution import ops
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TIME_SCALES = {"sinusoidal": 1000.0, "fourier": 16.0}  # for times that span 1
-STEP_SCALES = {"sinusoidal": 1.0, "fourier": 0.08}  # the most for steps that lie 1 apart: neighbours stay alike
+TIME_SCALES = {"sinusoidal": 1000.0, "cos_sin": 1000.0, "fourier": 16.0}  # for times that span 1
+STEP_SCALES = {
+    "sinusoidal": 1.0,
+    "cos_sin": 1.0,
+    "fourier": 0.08,
+}  # the most for steps that lie 1 apart: neighbours stay alike
 FEATURES = 64  # time features: 32 frequencies cover four decades, in networks of any width
 FOURIER_SEED = 0x5EED
 LARGEST = 2**31 - 1  # of any count in a network's configuration
@@ -28,6 +32,8 @@ class TimeEmbedding(nn.Module):
     `"sinusoidal"` (Ho et al. 2020; Vaswani et al. 2017): `[sin(ω s t), cos(ω s t)]` with `s = scale` and
     `ω_k = exp(-ln(1e4) k / (half - 1))`, `k < half = channels // 2`. Their steps run over 0..999, so a scale of 1000
     suits a time in [0, 1] and a scale of 1 an integer step.
+
+    `"cos_sin"` (Dhariwal & Nichol 2021; diffusers' default): `[cos(ω s t), sin(ω s t)]` with `ω_k = exp(-ln(1e4) k / half)`.
 
     `"fourier"` (Tancik et al. 2020; Song et al. 2021): `[sin(2π W t), cos(2π W t)]` with `W ~ N(0, scale²)`, a buffer
     drawn from a fixed seed and kept in the state dict.
@@ -59,7 +65,9 @@ class TimeEmbedding(nn.Module):
 
     def _frequencies(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
         # 10^(-4 k / (half - 1)) is Ho et al.'s frequency, in one operation
-        return torch.logspace(0, -4, self.channels // 2, dtype=dtype, device=device)
+        half = self.channels // 2
+        last = -4 * (half - 1) / half if self.kind == "cos_sin" else -4
+        return torch.logspace(0, last, half, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimeEmbedding:
         # net.half() would round the frequencies, and so turn angles by a sizeable part of a radian: they move, but stay
@@ -79,7 +87,8 @@ class TimeEmbedding(nn.Module):
             frequencies, scale = self.frequencies, self.scale
         else:
             frequencies, scale = self._frequencies(t.dtype, t.device), self.scale
-        return ops.timestep_embedding(t, frequencies, scale, self.channels, "sin_cos")
+        order = "cos_sin" if self.kind == "cos_sin" else "sin_cos"
+        return ops.timestep_embedding(t, frequencies, scale, self.channels, order)
 
 
 class TimeConditioned(nn.Module):

@@ -24,8 +24,8 @@ class MLP(TimeConditioned):
 
     shape           one sample's shape, any rank from one up
     num_classes     labels `y` [B] >= 0 and <= num_classes; num_classes means "no label", and so does `y=None` for all samples
-    time_embedding  "fourier" or "sinusoidal" (see TimeEmbedding), with `time_scale` 16 or 1000 unless given; a model of a chain
-                    chooses one for its steps (`fit_times`)
+    time_embedding  "fourier", "sinusoidal" or "cos_sin" (see TimeEmbedding), `time_scale` 16 or 1000 unless given; a model of a
+                    chain chooses one for its steps (`fit_times`)
     out_channels    replaces the leading axis of the result by a multiple of it (a learned variance: 2 * shape[0])
 
     The last layer starts at zero, and with it the network's output. `config` holds the arguments as JSON has them.

@@ -37,8 +37,8 @@ class UNet(TimeConditioned):
     shape           one sample's shape, (C, *spatial), with one to three spatial axes
     attention       the levels (0 is the finest) whose blocks end in self-attention
     num_classes     labels `y` [B] >= 0 and <= num_classes; num_classes means "no label", and so does `y=None` for all samples
-    time_embedding  "sinusoidal" or "fourier" (see TimeEmbedding), with `time_scale` 1000 or 16 unless given; a model of a chain
-                    chooses one for its steps (`fit_times`)
+    time_embedding  "sinusoidal", "cos_sin" or "fourier" (see TimeEmbedding), `time_scale` 1000 or 16 unless given; a model of a
+                    chain chooses one for its steps (`fit_times`)
     out_channels    channels of the result, where they are not the sample's (a learned variance: 2 C)
 
     The last convolution starts at zero, and with it the network's output. `config` holds the arguments as JSON has them.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import pickle
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -21,29 +19,29 @@ def cached(
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        kept = OrderedDict[Any, tuple[Any, int]]()
-        lock, total = threading.Lock(), 0
+        # No lock, which an interrupt could leave locked for ever: a dict's own operations are whole between threads, and what
+        # two of them lose to each other is made anew.
+        kept: dict[Any, tuple[Any, int]] = {}
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            nonlocal total
             try:
                 key = _Key(args)
             except (TypeError, AttributeError, ValueError, RuntimeError, pickle.PicklingError):
                 return function(*args)
-            with lock:
-                found = kept.get(key)
-                if found is not None:
-                    kept.move_to_end(key)
-                    return found[0]
+            found = kept.pop(key, None)
+            if found is not None:
+                kept[key] = found  # as the latest
+                return found[0]
             result = function(*args)
             heavy = weight(result)
-            with lock:
-                if heavy * 5 <= room and key not in kept:  # one that is larger would drive out most of the others
-                    kept[key] = result, heavy
-                    total += heavy
-                    while total > room:
-                        total -= kept.popitem(last=False)[1][1]
+            if heavy * 5 <= room:  # one that is larger would drive out most of the others
+                kept[key] = result, heavy
+                total = sum(each for _, each in list(kept.values()))
+                for oldest in list(kept):
+                    if total <= room:
+                        break
+                    total -= kept.pop(oldest, (None, 0))[1]
             return result
 
         return call

@@ -1,11 +1,13 @@
 """Time grids. A grid becomes `Step`s: consecutive levels with the transition kernel between them.
 
-A grid is a name, a strictly decreasing list of process times, or `sigmas([...])`, a list of noise ratios σ̂ = σ/α.
+A grid is a name, a strictly decreasing list of process times, `sigmas([...])`, a list of noise ratios σ̂ = σ/α, or
+`indices([...])`, the steps of a chain as other libraries count them, from 0.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import checks
-from ..errors import ConfigError, choose
+from ..errors import ConfigError, choose, warn
 from ..table import Level
 from .processes import Process
 
@@ -52,6 +54,133 @@ def sigmas(values: Sequence[float]) -> Sigmas:
     if sigma_hats[-1] < 0:
         raise ConfigError(f"grid of sigmas must be >= 0, got {sigma_hats[-1]:g} at the end")
     return sigma_hats
+
+
+@dataclass(frozen=True)
+class Indices:
+    """A grid of a chain's steps by their index, in the order of a run (see `indices`)."""
+
+    steps: tuple[int, ...]
+    end: int | None = None
+
+
+def indices(timesteps: Sequence[int] | Array, end: int | None = None) -> Indices:
+    """A grid given by the timesteps at which a chain's network is called, from 0 as other libraries count them, such as
+    diffusers' `scheduler.timesteps`, [980, 960, …, 0].
+
+    The last step leads from the last of them to `end`: None the data (where NCSN's lowest level is), 0 the first step
+    (diffusers' set_alpha_to_one=False and final_sigmas_type="sigma_min").
+    """
+    numbers = np.array(checks.sequence("timesteps", timesteps))
+    if not len(numbers):
+        raise ConfigError("timesteps must hold at least one step, got none")
+    broken = np.flatnonzero(numbers != np.round(numbers))
+    if len(broken):
+        raise ConfigError(
+            f"timesteps must be whole, got {numbers[broken[0]]:g} at index {broken[0]}: give the noise levels between them, "
+            "grids.sigmas(scheduler.sigmas)"
+        )
+    change = np.diff(numbers)
+    if not ((change < 0).all() or (change > 0).all()):
+        k = int(np.flatnonzero(change * np.sign(change[0] or -1) <= 0)[0]) + 1
+        raise ConfigError(
+            f"timesteps must all be different and in order, got {numbers[k]:g} after {numbers[k - 1]:g} at index {k}: give "
+            "each step once (a solver of stages makes its own)"
+        )
+    return Indices(
+        tuple(int(v) for v in numbers), None if end is None else checks.integer("end", end, 0, int(numbers.max()))
+    )
+
+
+def timesteps(spacing: str, T: int, steps: int | None = None, *, offset: int = 0, one_more: bool = False) -> Indices:
+    """diffusers' `timesteps` of T training steps and `steps` inference steps, or OpenAI's respaced ones, as a grid.
+
+    spacing    diffusers' timestep_spacing "leading", "trailing" or "linspace"; or OpenAI's timestep_respacing, "ddim50" (50
+               with a whole stride) or "10,15,20" (so many of each third of the chain, the lowest first)
+    offset     diffusers' steps_offset, added to "leading"
+    one_more   spaced over one more step, and without the lowest, as diffusers' DPM-Solver, DEIS, UniPC and SA-Solver are
+    """
+    T = checks.integer("T", T, 1, 10**7)
+    if is_respacing(spacing):
+        found = _respaced(spacing, T)
+        if steps not in (None, len(found)):
+            raise ConfigError(f"steps={steps} contradicts {spacing!r}, which has {len(found)} steps: leave steps out")
+        return indices(found)
+    choose("spacing", spacing, SPACINGS)
+    count = checks.integer("steps", steps, 1, T - one_more)
+    if spacing == "trailing":
+        return indices(np.round(np.arange(T, 0, -T / count))[:count] - 1)
+    if spacing == "linspace":
+        spaced = np.round(np.linspace(0, T - 1, count + one_more))
+    else:
+        offset = checks.integer("offset", offset, 0, T - 1)
+        spaced = np.arange(count + one_more, dtype=np.float64) * (T // (count + one_more)) + offset
+    return indices(spaced[::-1][:count])
+
+
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+def is_respacing(spec: object) -> bool:
+    """Whether a grid is one of OpenAI's strings."""
+    return isinstance(spec, str) and re.fullmatch(r"ddim\d{1,8}|\d{1,8}(,\s*\d{1,8})*", spec.strip()) is not None
+
+
+def _respaced(spec: str, T: int) -> list[int]:
+    """The steps, from the noise down, of T: improved-diffusion's rule (Nichol & Dhariwal 2021, §4)."""
+    if spec.strip().startswith("ddim"):
+        wanted = int(spec.strip()[4:])
+        stride = next((i for i in range(1, T + 1) if -(-T // i) == wanted), None)
+        if stride is None:
+            near = min({-(-T // i) for i in range(1, T + 1)}, key=lambda n: abs(n - wanted))
+            raise ConfigError(f"{spec!r} has no whole stride in {T} steps: use 'ddim{near}' or '{wanted}'")
+        return list(range(0, T, stride))[::-1]
+    counts = [int(part) for part in spec.split(",")]
+    if min(counts) < 1:
+        raise ConfigError(f"each part of {spec!r} must have at least 1 step")
+    found, first = list[int](), 0
+    for k, count in enumerate(counts):
+        size = T // len(counts) + (k < T % len(counts))
+        if count > size:
+            raise ConfigError(f"{spec!r} asks for {count} of a part of {size} steps, of {T} in {len(counts)} parts")
+        apart, position = (size - 1) / (count - 1) if count > 1 else 1.0, 0.0
+        for _ in range(count):
+            found.append(first + round(position))
+            position += apart
+        first += size
+    return found[::-1]
+
+
+def times_of(grid: Indices, process: Process) -> tuple[float, ...]:
+    """The process times of a chain's steps, and of the end."""
+    if not process.discrete:
+        raise ConfigError(f"the grid counts a chain's steps, and {process.name!r} is continuous: use ddpm or ncsn")
+    steps = np.arange(1, int(process.T) + 1)
+    of_index = dict(zip(np.asarray(process.index(steps)).tolist(), steps.tolist()))
+    asked = grid.steps if grid.end is None else (*grid.steps, grid.end)
+    unknown = [index for index in asked if index not in of_index]
+    if unknown:
+        raise ConfigError(f"timesteps must be steps of the chain, 0 to {len(steps) - 1}, got {unknown[0]}")
+    times = [float(of_index[index]) for index in asked]
+    if grid.end is None and times[-1] > process.t_min:
+        times.append(float(process.t_min))
+    if len(times) < 2 or min(-np.diff(times)) <= 0:
+        raise ConfigError(f"timesteps must lead from the noise down to the data, got {list(grid.steps)!r:.60}")
+    return tuple(times)
+
+
+def warn_of_timesteps(process: Process, times: Sequence[float]) -> None:
+    """Warn where a list of times on a DDPM chain may be timesteps, which count from 0 and so are one off: it starts at the
+    last of those, or holds whole numbers below T which end before the data or are evenly spaced."""
+    if not process.discrete or process.ladder or times[0] >= process.T:
+        return
+    whole = all(t == int(t) for t in times)
+    even = len(times) > 3 and np.ptp(np.diff(times)) <= 1
+    if times[0] == process.T - 1 or (whole and (times[-1] > 0 or even)):
+        warn(
+            f"grid starts at {times[0]:g}, below T = {process.T:g}, as timesteps do that count from 0, and is taken as process "
+            "times, which count from 1: for timesteps give fastdiff.grids.indices(timesteps)"
+        )
 
 
 @dataclass(frozen=True)
@@ -120,13 +249,21 @@ TIMES: dict[str, Callable[[Process, int, float], Array]] = {
     "logsnr": _logsnr,
     "trained": _trained,
 }
-GRIDS = (*TIMES, "fourth_root", "karras", "score_sde")
+GRIDS = (*TIMES, "fourth_root", "karras", "score_sde", *SPACINGS)
 
 
 def karras(sigma_max: float, sigma_min: float, n: int, rho: float = 7.0) -> Array:
     """σ_i = (σ_max^{1/ρ} + i/(n − 1)(σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ, then 0 (Karras et al. 2022, eq. 5): n + 1 numbers."""
     ramp = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n) ** rho if n > 1 else np.array([sigma_max])
     return np.append(ramp, 0.0)
+
+
+def polyexponential(sigma_max: float, sigma_min: float, n: int, rho: float = 1.0) -> Array:
+    """log σ_i = log σ_min + (1 − i/(n − 1))^ρ log(σ_max/σ_min), then 0: n + 1 numbers for `sigmas` (k-diffusion's
+    get_sigmas_polyexponential; ρ = 1 its get_sigmas_exponential)."""
+    high, low = (checks.number(f"sigma_{end}", v, 0, above=True) for end, v in (("max", sigma_max), ("min", sigma_min)))
+    ramp = np.linspace(1, 0, checks.integer("n", n, 1, 10**7)) ** checks.number("rho", rho, 0, above=True)
+    return np.append(np.exp(ramp * math.log(high / low) + math.log(low)), 0.0)
 
 
 def fourth_root(sigma_max: float, sigma_min: float, n: int, sigma_data: float = 0.5) -> Array:
@@ -142,11 +279,18 @@ def fourth_root(sigma_max: float, sigma_min: float, n: int, sigma_data: float = 
 
 
 def build(
-    spec: object, process: Process, n: int | None, t_min: float | None, in_time: bool = False, to_data: bool = True
+    spec: object,
+    process: Process,
+    n: int | None,
+    t_min: float | None,
+    in_time: bool = False,
+    to_data: bool = True,
+    one_more: bool = False,
 ) -> Grid:
     """The grid of `n` steps that ends at `t_min` (None: the process's); an explicit `spec` has both, and takes neither.
 
     in_time, to_data  of "fourth_root": whether it is a grid of times, and whether its last level is the data instead of t_min
+    one_more          of "leading" and "linspace": see `timesteps`
     """
     if isinstance(spec, str):
         choose("grid", spec, GRIDS)
@@ -159,6 +303,8 @@ def build(
             raise ConfigError(
                 f"t_min must be >= {process.first_time:g}, the smallest level of {process.name!r}, got {end:g}"
             )
+        if spec in SPACINGS:
+            return build(_spaced(spec, process, n, end, one_more), process, None, None)
         if spec == "score_sde":
             return Grid(_reference_steps(process, n, end), reference=True)
         if spec == "fourth_root":
@@ -183,6 +329,17 @@ def build(
     if len(outside):
         raise ConfigError(f"grid times must lie in [{first:g}, {process.T:g}], got {values[outside[0]]:g}")
     return Grid(_steps(process, _levels_of_times(process, values)))
+
+
+def _spaced(spec: str, process: Process, n: int, t_min: float, one_more: bool) -> tuple[float, ...]:
+    if not process.discrete or process.ladder:
+        raise ConfigError(f"grid={spec!r} needs a DDPM chain, and the process is {process.name!r}: use grid='uniform'")
+    times = times_of(timesteps(spec, int(process.T), n, one_more=one_more), process)[:n]
+    if t_min >= times[-1]:
+        raise ConfigError(
+            f"t_min must be below {times[-1]:g}, where the last step of grid={spec!r} starts, got {t_min:g}: give 0"
+        )
+    return (*times, t_min)
 
 
 def level_at(process: Process, sigma_hat: float) -> Level:

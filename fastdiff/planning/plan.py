@@ -15,7 +15,7 @@ from ..table import Level, Row, StepTable
 from . import grids, predictions, processes, samplers
 from .cache import cached
 from .processes import Process
-from .samplers.base import X0, Combination, SolverRow
+from .samplers.base import EPS, X0, Combination, SolverRow
 
 ROWS_CACHED = 50_000  # in all tables together: some 40 MB
 MAX_STEPS = 10**6
@@ -34,14 +34,16 @@ def plan(
     grid: Any = None,
     t_min: float | None = None,
     clip: tuple[float, float] | None = None,
+    clip_state: tuple[float, float] | None = None,
     denoise: bool = True,
-    time_input: str | None = None,
+    time_input: predictions.TimeInput | None = None,
     clock: Process | None = None,
 ) -> StepTable:
     """The table of a run, by the same rules and defaults as `fastdiff.sample`.
 
     `clock`: the process the network was trained on, where `sde` is a chain on its path (DDPM on VP, NCSN on VE): the
-    network is then given the clock's time of each level.
+    network is then given the clock's time of each level. `clip_state`: (lo, hi) in which the state is kept after each step, its
+    noise included; run the table by sample(..., table=).
 
         print(fastdiff.plan("vp", 100).explain())
     """
@@ -51,11 +53,12 @@ def plan(
         samplers.get(sampler, process),
         steps,
         prediction=prediction,
-        time_input=predictions.default_time_input(prediction) if time_input is None else time_input,
+        time_input=predictions.default_time_input(prediction, clock or process) if time_input is None else time_input,
         clock=process if clock is None else clock,
         grid=grid,
         t_min=t_min,
         clip=clip,
+        clip_state=clip_state,
         denoise=denoise,
     )
 
@@ -66,27 +69,82 @@ def make_table(
     steps: int | None = None,
     *,
     prediction: str,
-    time_input: str,
+    time_input: predictions.TimeInput,
     clock: Process,
     grid: Any = None,
     t_min: float | None = None,
     clip: Clip = None,
+    clip_state: Clip = None,
     denoise: bool = True,
 ) -> StepTable:
     """What `plan` does once its names are objects: its arguments checked, and the table, from a cache."""
     steps = None if steps is None else checks.integer("steps", steps, 1, MAX_STEPS)
-    return _cached(  # type: ignore[no-any-return]
+    make = _make if callable(time_input) else _cached  # a function may mean something else by the next run
+    return make(
         process,
         sampler,
         steps,
         prediction,
         time_input,
         clock,
-        grid if grid is None or isinstance(grid, (str, grids.Sigmas)) else grids.decreasing("grid", grid),
+        _checked_grid(process, grid),
         None if t_min is None else checks.number("t_min", t_min),
         None if clip is None else checks.pair("clip", clip),
+        None if clip_state is None else checks.pair("clip_state", clip_state),
         checks.flag("denoise", denoise),
     )
+
+
+def check_table(table: Any, prediction: str, time_input: predictions.TimeInput, process: Process) -> StepTable:
+    """Refuse a table that is not for a network of this prediction and time input, trained on `process`."""
+    if not isinstance(table, StepTable):
+        raise ConfigError(f"table must be a StepTable, such as fastdiff.plan gives, got {type(table).__name__}")
+    if len(table) > MAX_ROWS:
+        raise ConfigError(f"table has {len(table)} rows, at most {MAX_ROWS}: use fewer steps")
+    for name, planned, own in (
+        ("prediction", table.prediction, prediction),
+        ("time_input", table.time_input, time_input),
+    ):
+        if planned not in (None, own):
+            raise ConfigError(
+                f"table was planned for {name}={planned!r:.40}, and the model has {own!r:.40}: plan(..., {name}={own!r:.40})"
+            )
+    calls = [k for k, row in enumerate(table.rows) if row.calls_network]
+    told = np.array([table.rows[k].network_time for k in calls])
+    if time_input == "index" and (told != np.round(told)).any():
+        bad = calls[int(np.flatnonzero(told != np.round(told))[0])]
+        raise ConfigError(
+            f"row {bad} of the table tells the network the step {table.rows[bad].network_time:g}, and time_input='index' "
+            "takes whole ones: give a table of the chain's own steps, or a model of time_input='fractional_index'"
+        )
+    if table.time_input is not None and process.linear and calls:
+        t, alpha, sigma = (np.array(column) for column in zip(*(table.rows[k].level for k in calls)))
+        own_clock = np.allclose(process.alpha(t), alpha, rtol=1e-9) and np.allclose(process.sigma(t), sigma, rtol=1e-9)
+        clock_t = t if own_clock else np.minimum(process.time(sigma / alpha), process.T)
+        wanted = predictions.network_time(time_input, process, clock_t, alpha, sigma)
+        off = np.flatnonzero(~np.isclose(told, wanted, rtol=1e-6, atol=1e-9 * process.T))
+        if len(off):
+            k = int(off[0])
+            raise ConfigError(
+                f"row {calls[k]} of the table tells the network the time {told[k]:g}, and for its noise this model takes "
+                f"{wanted[k]:g}: plan(..., clock=model.process), or dataclasses.replace(table, time_input=None) if it is meant"
+            )
+    return table
+
+
+def _checked_grid(process: Process, grid: Any) -> Any:
+    """The grid as constants: a name, noise ratios, or times."""
+    if grids.is_respacing(grid):
+        if not process.discrete or process.ladder:
+            raise ConfigError(f"grid={grid!r} needs a DDPM chain, and the process is {process.name!r}: use steps=")
+        grid = grids.timesteps(grid, int(process.T))
+    if isinstance(grid, grids.Indices):
+        return grids.times_of(grid, process)
+    if grid is None or isinstance(grid, (str, grids.Sigmas)):
+        return grid
+    times = grids.decreasing("grid", grid)
+    grids.warn_of_timesteps(process, times)
+    return times
 
 
 def _make(
@@ -94,11 +152,12 @@ def _make(
     sampler: samplers.Sampler,
     steps: int | None,
     prediction: str,
-    time_input: str,
+    time_input: predictions.TimeInput,
     clock: Process,
     grid_spec: Any,
     t_min: float | None,
     clip: Clip,
+    clip_state: Clip,
     denoise: bool,
 ) -> StepTable:
     predictions.check(prediction, time_input, clock)
@@ -107,6 +166,10 @@ def _make(
         _check_rows(sampler, steps)
         solver_rows, end = sampler.rows(process, grid, steps, denoise)
     flat = [_without_zeros(row) for step in solver_rows for row in step]
+    if clip_state is not None and not sampler.stores_state:
+        raise ConfigError(
+            f"clip_state needs a sampler whose rows store the state, and {sampler.name!r} corrects it later"
+        )
     if grid.reference and any(math.isnan(number) for row in flat for number in (row.a, row.c, *row.b)):
         raise ConfigError(
             f"grid='score_sde' has no steps of sampler {sampler.name!r} on {process!r:.80} at steps={steps}: use more "
@@ -114,9 +177,13 @@ def _make(
         )
     title = f"{process!r:.120} | {sampler!r} | {steps} steps, prediction {prediction}"
     rows = _rows(flat, clip, _network_columns(flat, prediction, time_input, process, clock))
+    if clip_state is not None:
+        ends = np.cumsum([len(step) for step in solver_rows]) - 1
+        for k in ends.tolist():
+            rows[k] = replace(rows[k], bounds=clip_state)
     if clip is not None and not any(row.clips for row in rows):
         raise ConfigError(f"clip acts on predictions of x0, and sampler {sampler.name!r} makes none: leave clip out")
-    return StepTable(title, tuple(rows), end, _start_std(process, grid.steps[0].level), clip)
+    return StepTable(title, tuple(rows), end, _start_std(process, grid.steps[0].level), clip, prediction, time_input)
 
 
 _cached = cached(ROWS_CACHED, len)(_make)
@@ -152,7 +219,7 @@ def _grid(
         raise ConfigError(f"grid='score_sde' has no sampler {sampler.name!r}: use grid='uniform'")
     # the reference's grid has as many points as steps; any other has one more, but for samplers that stand on levels
     count = steps if spec == "score_sde" else sampler.intervals(process, steps)
-    return grids.build(spec, process, count, end, sampler.in_time, to_data=t_min is None), steps
+    return grids.build(spec, process, count, end, sampler.in_time, t_min is None, sampler.one_more), steps
 
 
 def _start_std(process: Process, first: Level) -> float:
@@ -205,12 +272,14 @@ def _rows(flat: Sequence[SolverRow], clip: Clip, networks: dict[Level, _Network]
         stored = X0 if clips else solver.h0 if keeps or solver.measure is not None else predicts
         p, q = _convert(predicts, stored, solver.level)
         u, v = _convert(stored, solver.h0, solver.level)
+        of_x, of_raw = _convert(predicts, EPS, solver.level) if solver.raw != 0 else (0.0, 0.0)
         b0 = solver.b[0] if solver.b else 0.0
         older, shift = _from_history(solver.b[1:], history, base, k)
         rows.append(Row(
-            solver.level, solver.label, solver.a + b0 * u, (b0 * v, *older), solver.e + shift, solver.c,
+            solver.level, solver.label, solver.a + b0 * u + solver.raw * of_x, (b0 * v, *older), solver.e + shift, solver.c,
             calls_network=True, saves_base=solver.saves_base, keeps_prediction=keeps, clips=clips, network_time=time,
             in_scale=in_scale, p=p, q=q, measure=solver.measure, log_variance=solver.log_variance,
+            raw=solver.raw * of_raw,
         ))  # fmt: skip
         if keeps:
             history.append(_Stored(stored, solver.h0, solver.level, base if solver.saves_base else -1))
@@ -265,7 +334,7 @@ def _convert(source: Combination, target: Combination, level: Level) -> tuple[fl
 
 
 def _network_columns(
-    flat: Sequence[SolverRow], prediction: str, time_input: str, process: Process, clock: Process
+    flat: Sequence[SolverRow], prediction: str, time_input: predictions.TimeInput, process: Process, clock: Process
 ) -> dict[Level, _Network]:
     """The network's side of a call at each level where there is one."""
     levels = list(dict.fromkeys(row.level for row in flat if row.h0 is not None))

@@ -13,6 +13,8 @@ x = α x0 + σ ε that makes any prediction an affine function of x and any othe
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,9 @@ import numpy as np
 from .. import checks
 from ..errors import ConfigError, choose
 from .processes import Pair, Process, lib, require_linear
+
+# a name of TIME_INPUTS, or a function of the process times [B]
+TimeInput = str | Callable[[Any], Any]
 
 
 def _needs_chain(kind: str, process: Process) -> None:
@@ -105,25 +110,49 @@ def input_scale(prediction: str, process: Process, alpha: Any, sigma: Any) -> An
     return 1 / lib(alpha).sqrt(sigma**2 + (alpha * process.sigma_data) ** 2)
 
 
-def _index(process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
+def _check_counted(name: str, process: Process) -> None:
     if not process.discrete:
         raise ConfigError(
-            f"time_input='index' needs a discrete process (ddpm, ncsn), and {process.name!r} is continuous: "
+            f"time_input={name!r} needs a discrete process (ddpm, ncsn), and {process.name!r} is continuous: "
             "use 't' or 't*999'"
         )
+
+
+def _index(process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
+    _check_counted("index", process)
     whole = lib(t).round(t)
     if bool((abs(t - whole) > 1e-6).any()):
         raise ConfigError(
-            "time_input='index' needs whole steps of the chain: use grid='trained', and a sampler without intermediate stages, "
-            "such as 'ddim', 'dpmpp_2m' or 'unipc'"
+            "time_input='index' needs whole steps of the chain: use grid='trained' and a sampler without stages, such as "
+            "'ddim' or 'unipc', or time_input='fractional_index'"
         )
     return process.index(whole)
+
+
+def _share_of_index(process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
+    _check_counted("index/T", process)
+    return _fractional_index(process, t, alpha, sigma) / process.T
+
+
+def _fractional_index(process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
+    """The index where t is a step; between two steps linear in log σ̂, below the first that of the first (as k-diffusion's
+    DiscreteSchedule and diffusers)."""
+    _check_counted("fractional_index", process)
+    library, t = lib(t), t.double() if hasattr(t, "detach") else np.asarray(t, dtype=np.float64)
+    t = library.clip(t, 1.0, float(process.T))
+    low = library.clip(library.floor(t), 1.0, max(process.T - 1.0, 1.0))
+    high = library.clip(low + 1, 1.0, float(process.T))
+    at_low, here, at_high = (library.log(process.sigma(v) / process.alpha(v)) for v in (low, t, high))
+    share = (here - at_low) / (at_high - at_low + (at_high == at_low))  # a chain of one step has no other
+    return process.index(low) + share * (process.index(high) - process.index(low))
 
 
 # name -> (process, t, alpha, sigma) -> the time that the network is given
 TIME_INPUTS: dict[str, Callable[[Process, Any, Any, Any], Any]] = {
     "t": lambda process, t, alpha, sigma: 1.0 * t,
     "index": _index,
+    "fractional_index": _fractional_index,
+    "index/T": _share_of_index,
     "sigma": lambda process, t, alpha, sigma: 1.0 * sigma,
     "log_sigma": lambda process, t, alpha, sigma: lib(sigma).log(sigma),
     "t*999": lambda process, t, alpha, sigma: 999.0 * t,
@@ -131,23 +160,43 @@ TIME_INPUTS: dict[str, Callable[[Process, Any, Any, Any], Any]] = {
 }
 
 
-def default_time_input(prediction: str) -> str:
-    """The default time input: the process time "t", with EDM's preconditioning its "c_noise"."""
-    return "c_noise" if choose("prediction", prediction, PREDICTIONS) == "edm" else "t"
+def default_time_input(prediction: str, process: Process) -> str:
+    """The default: "c_noise" with EDM's preconditioning, on DDPM chains the "index" that published networks take, else the
+    process time "t". A score is a function of the process time, also on chains."""
+    if choose("prediction", prediction, PREDICTIONS) == "edm":
+        return "c_noise"
+    return "index" if process.discrete and not process.ladder and prediction != "score" else "t"
 
 
-def network_time(time_input: str, process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
+def network_time(time_input: TimeInput, process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
     """The time that the network is given at process time t, level (α, σ).
 
     "index" counts a chain's steps from 0 (`Process.index`); "c_noise" is EDM's ln(σ/α)/4.
     """
+    if callable(time_input):
+        return _by_function(time_input, t)
     return TIME_INPUTS[choose("time_input", time_input, TIME_INPUTS)](process, t, alpha, sigma)
 
 
-def time_steps(time_input: str, process: Process) -> tuple[float, float] | None:
+def _by_function(function: Callable[[Any], Any], t: Any) -> Any:
+    """function(t), of a tensor [B] wherever there is torch: a run, a table and a training ask the same function."""
+    torch, is_tensor = sys.modules.get("torch"), hasattr(t, "detach")
+    values = t if is_tensor else np.atleast_1d(np.asarray(t, dtype=np.float64))
+    given = values if is_tensor or torch is None else torch.from_numpy(np.ascontiguousarray(values))
+    time = function(given.reshape(-1))
+    number = getattr(time, "dtype", None)
+    if number is None or tuple(time.shape) != (math.prod(given.shape),) or "complex" in str(number):
+        what = f"shape {tuple(time.shape)} of {number}" if hasattr(time, "shape") else type(time).__name__
+        raise ConfigError(f"time_input(t) must return one number for each of the times t [B], got {what:.80}")
+    if is_tensor:
+        return time.reshape(t.shape).to(t.dtype) if t.is_floating_point() else time.reshape(t.shape)
+    return np.asarray(time if torch is None else time.detach().cpu(), dtype=np.float64).reshape(np.shape(t))
+
+
+def time_steps(time_input: TimeInput, process: Process) -> tuple[float, float] | None:
     """How far a chain's first and last step, and two neighbouring ones, lie apart as a network is told the time;
-    None where time is continuous, or is told by the noise."""
-    if not process.discrete or time_input not in ("t", "index", "t*999"):
+    None where time is continuous, or is told by the noise or by a function."""
+    if not process.discrete or time_input not in ("t", "index", "fractional_index", "index/T", "t*999"):
         return None
     first, second, last = (
         float(network_time(time_input, process, t, None, None)) for t in (1.0, 2.0, float(process.T))
@@ -155,7 +204,7 @@ def time_steps(time_input: str, process: Process) -> tuple[float, float] | None:
     return max(abs(last - first), abs(second - first)), abs(second - first)
 
 
-def check(prediction: str, time_input: str, process: Process) -> None:
+def check(prediction: str, time_input: TimeInput, process: Process) -> None:
     """Refuse a prediction or time input that the process does not define, and a process without T, or without any x_t."""
     checks.number("T", getattr(process, "T", None), 0, above=True)
     if not process.linear:
@@ -167,10 +216,11 @@ def check(prediction: str, time_input: str, process: Process) -> None:
     network_time(time_input, process, t, alpha, sigma)
 
 
-def _check_sampled(prediction: str, time_input: str, process: Process) -> None:
+def _check_sampled(prediction: str, time_input: TimeInput, process: Process) -> None:
     """The same for a process that is not linear."""
     choose("prediction", prediction, PREDICTIONS)
-    choose("time_input", time_input, TIME_INPUTS)
+    if not callable(time_input):
+        choose("time_input", time_input, TIME_INPUTS)
     if not process.defines("sample"):
         raise ConfigError(
             f"sde must define alpha(t) and sigma(t), or sample(x0, t, noise), and {type(process).__name__} has neither"

@@ -444,8 +444,10 @@ class EDM(Process):
 class DDPM(Process):
     """The chain x_i = √(1 − β_i) x_{i−1} + √β_i z (Ho et al. 2020), time t = 0 … T as in the paper, t = 0 the data.
 
-    `betas`: the name of a schedule, or a sequence of T numbers in (0, 1). Between whole times log ᾱ is linear, which is
-    the VP process of piecewise constant rate −log(1 − β_i). The network's `index` is t − 1.
+    `betas`: the name of a schedule, or a sequence of T numbers in (0, 1). "linear", "quadratic" and "scaled_linear" have their
+    ends times 1000/T, so that every T reaches the noise (Nichol & Dhariwal 2021); for ends that stay as they are, as in
+    diffusers, give fastdiff.schedules.linear(T, 1e-4, 0.02). Between whole times log ᾱ is linear, which is the VP process
+    of piecewise constant rate −log(1 − β_i). The network's `index` is t − 1.
     """
 
     betas: str | Sequence[float] = "linear"

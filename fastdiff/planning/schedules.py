@@ -15,18 +15,18 @@ Array = NDArray[np.float64]
 
 
 def linear(T: int, beta_start: float | None = None, beta_end: float | None = None) -> Array:
-    """β_i from 1e-4 to 0.02 in equal steps (Ho et al. 2020), times 1000/T for other T (Nichol & Dhariwal 2021)."""
+    """β_i from 1e-4 to 0.02 in equal steps (Ho et al. 2020), both times 1000/T (Nichol & Dhariwal 2021) unless given."""
     return np.linspace(*_ends(T, beta_start, beta_end, 1e-4, 0.02), T)
 
 
 def quadratic(T: int, beta_start: float | None = None, beta_end: float | None = None) -> Array:
-    """√β_i in equal steps, 1e-4 to 0.02 (the `quad` schedule of Ho et al. 2020)."""
+    """√β_i in equal steps, 1e-4 to 0.02 (the `quad` schedule of Ho et al. 2020), both times 1000/T unless given."""
     lo, hi = _ends(T, beta_start, beta_end, 1e-4, 0.02)
     return np.linspace(math.sqrt(lo), math.sqrt(hi), T) ** 2
 
 
 def scaled_linear(T: int, beta_start: float | None = None, beta_end: float | None = None) -> Array:
-    """√β_i in equal steps, 0.00085 to 0.012 (Rombach et al. 2022)."""
+    """√β_i in equal steps, 0.00085 to 0.012 (Rombach et al. 2022), both times 1000/T unless given."""
     return quadratic(T, *_ends(T, beta_start, beta_end, 0.00085, 0.012))
 
 
@@ -45,6 +45,11 @@ def sigmoid(T: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max
     return from_alpha_bar(alpha_bar, T, max_beta)
 
 
+def sigmoid_beta(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Array:
+    """β_i a sigmoid of numbers from −6 to 6, between `beta_start` and `beta_end` whatever T is (diffusers' "sigmoid")."""
+    return 1 / (1 + np.exp(-np.linspace(-6, 6, T))) * (beta_end - beta_start) + beta_start
+
+
 def from_alpha_bar(alpha_bar: Callable[[Array], Array], T: int, max_beta: float = 0.999) -> Array:
     """β_i = min(1 − ᾱ(i/T)/ᾱ((i−1)/T), max_beta) for a decreasing ᾱ on [0, 1]."""
     value = alpha_bar(np.arange(T + 1) / T)
@@ -57,6 +62,7 @@ BETAS: dict[str, Callable[..., Array]] = {
     "quadratic": quadratic,
     "cosine": cosine,
     "sigmoid": sigmoid,
+    "sigmoid_beta": sigmoid_beta,
 }
 
 
@@ -146,7 +152,7 @@ def langevin_step(sigma_min: float, gamma: float, steps_per_level: int) -> float
 
 
 def ema_decay(step: int, decay: float = 0.999) -> float:
-    """Technique 5, θ' ← mθ' + (1 − m)θ, with score_sde's warm-up: m = min(decay, (1 + n)/(10 + n)) at update n."""
+    """Technique 5, θ' ← mθ' + (1 − m)θ, with a warm-up: m = min(decay, (1 + n)/(10 + n)) at update n."""
     return min(decay, (1 + step) / (10 + step))
 
 

@@ -129,6 +129,12 @@ def _process(config: dict[str, Any], sde: processes.Process | None, path: Path) 
 
 def as_json(header: dict[str, Any]) -> str:
     """The header as JSON; ConfigError where it holds anything but numbers, strings and lists and dicts of them."""
+    model = header.get("model")
+    if callable((model if isinstance(model, dict) else header).get("time_input")):
+        raise ConfigError(
+            "time_input must be a name to be saved, got a function, which no file holds: call it in the network's forward, "
+            "with time_input='t'"
+        )
     try:
         return json.dumps(header)
     except TypeError as error:

@@ -39,7 +39,10 @@ from ..planning.schedules import ema_decay
 from . import checkpoint as files
 
 # What may differ from one call to the next of a run; all else says which run it is.
-MAY_CHANGE = ("batch_size", "lr", "warmup", "decay", "grad_clip", "ema", "steps")
+MAY_CHANGE = ("batch_size", "lr", "warmup", "decay", "grad_clip", "ema", "steps", "ema_rule", "warmup_start")
+# Options that files of earlier versions do not have, as they were then.
+LATER = {"ema_rule": "diffusers", "warmup_start": 1}
+EMA_RULES = ("diffusers", "score_sde", "constant")
 # Steps in a row without a finite loss and gradient after which a run gives up.
 MOST_SKIPPED = 10
 
@@ -83,6 +86,8 @@ def train(
     progress: bool | None = None,
     callback: Callable[[int, float], object] | None = None,
     stop: Callable[[], object] | None = None,
+    ema_rule: str = "diffusers",
+    warmup_start: int = 1,
 ) -> Training:
     """Train `model` in place up to step `steps`, and leave it with the averaged (EMA) weights, in evaluation mode.
 
@@ -90,8 +95,10 @@ def train(
                   scaled from its range to the model's data_range; its labels are used if the network has num_classes
     loss          "dsm", "simple" or "likelihood"; without a transition density "ism", "ssm" or "ssm_vr", the last two with
                   `probe` "rademacher" (default) or "normal" (fastdiff.losses.per_sample)
-    lr, warmup    Adam (β 0.9, 0.999, ε 1e-8), linear warm-up over `warmup` steps; `decay`: half a cosine to 0 at `steps`
-    ema           θ' ← m θ' + (1 − m) θ with m = min(ema, (1 + n)/(10 + n))
+    lr, warmup    Adam (β 0.9, 0.999, ε 1e-8), linear warm-up over `warmup` steps, step n = 0, 1, … by
+                  lr·min(1, (n + warmup_start)/warmup) (`warmup_start` 0 is score_sde's); `decay`: half a cosine to 0 at `steps`
+    ema           θ' ← m θ' + (1 − m) θ at update n = 0, 1, …; `ema_rule` "diffusers": m = min(ema, (1 + n)/(10 + n)), 0 at n = 0;
+                  "score_sde": from the initial weights, m = min(ema, (2 + n)/(11 + n)); "constant": from them, m = ema
     dequantize    add uniform noise of one bin to discrete data (Theis et al. 2016)
     seed          data, times, noise and dropout of step n are a function of (seed, n) alone, so a resumed run gives the
                   same weights as an uninterrupted one; torch's generator is as it was after each step
@@ -107,7 +114,8 @@ def train(
     """
     options, steps, checkpoint_every = _checked(
         {"loss": loss, "batch_size": batch_size, "lr": lr, "warmup": warmup, "decay": decay, "grad_clip": grad_clip,
-         "ema": ema, "dequantize": dequantize, "seed": seed}, steps, checkpoint_every,
+         "ema": ema, "dequantize": dequantize, "seed": seed, "ema_rule": ema_rule, "warmup_start": warmup_start},
+        steps, checkpoint_every,
     )  # fmt: skip
     checks.function("callback", callback)
     checks.function("stop", stop)
@@ -125,7 +133,7 @@ def train(
     if checkpoint is not None:
         files.as_json(described)  # refuse before the first step what could not be saved after it
     with torch.inference_mode(False), torch.enable_grad(), _autocast(model.net), _directory(checkpoint) as folder:
-        state = _State(model.net, options["lr"], options["ema"])
+        state = _State(model.net, options["lr"], options["ema"], options["ema_rule"])
         if folder is not None and resume and (folder / files.FILE).exists():
             described = state.read(folder / files.FILE, options, described)
         began, first = time.perf_counter(), state.step
@@ -218,8 +226,8 @@ class _State:
     of an average, is smaller than the spacing of half-precision numbers.
     """
 
-    def __init__(self, net: nn.Module, lr: float, ema: float) -> None:
-        self.net, self.ema, self.step, self.updates = net, ema, 0, 0
+    def __init__(self, net: nn.Module, lr: float, ema: float, ema_rule: str) -> None:
+        self.net, self.ema, self.ema_rule, self.step, self.updates = net, ema, ema_rule, 0, 0
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError("model must have parameters that require gradients: there is nothing to train")
@@ -264,13 +272,19 @@ class _State:
             for p, weight in self.rounded:
                 p.copy_(weight)
             for averages, weights in self.groups.values():
-                if self.updates == 0:
+                if self.updates == 0 and self.ema_rule == "diffusers":
                     for average, weight in zip(averages, weights):
                         average.copy_(weight)
                 else:
-                    foreach_lerp_(averages, weights, 1 - ema_decay(self.updates, self.ema))
+                    foreach_lerp_(averages, weights, 1 - self._kept())
         self.updates += 1
         return True
+
+    def _kept(self) -> float:
+        """m of this update."""
+        if self.ema_rule == "constant":
+            return self.ema
+        return ema_decay(self.updates + (self.ema_rule == "score_sde"), self.ema)
 
     @torch.no_grad()
     def _give_buffers_back(self) -> None:
@@ -407,7 +421,8 @@ class _Batches:
 
 def _rate(step: int, steps: int, options: dict[str, Any]) -> float:
     """The learning rate of a step: linear warm-up, then constant or half a cosine, without a scheduler's state to save."""
-    rate: float = options["lr"] * min(1.0, (step + 1) / max(options["warmup"], 1))
+    warmed = (step + options["warmup_start"]) / options["warmup"] if options["warmup"] else 1.0
+    rate: float = options["lr"] * min(1.0, warmed)
     return rate * 0.5 * (1 + math.cos(math.pi * step / steps)) if options["decay"] else rate
 
 
@@ -415,7 +430,7 @@ def _changed(
     path: Path, model: dict[str, Any], was: dict[str, Any], described: dict[str, Any], options: dict[str, Any]
 ) -> list[str]:
     """What a run goes on with that was otherwise before; CheckpointMismatchError where it is another run."""
-    before, now = {**model, **was}, json.loads(json.dumps({**described, **options}))
+    before, now = {**LATER, **model, **was}, json.loads(json.dumps({**described, **options}))
     for name, value in now.items():
         if name not in MAY_CHANGE and before.get(name) != value:
             raise CheckpointMismatchError(
@@ -534,6 +549,8 @@ def _checked(options: dict[str, Any], steps: Any, checkpoint_every: Any) -> tupl
         "decay": checks.flag("decay", options["decay"]),
         "grad_clip": None if grad_clip is None else checks.number("grad_clip", grad_clip, 0, above=True),
         "ema": checks.number("ema", options["ema"], 0, 1, below=True),
+        "ema_rule": choose("ema_rule", options["ema_rule"], EMA_RULES),
+        "warmup_start": checks.integer("warmup_start", options["warmup_start"], 0, 1),
         "dequantize": checks.flag("dequantize", options["dequantize"]),
         "seed": checks.integer("seed", options["seed"], 0, 2**64 - 1),
     }

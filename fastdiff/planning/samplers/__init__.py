@@ -10,7 +10,7 @@ from ..processes import Process, require_linear
 from .adaptive import Adaptive, AdaptiveSDE
 from .ancestral import DDIM, Ancestral
 from .base import Sampler
-from .dpm_solver import DPMSolver, DPMSolverPP2S
+from .dpm_solver import DPMSolver, DPMSolverPP2S, DPMSolverSinglestep
 from .langevin import ULA, AnnealedLangevin
 from .multistep import DEIS, LMS, DPMSolverPP
 from .ode import DPM2, ODE, Heun
@@ -35,6 +35,7 @@ __all__ = [
     "DPMSolver",
     "DPMSolverPP",
     "DPMSolverPP2S",
+    "DPMSolverSinglestep",
     "EulerMaruyama",
     "Heun",
     "PredictorCorrector",
@@ -51,6 +52,7 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "annealed_langevin": AnnealedLangevin,
     "ula": ULA,
     "pc": PredictorCorrector,
+    "dpm_singlestep": DPMSolverSinglestep,
     "unipc": UniPC,
     "sa": SA,
     "rk45": Adaptive,

@@ -38,6 +38,7 @@ class Adaptive(StepChoosing):
     form        what is integrated: "x", "eps", "x0", "v"; variable="t", form="x" is score_sde's
     couple      one step size for the whole batch, so that samples depend on each other; for comparisons
     max_nfe     evaluations that a sample may spend
+    denoise     end in the mean of x0 there (Tweedie's formula), by one evaluation more: score_sde's `denoise`
     """
 
     name: ClassVar[str] = "rk45"
@@ -48,6 +49,7 @@ class Adaptive(StepChoosing):
     form: str = "v"
     couple: bool = False
     max_nfe: int = 100_000
+    denoise: bool = False
 
     def __post_init__(self) -> None:
         choose("method", self.method, METHODS)
@@ -55,6 +57,7 @@ class Adaptive(StepChoosing):
         choose("variable", self.variable, VARIABLES)
         choose("form", self.form, FORMS)
         checks.flag("couple", self.couple)
+        checks.flag("denoise", self.denoise)
         checks.integer("max_nfe", self.max_nfe, 1, 2**62)
 
     @property

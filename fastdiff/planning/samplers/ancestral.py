@@ -10,7 +10,7 @@ from ... import checks
 from ...errors import ConfigError, choose
 from ..grids import Grid
 from ..processes import Process
-from .base import EPS, FewSteps, Sampler, SolverRow, SolverRows, score
+from .base import EPS, X0, FewSteps, Sampler, SolverRow, SolverRows, score
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,26 @@ class DDIM(FewSteps):
 
         x_s = α_s x̂_0 + √(σ_s² − c²) ε + c z,     c = η √(σ²_{t|s} σ_s²/σ_t²)
 
-    `eta` from 0 (deterministic) to 1 (ancestral sampling with the posterior variance).
+    `eta` from 0 (deterministic) to 1 (ancestral sampling with the posterior variance). With `clip`, ε is that of the clipped
+    x̂_0 (OpenAI's code); with `clips_eps` False the network's own (diffusers' default, use_clipped_model_output=False).
     """
 
     eta: float = 0.0
+    clips_eps: bool = True
     name: ClassVar[str] = "ddim"
 
     def __post_init__(self) -> None:
         checks.number("eta", self.eta, 0, 1)
+        checks.flag("clips_eps", self.clips_eps)
 
     def predict(self, process: Process, grid: Grid) -> SolverRows:
         rows: SolverRows = []
         for step in grid.steps:
             c = self.eta * math.sqrt(step.posterior)
             a = step.next.alpha / step.level.alpha
-            b = math.sqrt(max(step.next.sigma**2 - c * c, 0.0)) - a * step.level.sigma
-            rows.append([SolverRow(step.level, "ddim", a, (b,), EPS, c=c)])
+            down = math.sqrt(max(step.next.sigma**2 - c * c, 0.0))
+            row = SolverRow(step.level, "ddim", a, (down - a * step.level.sigma,), EPS, c=c)
+            if not self.clips_eps:
+                row = SolverRow(step.level, "ddim", 0.0, (step.next.alpha,), X0, c=c, raw=down)
+            rows.append([row])
         return rows

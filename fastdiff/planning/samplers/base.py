@@ -49,6 +49,7 @@ class SolverRow:
     clips: bool = True  # nor is its score clipped
     measure: Measure | None = None
     log_variance: tuple[float, float] | None = None
+    raw: float = 0.0  # of ε as the network has it, where h0 is clipped
 
 
 SolverRows = list[list[SolverRow]]  # one list for each step
@@ -60,11 +61,17 @@ class Sampler:
     name: ClassVar[str]
     reference_grid: ClassVar[bool] = False  # whether score_sde's own discretisation has this sampler
     any_steps: ClassVar[bool] = False  # whether `steps` is free on an explicit grid
+    one_more: ClassVar[bool] = False  # how diffusers spaces this sampler's timesteps (fastdiff.grids.timesteps)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if not hasattr(cls, "name"):
             cls.name = cls.__name__.lower()
+
+    @property
+    def stores_state(self) -> bool:
+        """Whether the x that a step leaves is the state, so that it can be clamped."""
+        return True
 
     @property
     def in_time(self) -> bool:

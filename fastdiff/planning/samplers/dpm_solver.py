@@ -1,4 +1,4 @@
-"""DPM-Solver and DPM-Solver++ of one step: orders 2 and 3 by stages at intermediate levels, in λ = log(α/σ)."""
+"""DPM-Solver and DPM-Solver++ of one step: orders 2 and 3 by stages, in λ = log(α/σ), at levels between the grid's or on it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import ClassVar
 import numpy as np
 
 from ... import checks
+from ...errors import choose
 from ...table import Level
 from ..grids import Grid, Step, levels_at
 from ..processes import Process
-from .base import EPS, X0, FewSteps, SolverRow, SolverRows, ddim_step, split_noise
+from .base import EPS, X0, FewSteps, SolverRow, SolverRows, ddim_step, finished, split_noise
+from .integrals import lambdas
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class DPMSolver(FewSteps):
 
     order: int = 2
     name: ClassVar[str] = "dpm_solver"
+    one_more: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.integer("order", self.order, 1, 3)
@@ -87,6 +90,7 @@ class DPMSolverPP2S(FewSteps):
     eta: float = 0.0
     sde: bool = False
     name: ClassVar[str] = "dpmpp_2s"
+    one_more: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.number("eta", self.eta, 0, 1)
@@ -112,6 +116,55 @@ class DPMSolverPP2S(FewSteps):
                 SolverRow(middles[i], self.name, 0.0, (b,), X0, e=a, c=c),
             ])  # fmt: skip
         return rows
+
+
+@dataclass(frozen=True)
+class DPMSolverSinglestep(FewSteps):
+    """DPM-Solver and DPM-Solver++ of one step whose stages are the grid's own levels, one network call each, as diffusers'
+    DPMSolverSinglestepScheduler (solver_type="midpoint"): `order` grid steps from a level s make one step of that order,
+
+        x' = σ'/σ x + α' [(1 − e^{−h}) m_0 + w D],     D = (m − m_0)/r,  r = (λ_m − λ_s)/h,  m_0 = m(s), m the last stage
+
+    with w = ½ (1 − e^{−h}) in order 2 and 1 − (1 − e^{−h})/h in order 3, by `predicts` "x0" (++); by "eps" with α'/α, −σ' and
+    e^h. Each stage is the end of a step of lower order from s. `lower_order_final`: the last step is of order 1 where the
+    grid ends with a whole block; into σ' = 0 it always is.
+    """
+
+    order: int = 2
+    predicts: str = "x0"
+    lower_order_final: bool = True
+    name: ClassVar[str] = "dpm_singlestep"
+    one_more: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        checks.integer("order", self.order, 1, 3)
+        choose("predicts", self.predicts, ("x0", "eps"))
+        checks.flag("lower_order_final", self.lower_order_final)
+
+    def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[SolverRows, Level]:
+        lam, count = lambdas(grid.steps), len(grid.steps)
+        orders = [i % self.order + 1 for i in range(count)]
+        if (self.lower_order_final and count % self.order == 0) or grid.steps[-1].next.sigma == 0:
+            orders[-1] = 1
+        h0, growth = (X0, -1.0) if self.predicts == "x0" else (EPS, 1.0)
+        rows: SolverRows = []
+        for i, (step, k) in enumerate(zip(grid.steps, orders)):
+            start = i + 1 - k
+            here, there = grid.steps[start].level, step.next
+            if self.predicts == "x0":
+                a, b = _toward_x0(here, there, there.sigma)
+            else:
+                a, b = ddim_step(here, there)
+            if k == 1:
+                rows.append([SolverRow(here, self.name, a, (b,), h0, saves_base=True)])
+                continue
+            h, part = lam[i + 1] - lam[start], lam[i] - lam[start]
+            total = math.expm1(growth * h) / growth
+            slope = total / 2 if k == 2 else growth * (total / h - 1)
+            of_stage = b / total * slope * h / part
+            b_row = (of_stage, *[0.0] * (k - 2), b - of_stage)
+            rows.append([SolverRow(step.level, self.name, 0.0, b_row, h0, e=a)])
+        return finished(rows, grid, denoise)
 
 
 def _toward_x0(here: Level, there: Level, down: float) -> tuple[float, float]:

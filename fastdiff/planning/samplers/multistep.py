@@ -73,6 +73,7 @@ class DEIS(FewSteps):
     variable: str = "t"
     lower_order_final: bool | None = None
     name: ClassVar[str] = "deis"
+    one_more: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.integer("order", self.order, 1, 4)
@@ -117,28 +118,41 @@ class DPMSolverPP(FewSteps):
     `eta` >= 0 as in k-diffusion: 0 the ODE, 1 the reverse SDE. Order 2 takes x̂_0 constant at the middle,
     (1 + 1/2r) x̂_0 − 1/2r x̂_0', r = h'/h of the step before: Lu et al. 2022b, Alg. 2 (2M), and its SDE form as in k-diffusion.
     Order 3 integrates the parabola through three predictions exactly; the third-order formula in the authors' code and in
-    k-diffusion has half of its coefficient on the second difference, which leaves the method at order 2.
+    k-diffusion has half of its coefficient on the second difference, which leaves the method at order 2. `third` is "exact", or
+    as published: "k_diffusion" (its dpmpp_3m_sde), or "authors", whose steps of order 2 on the way are 2M's (diffusers' too).
     """
 
     order: int = 2
     eta: float = 0.0
     lower_order_final: bool | None = None
+    third: str = "exact"
     name: ClassVar[str] = "dpmpp_2m"
+    one_more: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.integer("order", self.order, 1, 3)
         checks.number("eta", self.eta, 0)
         _check_final(self.lower_order_final)
+        choose("third", self.third, ("exact", "k_diffusion", "authors"))
 
     def predict(self, process: Process, grid: Grid) -> SolverRows:
         rows: SolverRows = []
         lam = lambdas(grid.steps)
         for i, (step, k) in enumerate(zip(grid.steps, _orders(grid.steps, self.order, self.lower_order_final))):
             a, scale, c = linear(step, self.eta)
-            if k == 2 and self.order == 2:
+            if k == 2 and (self.order == 2 or self.third == "authors"):
                 (total,) = exponential(lam, i, [i], -1 - self.eta)
                 w = middle(total, total, (lam[i] - lam[i - 1]) / (lam[i + 1] - lam[i]))
             else:
                 w = exponential(lam, i, range(i, i - k, -1), -1 - self.eta)
+            if k == 3 and self.third != "exact":
+                w = [v - half for v, half in zip(w, _half_of_second_difference(lam, i, -1 - self.eta))]
             rows.append([SolverRow(step.level, "dpmpp", a, tuple(scale * v for v in w), X0, c=c)])
         return rows
+
+
+def _half_of_second_difference(lam: Sequence[float], i: int, growth: float) -> list[float]:
+    """½ ∫₀ʰ e^{growth (h−u)} u² du · D on each of three predictions, D their second divided difference in λ."""
+    h, r, s = lam[i + 1] - lam[i], lam[i] - lam[i - 1], lam[i - 1] - lam[i - 2]
+    (square,) = weights(0.0, h, [0.0], lambda u: np.exp(growth * (h - u)) * u * u)
+    return [0.5 * square / (r + s) * d for d in (1 / r, -1 / r - 1 / s, 1 / s)]

@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from ... import checks
+from ...errors import ConfigError
 from ...table import Level
 from ..grids import Grid, Step, level_at, levels_at, step_between
 from ..processes import Process
@@ -24,21 +25,6 @@ def _euler(step: Step, in_sigma: bool) -> tuple[float, float, Combination]:
     if in_sigma:
         return *ddim_step(step.level, step.next), EPS
     return 1.0, step.dt, velocity(step.level, step.drift, step.diffusion)
-
-
-@dataclass(frozen=True)
-class ODE(FewSteps):
-    """Euler's method: x' = x + Δt dx/dt, or x'/α' = x/α + Δσ̂ ε on grids of σ̂ (which is DDIM)."""
-
-    name: ClassVar[str] = "ode"
-    reference_grid: ClassVar[bool] = True
-
-    def predict(self, process: Process, grid: Grid) -> SolverRows:
-        rows: SolverRows = []
-        for step in grid.steps:
-            a, b, h0 = _euler(step, grid.in_sigma)
-            rows.append([SolverRow(step.level, "euler", a, (b,), h0)])
-        return rows
 
 
 @dataclass(frozen=True)
@@ -63,6 +49,11 @@ class _Churned(FewSteps):
 
         One limit beside the printed ones: σ̂' stays within the process, as the network knows nothing beyond T.
         """
+        if self.s_churn == 0:
+            yield from (([], step) for step in grid.steps)
+            return
+        if grid.reference:
+            raise ConfigError(f"s_churn={self.s_churn:g} has no steps on grid='score_sde': use grid='uniform'")
         highest = float(process.sigma_hat(process.t_start))
         for step in grid.steps:
             rows: list[SolverRow] = []
@@ -75,6 +66,22 @@ class _Churned(FewSteps):
                 rows.append(SolverRow(step.level, "churn", raised.alpha / step.level.alpha, c=noise))
                 step = step_between(process, raised, step.next)
             yield rows, step
+
+
+@dataclass(frozen=True)
+class ODE(_Churned):
+    """Euler's method: x' = x + Δt dx/dt, or x'/α' = x/α + Δσ̂ ε on grids of σ̂ (which is DDIM); with churn k-diffusion's
+    sample_euler."""
+
+    name: ClassVar[str] = "ode"
+    reference_grid: ClassVar[bool] = True
+
+    def predict(self, process: Process, grid: Grid) -> SolverRows:
+        steps: SolverRows = []
+        for rows, step in self._churned(process, grid):
+            a, b, h0 = _euler(step, grid.in_sigma)
+            steps.append([*rows, SolverRow(step.level, "euler", a, (b,), h0)])
+        return steps
 
 
 @dataclass(frozen=True)

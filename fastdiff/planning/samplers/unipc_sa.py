@@ -51,19 +51,29 @@ class UniPC(FewSteps):
 
     ρ solves R ρ = φ/B, which is to integrate the polynomial through m_0 and the m_k exactly, whatever B is, but for one
     D: there ρ = ½ in UniP-2 and UniC-1, with B = h (`variant` "bh1") or |e^{∓h} − 1| ("bh2"). Defaults are diffusers'.
+
+    `corrector` False is UniP alone; with "bh2" and order 2 that is DPM-Solver-2 ("eps") and DPM-Solver++ 2M ("x0") by the
+    midpoint rule, as in their authors' multistep codes.
     """
 
     order: int = 2
     variant: str = "bh2"
     predicts: str = "x0"
     lower_order_final: bool = True
+    corrector: bool = True
     name: ClassVar[str] = "unipc"
+    one_more: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.integer("order", self.order, 1, 3)
         choose("variant", self.variant, ("bh1", "bh2"))
         choose("predicts", self.predicts, ("x0", "eps"))
         checks.flag("lower_order_final", self.lower_order_final)
+        checks.flag("corrector", self.corrector)
+
+    @property
+    def stores_state(self) -> bool:
+        return not self.corrector
 
     def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[SolverRows, Level]:
         updates: list[_Update] = []
@@ -86,7 +96,9 @@ class UniPC(FewSteps):
                 p = middle(total, slope, (lam[i] - lam[i - 1]) / h)
             elif k > 2:
                 p = exponential(lam, i, range(i, i - k, -1), growth)
-            if k > 1:
+            if not self.corrector:
+                q = []
+            elif k > 1:
                 q = exponential(lam, i, range(i + 1, i - k, -1), growth)
             updates.append(_Update(a, [scale * v for v in p], [scale * v for v in q], 0.0))
         return finished(_rows(grid.steps, updates, self.name, h0), grid, denoise)
@@ -108,12 +120,17 @@ class SA(FewSteps):
     tau: float = 1.0
     lower_order_final: bool = True
     name: ClassVar[str] = "sa"
+    one_more: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.integer("predictor", self.predictor, 1, 3)
         checks.integer("corrector", self.corrector, 0, 4)
         checks.number("tau", self.tau, 0)
         checks.flag("lower_order_final", self.lower_order_final)
+
+    @property
+    def stores_state(self) -> bool:
+        return self.corrector == 0
 
     def rows(self, process: Process, grid: Grid, steps: int, denoise: bool) -> tuple[SolverRows, Level]:
         updates: list[_Update] = []
