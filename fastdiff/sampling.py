@@ -165,8 +165,8 @@ def sample(
     batch_size    samples in one network call; None: all
     x_init, noise the start [num_samples, *shape]; the noise [rows, num_samples, *shape], or a callable row -> [num_samples,
                   *shape] that is called once for each row that draws, in order
-    grid, t_min   where the steps stand and end: "uniform" "quadratic" "logsnr" "karras" "trained" "score_sde", diffusers'
-                  "leading" "trailing" "linspace", OpenAI's "ddim50" "10,15,20", decreasing times, noise ratios
+    grid, t_min   where the steps stand and end: "fourth_root" "uniform" "quadratic" "logsnr" "karras" "trained" "score_sde",
+                  diffusers' "leading" "trailing" "linspace", OpenAI's "ddim50" "10,15,20", decreasing times, noise ratios
                   fastdiff.grids.sigmas([...]), or a chain's steps from 0, fastdiff.grids.indices([...])
     clip          (lo, hi) for the predicted x0
     denoise       leave out the last predictor row's noise; annealed Langevin adds x + σ² score; "adaptive_sde" ends in the mean

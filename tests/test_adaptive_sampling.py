@@ -155,7 +155,7 @@ def test_the_end_is_the_mean_of_x0():
         ({"callback": print}, "callback belongs to.*trajectory"),
         ({"engine": "graph"}, "engine='graph' cannot run here"),
         ({"t_min": 0.0}, r"t_min must be a number in \(0, 1\]"),
-        ({"t_min": 1.0}, "t_min must be below T = 1"),
+        ({"t_min": 1.0}, "t_min must be below 1, where the run starts"),
         ({"t_min": math.nan}, "t_min must be a number"),
     ],
 )

@@ -113,7 +113,7 @@ CONFIGURATION = [
     ({"callback": 3}, ConfigError, "callback must be callable"),
     ({"sampler": Ancestral}, ConfigError, r"write Ancestral\(\)"),
     ({"sde": fastdiff.VP}, ConfigError, r"write VP\(\)"),
-    ({"sde": fastdiff.VP(0.1, 3000.0)}, ConfigError, "rate is too large"),
+    ({"sde": fastdiff.VP(0.1, 3000.0), "grid": [1.0, 0.5], "steps": None}, ConfigError, "start at t <= 0.11"),
     ({"num_samples": 2**32, "shape": (2**33,)}, ConfigError, "num_samples"),
     ({"clip": (-1, 1), "sampler": "ula"}, ConfigError, "clip acts on predictions"),
     ({"clip": (-1, 1), "sampler": PredictorCorrector("none")}, ConfigError, "clip acts on predictions"),

@@ -66,6 +66,7 @@ def draw(data, n=8):
 # --- closed forms ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:the prior of 'ncsn' does not cover data")
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize(("numbers", "bound"), [(2, 1e-5), (48, 48e-6)])
 @pytest.mark.parametrize("make", [gaussian, mixture])
@@ -688,6 +689,7 @@ def test_the_clock_of_a_chain_is_not_the_models():
             call()
 
 
+@pytest.mark.filterwarnings("ignore:the prior of .* does not cover data")
 def test_what_is_far_away():
     model = fastdiff.ScoreModel(lambda x, t: -x, VP, "score", data_shape=(3,))
     with pytest.warns(UserWarning, match="far outside of the model's data_range") as caught:

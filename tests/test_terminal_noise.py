@@ -81,7 +81,7 @@ OF_THE_SDE = {"ancestral", "euler_maruyama", "reverse_diffusion", "pc", "euler_a
         (Straight(), "v"),
         (fastdiff.VP(0.1, 200.0), "eps"),
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "name", value),
 )
 def test_every_sampler_starts_where_float32_can(process, prediction):
     """But for Langevin dynamics alone, which needs more than 100 steps to settle."""

@@ -55,9 +55,8 @@ class Process:
     # its whole times 1 … T are also the levels of annealed Langevin dynamics; `index` still counts from t = 1, the lowest noise
     ladder: ClassVar[bool] = False
     default_sampler: ClassVar[Any] = "euler_maruyama"  # a name, or an object of fastdiff.samplers
-    default_grid: ClassVar[str] = (
-        "fourth_root"  # where samplers of many steps stand; few-step samplers always stand there
-    )
+    # where samplers of many steps stand; those made for few stand on "fourth_root" anyway
+    default_grid: ClassVar[str] = "fourth_root"
     sigma_data: float = 0.5  # the data's standard deviation in EDM's preconditioning
 
     def __init_subclass__(cls, **options: Any) -> None:
