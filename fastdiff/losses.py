@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checks
-from .errors import ConfigError, ModelOutputError, choose
+from . import checks, files
+from .errors import ConfigError, ModelOutputError, choose, short
 from .execution import ops, reference, tensor_checks
 from .execution.loop import Condition
 from .execution.noise import PERTURBATION, PROBES
@@ -57,7 +57,9 @@ def check(model: ScoreModel, loss: str, probe: str | None = None) -> str:
     choose("loss", loss, LOSSES)
     kind = choose("probe", "rademacher" if probe is None else probe, PROBE_KINDS)
     if probe is not None and loss not in SLICED:
-        raise ConfigError(f"probe={probe!r} belongs to the losses 'ssm' and 'ssm_vr', not to {loss!r}: leave it out")
+        raise ConfigError(
+            f"probe={short(probe)} belongs to the losses 'ssm' and 'ssm_vr', not to {loss!r}: leave it out"
+        )
     if loss in DENOISING:
         require_linear(model.process, f"loss={loss!r}", "use loss='ssm_vr'")
     numbers = math.prod(model.data_shape)
@@ -196,6 +198,6 @@ def differentiating(loss: str) -> Iterator[None]:
         if loss in DENOISING or not absent:
             raise
         raise ModelOutputError(
-            f"loss={loss!r} needs gradients through the model's own gradients, and a part of it has none ({error}): "
-            "give a network that is not compiled, of operations that can be differentiated twice"
+            f"loss={loss!r} needs second derivatives of the model, and a part has none ({files.reason(error)}): give one "
+            "that is not compiled"
         ) from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .errors import ConfigError, ModelOutputError, NonFiniteError, ShapeError
+from .errors import ConfigError, ModelOutputError, NonFiniteError, ShapeError, short
 from .execution import noise, ops, reference, tensor_checks
 from .model import evaluating, leaves_no_trace
 
@@ -111,7 +111,7 @@ def _run(
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
     times = torch.as_tensor(t, dtype=state, device=x.device)
     if times.shape not in ((), (1,), (len(x),)) or not bool(times.isfinite().all()):
-        raise ShapeError(f"t must be one finite time or one for each of {len(x)} samples, got {t!r:.80}")
+        raise ShapeError(f"t must be one finite time or one for each of {len(x)} samples, got {short(t)}")
     times = times.expand(len(x))
 
     def energy(at: Tensor) -> Tensor:

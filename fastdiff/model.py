@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .errors import ConfigError, ModelOutputError, ModelOutputTypeError, ShapeError, choose
+from .errors import (
+    ConfigError,
+    DeviceError,
+    ModelOutputError,
+    ModelOutputTypeError,
+    ShapeError,
+    choose,
+    names_keywords,
+    short,
+)
 from .execution import cpu, modules, tensor_checks
 from .execution.loop import Condition
 from .planning import chains, predictions, processes
@@ -35,6 +44,7 @@ class ScoreModel(nn.Module):
     variance     "learned_range": the network returns twice the channels, the second half for the variance
     """
 
+    @names_keywords
     def __init__(
         self,
         net: Any,
@@ -128,7 +138,7 @@ def as_model(
         claims = {"prediction": prediction, "time_input": time_input, "shape": shape and tensor_checks.shape_of(shape)}
         for name, value in claims.items():
             if value is not None and (type(value) is not type(facts[name]) or value != facts[name]):
-                raise ConfigError(f"{name}={value!r} contradicts the model's own {facts[name]!r}: leave it out")
+                raise ConfigError(f"{name}={short(value)} contradicts the model's own {facts[name]!r}: leave it out")
         if variance is None or model.variance is not None:
             return model
         sde, shape, prediction, time_input = model.process, model.data_shape, model.prediction, model.time_input
@@ -156,7 +166,7 @@ def check_path(sde: Any, process: processes.Process) -> None:
     elif chains.on_path(sde, process):
         return
     raise ConfigError(
-        f"sde={sde!r:.60} is not the process of this model, {process!r:.60}: leave sde out, or use sde={process.name!r}"
+        f"sde={short(sde)} is not the process of this model, {process!r:.60}: leave sde out, or use sde={process.name!r}"
     )
 
 
@@ -176,6 +186,9 @@ def dtype_of(net: Any, default: torch.dtype) -> torch.dtype:
 def device_of(device: Any, x_init: Tensor | None, net: Any) -> torch.device:
     """Where the run happens: what `device`, x_init and the model's parameters agree on."""
     tensors = [("x_init", x_init), ("model", next(parameters(net), None))]
+    for name, tensor in tensors:
+        if tensor is not None and tensor.is_meta:
+            raise DeviceError(f"{name} is on the meta device, which holds no data")
     first = next((tensor.device for _, tensor in tensors if tensor is not None), None)
     place = tensor_checks.device_of(device if device is not None else first)
     for name, tensor in tensors:
@@ -301,8 +314,8 @@ def check_output(
     if output.shape == double:
         if variance is None:
             raise ModelOutputError(
-                f"the model returned {2 * channels} channels for {channels}: if half of them are a learned variance, "
-                "say ScoreModel(variance='learned_range') or samplers.Ancestral(variance='learned_range')"
+                f"the model returned {2 * channels} channels for {channels}: if half are a learned variance, say "
+                "ScoreModel(variance='learned_range') or samplers.Ancestral(variance='learned_range')"
             )
         return output[:, :channels], output[:, channels:]
     wanted = tuple(shape) if variance is None else double

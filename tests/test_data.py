@@ -738,7 +738,7 @@ def test_a_file_of_labels_is_no_data(tmp_path):
         ),
         (
             {"one": pictures(2, 2), "two": pictures(2, 2)},
-            "an array named x, or exactly one with two axes or more, got one, two",
+            "an array named x, or one with two axes or more, got one, two",
         ),
         ({"one": np.arange(3)}, "got one: pass the array itself"),
         ({}, "got nothing"),

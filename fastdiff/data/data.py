@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from .. import checks
-from ..errors import ConfigError, DataError, DTypeError, ShapeError, warn
+from ..errors import ConfigError, DataError, DTypeError, ShapeError, short, warn
 from ..execution.tensor_checks import check_dense, check_device, check_floating
 from .dequantize import bin_edges, bin_noise
 
@@ -324,7 +324,7 @@ def _integers(argument: str, value: Any) -> torch.Tensor:
         try:
             array = np.array(value)
         except ValueError as error:
-            raise DTypeError(f"{argument} must be one flat sequence of integers, got {value!r:.80}") from error
+            raise DTypeError(f"{argument} must be one flat sequence of integers, got {short(value)}") from error
         whole, kind = array.dtype.kind in "iu" or array.shape == (0,), str(array.dtype)
         integers = torch.from_numpy(array.astype(np.int64) if whole else np.empty(0))
     if not whole:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError
+from .. import checks, files
+from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError, short
 from . import torch_private
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -20,11 +20,11 @@ def shape_of(shape: Any) -> tuple[int, ...]:
     """One sample's shape: at least one axis, lengths >= 0."""
     lengths = () if isinstance(shape, str) or not isinstance(shape, Iterable) else tuple(shape)
     if not lengths:
-        raise ConfigError(f"shape must be one sample's shape, a tuple such as (1, 28, 28) or (2,), got {shape!r}")
+        raise ConfigError(f"shape must be one sample's shape, a tuple such as (1, 28, 28) or (2,), got {short(shape)}")
     checked = tuple(checks.integer("shape", n, 0, 2**34) for n in lengths)
     if math.prod(checked) > 2**34:  # FDN1 counts a sample's numbers by fours in 32 bits
         raise ConfigError(
-            f"shape must be of at most 2**34 numbers, got {shape!r:.80} of {math.prod(checked)}: use less"
+            f"shape must be of at most 2**34 numbers, got {short(shape)} of {math.prod(checked)}: use less"
         )
     return checked
 
@@ -35,8 +35,8 @@ def device_of(device: torch.device | str | None) -> torch.device:
         place = torch.device("cpu" if device is None else device)
         if place.type != "meta":
             place = torch.empty(0, device=place).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise DeviceError(f"device={str(device)!r} cannot be used here: {str(error).splitlines()[0]:.100}") from error
+    except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError) as error:
+        raise DeviceError(f"device={short(device)} cannot be used here: {files.reason(error)}") from error
     if place.type == "meta":
         raise DeviceError("device='meta' holds no data: use 'cpu' or 'cuda'")
     return place
@@ -103,18 +103,20 @@ def check_condition(cond: Any, num_samples: int, device: torch.device, finite: b
     """None, a tensor, or a dict of tensors, each with num_samples entries first."""
     entries = cond if isinstance(cond, dict) else {} if cond is None else {"": cond}
     for key, value in entries.items():
-        name = f"cond[{key!r}]" if key else "cond"
+        name = f"cond[{short(key)}]" if key else "cond"
         if not isinstance(value, Tensor):
             raise DTypeError(
                 f"{name} must be a tensor (or cond a dict of tensors), got {type(value).__name__}: use torch.as_tensor"
             )
         if not isinstance(key, str):
-            raise DTypeError(f"cond must be a dict whose keys are names of the model's arguments, got the key {key!r}")
+            raise DTypeError(
+                f"cond must be a dict whose keys are names of the model's arguments, got the key {short(key)}"
+            )
         check_dense(name, value)
         if value.ndim == 0 or len(value) != num_samples:
             raise ShapeError(
                 f"{name} must have num_samples={num_samples} entries first, got shape {tuple(value.shape)}: one for all is "
-                f"{name}.expand({num_samples}, …), or ask for as many samples as there are entries"
+                f"{name}.expand({num_samples}, …), or ask for num_samples={len(value) if value.ndim else 1}"
             )
         check_device(name, value, device)
         if finite:

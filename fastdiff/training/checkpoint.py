@@ -17,6 +17,8 @@ from ..errors import (
     CheckpointVersionError,
     ConfigError,
     CorruptCheckpointError,
+    names_keywords,
+    short,
     warn,
 )
 from ..execution import modules
@@ -53,6 +55,7 @@ def save(model: ScoreModel, path: str | os.PathLike[str]) -> Path:
 
 
 @torch.inference_mode(False)
+@names_keywords
 def load(
     path_or_name: str | os.PathLike[str], *, net: nn.Module | None = None, sde: processes.Process | None = None
 ) -> ScoreModel:
@@ -77,7 +80,7 @@ def load(
         options = {name: config[name] for name in ("prediction", "time_input", "data_shape", "data_range", "variance")}
         model = ScoreModel(network, process, **options)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise CorruptCheckpointError(f"{files.shown(path)} does not describe a model: {error!r:.100}") from error
+        raise CorruptCheckpointError(f"{files.shown(path)} does not describe a model: {short(error)}") from error
     check(network, tensors, path)
     if net is None:  # the file's tensors become the network's own, with their dtypes
         place = torch.get_default_device()
@@ -116,7 +119,7 @@ def _process(config: dict[str, Any], sde: processes.Process | None, path: Path) 
     if sde is not None:
         if json.loads(as_json(sde.config())) != config:
             raise CheckpointMismatchError(
-                f"{files.shown(path)} was trained on {config!r:.60}, got sde={sde!r:.60}: give the process it was trained on"
+                f"{files.shown(path)} was trained on {short(config, 30)}, got sde={short(sde, 30)}: give that process"
             )
         return sde
     if config["name"] not in processes.PROCESSES:
@@ -285,6 +288,6 @@ def _check_foreign_folder(folder: Path) -> None:
     for name in ("model_index.json", "config.json"):
         if (folder / name).is_file():
             raise CheckpointError(
-                f"{files.shown(folder)} is a folder of another library (it holds {name}), such as diffusers: load its network "
-                f"with that library and wrap it, ScoreModel(net, sde, ...)"
+                f"{files.shown(folder)} is a folder of diffusers or another library, with {name}: load its network by that, "
+                f"and wrap it, ScoreModel(net, sde, ...)"
             )
