@@ -153,9 +153,15 @@ class CheckpointMismatchError(CheckpointError):
 
 def one_line(message: str) -> str:
     """A message on one line of printable characters; a long one without its middle, where what was given stands."""
-    if not message.isprintable():
-        message = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in message)
+    message = printable(message)
     return message if len(message) <= LONGEST else f"{message[:110]} … {message[-(LONGEST - 113) :]}"
+
+
+def printable(text: str) -> str:
+    """A text on one line: line ends, colours of terminals and what is not UTF-8 as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
 
 
 def short(value: object, most: int = 60) -> str:
@@ -210,7 +216,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
         if package not in ("fastdiff", "contextlib", "importlib"):
             break
         frame, level = frame.f_back, level + (package != "importlib")  # whose frames `warnings` does not count
-    warnings.warn(one_line(message), category, stacklevel=level)
+    warnings.warn(printable(message), category, stacklevel=level)
 
 
 def names_keywords(function: Callable[P, R]) -> Callable[P, R]:

@@ -205,7 +205,7 @@ def interpolate(
         raise ShapeError(f"xa and xb must be alike, got {tuple(xa.shape)} {xa.dtype} and {tuple(xb.shape)} {xb.dtype}")
     back = options.pop("temperature", 1.0)
     checks.number("temperature", back, 0)
-    za, zb = (encode(model, end, cond=cond, **options) for end in (xa, xb))
+    za, zb = [encode(model, end, cond=cond, **options) for end in (xa, xb)]
     a, b = za.flatten(1).double(), zb.flatten(1).double()
     w = torch.tensor(share, dtype=torch.float64, device=za.device)[:, None]
     of_a, of_b = 1 - w, w
@@ -263,7 +263,7 @@ def _request(
                 "other units?",
             )
     with torch.inference_mode(False):
-        return request, x.detach().to(dtype).clone(memory_format=torch.contiguous_format), ends
+        return request, tensor_checks.resolved(x).detach().to(dtype).clone(memory_format=torch.contiguous_format), ends
 
 
 def _traces(

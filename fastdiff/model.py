@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class ScoreModel(nn.Module):
     variance     "learned_range": the network returns twice the channels, the second half for the variance
     """
 
+    fits_times: ClassVar[bool] = True  # whether a new network of fastdiff's takes the scale of this model's times
+
     @names_keywords
     def __init__(
         self,
@@ -73,7 +75,7 @@ class ScoreModel(nn.Module):
             data_range=checks.pair("data_range", data_range),
             variance=None if variance is None else choose("variance", variance, ("learned_range",)),
         )  # fmt: skip
-        fit_times = getattr(modules.inner(net), "fit_times", None)
+        fit_times = getattr(modules.inner(net), "fit_times", None) if self.fits_times else None
         if callable(fit_times):
             fit_times(predictions.time_steps(self.time_input, process))
 
@@ -106,24 +108,35 @@ class ScoreModel(nn.Module):
 
     def times(self, t: Any, x: Tensor) -> Tensor:
         """t as one process time for each sample of x, inside [0, T], where the network can be asked (σ > 0)."""
+        if not torch.compiler.is_compiling():
+            tensor_checks.check_samples("x", x)
+            t = tensor_checks.numbers("t", t, x.device)
         times = torch.as_tensor(t, device=x.device)
         times = times if times.is_floating_point() else times.to(x.dtype)
         if times.ndim > 1 or (times.ndim == 1 and times.shape[0] != 1 and times.shape[0] != x.shape[0]):
             raise ShapeError(f"t must be one time or one for each of {len(x)} samples, got shape {tuple(times.shape)}")
         # on other devices a look at the values would stall them, in a compiled graph it would break it
         if times.device.type == "cpu" and not torch.compiler.is_compiling():
-            bad = ~((times >= 0) & (times <= self.process.T * 1.000001))
+            first = self.process.first_time
+            bad = ~((times >= first) & (times <= self.process.T * 1.000001))
             if self.process.linear:
                 bad |= ~(self.process.sigma(times) > 0)
             if bool(bad.any()):
                 value, top = float(times[bad].flatten()[0]), f"{self.process.T:g}]"
-                allowed = f"(0, {top}, where sigma > 0" if self.process.linear else f"[0, {top}"
+                open_end = self.process.linear and first == 0
+                allowed = f"(0, {top}, where sigma > 0" if open_end else f"[{first:g}, {top}"
                 raise ConfigError(f"t must lie in {allowed}, got {value:g}")
         return times.expand(len(x))
 
     def score(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """∇ log p_t(x), [B, *]."""
         return self.predict("score", x, t, cond)
+
+
+class _Described(ScoreModel):
+    """A plain callable with what the caller says of it, for one run, which leaves it as it is."""
+
+    fits_times = False
 
 
 def as_model(
@@ -150,7 +163,7 @@ def as_model(
     if shape is None:
         raise ConfigError("shape must be given with a plain callable: one sample's shape, such as shape=(2,)")
     prediction = "score" if prediction is None else prediction
-    return ScoreModel(model, sde, prediction, time_input, shape, variance=variance)
+    return _Described(model, sde, prediction, time_input, shape, variance=variance)
 
 
 def check_path(sde: Any, process: processes.Process) -> None:
@@ -264,10 +277,7 @@ def answer(
 ) -> tuple[Tensor, Tensor | None]:
     """The prediction [B, *] of net(x [B, *], time [B]), and its variance's half of the channels, checked."""
     shape, device = x.shape, x.device  # before the call, in which a network may change its input's
-    try:
-        output = call(net, x, time, cond, features)
-    except StopIteration as error:  # which would end the loop that asks, and be called its fault
-        raise ModelOutputError("the model raised StopIteration, such as next() of an iterator at its end") from error
+    output = call(net, x, time, cond, features)
     return check_output(output if isinstance(output, Tensor) else single_tensor(output), shape, device, variance)
 
 

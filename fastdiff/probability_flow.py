@@ -159,7 +159,7 @@ class ReverseSDE(Flow):
         """x along the SDE from time `start` to `end`."""
         x = self.x
         solution = integrate_sde(self, x, start, end, solver, operations=self.operations, progress=progress)
-        if not self.denoise:
+        if not self.denoise or not x.numel():
             return solution
         every = torch.arange(len(x), device=x.device)
         times = torch.full((1, len(x)), end, dtype=torch.float64, device=x.device)

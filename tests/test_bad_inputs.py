@@ -351,3 +351,81 @@ def test_pinned_signature():
     import inspect
 
     assert list(inspect.signature(fastdiff.sample).parameters) == PINNED.split()
+
+
+# --- public functions of numbers: each refuses, by name, what its arguments cannot be --------------------------------------
+
+ODD_NUMBERS = (NAN, INF, -1.0, "1", True, None, 10**400, 1j, torch.tensor([1.0, 2.0]))
+NUMBERS = {
+    "grids.karras sigma_max": (lambda v: fastdiff.grids.karras(v, 0.002, 5), "sigma_max", (*ODD_NUMBERS, 0.0, 0.001)),
+    "grids.karras sigma_min": (lambda v: fastdiff.grids.karras(80.0, v, 5), "sigma_min", (*ODD_NUMBERS, 0.0, 80.0)),
+    "grids.karras n": (lambda v: fastdiff.grids.karras(80.0, 0.002, v), "n", (*ODD_NUMBERS, 0, -3, 2.5)),
+    "grids.karras rho": (lambda v: fastdiff.grids.karras(80.0, 0.002, 5, v), "rho", (*ODD_NUMBERS, 0)),
+    "schedules.linear T": (lambda v: fastdiff.schedules.linear(v), "T", (*ODD_NUMBERS, 0, 2.5)),
+    "schedules.linear beta_end": (lambda v: fastdiff.schedules.linear(10, 0.1, v), "beta_end", set(ODD_NUMBERS[:-1]) - {None}),
+    "schedules.quadratic T": (lambda v: fastdiff.schedules.quadratic(v), "T", (*ODD_NUMBERS, 0, 2.5)),
+    "schedules.quadratic beta_start": (
+        lambda v: fastdiff.schedules.quadratic(10, v), "beta_start", set(ODD_NUMBERS[:-1]) - {None},
+    ),
+    "schedules.scaled_linear T": (lambda v: fastdiff.schedules.scaled_linear(v), "T", (*ODD_NUMBERS, 0, 2.5)),
+    "schedules.cosine T": (lambda v: fastdiff.schedules.cosine(v), "T", (*ODD_NUMBERS, 0, 2.5)),
+    "schedules.cosine s": (lambda v: fastdiff.schedules.cosine(10, v), "s", ODD_NUMBERS),
+    "schedules.cosine max_beta": (lambda v: fastdiff.schedules.cosine(10, 0.008, v), "max_beta", (*ODD_NUMBERS, 0, 1)),
+    "schedules.sigmoid T": (lambda v: fastdiff.schedules.sigmoid(v), "T", (*ODD_NUMBERS, 0, 2.5)),
+    "schedules.sigmoid start": (lambda v: fastdiff.schedules.sigmoid(10, v), "start", set(ODD_NUMBERS[:-1]) - {-1.0} | {3.0}),
+    "schedules.sigmoid tau": (lambda v: fastdiff.schedules.sigmoid(10, tau=v), "tau", (*ODD_NUMBERS, 0)),
+    "schedules.from_alpha_bar T": (lambda v: fastdiff.schedules.from_alpha_bar(lambda u: 1 - u / 2, v), "T", ODD_NUMBERS),
+    "schedules.from_alpha_bar": (lambda v: fastdiff.schedules.from_alpha_bar(v, 10), "alpha_bar", ODD_NUMBERS),
+    "schedules.betas T": (lambda v: fastdiff.schedules.betas("linear", v), "T", (*ODD_NUMBERS, 0)),
+    "schedules.geometric sigma_max": (lambda v: fastdiff.schedules.geometric(v, 0.01, 5), "sigma_max", (*ODD_NUMBERS, 0.01)),
+    "schedules.geometric levels": (lambda v: fastdiff.schedules.geometric(1.0, 0.01, v), "levels", (*ODD_NUMBERS, 0, 1, 2.5)),
+    "schedules.overlap gamma": (lambda v: fastdiff.schedules.overlap(v, 4), "gamma", ODD_NUMBERS),
+    "schedules.overlap dim": (lambda v: fastdiff.schedules.overlap(1.5, v), "dim", (*ODD_NUMBERS, 0, 2.5)),
+    "schedules.erf_ratio dim": (lambda v: fastdiff.schedules.erf_ratio(v), "dim", (*ODD_NUMBERS, 0, 2.5)),
+    "schedules.erf_ratio target": (lambda v: fastdiff.schedules.erf_ratio(4, v), "target", (*ODD_NUMBERS, 0, 1)),
+    "schedules.erf_levels sigma_max": (lambda v: fastdiff.schedules.erf_levels(v, 0.01, 4), "sigma_max", (*ODD_NUMBERS, 0.01)),
+    "schedules.variance_ratio eta": (lambda v: fastdiff.schedules.variance_ratio(v, 1.5, 5), "eta", (*ODD_NUMBERS, 2)),
+    "schedules.variance_ratio steps": (
+        lambda v: fastdiff.schedules.variance_ratio(0.5, 1.5, v), "steps_per_level", (*ODD_NUMBERS, 0),
+    ),
+    "schedules.langevin_step sigma_min": (lambda v: fastdiff.schedules.langevin_step(v, 1.5, 5), "sigma_min", ODD_NUMBERS),
+    "schedules.langevin_step gamma": (lambda v: fastdiff.schedules.langevin_step(0.01, v, 5), "gamma", ODD_NUMBERS),
+    "schedules.langevin_step steps": (
+        lambda v: fastdiff.schedules.langevin_step(0.01, 1.5, v), "steps_per_level", (*ODD_NUMBERS, 0),
+    ),
+    "schedules.ema_decay step": (lambda v: fastdiff.schedules.ema_decay(v), "step", ODD_NUMBERS),
+    "schedules.ema_decay decay": (lambda v: fastdiff.schedules.ema_decay(1, v), "decay", (*ODD_NUMBERS, 1.5)),
+    "VE sigma_min": (lambda v: fastdiff.VE(sigma_min=v), "sigma_min", (*ODD_NUMBERS, 0, 50)),
+    "VP beta_max": (lambda v: fastdiff.VP(beta_max=v), "beta_max", (*ODD_NUMBERS, 0)),
+    "OU noise": (lambda v: fastdiff.OU(noise=v), "noise", (*ODD_NUMBERS, 0)),
+    "OU T": (lambda v: fastdiff.OU(T=v), "T", (*ODD_NUMBERS, 0)),
+    "EDM sigma_data": (lambda v: fastdiff.EDM(sigma_data=v), "sigma_data", (*ODD_NUMBERS, 0)),
+    "DDPM T": (lambda v: fastdiff.DDPM(T=v), "T", (*ODD_NUMBERS, 0, 2.5)),
+    "normal num_samples": (lambda v: fastdiff.normal(v, (2,), seed=0), "num_samples", (*ODD_NUMBERS, 2.5)),
+    "normal draw": (lambda v: fastdiff.normal(1, (2,), seed=0, draw=v), "draw", (*ODD_NUMBERS, 2 ** 32)),
+    "normal shape": (lambda v: fastdiff.normal(1, v, seed=0), "shape", (*ODD_NUMBERS[:-1], (-1,), (), (2.5,), (True,))),
+    "bits_per_dim bins": (lambda v: fastdiff.bits_per_dim(None, (0, 1), v), "bins", (*ODD_NUMBERS, 1)),
+    "dequantize bins": (lambda v: fastdiff.dequantize(torch.zeros(1, 1).long(), (0, 1), v), "bins", (*ODD_NUMBERS, 1)),
+    "dequantize seed": (lambda v: fastdiff.dequantize(torch.zeros(1, 1).long(), (0, 1), seed=v), "seed", ODD_NUMBERS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "name", "values"), NUMBERS.values(), ids=NUMBERS)
+def test_public_functions_of_numbers_refuse_what_is_none(call, name, values):
+    for value in values:
+        with pytest.raises(FastdiffError, match=rf"\b{name}\b") as caught:
+            call(value)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) <= 200
+
+
+LEVEL = fastdiff.plan("vp", 2).rows[0].level
+
+
+@pytest.mark.parametrize("function", ["alpha", "sigma", "drift", "diffusion", "time"])
+@pytest.mark.parametrize("sde", ["ve", "vp", "subvp", "ddpm", "ncsn", "edm", "ou"])
+def test_a_processs_functions_of_time_take_numbers(sde, function):
+    """Floats, whole numbers, numpy's and tensors give the same."""
+    process = fastdiff.processes.get(sde)
+    ones = (1, 1.0, np.float64(1.0), np.array(1.0), torch.tensor(1.0))
+    assert np.ptp([float(getattr(process, function)(one)) for one in ones]) < 1e-5

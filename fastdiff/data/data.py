@@ -65,7 +65,7 @@ class Data:
                 f"x must have shape [N, *shape] with at least one axis after N, got {list(self.x.shape)}: use x[:, None]"
             )
         if self.x.numel() == 0:
-            raise DataError(f"x must hold at least one number, got shape {list(self.x.shape)}")
+            raise DataError(f"x must hold at least one value, got shape {list(self.x.shape)}")
         self._set("x", self.x.detach().as_subclass(torch.Tensor).contiguous())
         self._set("range", self._default_range() if self.range is None else self._checked_range())
         self._set("bins", self._checked_bins())

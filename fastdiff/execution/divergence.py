@@ -97,8 +97,8 @@ class Forward:
 
     def products(self, vs: Tensor, last: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         """(v, Jv) for vs [n, B, *], as [1, B, *]."""
-        for v in vs:
-            yield v[None], self._product(v)[None]
+        # no generator, which a StopIteration of the network's would end
+        return iter([(v[None], self._product(v)[None]) for v in vs])
 
     def _product(self, v: Tensor) -> Tensor:
         with forward_ad.dual_level():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +54,13 @@ def check_tensor(name: str, x: Any, shape: tuple[int, ...], device: torch.device
         check_finite(name, x)
 
 
+def resolved(value: Any) -> Any:
+    """A tensor, or a dict of tensors, whose numbers stand in memory as they are: no view that is negated or conjugated."""
+    if isinstance(value, dict):
+        return {key: resolved(entry) for key, entry in value.items()}
+    return value.resolve_conj().resolve_neg() if isinstance(value, Tensor) else value
+
+
 def check_floating(name: str, x: Any) -> None:
     """A tensor of float16, bfloat16, float32 or float64."""
     _check_is_tensor(name, x)
@@ -78,6 +86,35 @@ def check_dense(name: str, x: Any) -> None:
 def _check_is_tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise DTypeError(f"{name} must be a tensor, got {type(x).__name__}: use torch.as_tensor")
+
+
+def check_samples(name: str, x: Any) -> None:
+    """Dense floating samples [B, *]; they may be on the meta device, where only shapes are asked for."""
+    _check_is_tensor(name, x)
+    if type(x) is not Tensor or x.layout != torch.strided or x.dtype not in DTYPES or x.is_nested:
+        if not torch_private.is_fake(x):
+            check_dense(name, x)
+        check_floating(name, x)
+    if x.ndim == 0:
+        raise ShapeError(f"{name} must have shape [B, *], an axis of samples first, got a single number: use [None]")
+
+
+def numbers(name: str, value: Any, device: torch.device) -> Any:
+    """A real number, a list of them, or a dense tensor of them that may be used with others on `device`."""
+    if isinstance(value, Tensor):
+        if type(value) is not Tensor or value.layout != torch.strided or value.is_quantized or value.is_nested:
+            check_dense(name, value)
+        if value.is_complex() or value.dtype == torch.bool or (value.dtype.itemsize == 1 and value.is_floating_point()):
+            raise DTypeError(f"{name} must hold real numbers, got {value.dtype}: use .float()")
+        if value.is_meta and device.type != "meta":
+            raise DeviceError(f"{name} is on the meta device, which holds no data")
+        return resolved(value)
+    array = np.asarray(value) if isinstance(value, (list, tuple)) else value
+    if isinstance(array, (np.ndarray, np.generic)) and array.dtype.kind in "iuf":
+        return torch.as_tensor(array)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return checks.number(name, value) if isinstance(value, int) else value
+    raise DTypeError(f"{name} must be a number or a tensor of numbers, got {short(value)}")
 
 
 def check_device(name: str, x: Tensor, device: torch.device) -> None:

@@ -83,8 +83,7 @@ def load(
         raise CorruptCheckpointError(f"{files.shown(path)} does not describe a model: {short(error)}") from error
     check(network, tensors, path)
     if net is None:  # the file's tensors become the network's own, with their dtypes
-        place = torch.get_default_device()
-        network.load_state_dict({name: value.to(place) for name, value in tensors.items()}, assign=True)
+        network.load_state_dict({name: value.to(_place()) for name, value in tensors.items()}, assign=True)
     else:
         modules.load_state(network, tensors)
     return model.eval()
@@ -110,8 +109,15 @@ def _skeleton(config: Any, tensors: dict[str, Tensor], path: Path) -> nn.Module:
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, networks.TimeEmbedding):  # holds numbers of its own, which no file has
-                setattr(module, name, networks.TimeEmbedding(child.channels, child.kind, child.scale))
+                with torch.device(_place()):
+                    setattr(module, name, networks.TimeEmbedding(child.channels, child.kind, child.scale))
     return network
+
+
+def _place() -> torch.device:
+    """Where a network is made: torch's default device, unless that drops all numbers."""
+    place = torch.get_default_device()
+    return torch.device("cpu") if place.type == "meta" else place
 
 
 def _process(config: dict[str, Any], sde: processes.Process | None, path: Path) -> processes.Process:
@@ -227,7 +233,7 @@ def check(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
         "has the unknown": sorted(tensors.keys() - target.keys()),
         "has other shapes for": [k for k in shared if target[k].shape != tensors[k].shape],
         "has other dtypes for": [k for k in shared if kinds[k][0] != kinds[k][1]],
-        "has numbers that are not finite in": [k for k in shared if not _finite(tensors[k])],
+        "has numbers that are not finite in": [k for k in shared if not finite(tensors[k])],
     }
     for problem, names in problems.items():
         if names:
@@ -238,7 +244,7 @@ def check(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
             )
 
 
-def _finite(value: Tensor) -> bool:
+def finite(value: Tensor) -> bool:
     """Whether all numbers are, in pieces that take no memory to speak of."""
     return not value.dtype.is_floating_point or all(
         bool(piece.isfinite().all()) for piece in value.flatten().split(1 << 22)

@@ -252,6 +252,9 @@ class _State:
         for p in self.parameters:
             p.grad = None
         loss.backward()
+        for p in self.parameters:
+            if p.grad is not None and p.grad.layout != torch.strided:  # nn.Embedding(sparse=True)
+                p.grad = p.grad.to_dense()
         for p, weight in self.rounded:
             weight.grad = None if p.grad is None else p.grad.float()
         norm = nn.utils.clip_grad_norm_(self.weights, math.inf if grad_clip is None else grad_clip)
@@ -360,6 +363,12 @@ class _State:
                 raise CheckpointMismatchError(
                     f"{shown(path)} has a state of the optimiser that is not this network's, adam.{index}: choose another "
                     "directory, or give resume=False"
+                )
+            bad = [key for key, value in entry.items() if not files.finite(value)]
+            if bad:
+                raise CheckpointMismatchError(
+                    f"{shown(path)} has numbers that are not finite in adam.{index}.{bad[0]}: choose another directory, or "
+                    "give resume=False"
                 )
         if needed and not moments:
             raise CheckpointMismatchError(
