@@ -35,6 +35,8 @@ def perturb(process: Process, x0: Tensor, t: Tensor, cursor: Tensor) -> Tensor:
 
     ε, and the first draw of `sample`, is the noise that `cursor` names (fastdiff.execution.ops.cursor).
     """
+    if not torch.compiler.is_compiling():
+        tensor_checks.check_samples("x0", x0)
     if process.linear:
         return ops.perturb(x0, process.alpha(t), process.sigma(t), cursor, PERTURBATION)
 
@@ -106,6 +108,7 @@ def per_sample(
     kind = check(model, loss, probe)
     if torch.compiler.is_compiling():
         return _per_sample(model, x0, t, cursor, loss, cond, kind)
+    tensor_checks.check_samples("x0", x0)
     with stepping(model.net):
         return _per_sample(model, x0, t, cursor, loss, cond, kind)
 

@@ -429,3 +429,150 @@ def test_a_processs_functions_of_time_take_numbers(sde, function):
     process = fastdiff.processes.get(sde)
     ones = (1, 1.0, np.float64(1.0), np.array(1.0), torch.tensor(1.0))
     assert np.ptp([float(getattr(process, function)(one)) for one in ones]) < 1e-5
+
+
+# --- tensors that are not what they seem, at every door ---------------------------------------------------------------------
+
+QUICK = {"sde": "vp", "rtol": 1e-1, "atol": 1e-1}
+
+
+def linear(x, t, cond=None):
+    return -x if cond is None else -x * cond
+
+
+def model_of(shape=(3,), net=linear, **options):
+    return fastdiff.ScoreModel(net, "vp", "score", data_shape=shape, **options)
+
+
+class Energy:
+    def energy(self, x, t):
+        return 0.5 * x.square().flatten(1).sum(1)
+
+
+def per_sample(x0, t=None, loss="dsm"):
+    model = model_of(tuple(x0.shape[1:]) if isinstance(x0, torch.Tensor) and x0.layout == torch.strided else (3,))
+    t = torch.full((4,), 0.5) if t is None else t
+    return fastdiff.losses.per_sample(model, x0, t, fastdiff.execution.ops.cursor(1, 0, 5), loss)
+
+
+Z = torch.linspace(-1, 1, 36).view(3, 4, 3)
+DOORS = {
+    "x_init": lambda x: fastdiff.sample(linear, x_init=x, **GOOD),
+    "x_init of rk45": lambda x: fastdiff.sample(linear, x_init=x, **{**GOOD, "steps": None}, sampler="rk45"),
+    "noise": lambda x: fastdiff.sample(linear, noise=x.expand(3, 4, 3), **GOOD),
+    "noise of a callable": lambda x: fastdiff.sample(linear, noise=lambda k: x, **GOOD),
+    "cond": lambda x: fastdiff.sample(linear, cond=x, **GOOD),
+    "cond of a dict": lambda x: fastdiff.sample(linear, cond={"cond": x}, **GOOD),
+    "log_likelihood": lambda x: fastdiff.log_likelihood(linear, x, **QUICK).nats,
+    "encode": lambda x: fastdiff.encode(linear, x, **QUICK),
+    "decode": lambda x: fastdiff.decode(linear, x, **QUICK),
+    "interpolate": lambda x: fastdiff.interpolate(linear, x, x.clone() + 1, [0.5], **QUICK),
+    "score": lambda x: model_of().score(x, torch.tensor(0.5)),
+    "predict": lambda x: model_of().predict("x0", x, torch.tensor(0.5)),
+    "per_sample": per_sample,
+    "perturb": lambda x: fastdiff.losses.perturb(
+        fastdiff.VP(), x, torch.full((4,), 0.5), fastdiff.execution.ops.cursor(1, 0, 5)
+    ),
+    "mala": lambda x: fastdiff.mcmc.mala(Energy(), x, 0.5, steps=2, step_size=0.1).x,
+    "hmc": lambda x: fastdiff.mcmc.hmc(Energy(), x, 0.5, steps=2, step_size=0.1).x,
+    "data": lambda x: fastdiff.load_data(x, range=(-2, 2)).batch([0, 1], (-1, 1)),
+    "quantise": lambda x: fastdiff.Data(torch.linspace(-1, 1, 12).view(4, 3)).quantise(x, (-1, 1)),
+}
+NOT_DENSE = {
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "quantised": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+    "sparse": lambda x: x.to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    "complex": lambda x: x.to(torch.complex64),
+    "mkldnn": lambda x: x.to_mkldnn(),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_lazily_negated_tensor_is_the_tensor(door):
+    x = Z[0].clone()
+    for dtype in (torch.float32, torch.float64):
+        wanted, found = DOORS[door](x.to(dtype)), DOORS[door]((-x.to(dtype))._neg_view())
+        assert torch.equal(wanted, found)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.parametrize("door", DOORS)
+def test_tensors_that_do_not_hold_numbers_one_by_one_are_refused(door, kind):
+    if door in ("cond", "cond of a dict") and kind == "complex":
+        pytest.skip("a network may take complex conditions")
+    if door == "interpolate":
+        call = lambda x: fastdiff.interpolate(linear, x, x, [0.5], **QUICK)  # noqa: E731
+    elif door == "noise":
+        call = lambda x: fastdiff.sample(linear, noise=x, **GOOD)  # noqa: E731
+    else:
+        call = DOORS[door]
+    with pytest.raises(FastdiffError) as caught:
+        call(NOT_DENSE[kind](Z[0].clone()))
+    assert len(str(caught.value)) <= 200
+
+
+@pytest.mark.parametrize("t", ["0.5", None, True, 0.5 + 0j, [0.5, "1"], torch.tensor(True), torch.tensor(0.5 + 0j), {}])
+def test_times_that_are_no_numbers_are_refused(t):
+    x = torch.zeros(2, 3)
+    calls = (model_of().score, lambda x, t: model_of().predict("eps", x, t), lambda x, t: model_of()(x, t),
+             lambda x, t: fastdiff.mcmc.mala(Energy(), x, t, steps=1, step_size=0.1))  # fmt: skip
+    for call in calls:
+        with pytest.raises(FastdiffError, match=r"\bt must"):
+            call(x, t)
+    with pytest.raises(DeviceError, match="meta"):
+        model_of().score(x, torch.tensor(0.5, device="meta"))
+
+
+@pytest.mark.parametrize("sde", ["ve", "vp", "subvp", "ddpm", "ncsn", "edm", "ou"])
+def test_times_below_the_first_level_are_refused(sde):
+    process = fastdiff.processes.get(sde)
+    model = fastdiff.ScoreModel(linear, process, "score", data_shape=(3,))
+    first = process.first_time
+    for t in (-1e-3, first - 0.5, first - 1e-3, process.T * 1.01):
+        with pytest.raises(ConfigError, match="t must lie in"):
+            model.score(torch.zeros(2, 3), torch.tensor(float(t)))
+
+
+class Stops(torch.nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.weight, self.error, self.calls = torch.nn.Parameter(torch.ones(())), error, 0
+
+    def forward(self, x, t):
+        self.calls += 1
+        if self.calls > 1:
+            raise self.error
+        return -self.weight * x
+
+
+@pytest.mark.parametrize("error", [StopIteration("mine"), GeneratorExit(), KeyboardInterrupt(), ValueError("x")])
+def test_what_a_network_raises_comes_out_as_the_same_object(error):
+    x = torch.linspace(-1, 1, 12).view(4, 3)
+    calls = {
+        "sample": lambda net: fastdiff.sample(net, **GOOD),
+        "batches": lambda net: fastdiff.sample(net, batch_size=2, **GOOD),
+        "noise": lambda net: fastdiff.sample(net, noise=lambda k: torch.zeros(4, 3), batch_size=2, **GOOD),
+        "rk45": lambda net: fastdiff.sample(net, "vp", sampler="rk45", shape=(3,), num_samples=4),
+        "adaptive_sde": lambda net: fastdiff.sample(net, "vp", sampler="adaptive_sde", shape=(3,), num_samples=4),
+        "encode": lambda net: fastdiff.encode(net, x, **QUICK),
+        "interpolate": lambda net: fastdiff.interpolate(net, x, x + 1, [0.5], **QUICK),
+        "train": lambda net: fastdiff.train(model_of(net=net), x, steps=3, batch_size=2),
+        **{
+            f"{trace} {derivative}": lambda net, trace=trace, derivative=derivative: fastdiff.log_likelihood(
+                net, x, trace=trace, probes=3, derivative=derivative, **QUICK
+            )
+            for trace in ("hutchinson", "hutch++", "exact")
+            for derivative in ("reverse", "forward")
+            if trace != "hutch++"
+        },
+    }
+    for name, call in calls.items():
+        net = Stops(error).train()
+        with pytest.raises(type(error)) as caught:
+            call(net)
+        assert caught.value is error, name
+        assert net.training, name
+        assert torch.is_grad_enabled(), name

@@ -23,7 +23,7 @@ import torch
 
 from .. import checks
 from ..errors import ConfigError, DataError, DTypeError, ShapeError, short, warn
-from ..execution.tensor_checks import check_dense, check_device, check_floating
+from ..execution.tensor_checks import check_dense, check_device, check_samples
 from .dequantize import bin_edges, bin_noise
 
 MAX_BINS = 65536
@@ -255,7 +255,7 @@ class Data:
         finite, ShapeError, DTypeError.
         """
         a, b = checks.pair("data_range", data_range, "float32")
-        check_floating("x", x)
+        check_samples("x", x)
         if tuple(x.shape[1:]) != self.shape or x.ndim == 0:
             raise ShapeError(f"x must have shape [B, {str(list(self.shape))[1:-1]}], got {list(x.shape)}")
         _check_finite(x)
