@@ -450,7 +450,7 @@ class Energy:
 
 
 def per_sample(x0, t=None, loss="dsm"):
-    model = model_of(tuple(x0.shape[1:]) if isinstance(x0, torch.Tensor) and x0.layout == torch.strided else (3,))
+    model = model_of(tuple(x0.shape[1:]) if not x0.is_nested else (3,))
     t = torch.full((4,), 0.5) if t is None else t
     return fastdiff.losses.per_sample(model, x0, t, fastdiff.execution.ops.cursor(1, 0, 5), loss)
 

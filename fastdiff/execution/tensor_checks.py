@@ -96,9 +96,7 @@ def check_samples(name: str, x: Any) -> None:
             check_dense(name, x)
         check_floating(name, x)
     if x.ndim == 0:
-        raise ShapeError(
-            f"{name} must have shape [B, *], an axis of samples first, got a single number: use {name}[None]"
-        )
+        raise ShapeError(f"{name} must be samples [B, *], got shape []: use {name}[None]")
 
 
 def numbers(name: str, value: Any, device: torch.device) -> Any:
