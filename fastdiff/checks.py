@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ConfigError
+from .errors import ConfigError, short
 
 
 def integer(argument: str, value: Any, low: int, high: int) -> int:
     """A whole number in [low, high]: Python's or numpy's; bool and floats are refused even when whole."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
     if not whole or not low <= value <= high:
-        raise ConfigError(f"{argument} must be an integer >= {low} and <= {_power(high)}, got {value!r:.80}")
+        raise ConfigError(f"{argument} must be an integer >= {low} and <= {_power(high)}, got {short(value)}")
     return int(value)
 
 
@@ -34,7 +34,7 @@ def number(
     above, below = above or math.isinf(low), below or math.isinf(high)
     if not real or not low <= value <= high or (above and value == low) or (below and value == high):
         interval = f"{'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
-        raise ConfigError(f"{argument} must be a number in {interval}, got {value!r:.80}")
+        raise ConfigError(f"{argument} must be a number in {interval}, got {short(value)}")
     return float(value)
 
 
@@ -48,7 +48,7 @@ def pair(argument: str, value: Any, dtype: str = "float64") -> tuple[float, floa
         width = float(np.diff(np.array((lo, hi)).astype(dtype).astype(np.float64))[0])
     if not 0 < width < math.inf:
         where = "" if dtype == "float64" else f" in {dtype}"
-        raise ConfigError(f"{argument} must be two finite numbers (lo, hi) with lo < hi{where}, got {value!r:.80}")
+        raise ConfigError(f"{argument} must be two finite numbers (lo, hi) with lo < hi{where}, got {short(value)}")
     return lo, hi
 
 
@@ -56,11 +56,16 @@ def sequence(argument: str, value: Any) -> tuple[float, ...]:
     """Finite numbers from a list, a tuple, an array or a tensor of one axis."""
     try:
         array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{argument} must be a list of numbers, got {value!r:.80}") from error
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+    ) as error:  # RuntimeError: a tensor that holds no numbers
+        raise ConfigError(f"{argument} must be a list of numbers, got {short(value)}") from error
     mixed = isinstance(value, (list, tuple)) and any(isinstance(number, (bool, np.bool_)) for number in value)
     if array.ndim != 1 or mixed or (array.dtype.kind not in "iuf" and array.size):
-        raise ConfigError(f"{argument} must be a list of numbers, got {value!r:.80}")
+        raise ConfigError(f"{argument} must be a list of numbers, got {short(value)}")
     bad = np.flatnonzero(~np.isfinite(array.astype(np.float64)))
     if len(bad):
         raise ConfigError(f"{argument} must be finite, got {array[bad[0]]} at index {bad[0]}")
@@ -70,14 +75,14 @@ def sequence(argument: str, value: Any) -> tuple[float, ...]:
 def flag(argument: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, (bool, np.bool_)):
-        raise ConfigError(f"{argument} must be True or False, got {value!r:.80}")
+        raise ConfigError(f"{argument} must be True or False, got {short(value)}")
     return bool(value)
 
 
 def function(argument: str, value: Any) -> Any:
     """None or something that can be called."""
     if value is not None and not callable(value):
-        raise ConfigError(f"{argument} must be callable or None, got {value!r:.80}")
+        raise ConfigError(f"{argument} must be callable or None, got {short(value)}")
     return value
 
 

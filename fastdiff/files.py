@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import ConfigError, FastdiffError, WriteError
+from .errors import ConfigError, FastdiffError, WriteError, short
 
 try:
     import fcntl
@@ -27,20 +27,20 @@ def path(argument: str, value: Any) -> Path:
     except TypeError:
         text = None
     if not isinstance(text, str):
-        raise ConfigError(f"{argument} must be a path, got {value!r:.60}: give a str or a pathlib.Path")
+        raise ConfigError(f"{argument} must be a path, got {short(value)}: give a str or a pathlib.Path")
     if not text or "\0" in text:
-        raise ConfigError(f"{argument} must be a path, got {text!r:.60}: write '.' for the current folder")
+        raise ConfigError(f"{argument} must be a path, got {short(text)}: write '.' for the current folder")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{argument} starts with the home of a user who is not known, got {text!r:.60}") from error
+        raise ConfigError(f"{argument} starts with the home of a user who is not known, got {short(text)}") from error
 
 
 def shown(path: os.PathLike[str] | str) -> str:
-    """A path for a message: on one line, at most 80 characters, its end rather than its beginning."""
+    """A path for a message: on one line, at most 60 characters, its end rather than its beginning."""
     text = os.fspath(path)
     text = text if text.isprintable() else repr(text)[1:-1]
-    return text if len(text) <= 80 else f"…{text[-79:]}"
+    return text if len(text) <= 60 else f"…{text[-59:]}"
 
 
 def reason(error: BaseException) -> str:

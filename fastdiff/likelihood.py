@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .errors import ConfigError, DataError, DTypeError, ShapeError, choose, names_keywords, warn
+from .errors import ConfigError, DataError, DTypeError, ShapeError, choose, names_keywords, short, unknown_keyword, warn
 from .execution import ops, tensor_checks
 from .execution.adaptive import Solution
-from .execution.divergence import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus, Probes, Reverse
+from .execution.divergence import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus, Probes, Reverse, uncompiled
 from .execution.noise import PROBES
 from .execution.reference import tree_sum
 from .model import ScoreModel, as_model, device_of, leaves_no_trace, parameters
@@ -108,18 +109,22 @@ def log_likelihood(
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
     request, x, ends = _request(model, x, sde, t_min, prediction, time_input, cond, backend, "x", seed, first_sample)
     traces, estimates = _traces(request, trace, probes, probe, derivative)
-    solution = _follow(
-        request,
-        x,
-        ends,
-        solver,
-        batch_size,
-        progress,
-        "likelihood",
-        traces=traces,
-        integrals=estimates,
-        columns=estimates if isinstance(probes, Tensor) else probes,
-    )
+    # the graphs of torch.compile allow one product, and no forward-mode derivatives
+    one = isinstance(probes, int) and probes == 1
+    alone = trace == "hutchinson" and one and derivative == "reverse"
+    with contextlib.nullcontext() if alone else uncompiled():
+        solution = _follow(
+            request,
+            x,
+            ends,
+            solver,
+            batch_size,
+            progress,
+            "likelihood",
+            traces=traces,
+            integrals=estimates,
+            columns=estimates if isinstance(probes, Tensor) else probes,
+        )
     std, numbers = request.model.process.prior_std, math.prod(request.model.data_shape)
     prior = -0.5 * (tree_sum((solution.y.double() / std) ** 2) + numbers * math.log(2 * math.pi * std**2))
     mean = solution.integrals.mean(1, keepdim=True)
@@ -197,7 +202,7 @@ def interpolate(
     keywords = [*inspect.signature(encode).parameters, "temperature", "denoise"]
     for name in options:
         if name not in keywords:
-            raise TypeError(f"interpolate() takes no keyword {name!r}, only weights, mode, {', '.join(keywords[2:])}")
+            raise unknown_keyword("interpolate", name, [*keywords[2:], "mode"])
     for name, end in (("xa", xa), ("xb", xb)):
         _check_samples(name, end)
         tensor_checks.check_finite(name, end)
@@ -206,7 +211,7 @@ def interpolate(
     back = {name: options.pop(name) for name in ("temperature", "denoise") if name in options}
     checks.number("temperature", back.get("temperature", 1.0), 0)
     checks.flag("denoise", back.get("denoise", False))
-    za, zb = (encode(model, end, cond=cond, **options) for end in (xa, xb))
+    za, zb = [encode(model, end, cond=cond, **options) for end in (xa, xb)]
     a, b = za.flatten(1).double(), zb.flatten(1).double()
     w = torch.tensor(share, dtype=torch.float64, device=za.device)[:, None]
     of_a, of_b = 1 - w, w
@@ -269,7 +274,7 @@ def _request(
         if said is not None:
             warn(said)
     with torch.inference_mode(False):
-        return request, x.detach().to(dtype).clone(memory_format=torch.contiguous_format), ends
+        return request, tensor_checks.resolved(x).detach().to(dtype).clone(memory_format=torch.contiguous_format), ends
 
 
 def _traces(
@@ -278,7 +283,7 @@ def _traces(
     """(lo, hi) -> the trace for samples lo … hi − 1, and how many estimates it makes."""
     choose("trace", trace, TRACES)
     if probe is not None and trace != "hutchinson":
-        raise ConfigError(f"probe={probe!r} belongs to trace='hutchinson', not to {trace!r}: leave it out")
+        raise ConfigError(f"probe={short(probe)} belongs to trace='hutchinson', not to {trace!r}: leave it out")
     choose("probe", probe or "rademacher", ("rademacher", "normal"))
     kind = DERIVATIVES[choose("derivative", derivative, DERIVATIVES)]
     if kind is Reverse and any(p.is_inference() for p in parameters(request.model.net)):
@@ -293,8 +298,8 @@ def _traces(
     if trace == "exact":
         if numbers > LONGEST_TRACE:
             raise ConfigError(
-                f"trace='exact' costs {numbers} backward passes in each evaluation for samples of {numbers} numbers, more "
-                f"than {LONGEST_TRACE}: use trace='hutchinson' with as many probes as the standard error asks for"
+                f"trace='exact' costs {numbers} backward passes in each evaluation for as many numbers, more than "
+                f"{LONGEST_TRACE}: use trace='hutchinson' with as many probes as the standard error asks for"
             )
         return lambda lo, hi: Exact(kind), 1
     if count * numbers > MOST_HELD:

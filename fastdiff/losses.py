@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checks
-from .errors import ConfigError, ModelOutputError, choose
+from . import checks, files
+from .errors import ConfigError, ModelOutputError, choose, short
 from .execution import ops, reference, tensor_checks
 from .execution.loop import Condition
 from .execution.noise import PERTURBATION, PROBES
@@ -36,6 +36,8 @@ def perturb(process: Process, x0: Tensor, t: Tensor, cursor: Tensor) -> Tensor:
 
     ε, and the first draw of `sample`, is the noise that `cursor` names (fastdiff.execution.ops.cursor).
     """
+    if not torch.compiler.is_compiling():
+        tensor_checks.check_samples("x0", x0)
     if process.linear:
         return ops.perturb(x0, process.alpha(t), process.sigma(t), cursor, PERTURBATION)
 
@@ -58,7 +60,9 @@ def check(model: ScoreModel, loss: str, probe: str | None = None) -> str:
     choose("loss", loss, LOSSES)
     kind = choose("probe", "rademacher" if probe is None else probe, PROBE_KINDS)
     if probe is not None and loss not in SLICED:
-        raise ConfigError(f"probe={probe!r} belongs to the losses 'ssm' and 'ssm_vr', not to {loss!r}: leave it out")
+        raise ConfigError(
+            f"probe={short(probe)} belongs to the losses 'ssm' and 'ssm_vr', not to {loss!r}: leave it out"
+        )
     if loss in DENOISING:
         require_linear(model.process, f"loss={loss!r}", "use loss='ssm_vr'")
     numbers = math.prod(model.data_shape)
@@ -109,6 +113,7 @@ def per_sample(
     _check_noise(model, x0, cursor, loss, noise)
     if torch.compiler.is_compiling():
         return _per_sample(model, x0, t, cursor, loss, cond, kind, noise)
+    tensor_checks.check_samples("x0", x0)
     with stepping(model.net):
         return _per_sample(model, x0, t, cursor, loss, cond, kind, noise)
 
@@ -229,6 +234,6 @@ def differentiating(loss: str) -> Iterator[None]:
         if loss in DENOISING or not absent:
             raise
         raise ModelOutputError(
-            f"loss={loss!r} needs gradients through the model's own gradients, and a part of it has none ({error}): "
-            "give a network that is not compiled, of operations that can be differentiated twice"
+            f"loss={loss!r} needs second derivatives of the model, and a part has none ({files.reason(error)}): give one "
+            "that is not compiled"
         ) from error

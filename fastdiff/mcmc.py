@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .errors import ConfigError, ModelOutputError, NonFiniteError, ShapeError
+from .errors import ConfigError, ModelOutputError, NonFiniteError, ShapeError, short
 from .execution import noise, ops, reference, tensor_checks
 from .model import evaluating, leaves_no_trace
 
@@ -103,15 +103,15 @@ def _run(
         )
     steps = checks.integer("steps", steps, 1, 2**32 - 1)
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
-    tensor_checks.check_floating("x", x)
+    tensor_checks.check_samples("x", x)
     if x.ndim < 2:
         raise ShapeError(f"x must be [B, *shape] with at least one axis after B, got shape {tuple(x.shape)}")
     tensor_checks.check_tensor("x", x, tuple(x.shape), x.device, finite=True)
     first_sample = checks.integer("first_sample", first_sample, 0, 2**32 - len(x))
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
-    times = torch.as_tensor(t, dtype=state, device=x.device)
+    times = torch.as_tensor(tensor_checks.numbers("t", t, x.device), dtype=state, device=x.device)
     if times.shape not in ((), (1,), (len(x),)) or not bool(times.isfinite().all()):
-        raise ShapeError(f"t must be one finite time or one for each of {len(x)} samples, got {t!r:.80}")
+        raise ShapeError(f"t must be one finite time or one for each of {len(x)} samples, got {short(t)}")
     times = times.expand(len(x))
 
     def energy(at: Tensor) -> Tensor:

@@ -8,13 +8,22 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
-from .errors import ConfigError, ModelOutputError, ModelOutputTypeError, ShapeError, choose
+from .errors import (
+    ConfigError,
+    DeviceError,
+    ModelOutputError,
+    ModelOutputTypeError,
+    ShapeError,
+    choose,
+    names_keywords,
+    short,
+)
 from .execution import cpu, modules, tensor_checks
 from .execution.loop import Condition
 from .planning import chains, predictions, processes
@@ -37,6 +46,9 @@ class ScoreModel(nn.Module):
     variance     "learned_range": the network returns twice the channels, the second half for the variance
     """
 
+    fits_times: ClassVar[bool] = True  # whether a new network of fastdiff's takes the scale of this model's times
+
+    @names_keywords
     def __init__(
         self,
         net: Any,
@@ -69,7 +81,7 @@ class ScoreModel(nn.Module):
             data_range=checks.pair("data_range", data_range),
             variance=None if variance is None else choose("variance", variance, ("learned_range",)),
         )  # fmt: skip
-        if callable(fit_times):
+        if self.fits_times and callable(fit_times):
             fit_times(predictions.time_steps(self.time_input, process))
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
@@ -101,24 +113,35 @@ class ScoreModel(nn.Module):
 
     def times(self, t: Any, x: Tensor) -> Tensor:
         """t as one process time for each sample of x, inside [0, T], where the network can be asked (σ > 0)."""
+        if not torch.compiler.is_compiling():
+            tensor_checks.check_samples("x", x)
+            t = tensor_checks.numbers("t", t, x.device)
         times = torch.as_tensor(t, device=x.device)
         times = times if times.is_floating_point() else times.to(x.dtype)
         if times.ndim > 1 or (times.ndim == 1 and times.shape[0] != 1 and times.shape[0] != x.shape[0]):
             raise ShapeError(f"t must be one time or one for each of {len(x)} samples, got shape {tuple(times.shape)}")
         # on other devices a look at the values would stall them, in a compiled graph it would break it
         if times.device.type == "cpu" and not torch.compiler.is_compiling():
-            bad = ~((times >= 0) & (times <= self.process.T * 1.000001))
+            first = self.process.first_time
+            bad = ~((times >= first) & (times <= self.process.T * 1.000001))
             if self.process.linear:
                 bad |= ~(self.process.sigma(times) > 0)
             if bool(bad.any()):
                 value, top = float(times[bad].flatten()[0]), f"{self.process.T:g}]"
-                allowed = f"(0, {top}, where sigma > 0" if self.process.linear else f"[0, {top}"
+                open_end = self.process.linear and first == 0
+                allowed = f"(0, {top}, where sigma > 0" if open_end else f"[{first:g}, {top}"
                 raise ConfigError(f"t must lie in {allowed}, got {value:g}")
         return times.expand(len(x))
 
     def score(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """∇ log p_t(x), [B, *]."""
         return self.predict("score", x, t, cond)
+
+
+class _Described(ScoreModel):
+    """A plain callable with what the caller says of it, for one run, which leaves it as it is."""
+
+    fits_times = False
 
 
 def as_model(
@@ -134,7 +157,7 @@ def as_model(
         claims = {"prediction": prediction, "time_input": time_input, "shape": shape and tensor_checks.shape_of(shape)}
         for name, value in claims.items():
             if value is not None and (type(value) is not type(facts[name]) or value != facts[name]):
-                raise ConfigError(f"{name}={value!r} contradicts the model's own {facts[name]!r}: leave it out")
+                raise ConfigError(f"{name}={short(value)} contradicts the model's own {facts[name]!r}: leave it out")
         if variance is None or model.variance is not None:
             return model
         sde, shape, prediction, time_input = model.process, model.data_shape, model.prediction, model.time_input
@@ -146,7 +169,7 @@ def as_model(
     if shape is None:
         raise ConfigError("shape must be given with a plain callable: one sample's shape, such as shape=(2,)")
     prediction = "score" if prediction is None else prediction
-    return ScoreModel(model, sde, prediction, time_input, shape, variance=variance)
+    return _Described(model, sde, prediction, time_input, shape, variance=variance)
 
 
 def check_path(sde: Any, process: processes.Process) -> None:
@@ -162,7 +185,7 @@ def check_path(sde: Any, process: processes.Process) -> None:
     elif chains.on_path(sde, process):
         return
     raise ConfigError(
-        f"sde={sde!r:.60} is not the process of this model, {process!r:.60}: leave sde out, or use sde={process.name!r}"
+        f"sde={short(sde)} is not the process of this model, {process!r:.60}: leave sde out, or use sde={process.name!r}"
     )
 
 
@@ -182,6 +205,9 @@ def dtype_of(net: Any, default: torch.dtype) -> torch.dtype:
 def device_of(device: Any, x_init: Tensor | None, net: Any) -> torch.device:
     """Where the run happens: what `device`, x_init and the model's parameters agree on."""
     tensors = [("x_init", x_init), ("model", next(parameters(net), None))]
+    for name, tensor in tensors:
+        if tensor is not None and tensor.is_meta:
+            raise DeviceError(f"{name} is on the meta device, which holds no data")
     first = next((tensor.device for _, tensor in tensors if tensor is not None), None)
     place = tensor_checks.device_of(device if device is not None else first)
     for name, tensor in tensors:
@@ -257,10 +283,7 @@ def answer(
 ) -> tuple[Tensor, Tensor | None]:
     """The prediction [B, *] of net(x [B, *], time [B]), and its variance's half of the channels, checked."""
     shape, device = x.shape, x.device  # before the call, in which a network may change its input's
-    try:
-        output = call(net, x, time, cond, features)
-    except StopIteration as error:  # which would end the loop that asks, and be called its fault
-        raise ModelOutputError("the model raised StopIteration, such as next() of an iterator at its end") from error
+    output = call(net, x, time, cond, features)
     return check_output(output if isinstance(output, Tensor) else single_tensor(output), shape, device, variance)
 
 
@@ -307,8 +330,8 @@ def check_output(
     if output.shape == double:
         if variance is None:
             raise ModelOutputError(
-                f"the model returned {2 * channels} channels for {channels}: if half of them are a learned variance, "
-                "say ScoreModel(variance='learned_range') or samplers.Ancestral(variance='learned_range')"
+                f"the model returned {2 * channels} channels for {channels}: if half are a learned variance, say "
+                "ScoreModel(variance='learned_range') or samplers.Ancestral(variance='learned_range')"
             )
         return output[:, :channels], output[:, channels:]
     wanted = tuple(shape) if variance is None else double

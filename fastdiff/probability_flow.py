@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .errors import ConfigError, SolverError
+from .errors import ConfigError, SolverError, short
 from .execution import ops
 from .execution.adaptive import Progress, Solution, Stage, integrate
 from .execution.adaptive_sde import integrate_sde
@@ -172,7 +172,7 @@ class ReverseSDE(Flow):
         """x along the SDE from time `start` to `end`."""
         x = self.x
         solution = integrate_sde(self, x, start, end, solver, operations=self.operations, progress=progress)
-        if not self.denoise:
+        if not self.denoise or not x.numel():
             return solution
         return denoised(self, solution, end)
 
@@ -195,13 +195,15 @@ def end_time(model: ScoreModel, sde: Any, t_min: float | None, default: float) -
         return default
     if sde not in (None, process.name, process):
         raise ConfigError(
-            f"t_min={t_min!r} is a time of the model's own process {process.name!r}, and sde={sde!r:.40} has another clock: "
-            "leave sde out"
+            f"t_min={short(t_min, 30)} is a time of the model's own process {process.name!r}, and sde={short(sde, 30)} has "
+            "another clock: leave sde out"
         )
     low, high = process.t_noisy if process.discrete else 0.0, float(process.T)
     end = checks.number("t_min", t_min, low, high, above=low == 0)
     if not float(process.sigma(np.float64(end))) > 1e-150:
-        raise ConfigError(f"t_min must have noise, sigma > 0, for the network to see, got {t_min!r}: give a larger one")
+        raise ConfigError(
+            f"t_min must have noise, sigma > 0, for the network to see, got {short(t_min)}: give a larger one"
+        )
     return end
 
 

@@ -37,6 +37,14 @@ from .table import StepTable
 MAX_FEATURES = 2**28  # bytes of the time features of a whole run; beyond, the network makes them in each row
 
 
+class _Stopped(Exception):
+    """Carries a network's StopIteration out of a loop, which is a generator and would take it for a fault of its own."""
+
+    def __init__(self, error: StopIteration) -> None:
+        super().__init__()
+        self.error = error
+
+
 @dataclass(frozen=True)
 class Request:
     """The arguments of every run; tensors are checked when it is made.
@@ -63,7 +71,9 @@ class Request:
     def __post_init__(self) -> None:
         if self.x_init is not None:
             tensor_checks.check_tensor(self.start_name, self.x_init, self.shape, self.device, self.finite)
+            object.__setattr__(self, "x_init", tensor_checks.resolved(self.x_init))
         tensor_checks.check_condition(self.cond, self.count, self.device, self.finite)
+        object.__setattr__(self, "cond", tensor_checks.resolved(self.cond))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -171,8 +181,19 @@ class _Loops(contextlib.ExitStack):
         self.operations = ops.backend_module(self.backend)
         self.net_dtype = dtype_of(net, request.dtype)
         self.time_dtype = torch.int64 if request.model.time_input == "index" else request.dtype
-        self.network = functools.partial(answer, net, request.model.variance)
         self.loops: dict[int, Loop] = {}
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        stopped = super().__exit__(*raised)
+        if isinstance(raised[1], _Stopped):
+            raise raised[1].error
+        return stopped
+
+    def _answer(self, *args: Any) -> tuple[Tensor, Tensor | None]:
+        try:
+            return answer(self.request.model.net, self.request.model.variance, *args)
+        except StopIteration as error:
+            raise _Stopped(error) from None
 
     def run(self, lo: int, hi: int, beside: bool, noise: Draw | None) -> Iterator[Tensor]:
         """The states of samples lo … hi − 1: the start, then one after each row; the next overwrites it.
@@ -185,13 +206,13 @@ class _Loops(contextlib.ExitStack):
         loop = None if beside else self.loops.get(hi - lo)
         if loop is None:
             loop = self.loops[hi - lo] = self._loop(hi - lo, cond)
-        states = loop.run(self.network, cond, first, x_init, noise)
+        states = loop.run(self._answer, cond, first, x_init, noise)
         try:
             start = next(states)
         except GraphError as error:
             self._fall_back(error)
             loop = self.loops[hi - lo] = self._loop(hi - lo, cond)
-            states = loop.run(self.network, cond, first, x_init, noise)
+            states = loop.run(self._answer, cond, first, x_init, noise)
             start = next(states)
         return itertools.chain((start,), states)
 
@@ -281,7 +302,7 @@ class _CallersNoise:
 
     def of(self, lo: int, hi: int) -> Draw:
         """row -> its noise for samples lo … hi − 1."""
-        return lambda k: self._row(k)[lo:hi].to(self.request.dtype).resolve_neg()
+        return lambda k: tensor_checks.resolved(self._row(k)[lo:hi]).to(self.request.dtype)
 
     def _row(self, k: int) -> Tensor:
         if isinstance(self.noise, Tensor):
@@ -330,7 +351,7 @@ def run_adaptive(
         request.operations.normal(x, cursor, PRIOR)
         x.mul_(request.model.process.prior_std)
     else:
-        x = request.x_init.detach().to(request.dtype).resolve_neg().contiguous()
+        x = request.x_init.detach().to(request.dtype).contiguous()
     solution = follow(
         request,
         x,

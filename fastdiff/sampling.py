@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .errors import ConfigError, DataError, DTypeError, choose, names_keywords, warn
+from .errors import ConfigError, DataError, DTypeError, choose, names_keywords, short, warn
 from .execution import loop, tensor_checks
 from .model import ScoreModel, as_model, check_path, device_of, leaves_no_trace
 from .planning import chains, processes, samplers
@@ -323,8 +323,8 @@ def _dtypes(dtype: torch.dtype | None, x_init: Any) -> tuple[torch.dtype, torch.
     if x_init is not None:
         tensor_checks.check_floating("x_init", x_init)
     result = dtype if dtype is not None else torch.float32 if x_init is None else x_init.dtype
-    if result not in tensor_checks.DTYPES:
-        raise DTypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+    if not any(result is known for known in tensor_checks.DTYPES):
+        raise DTypeError(f"dtype must be float16, bfloat16, float32 or float64, got {short(dtype)}")
     return result, torch.float64 if result == torch.float64 else torch.float32
 
 

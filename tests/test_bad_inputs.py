@@ -352,3 +352,228 @@ def test_pinned_signature():
     import inspect
 
     assert list(inspect.signature(fastdiff.sample).parameters) == PINNED.split()
+
+
+# --- public functions of numbers: each refuses, by name, what its arguments cannot be --------------------------------------
+
+ODD_NUMBERS = (NAN, INF, -1.0, "1", True, None, 10**400, 1j, torch.tensor([1.0, 2.0]))
+NUMBERS = {
+    "grids.karras sigma_max": (lambda v: fastdiff.grids.karras(v, 0.002, 5), "sigma_max", (*ODD_NUMBERS, 0.0, 0.001)),
+    "grids.karras sigma_min": (lambda v: fastdiff.grids.karras(80.0, v, 5), "sigma_min", (*ODD_NUMBERS, 0.0, 80.0)),
+    "grids.karras n": (lambda v: fastdiff.grids.karras(80.0, 0.002, v), "n", (*ODD_NUMBERS, 0, -3, 2.5)),
+    "grids.karras rho": (lambda v: fastdiff.grids.karras(80.0, 0.002, 5, v), "rho", (*ODD_NUMBERS, 0)),
+    "schedules.linear T": (lambda v: fastdiff.schedules.linear(v), "T", (*ODD_NUMBERS, 0, 2.5)),
+    "schedules.linear beta_end": (lambda v: fastdiff.schedules.linear(10, 0.1, v), "beta_end", set(ODD_NUMBERS[:-1]) - {None}),
+    "schedules.quadratic T": (lambda v: fastdiff.schedules.quadratic(v), "T", (*ODD_NUMBERS, 0, 2.5)),
+    "schedules.quadratic beta_start": (
+        lambda v: fastdiff.schedules.quadratic(10, v), "beta_start", set(ODD_NUMBERS[:-1]) - {None},
+    ),
+    "schedules.scaled_linear T": (lambda v: fastdiff.schedules.scaled_linear(v), "T", (*ODD_NUMBERS, 0, 2.5)),
+    "schedules.cosine T": (lambda v: fastdiff.schedules.cosine(v), "T", (*ODD_NUMBERS, 0, 2.5)),
+    "schedules.cosine s": (lambda v: fastdiff.schedules.cosine(10, v), "s", ODD_NUMBERS),
+    "schedules.cosine max_beta": (lambda v: fastdiff.schedules.cosine(10, 0.008, v), "max_beta", (*ODD_NUMBERS, 0, 1)),
+    "schedules.sigmoid T": (lambda v: fastdiff.schedules.sigmoid(v), "T", (*ODD_NUMBERS, 0, 2.5)),
+    "schedules.sigmoid start": (lambda v: fastdiff.schedules.sigmoid(10, v), "start", set(ODD_NUMBERS[:-1]) - {-1.0} | {3.0}),
+    "schedules.sigmoid tau": (lambda v: fastdiff.schedules.sigmoid(10, tau=v), "tau", (*ODD_NUMBERS, 0)),
+    "schedules.from_alpha_bar T": (lambda v: fastdiff.schedules.from_alpha_bar(lambda u: 1 - u / 2, v), "T", ODD_NUMBERS),
+    "schedules.from_alpha_bar": (lambda v: fastdiff.schedules.from_alpha_bar(v, 10), "alpha_bar", ODD_NUMBERS),
+    "schedules.betas T": (lambda v: fastdiff.schedules.betas("linear", v), "T", (*ODD_NUMBERS, 0)),
+    "schedules.geometric sigma_max": (lambda v: fastdiff.schedules.geometric(v, 0.01, 5), "sigma_max", (*ODD_NUMBERS, 0.01)),
+    "schedules.geometric levels": (lambda v: fastdiff.schedules.geometric(1.0, 0.01, v), "levels", (*ODD_NUMBERS, 0, 1, 2.5)),
+    "schedules.overlap gamma": (lambda v: fastdiff.schedules.overlap(v, 4), "gamma", ODD_NUMBERS),
+    "schedules.overlap dim": (lambda v: fastdiff.schedules.overlap(1.5, v), "dim", (*ODD_NUMBERS, 0, 2.5)),
+    "schedules.erf_ratio dim": (lambda v: fastdiff.schedules.erf_ratio(v), "dim", (*ODD_NUMBERS, 0, 2.5)),
+    "schedules.erf_ratio target": (lambda v: fastdiff.schedules.erf_ratio(4, v), "target", (*ODD_NUMBERS, 0, 1)),
+    "schedules.erf_levels sigma_max": (lambda v: fastdiff.schedules.erf_levels(v, 0.01, 4), "sigma_max", (*ODD_NUMBERS, 0.01)),
+    "schedules.variance_ratio eta": (lambda v: fastdiff.schedules.variance_ratio(v, 1.5, 5), "eta", (*ODD_NUMBERS, 2)),
+    "schedules.variance_ratio steps": (
+        lambda v: fastdiff.schedules.variance_ratio(0.5, 1.5, v), "steps_per_level", (*ODD_NUMBERS, 0),
+    ),
+    "schedules.langevin_step sigma_min": (lambda v: fastdiff.schedules.langevin_step(v, 1.5, 5), "sigma_min", ODD_NUMBERS),
+    "schedules.langevin_step gamma": (lambda v: fastdiff.schedules.langevin_step(0.01, v, 5), "gamma", ODD_NUMBERS),
+    "schedules.langevin_step steps": (
+        lambda v: fastdiff.schedules.langevin_step(0.01, 1.5, v), "steps_per_level", (*ODD_NUMBERS, 0),
+    ),
+    "schedules.ema_decay step": (lambda v: fastdiff.schedules.ema_decay(v), "step", ODD_NUMBERS),
+    "schedules.ema_decay decay": (lambda v: fastdiff.schedules.ema_decay(1, v), "decay", (*ODD_NUMBERS, 1.5)),
+    "VE sigma_min": (lambda v: fastdiff.VE(sigma_min=v), "sigma_min", (*ODD_NUMBERS, 0, 50)),
+    "VP beta_max": (lambda v: fastdiff.VP(beta_max=v), "beta_max", (*ODD_NUMBERS, 0)),
+    "OU noise": (lambda v: fastdiff.OU(noise=v), "noise", (*ODD_NUMBERS, 0)),
+    "OU T": (lambda v: fastdiff.OU(T=v), "T", (*ODD_NUMBERS, 0)),
+    "EDM sigma_data": (lambda v: fastdiff.EDM(sigma_data=v), "sigma_data", (*ODD_NUMBERS, 0)),
+    "DDPM T": (lambda v: fastdiff.DDPM(T=v), "T", (*ODD_NUMBERS, 0, 2.5)),
+    "normal num_samples": (lambda v: fastdiff.normal(v, (2,), seed=0), "num_samples", (*ODD_NUMBERS, 2.5)),
+    "normal draw": (lambda v: fastdiff.normal(1, (2,), seed=0, draw=v), "draw", (*ODD_NUMBERS, 2 ** 32)),
+    "normal shape": (lambda v: fastdiff.normal(1, v, seed=0), "shape", (*ODD_NUMBERS[:-1], (-1,), (), (2.5,), (True,))),
+    "bits_per_dim bins": (lambda v: fastdiff.bits_per_dim(None, (0, 1), v), "bins", (*ODD_NUMBERS, 1)),
+    "dequantize bins": (lambda v: fastdiff.dequantize(torch.zeros(1, 1).long(), (0, 1), v), "bins", (*ODD_NUMBERS, 1)),
+    "dequantize seed": (lambda v: fastdiff.dequantize(torch.zeros(1, 1).long(), (0, 1), seed=v), "seed", ODD_NUMBERS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "name", "values"), NUMBERS.values(), ids=NUMBERS)
+def test_public_functions_of_numbers_refuse_what_is_none(call, name, values):
+    for value in values:
+        with pytest.raises(FastdiffError, match=rf"\b{name}\b") as caught:
+            call(value)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) <= 200
+
+
+LEVEL = fastdiff.plan("vp", 2).rows[0].level
+
+
+@pytest.mark.parametrize("function", ["alpha", "sigma", "drift", "diffusion", "time"])
+@pytest.mark.parametrize("sde", ["ve", "vp", "subvp", "ddpm", "ncsn", "edm", "ou"])
+def test_a_processs_functions_of_time_take_numbers(sde, function):
+    """Floats, whole numbers, numpy's and tensors give the same."""
+    process = fastdiff.processes.get(sde)
+    ones = (1, 1.0, np.float64(1.0), np.array(1.0), torch.tensor(1.0))
+    assert np.ptp([float(getattr(process, function)(one)) for one in ones]) < 1e-5
+
+
+# --- tensors that are not what they seem, at every door ---------------------------------------------------------------------
+
+QUICK = {"sde": "vp", "rtol": 1e-1, "atol": 1e-1}
+
+
+def linear(x, t, cond=None):
+    return -x if cond is None else -x * cond
+
+
+def model_of(shape=(3,), net=linear, **options):
+    return fastdiff.ScoreModel(net, "vp", "score", data_shape=shape, **options)
+
+
+class Energy:
+    def energy(self, x, t):
+        return 0.5 * x.square().flatten(1).sum(1)
+
+
+def per_sample(x0, t=None, loss="dsm"):
+    model = model_of(tuple(x0.shape[1:]) if not x0.is_nested else (3,))
+    t = torch.full((4,), 0.5) if t is None else t
+    return fastdiff.losses.per_sample(model, x0, t, fastdiff.execution.ops.cursor(1, 0, 5), loss)
+
+
+Z = torch.linspace(-1, 1, 36).view(3, 4, 3)
+DOORS = {
+    "x_init": lambda x: fastdiff.sample(linear, x_init=x, **GOOD),
+    "x_init of rk45": lambda x: fastdiff.sample(linear, x_init=x, **{**GOOD, "steps": None}, sampler="rk45"),
+    "noise": lambda x: fastdiff.sample(linear, noise=x.expand(3, 4, 3), **GOOD),
+    "noise of a callable": lambda x: fastdiff.sample(linear, noise=lambda k: x, **GOOD),
+    "cond": lambda x: fastdiff.sample(linear, cond=x, **GOOD),
+    "cond of a dict": lambda x: fastdiff.sample(linear, cond={"cond": x}, **GOOD),
+    "log_likelihood": lambda x: fastdiff.log_likelihood(linear, x, **QUICK).nats,
+    "encode": lambda x: fastdiff.encode(linear, x, **QUICK),
+    "decode": lambda x: fastdiff.decode(linear, x, **QUICK),
+    "interpolate": lambda x: fastdiff.interpolate(linear, x, x.clone() + 1, [0.5], **QUICK),
+    "score": lambda x: model_of().score(x, torch.tensor(0.5)),
+    "predict": lambda x: model_of().predict("x0", x, torch.tensor(0.5)),
+    "per_sample": per_sample,
+    "perturb": lambda x: fastdiff.losses.perturb(
+        fastdiff.VP(), x, torch.full((4,), 0.5), fastdiff.execution.ops.cursor(1, 0, 5)
+    ),
+    "mala": lambda x: fastdiff.mcmc.mala(Energy(), x, 0.5, steps=2, step_size=0.1).x,
+    "hmc": lambda x: fastdiff.mcmc.hmc(Energy(), x, 0.5, steps=2, step_size=0.1).x,
+    "data": lambda x: fastdiff.load_data(x, range=(-2, 2)).batch([0, 1], (-1, 1)),
+    "quantise": lambda x: fastdiff.Data(torch.linspace(-1, 1, 12).view(4, 3)).quantise(x, (-1, 1)),
+}
+NOT_DENSE = {
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "quantised": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+    "sparse": lambda x: x.to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    "complex": lambda x: x.to(torch.complex64),
+    "mkldnn": lambda x: x.to_mkldnn(),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_lazily_negated_tensor_is_the_tensor(door):
+    x = Z[0].clone()
+    for dtype in (torch.float32, torch.float64):
+        wanted, found = DOORS[door](x.to(dtype)), DOORS[door]((-x.to(dtype))._neg_view())
+        assert torch.equal(wanted, found)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.parametrize("door", DOORS)
+def test_tensors_that_do_not_hold_numbers_one_by_one_are_refused(door, kind):
+    if door in ("cond", "cond of a dict") and kind == "complex":
+        pytest.skip("a network may take complex conditions")
+    if door == "interpolate":
+        call = lambda x: fastdiff.interpolate(linear, x, x, [0.5], **QUICK)  # noqa: E731
+    elif door == "noise":
+        call = lambda x: fastdiff.sample(linear, noise=x, **GOOD)  # noqa: E731
+    else:
+        call = DOORS[door]
+    with pytest.raises(FastdiffError) as caught:
+        call(NOT_DENSE[kind](Z[0].clone()))
+    assert len(str(caught.value)) <= 200
+
+
+@pytest.mark.parametrize("t", ["0.5", None, True, 0.5 + 0j, [0.5, "1"], torch.tensor(True), torch.tensor(0.5 + 0j), {}])
+def test_times_that_are_no_numbers_are_refused(t):
+    x = torch.zeros(2, 3)
+    calls = (model_of().score, lambda x, t: model_of().predict("eps", x, t), lambda x, t: model_of()(x, t),
+             lambda x, t: fastdiff.mcmc.mala(Energy(), x, t, steps=1, step_size=0.1))  # fmt: skip
+    for call in calls:
+        with pytest.raises(FastdiffError, match=r"\bt must"):
+            call(x, t)
+    with pytest.raises(DeviceError, match="meta"):
+        model_of().score(x, torch.tensor(0.5, device="meta"))
+
+
+@pytest.mark.parametrize("sde", ["ve", "vp", "subvp", "ddpm", "ncsn", "edm", "ou"])
+def test_times_below_the_first_level_are_refused(sde):
+    process = fastdiff.processes.get(sde)
+    model = fastdiff.ScoreModel(linear, process, "score", data_shape=(3,))
+    first = process.first_time
+    for t in (-1e-3, first - 0.5, first - 1e-3, process.T * 1.01):
+        with pytest.raises(ConfigError, match="t must lie in"):
+            model.score(torch.zeros(2, 3), torch.tensor(float(t)))
+
+
+class Stops(torch.nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.weight, self.error, self.calls = torch.nn.Parameter(torch.ones(())), error, 0
+
+    def forward(self, x, t):
+        self.calls += 1
+        if self.calls > 1:
+            raise self.error
+        return -self.weight * x
+
+
+@pytest.mark.parametrize("error", [StopIteration("mine"), GeneratorExit(), KeyboardInterrupt(), ValueError("x")])
+def test_what_a_network_raises_comes_out_as_the_same_object(error):
+    x = torch.linspace(-1, 1, 12).view(4, 3)
+    calls = {
+        "sample": lambda net: fastdiff.sample(net, **GOOD),
+        "batches": lambda net: fastdiff.sample(net, batch_size=2, **GOOD),
+        "noise": lambda net: fastdiff.sample(net, noise=lambda k: torch.zeros(4, 3), batch_size=2, **GOOD),
+        "rk45": lambda net: fastdiff.sample(net, "vp", sampler="rk45", shape=(3,), num_samples=4),
+        "adaptive_sde": lambda net: fastdiff.sample(net, "vp", sampler="adaptive_sde", shape=(3,), num_samples=4),
+        "encode": lambda net: fastdiff.encode(net, x, **QUICK),
+        "interpolate": lambda net: fastdiff.interpolate(net, x, x + 1, [0.5], **QUICK),
+        "train": lambda net: fastdiff.train(model_of(net=net), x, steps=3, batch_size=2),
+        **{
+            f"{trace} {derivative}": lambda net, trace=trace, derivative=derivative: fastdiff.log_likelihood(
+                net, x, trace=trace, probes=3, derivative=derivative, **QUICK
+            )
+            for trace in ("hutchinson", "hutch++", "exact")
+            for derivative in ("reverse", "forward")
+            if trace != "hutch++"
+        },
+    }
+    for name, call in calls.items():
+        net = Stops(error).train()
+        with pytest.raises(type(error)) as caught:
+            call(net)
+        assert caught.value is error, name
+        assert net.training, name
+        assert torch.is_grad_enabled(), name

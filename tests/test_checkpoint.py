@@ -87,7 +87,7 @@ def test_safetensors_and_folders_of_other_libraries_are_named(tmp_path):
     with pytest.raises(CorruptCheckpointError, match=r"fastdiff\.save did not write: fill your network"):
         fastdiff.load(tmp_path / "a.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"another library .* diffusers"):
+    with pytest.raises(CheckpointError, match="diffusers or another library"):
         fastdiff.load(tmp_path)
 
 

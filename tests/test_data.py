@@ -507,7 +507,7 @@ BAD_DATA = {
     "array": (lambda: Data(BYTES.numpy()), DTypeError, r"x must be a tensor, got ndarray: use torch\.as_tensor"),
     "one axis": (lambda: Data(BYTES[0]), ShapeError, r"x must have shape \[N, \*shape\].*got \[2\]"),
     "no axis": (lambda: Data(torch.tensor(1.0)), ShapeError, r"got \[\]"),
-    "empty": (lambda: Data(torch.zeros(0, 3)), DataError, r"x must hold at least one number, got shape \[0, 3\]"),
+    "empty": (lambda: Data(torch.zeros(0, 3)), DataError, r"x must hold at least one value, got shape \[0, 3\]"),
     "empty sample": (lambda: Data(torch.zeros(3, 0)), DataError, r"\[3, 0\]"),
     "nan": (lambda: Data(NAN), DataError, r"x must be finite, got nan at index \[1, 0\]"),
     "inf": (lambda: Data(1 / FLOATS), DataError, r"got inf at index \[0, 0\]"),
@@ -738,7 +738,7 @@ def test_a_file_of_labels_is_no_data(tmp_path):
         ),
         (
             {"one": pictures(2, 2), "two": pictures(2, 2)},
-            "an array named x, or exactly one with two axes or more, got one, two",
+            "an array named x, or one with two axes or more, got one, two",
         ),
         ({"one": np.arange(3)}, "got one: pass the array itself"),
         ({}, "got nothing"),

@@ -444,7 +444,7 @@ def test_a_run_with_skipped_steps_is_resumed_as_itself(tmp_path):
 def test_many_bad_steps_in_a_row_end_the_run_and_a_lower_rate_goes_on(tmp_path):
     model = faltering(range(55, 1000))
     options = {"batch_size": 8, "checkpoint": tmp_path, "checkpoint_every": 10}
-    match = rf"at step 55 and the 9 after it: lower lr.*{tmp_path}/checkpoint.safetensors, of step 50"
+    match = rf"at step 55 and the 9 after it: lower lr.*{tmp_path.name}/checkpoint.safetensors, of step 50"
     with pytest.warns(UserWarning, match="skipped"), pytest.raises(DataError, match=match):
         fastdiff.train(model, digits(), steps=1000, **options)
     assert model.net.calls == 65

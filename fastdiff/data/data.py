@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from .. import checks
-from ..errors import ConfigError, DataError, DTypeError, ShapeError, warn
-from ..execution.tensor_checks import check_dense, check_device, check_floating
+from ..errors import ConfigError, DataError, DTypeError, ShapeError, short, warn
+from ..execution.tensor_checks import check_dense, check_device, check_samples
 from .dequantize import bin_edges, bin_noise
 
 MAX_BINS = 65536
@@ -65,7 +65,7 @@ class Data:
                 f"x must have shape [N, *shape] with at least one axis after N, got {list(self.x.shape)}: use x[:, None]"
             )
         if self.x.numel() == 0:
-            raise DataError(f"x must hold at least one number, got shape {list(self.x.shape)}")
+            raise DataError(f"x must hold at least one value, got shape {list(self.x.shape)}")
         self._set("x", self.x.detach().as_subclass(torch.Tensor).contiguous())
         self._set("range", self._default_range() if self.range is None else self._checked_range())
         self._set("bins", self._checked_bins())
@@ -255,7 +255,7 @@ class Data:
         finite, ShapeError, DTypeError.
         """
         a, b = checks.pair("data_range", data_range, "float32")
-        check_floating("x", x)
+        check_samples("x", x)
         if tuple(x.shape[1:]) != self.shape or x.ndim == 0:
             raise ShapeError(f"x must have shape [B, {str(list(self.shape))[1:-1]}], got {list(x.shape)}")
         _check_finite(x)
@@ -324,7 +324,7 @@ def _integers(argument: str, value: Any) -> torch.Tensor:
         try:
             array = np.array(value)
         except ValueError as error:
-            raise DTypeError(f"{argument} must be one flat sequence of integers, got {value!r:.80}") from error
+            raise DTypeError(f"{argument} must be one flat sequence of integers, got {short(value)}") from error
         whole, kind = array.dtype.kind in "iu" or array.shape == (0,), str(array.dtype)
         integers = torch.from_numpy(array.astype(np.int64) if whole else np.empty(0))
     if not whole:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import checks
-from ..errors import ConfigError, DataError, ShapeError
+from ..errors import ConfigError, DataError, DeviceError, ShapeError, short
 from ..execution.noise import AUGMENTATION, uniform
+from ..execution.tensor_checks import check_dense, resolved
 
 Edges = NDArray[np.float32]
 
@@ -33,8 +34,18 @@ def dequantize(
     """
     low, high = checks.pair("data_range", data_range)
     bins = checks.integer("bins", bins, 2, 2**32)
-    if not isinstance(levels, Tensor) or levels.is_floating_point() or levels.dtype == torch.bool:
-        kind = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__
+    if isinstance(levels, Tensor):
+        check_dense("levels", levels)
+        if levels.is_meta:
+            raise DeviceError("levels is on the meta device, which holds no data")
+        levels = resolved(levels)
+    if (
+        not isinstance(levels, Tensor)
+        or levels.is_floating_point()
+        or levels.is_complex()
+        or levels.dtype == torch.bool
+    ):
+        kind = levels.dtype if isinstance(levels, Tensor) else short(levels)
         raise DataError(f"levels must be a tensor of integers >= 0 and <= {bins - 1}, got {kind}: use levels.long()")
     if levels.ndim < 2:
         raise ShapeError(

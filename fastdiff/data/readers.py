@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .. import checks, files
-from ..errors import ConfigError, DataError, DTypeError, FastdiffError, ShapeError, warn
+from ..errors import ConfigError, DataError, DTypeError, FastdiffError, ShapeError, names_keywords, short, warn
 from ..execution.tensor_checks import check_dense
 from .data import Data, check_dtype
 
@@ -36,6 +36,7 @@ _NUMPY_ERRORS = (
 )
 
 
+@names_keywords
 def load_data(
     source: Any,
     *,
@@ -108,7 +109,7 @@ def _read(source: Any, has_labels: bool, channels: Any, size: Any) -> _Raw:
         except OSError as error:
             raise DataError(f"source {files.shown(path)} cannot be read: {files.reason(error)}") from error
     if size is not None:
-        raise ConfigError(f"size must be None unless source is a folder of pictures, got {size!r}: leave it out")
+        raise ConfigError(f"size must be None unless source is a folder of pictures, got {short(size)}: leave it out")
     if isinstance(source, torch.Tensor):
         check_dense("source", source)
         return _Raw(_arranged(source, channels))
@@ -139,7 +140,7 @@ def _one_of(value: Any, valid: tuple[Any, ...]) -> bool:
 def _arranged(x: torch.Tensor, channels: Any) -> torch.Tensor:
     """x with its channels, if any, right after N."""
     if not _one_of(channels, (None, "first", "last", 1)):
-        raise ConfigError(f'channels must be "first", "last" or 1 where source is an array, got {channels!r:.60}')
+        raise ConfigError(f'channels must be "first", "last" or 1 where source is an array, got {short(channels)}')
     if channels == 1:
         if x.ndim != 3:
             raise ShapeError(f"channels=1 needs an array [N, H, W], got {list(x.shape)}: leave it out")
@@ -165,7 +166,7 @@ def _arranged(x: torch.Tensor, channels: Any) -> torch.Tensor:
 def _digits(channels: Any) -> _Raw:
     if channels is not None:
         raise ConfigError(
-            f'channels must be None for source "digits", which has one channel, got {channels!r}: leave it out'
+            f'channels must be None for source "digits", which has one channel, got {short(channels)}: leave it out'
         )
     try:
         from sklearn.datasets import load_digits
@@ -249,8 +250,8 @@ def _members(path: Path, archive: zipfile.ZipFile, has_labels: bool) -> tuple[np
         if len(arrays) != 1:
             listed = ", ".join(names) or "nothing"
             raise DataError(
-                f"source {files.shown(path.name)} must hold an array named x, or exactly one with two axes or more, got "
-                f"{listed:.80}: pass the array itself"
+                f"source {files.shown(path.name)} must hold an array named x, or one with two axes or more, got "
+                f"{listed:.60}: pass the array itself"
             )
         name = arrays[0]
     beside = ("y", "labels", "y_train")
@@ -317,10 +318,10 @@ def _idx_labels(path: Path) -> np.ndarray | None:
 
 def _folder(root: Path, channels: Any, size: Any) -> _Raw:
     if not _one_of(channels, (None, 1, 3)):
-        raise ConfigError(f"channels must be 1 or 3 where source is a folder of pictures, got {channels!r:.60}")
+        raise ConfigError(f"channels must be 1 or 3 where source is a folder of pictures, got {short(channels)}")
     if size is not None:
         if not isinstance(size, (tuple, list)) or len(size) != 2:
-            raise ConfigError(f"size must be (height, width), got {size!r:.80}")
+            raise ConfigError(f"size must be (height, width), got {short(size)}")
         size = tuple(checks.integer("size", length, 1, 2**16) for length in size)
     paths = _pictures_in(root)
     frames = [_frames(root.joinpath(*parts)) for parts in paths]

@@ -8,15 +8,19 @@ which has less variance than P·D + q⟨v, Jv⟩.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import files
 from ..errors import ModelOutputError
 
 Network = Callable[[Tensor], Tensor]
@@ -24,6 +28,13 @@ Network = Callable[[Tensor], Tensor]
 AT_ONCE = (
     2**11
 )  # numbers in one backward pass of many probes; above, a pass for each probe is as fast and needs less memory
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Networks without torch.compile, whose graphs allow one product for each call, and none of forward mode."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and its import takes a second
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 class Reverse:
@@ -65,9 +76,8 @@ class Reverse:
                 if "donated" not in str(error):
                     raise
                 raise ModelOutputError(
-                    "torch.compile frees the graph of a network after one backward pass, and several probes, an exact trace and "
-                    "Hutch++ need more: use derivative='forward', or set torch._functorch.config.donated_buffer = False "
-                    "before compiling"
+                    "torch.compile freed the graph of the network after one backward pass, and several products need more: "
+                    "give the network that is not compiled"
                 ) from error
         if gradient is None:
             raise ModelOutputError(
@@ -87,8 +97,8 @@ class Forward:
 
     def products(self, vs: Tensor, last: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         """(v, Jv) for vs [n, B, *], as [1, B, *]."""
-        for v in vs:
-            yield v[None], self._product(v)[None]
+        # no generator, which a StopIteration of the network's would end
+        return iter([(v[None], self._product(v)[None]) for v in vs])
 
     def _product(self, v: Tensor) -> Tensor:
         with forward_ad.dual_level():
@@ -98,7 +108,7 @@ class Forward:
             except NotImplementedError as error:
                 raise ModelOutputError(
                     f"derivative='forward' needs forward-mode derivatives of all that the model does, and a part of it has "
-                    f"none ({str(error).splitlines()[0]:.120}): use derivative='reverse'"
+                    f"none ({files.reason(error)}): use derivative='reverse'"
                 ) from error
             self.m, tangent = forward_ad.unpack_dual(output)
         if tangent is None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..errors import ConfigError, DeviceError, choose, warn
+from ..errors import ConfigError, DeviceError, choose, names_keywords, warn
 from . import autograd, cpu, noise, reference, tensor_checks, torch_private
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
@@ -151,6 +151,7 @@ def cursor(draw: int, first_sample: int, seed: int, device: torch.device | None 
     return torch.tensor([draw, first_sample, signed(seed)], dtype=torch.int64, device=device)
 
 
+@names_keywords
 def normal(
     num_samples: int,
     shape: Sequence[int],

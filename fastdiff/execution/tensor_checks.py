@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError
+from .. import checks, files
+from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError, short
 from . import torch_private
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -20,11 +21,11 @@ def shape_of(shape: Any) -> tuple[int, ...]:
     """One sample's shape: at least one axis, lengths >= 0."""
     lengths = () if isinstance(shape, str) or not isinstance(shape, Iterable) else tuple(shape)
     if not lengths:
-        raise ConfigError(f"shape must be one sample's shape, a tuple such as (1, 28, 28) or (2,), got {shape!r}")
+        raise ConfigError(f"shape must be one sample's shape, a tuple such as (1, 28, 28) or (2,), got {short(shape)}")
     checked = tuple(checks.integer("shape", n, 0, 2**34) for n in lengths)
     if math.prod(checked) > 2**34:  # FDN1 counts a sample's numbers by fours in 32 bits
         raise ConfigError(
-            f"shape must be of at most 2**34 numbers, got {shape!r:.80} of {math.prod(checked)}: use less"
+            f"shape must be of at most 2**34 numbers, got {short(shape)} of {math.prod(checked)}: use less"
         )
     return checked
 
@@ -35,8 +36,8 @@ def device_of(device: torch.device | str | None) -> torch.device:
         place = torch.device("cpu" if device is None else device)
         if place.type != "meta":
             place = torch.empty(0, device=place).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise DeviceError(f"device={str(device)!r} cannot be used here: {str(error).splitlines()[0]:.100}") from error
+    except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError) as error:
+        raise DeviceError(f"device={short(device)} cannot be used here: {files.reason(error)}") from error
     if place.type == "meta":
         raise DeviceError("device='meta' holds no data: use 'cpu' or 'cuda'")
     return place
@@ -51,6 +52,13 @@ def check_tensor(name: str, x: Any, shape: tuple[int, ...], device: torch.device
     check_device(name, x, device)
     if finite:
         check_finite(name, x)
+
+
+def resolved(value: Any) -> Any:
+    """A tensor, or a dict of tensors, whose numbers stand in memory as they are: no view that is negated or conjugated."""
+    if isinstance(value, dict):
+        return {key: resolved(entry) for key, entry in value.items()}
+    return value.resolve_conj().resolve_neg() if isinstance(value, Tensor) else value
 
 
 def check_floating(name: str, x: Any) -> None:
@@ -80,6 +88,35 @@ def _check_is_tensor(name: str, x: Any) -> None:
         raise DTypeError(f"{name} must be a tensor, got {type(x).__name__}: use torch.as_tensor")
 
 
+def check_samples(name: str, x: Any) -> None:
+    """Dense floating samples [B, *]; they may be on the meta device, where only shapes are asked for."""
+    _check_is_tensor(name, x)
+    if type(x) is not Tensor or x.layout != torch.strided or x.dtype not in DTYPES or x.is_nested:
+        if not torch_private.is_fake(x):
+            check_dense(name, x)
+        check_floating(name, x)
+    if x.ndim == 0:
+        raise ShapeError(f"{name} must be samples [B, *], got shape []: use {name}[None]")
+
+
+def numbers(name: str, value: Any, device: torch.device) -> Any:
+    """A real number, a list of them, or a dense tensor of them that may be used with others on `device`."""
+    if isinstance(value, Tensor):
+        if type(value) is not Tensor or value.layout != torch.strided or value.is_quantized or value.is_nested:
+            check_dense(name, value)
+        if value.is_complex() or value.dtype == torch.bool or (value.dtype.itemsize == 1 and value.is_floating_point()):
+            raise DTypeError(f"{name} must hold real numbers, got {value.dtype}: use .float()")
+        if value.is_meta and device.type != "meta":
+            raise DeviceError(f"{name} is on the meta device, which holds no data")
+        return resolved(value)
+    array = np.asarray(value) if isinstance(value, (list, tuple)) else value
+    if isinstance(array, (np.ndarray, np.generic)) and array.dtype.kind in "iuf":
+        return torch.as_tensor(array)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return checks.number(name, value) if isinstance(value, int) else value
+    raise DTypeError(f"{name} must be a number or a tensor of numbers, got {short(value)}")
+
+
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
     """A tensor on this device."""
     if x.device.type == "meta":
@@ -103,18 +140,20 @@ def check_condition(cond: Any, num_samples: int, device: torch.device, finite: b
     """None, a tensor, or a dict of tensors, each with num_samples entries first."""
     entries = cond if isinstance(cond, dict) else {} if cond is None else {"": cond}
     for key, value in entries.items():
-        name = f"cond[{key!r}]" if key else "cond"
+        name = f"cond[{short(key)}]" if key else "cond"
         if not isinstance(value, Tensor):
             raise DTypeError(
                 f"{name} must be a tensor (or cond a dict of tensors), got {type(value).__name__}: use torch.as_tensor"
             )
         if not isinstance(key, str):
-            raise DTypeError(f"cond must be a dict whose keys are names of the model's arguments, got the key {key!r}")
+            raise DTypeError(
+                f"cond must be a dict whose keys are names of the model's arguments, got the key {short(key)}"
+            )
         check_dense(name, value)
         if value.ndim == 0 or len(value) != num_samples:
             raise ShapeError(
                 f"{name} must have num_samples={num_samples} entries first, got shape {tuple(value.shape)}: one for all is "
-                f"{name}.expand({num_samples}, …), or ask for as many samples as there are entries"
+                f"{name}.expand({num_samples}, …), or ask for num_samples={len(value) if value.ndim else 1}"
             )
         check_device(name, value, device)
         if finite:

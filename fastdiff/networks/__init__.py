@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConfigError, choose
+from ..errors import ConfigError, choose, short
 from ..execution.modules import inner
 from .layers import TimeEmbedding
 from .mlp import MLP
@@ -22,7 +22,7 @@ __all__ = ["MLP", "MODELS", "TimeEmbedding", "UNet", "build", "describe"]
 def build(config: dict[str, Any]) -> nn.Module:
     """The network of a config such as `{"name": "unet", "shape": [1, 8, 8]}`: a name in MODELS, and its arguments."""
     if not isinstance(config, dict) or "name" not in config:
-        raise ConfigError(f'config must be a dict with a "name" from {sorted(MODELS)}, got {config!r}')
+        raise ConfigError(f'config must be a dict with a "name" from {sorted(MODELS)}, got {short(config)}')
     arguments = dict(config)
     network = MODELS[choose("name", arguments.pop("name"), MODELS)]
     valid = inspect.signature(network).parameters
@@ -30,7 +30,7 @@ def build(config: dict[str, Any]) -> nn.Module:
         choose(f"config's keys for {config['name']!r}", key, valid)
     if "shape" not in arguments:
         raise ConfigError(
-            f'config must have the shape of one sample, got {config!r}: add "shape", for example [1, 8, 8]'
+            f'config must have the shape of one sample, got {short(config)}: add "shape", for example [1, 8, 8]'
         )
     with torch.inference_mode(False):  # whose parameters could not be trained
         return network(**arguments)

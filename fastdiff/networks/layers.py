@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError, choose, warn
+from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError, choose, short, warn
 from ..execution import ops
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -118,9 +118,8 @@ class TimeConditioned(nn.Module):
         weight = self.out.weight
         if wanted != self.config["time_scale"] and (self.scale_set or (not weight.is_meta and bool(weight.any()))):
             warn(
-                f"the network's time features have the scale {self.config['time_scale']:g}, as it was trained or as another "
-                f"model wants it, and this model's times want {wanted:g}: build a new network for this model, or give the "
-                "network its time_scale"
+                f"the network's time features have the scale {self.config['time_scale']:g}, of its training or of another "
+                f"model, and this model's times want {wanted:g}: build a new network, or give it its time_scale"
             )
             return
         self.set_time_scale(wanted)
@@ -284,5 +283,7 @@ def common_config(
 def integers(name: str, value: object, low: int) -> tuple[int, ...]:
     """`value` as a tuple of ints of at least `low`, else a ConfigError."""
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ConfigError(f"{name} must be a tuple of integers, got {value!r}: write ({value},) for a single one")
+        raise ConfigError(
+            f"{name} must be a tuple of integers, got {short(value)}: for a single one write a tuple of it"
+        )
     return tuple(checks.integer(f"{name}[{i}]", entry, low, LARGEST) for i, entry in enumerate(value))

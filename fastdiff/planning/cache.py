@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 
@@ -14,8 +14,8 @@ def cached(
     """Keep a function's latest results, whose weights add up to `room` at most and each to a fifth of it, by the types and
     values of its arguments.
 
-    An object of the user's own counts by its attributes as they are at the call; where they cannot be told (pickled), the
-    result is made anew.
+    An object of the user's own counts by its attributes as they are at the call; where they are no plain numbers, names,
+    arrays and such objects, the result is made anew.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,7 +27,7 @@ def cached(
         def call(*args: Any) -> Any:
             try:
                 key = _Key(args)
-            except (TypeError, AttributeError, ValueError, RuntimeError, pickle.PicklingError):
+            except (TypeError, RecursionError):
                 return function(*args)
             found = kept.pop(key, None)
             if found is not None:
@@ -55,7 +55,7 @@ class _Key:
     __slots__ = ("hashed", "parts")
 
     def __init__(self, args: tuple[Any, ...]) -> None:
-        parts = [arg if type(arg) in _PLAIN or _constant(arg) else pickle.dumps(arg) for arg in args]
+        parts = [arg if type(arg) in _PLAIN or _constant(arg) else _told(arg) for arg in args]
         self.parts = (*parts, *map(type, args))
         self.hashed = hash(self.parts)
 
@@ -66,7 +66,8 @@ class _Key:
         return isinstance(other, _Key) and self.parts == other.parts
 
 
-_PLAIN = frozenset((int, float, str, bool, tuple, type(None)))
+_ATOMS = frozenset((int, float, complex, str, bytes, bool, type(None)))
+_PLAIN = _ATOMS | {tuple}
 
 
 def _constant(arg: Any) -> bool:
@@ -81,3 +82,21 @@ def _constant(arg: Any) -> bool:
         return False
     values = [getattr(arg, name) for name in kind.__match_args__]
     return all([type(value) in _PLAIN or _constant(value) for value in values])
+
+
+def _told(value: Any) -> Any:
+    """What a value is now, as something that hashes; TypeError where that cannot be told."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return kind, value
+    if kind in (list, tuple):
+        return (kind, *map(_told, value))
+    if kind is dict:
+        return (kind, *((_told(key), _told(entry)) for key, entry in value.items()))
+    if isinstance(value, type) or (kind is FunctionType and value.__closure__ is None):
+        return value
+    parts = value.__reduce_ex__(4)  # as a copy of it would be made; of what cannot be copied it raises
+    if not isinstance(parts, tuple):
+        raise TypeError(f"{kind.__name__} is known by a name alone")
+    make, arguments, *state = parts
+    return (kind, make, *(_told(list(each) if isinstance(each, Iterator) else each) for each in (arguments, *state)))

@@ -19,6 +19,7 @@ from .. import checks
 from ..errors import ConfigError, choose, warn
 from ..table import Level
 from .processes import Process
+from .schedules import check_sigmas
 
 Array = NDArray[np.float64]
 
@@ -254,6 +255,8 @@ GRIDS = (*TIMES, "fourth_root", "karras", "score_sde", *SPACINGS)
 
 def karras(sigma_max: float, sigma_min: float, n: int, rho: float = 7.0) -> Array:
     """σ_i = (σ_max^{1/ρ} + i/(n − 1)(σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ, then 0 (Karras et al. 2022, eq. 5): n + 1 numbers."""
+    sigma_min, sigma_max = check_sigmas(sigma_max, sigma_min)
+    n, rho = checks.integer("n", n, 1, 10**7), checks.number("rho", rho, 0, above=True)
     ramp = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n) ** rho if n > 1 else np.array([sigma_max])
     return np.append(ramp, 0.0)
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from .. import checks
 from ..errors import ConfigError, choose
-from .processes import Pair, Process, lib, require_linear
+from .processes import LARGEST, Pair, Process, lib, require_linear
 
 # a name of TIME_INPUTS, or a function of the process times [B]
 TimeInput = str | Callable[[Any], Any]
@@ -212,6 +212,12 @@ def check(prediction: str, time_input: TimeInput, process: Process) -> None:
         return
     t = np.array([float(process.T)])
     alpha, sigma = process.alpha(t), process.sigma(t)
+    for name, value in (("alpha", float(alpha[0])), ("sigma", float(sigma[0]))):
+        if not abs(value) <= LARGEST:
+            raise ConfigError(
+                f"{name}(T) must be at most {LARGEST:.3g}, so that float32 holds its square, got {value:g} at T = {t[0]:g}: "
+                "choose a smaller T"
+            )
     coordinates(prediction, process, t, alpha, sigma)
     network_time(time_input, process, t, alpha, sigma)
 

@@ -28,7 +28,7 @@ Pair = tuple[Any, Any]
 
 _SHORTEST = 1e-5
 # float32 must hold the square of every level
-_LARGEST = math.sqrt(float(np.finfo(np.float32).max))
+LARGEST = math.sqrt(float(np.finfo(np.float32).max))
 _LARGEST_RATIO = 1e4  # of σ/α where runs start, if α is small there
 
 
@@ -527,9 +527,9 @@ class NCSN(Process):
         values = np.array(self.sigmas)
         if len(values) < 2:
             raise ConfigError(f"sigmas must hold at least two levels, got {len(values)}")
-        bad = np.flatnonzero(~((values > 0) & (values < _LARGEST)))
+        bad = np.flatnonzero(~((values > 0) & (values < LARGEST)))
         if len(bad):
-            raise ConfigError(f"sigmas must lie in (0, {_LARGEST:.3g}), got sigmas[{bad[0]}] = {values[bad[0]]:g}")
+            raise ConfigError(f"sigmas must lie in (0, {LARGEST:.3g}), got sigmas[{bad[0]}] = {values[bad[0]]:g}")
         rise = np.flatnonzero(np.diff(values) >= 0)
         if len(rise):
             raise ConfigError(f"sigmas must be strictly decreasing, got sigmas[{rise[0] + 1}] >= sigmas[{rise[0]}]")
@@ -652,12 +652,9 @@ def _slope(t: Any, table: Array, first: int) -> Any:
 
 
 def _checked_sigmas(sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    high = checks.number("sigma_max", sigma_max)
-    low = checks.number("sigma_min", sigma_min)
-    if not 0 < low < high:
-        raise ConfigError(f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got {low} and {high}")
-    if high > _LARGEST:
-        raise ConfigError(f"sigma_max must be at most {_LARGEST:.3g}, so that float32 holds its square, got {high}")
+    low, high = schedules.check_sigmas(sigma_max, sigma_min)
+    if high > LARGEST:
+        raise ConfigError(f"sigma_max must be at most {LARGEST:.3g}, so that float32 holds its square, got {high}")
     return low, high
 
 

@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError, choose
+from .. import checks
+from ..errors import ConfigError, choose, short
 
 Array = NDArray[np.float64]
+
+LONGEST = 10**7  # steps of a chain, levels of a ladder
 
 
 def linear(T: int, beta_start: float | None = None, beta_end: float | None = None) -> Array:
     """β_i from 1e-4 to 0.02 in equal steps (Ho et al. 2020), both times 1000/T (Nichol & Dhariwal 2021) unless given."""
-    return np.linspace(*_ends(T, beta_start, beta_end, 1e-4, 0.02), T)
+    lo, hi = _ends(T, beta_start, beta_end, 1e-4, 0.02)
+    return np.linspace(lo, hi, T)
 
 
 def quadratic(T: int, beta_start: float | None = None, beta_end: float | None = None) -> Array:
@@ -32,11 +36,15 @@ def scaled_linear(T: int, beta_start: float | None = None, beta_end: float | Non
 
 def cosine(T: int, s: float = 0.008, max_beta: float = 0.999) -> Array:
     """ᾱ(u) = cos²((u + s)/(1 + s)·π/2), β_i = min(1 − ᾱ_i/ᾱ_{i−1}, 0.999) (Nichol & Dhariwal 2021, eq. 17)."""
+    checks.number("s", s, 0)
     return from_alpha_bar(lambda u: np.cos((u + s) / (1 + s) * math.pi / 2) ** 2, T, max_beta)
 
 
 def sigmoid(T: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999) -> Array:
     """ᾱ(u) a sigmoid of (u·(end − start) + start)/τ, rescaled to run from 1 to 0 (Jabri et al. 2022, Alg. 1)."""
+
+    checks.number("start", start, high=checks.number("end", end), below=True)
+    checks.number("tau", tau, 0, above=True)
 
     def alpha_bar(u: Array) -> Array:
         lo, hi = (1 / (1 + math.exp(-v / tau)) for v in (start, end))
@@ -47,12 +55,16 @@ def sigmoid(T: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max
 
 def sigmoid_beta(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Array:
     """β_i a sigmoid of numbers from −6 to 6, between `beta_start` and `beta_end` whatever T is (diffusers' "sigmoid")."""
-    return 1 / (1 + np.exp(-np.linspace(-6, 6, T))) * (beta_end - beta_start) + beta_start
+    low, high = checks.number("beta_start", beta_start, 0, 1), checks.number("beta_end", beta_end, 0, 1)
+    return 1 / (1 + np.exp(-np.linspace(-6, 6, _count("T", T)))) * (high - low) + low
 
 
 def from_alpha_bar(alpha_bar: Callable[[Array], Array], T: int, max_beta: float = 0.999) -> Array:
     """β_i = min(1 − ᾱ(i/T)/ᾱ((i−1)/T), max_beta) for a decreasing ᾱ on [0, 1]."""
-    value = alpha_bar(np.arange(T + 1) / T)
+    if not callable(alpha_bar):
+        raise ConfigError(f"alpha_bar must be a function of times in [0, 1], got {short(alpha_bar)}")
+    checks.number("max_beta", max_beta, 0, 1, above=True, below=True)
+    value = alpha_bar(np.arange(_count("T", T) + 1) / T)
     return np.minimum(1 - value[1:] / value[:-1], max_beta)
 
 
@@ -73,12 +85,8 @@ def betas(name: str, T: int, **options: Any) -> Array:
 
 def geometric(sigma_max: float, sigma_min: float, levels: int) -> Array:
     """σ_1 > … > σ_L with a constant ratio (Song & Ermon 2019, §4.2), largest first."""
-    if not 0 < sigma_min < sigma_max < math.inf:
-        raise ConfigError(
-            f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got {sigma_min} and {sigma_max}"
-        )
-    if levels < 2:
-        raise ConfigError(f"levels must be an integer >= 2, got {levels}")
+    check_sigmas(sigma_max, sigma_min)
+    checks.integer("levels", levels, 2, LONGEST)
     ladder = np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), levels))
     ladder[0], ladder[-1] = sigma_max, sigma_min
     return ladder
@@ -101,6 +109,9 @@ def largest_distance(x: Any) -> float:
 def overlap(gamma: float, dim: int) -> float:
     """Technique 2's probability Φ(√(2D)(γ − 1) + 3γ) − Φ(√(2D)(γ − 1) − 3γ) for the ratio γ = σ_{i−1}/σ_i."""
 
+    checks.number("gamma", gamma, 0)
+    _count("dim", dim)
+
     def phi(v: float) -> float:
         return 0.5 * math.erfc(-v / math.sqrt(2))
 
@@ -110,8 +121,8 @@ def overlap(gamma: float, dim: int) -> float:
 
 def erf_ratio(dim: int, target: float = 0.5) -> float:
     """Technique 2: the ratio γ > 1 whose overlap is `target` in `dim` dimensions, by bisection."""
-    if not 0 < target < 0.9973:
-        raise ConfigError(f"target must lie in (0, 0.9973), the overlap of equal levels, got {target}")
+    checks.number("target", target, 0, 0.9973, above=True, below=True)  # the overlap of equal levels
+    _count("dim", dim)
     lo, hi = 1.0, 2.0
     # the overlap rises with γ in a few dimensions, where even wide steps overlap: then there is no such ratio
     while overlap(hi, dim) > target:
@@ -126,11 +137,15 @@ def erf_ratio(dim: int, target: float = 0.5) -> float:
 
 def erf_levels(sigma_max: float, sigma_min: float, dim: int, target: float = 0.5) -> int:
     """Technique 2: how many geometric levels from σ_max to σ_min have the ratio `erf_ratio(dim, target)`, rounded up."""
+    check_sigmas(sigma_max, sigma_min)
     return math.ceil(math.log(sigma_max / sigma_min) / math.log(erf_ratio(dim, target))) + 1
 
 
 def variance_ratio(eta: float, gamma: float, steps_per_level: int) -> float:
     """Technique 4's s_T²/σ_i² = (1 − η)^{2T} (γ² − 2/(2 − η)) + 2/(2 − η), where η = ε/σ_L²."""
+    checks.number("eta", eta, 0, 2, below=True)
+    checks.number("gamma", gamma, 0)
+    _count("steps_per_level", steps_per_level)
     limit = 2 / (2 - eta)
     return float((1 - eta) ** (2 * steps_per_level) * (gamma**2 - limit) + limit)
 
@@ -140,6 +155,8 @@ def langevin_step(sigma_min: float, gamma: float, steps_per_level: int) -> float
 
     The ratio exceeds 1 for every η in (0, 1) and has one minimum there: golden section on it.
     """
+    checks.number("sigma_min", sigma_min, 0, above=True)
+    checks.number("gamma", gamma, 0)
     lo, hi = 0.0, 1.0
     golden = (math.sqrt(5) - 1) / 2
     for _ in range(100):
@@ -153,8 +170,23 @@ def langevin_step(sigma_min: float, gamma: float, steps_per_level: int) -> float
 
 def ema_decay(step: int, decay: float = 0.999) -> float:
     """Technique 5, θ' ← mθ' + (1 − m)θ, with a warm-up: m = min(decay, (1 + n)/(10 + n)) at update n."""
-    return min(decay, (1 + step) / (10 + step))
+    step = checks.integer("step", step, 0, 2**62)
+    return min(checks.number("decay", decay, 0, 1), (1 + step) / (10 + step))
 
 
 def _ends(T: int, start: float | None, end: float | None, low: float, high: float) -> tuple[float, float]:
-    return (low * 1000 / T if start is None else start, high * 1000 / T if end is None else end)
+    _count("T", T)
+    start = low * 1000 / T if start is None else checks.number("beta_start", start, 0)
+    return start, high * 1000 / T if end is None else checks.number("beta_end", end, 0)
+
+
+def _count(argument: str, value: int) -> int:
+    return checks.integer(argument, value, 1, LONGEST)
+
+
+def check_sigmas(sigma_max: float, sigma_min: float) -> tuple[float, float]:
+    """(sigma_min, sigma_max) with 0 < sigma_min < sigma_max < inf."""
+    high, low = checks.number("sigma_max", sigma_max), checks.number("sigma_min", sigma_min)
+    if not 0 < low < high:
+        raise ConfigError(f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got {low} and {high}")
+    return low, high

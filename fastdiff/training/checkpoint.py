@@ -17,6 +17,8 @@ from ..errors import (
     CheckpointVersionError,
     ConfigError,
     CorruptCheckpointError,
+    names_keywords,
+    short,
     warn,
 )
 from ..execution import modules
@@ -53,6 +55,7 @@ def save(model: ScoreModel, path: str | os.PathLike[str]) -> Path:
 
 
 @torch.inference_mode(False)
+@names_keywords
 def load(
     path_or_name: str | os.PathLike[str], *, net: nn.Module | None = None, sde: processes.Process | None = None
 ) -> ScoreModel:
@@ -77,11 +80,10 @@ def load(
         options = {name: config[name] for name in ("prediction", "time_input", "data_shape", "data_range", "variance")}
         model = ScoreModel(network, process, **options)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise CorruptCheckpointError(f"{files.shown(path)} does not describe a model: {error!r:.100}") from error
+        raise CorruptCheckpointError(f"{files.shown(path)} does not describe a model: {short(error)}") from error
     check(network, tensors, path)
     if net is None:  # the file's tensors become the network's own, with their dtypes
-        place = torch.get_default_device()
-        network.load_state_dict({name: value.to(place) for name, value in tensors.items()}, assign=True)
+        network.load_state_dict({name: value.to(_place()) for name, value in tensors.items()}, assign=True)
     else:
         modules.load_state(network, tensors)
     return model.eval()
@@ -107,8 +109,15 @@ def _skeleton(config: Any, tensors: dict[str, Tensor], path: Path) -> nn.Module:
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, networks.TimeEmbedding):  # holds numbers of its own, which no file has
-                setattr(module, name, networks.TimeEmbedding(child.channels, child.kind, child.scale))
+                with torch.device(_place()):
+                    setattr(module, name, networks.TimeEmbedding(child.channels, child.kind, child.scale))
     return network
+
+
+def _place() -> torch.device:
+    """Where a network is made: torch's default device, unless that drops all numbers."""
+    place = torch.get_default_device()
+    return torch.device("cpu") if place.type == "meta" else place
 
 
 def _process(config: dict[str, Any], sde: processes.Process | None, path: Path) -> processes.Process:
@@ -116,7 +125,7 @@ def _process(config: dict[str, Any], sde: processes.Process | None, path: Path) 
     if sde is not None:
         if json.loads(as_json(sde.config())) != config:
             raise CheckpointMismatchError(
-                f"{files.shown(path)} was trained on {config!r:.60}, got sde={sde!r:.60}: give the process it was trained on"
+                f"{files.shown(path)} was trained on {short(config, 30)}, got sde={short(sde, 30)}: give that process"
             )
         return sde
     if config["name"] not in processes.PROCESSES:
@@ -230,7 +239,7 @@ def check(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
         "has the unknown": sorted(tensors.keys() - target.keys()),
         "has other shapes for": [k for k in shared if target[k].shape != tensors[k].shape],
         "has other dtypes for": [k for k in shared if kinds[k][0] != kinds[k][1]],
-        "has numbers that are not finite in": [k for k in shared if not _finite(tensors[k])],
+        "has numbers that are not finite in": [k for k in shared if not finite(tensors[k])],
     }
     for problem, names in problems.items():
         if names:
@@ -241,7 +250,7 @@ def check(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
             )
 
 
-def _finite(value: Tensor) -> bool:
+def finite(value: Tensor) -> bool:
     """Whether all numbers are, in pieces that take no memory to speak of."""
     return not value.dtype.is_floating_point or all(
         bool(piece.isfinite().all()) for piece in value.flatten().split(1 << 22)
@@ -291,6 +300,6 @@ def _check_foreign_folder(folder: Path) -> None:
     for name in ("model_index.json", "config.json"):
         if (folder / name).is_file():
             raise CheckpointError(
-                f"{files.shown(folder)} is a folder of another library (it holds {name}), such as diffusers: load its network "
-                f"with that library and wrap it, ScoreModel(net, sde, ...)"
+                f"{files.shown(folder)} is a folder of diffusers or another library, with {name}: load its network by that, "
+                f"and wrap it, ScoreModel(net, sde, ...)"
             )

@@ -28,12 +28,13 @@ from ..errors import (
     ShapeError,
     choose,
     names_keywords,
+    short,
     warn,
 )
 from ..execution import modules, noise, ops
 from ..execution.monitor import bar
 from ..execution.torch_private import foreach_lerp_, functorch_is_active
-from ..files import hold
+from ..files import hold, reason, shown
 from ..model import ScoreModel, leaves_no_trace, stepping
 from ..planning.schedules import ema_decay
 from . import checkpoint as files
@@ -140,9 +141,9 @@ def train(
         with stepping(model.net):
             modes = [(module, module.training) for module in model.modules()]
         try:
-            with bar(progress, steps, "train", "step", first) as shown:
+            with bar(progress, steps, "train", "step", first) as display:
                 recorded = _loop(state, _Batches(source, model, options), options, steps, model, folder, checkpoint_every,
-                                 described, shown, callback, stop)  # fmt: skip
+                                 described, display, callback, stop)  # fmt: skip
             state.average_into(model.net)
         finally:
             with stepping(model.net):
@@ -163,7 +164,7 @@ def _loop(
     folder: Path | None,
     checkpoint_every: int,
     described: dict[str, Any],
-    shown: Any,
+    display: Any,
     callback: Callable[[int, float], object] | None,
     stop: Callable[[], object] | None,
 ) -> Tensor:
@@ -196,12 +197,12 @@ def _loop(
         save_now = folder is not None and (((step + 1) % checkpoint_every == 0 and taken) or last)
         if (step + 1) % 100 == 0 or last:
             recent = float(recorded[: step + 1 - first][-100:].nanmean())
-            shown.set_postfix(loss=f"{recent:.4f}")
+            display.set_postfix(loss=f"{recent:.4f}")
             if callback is not None:
                 callback(step + 1, recent)
         if save_now:
             state.write(folder / files.FILE, described, options)  # type: ignore[operator]
-        shown.update()
+        display.update()
         if stopped:
             break
     return recorded[: max(state.step - first, 0)]
@@ -212,7 +213,7 @@ def _nothing_finite(step: int, skipped: int, folder: Path | None) -> DataError:
     saved = None if folder is None else files.saved_step(folder / files.FILE)
     good = "the model has the weights from before them"
     if saved is not None:
-        good = f"the last good checkpoint is {folder / files.FILE}, of step {saved}"  # type: ignore[operator]
+        good = f"the last good checkpoint is {shown(folder / files.FILE)}, of step {saved}"  # type: ignore[operator]
     more = f" and the {skipped - 1} after it" if skipped > 1 else ""
     return DataError(
         f"the loss or its gradient is not finite at step {step + 1 - skipped}{more}: lower lr, or check the data; {good}"
@@ -259,6 +260,9 @@ class _State:
         for p in self.parameters:
             p.grad = None
         loss.backward()
+        for p in self.parameters:
+            if p.grad is not None and p.grad.layout != torch.strided:  # nn.Embedding(sparse=True)
+                p.grad = p.grad.to_dense()
         for p, weight in self.rounded:
             weight.grad = None if p.grad is None else p.grad.float()
         norm = nn.utils.clip_grad_norm_(self.weights, math.inf if grad_clip is None else grad_clip)
@@ -325,13 +329,13 @@ class _State:
             parts.setdefault(part, {})[rest] = value
         if step is None or not isinstance(header.get("options"), dict) or not parts["raw"]:
             raise CheckpointMismatchError(
-                f"{path} holds a model and no training to go on with: choose another directory, or give resume=False"
+                f"{shown(path)} holds a model and no training to go on with: choose another directory, or give resume=False"
             )
         if not isinstance(header.get("model"), dict) or not all(
             isinstance(n, int) and not isinstance(n, bool) for n in (step, skipped)
         ) or not 0 <= skipped <= step:  # fmt: skip
             raise CorruptCheckpointError(
-                f"{path} does not describe a training: {step!r:.40} steps, {skipped!r:.40} skipped"
+                f"{shown(path)} does not describe a training: {short(step, 30)} steps, {short(skipped, 30)} skipped"
             )
         net = header["model"].get("net")
         if not getattr(modules.inner(self.net), "scale_given", True) and isinstance(net, dict):
@@ -344,12 +348,12 @@ class _State:
         other = [name for name, value in target.items() if parts["net"][name].dtype != value.dtype]
         if other:
             raise CheckpointMismatchError(
-                f"{path} was trained in {parts['net'][other[0]].dtype}, and the network is of {target[other[0]].dtype}: "
+                f"{shown(path)} was trained in {parts['net'][other[0]].dtype}, and the network is of {target[other[0]].dtype}: "
                 "convert it, or give resume=False"
             )
         moments = self._moments(parts["adam"], path, step > skipped)
         if changed:
-            warn(f"{path} goes on with {', '.join(changed)}")
+            warn(f"{shown(path)} goes on with {', '.join(changed)}")
         networks.adopt(self.net, net)
         modules.load_state(self.net, parts["raw"])
         names = {id(value): name for name, value in modules.state(self.net, keep_vars=True).items()}
@@ -371,12 +375,18 @@ class _State:
             known = 0 <= index < len(self.weights) and entry.keys() == {"step", "exp_avg", "exp_avg_sq"}
             if not known or any(entry[k].shape != self.weights[index].shape for k in ("exp_avg", "exp_avg_sq")):
                 raise CheckpointMismatchError(
-                    f"{path} has a state of the optimiser that is not this network's, adam.{index}: choose another "
+                    f"{shown(path)} has a state of the optimiser that is not this network's, adam.{index}: choose another "
                     "directory, or give resume=False"
+                )
+            bad = [key for key, value in entry.items() if not files.finite(value)]
+            if bad:
+                raise CheckpointMismatchError(
+                    f"{shown(path)} has numbers that are not finite in adam.{index}.{bad[0]}: choose another directory, or "
+                    "give resume=False"
                 )
         if needed and not moments:
             raise CheckpointMismatchError(
-                f"{path} lacks the state of the optimiser, without which a run cannot go on: choose another directory, or "
+                f"{shown(path)} lacks the state of the optimiser, without which a run cannot go on: choose another directory, or "
                 "give resume=False"
             )
         return moments
@@ -434,13 +444,13 @@ def _changed(
     for name, value in now.items():
         if name not in MAY_CHANGE and before.get(name) != value:
             raise CheckpointMismatchError(
-                f"{path} was trained with {name}={before.get(name)!r:.60}, now {value!r:.60}: choose another directory, "
-                "or give resume=False to overwrite it"
+                f"{shown(path)} was trained with {name}={short(before.get(name), 30)}, now {short(value, 30)}: choose another "
+                "directory, or give resume=False"
             )
     names = [name for name in MAY_CHANGE if before.get(name) != now[name]]
     if "decay" in names and "steps" in names:
         names.remove("steps")
-    return [f"{name}={now[name]!r}, which was {before.get(name)!r:.60}" for name in names]
+    return [f"{name}={short(now[name])}, which was {short(before.get(name))}" for name in names]
 
 
 _generators = threading.Lock()
@@ -521,16 +531,18 @@ def _directory(checkpoint: str | os.PathLike[str] | None) -> Iterator[Path | Non
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise CheckpointError(f"checkpoint={folder} cannot be opened ({error}): choose another directory") from error
+        raise CheckpointError(
+            f"checkpoint={shown(folder)} cannot be opened ({reason(error)}): choose another directory"
+        ) from error
     _locks.add(descriptor)
     try:
         held = hold(descriptor)
         if held is False:
             raise CheckpointError(
-                f"checkpoint={folder} is in use by another training: wait for its end, or choose another directory"
+                f"checkpoint={shown(folder)} is in use by another training: wait for its end, or choose another directory"
             )
         if held is None:
-            warn(f"checkpoint={folder} cannot be locked there: see to it that no other training writes in it")
+            warn(f"checkpoint={shown(folder)} cannot be locked there: see to it that no other training writes in it")
         yield folder
     finally:
         _locks.discard(descriptor)
