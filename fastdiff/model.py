@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .errors import ConfigError, ModelOutputError, ModelOutputTypeError, ShapeError, choose
-from .execution import cpu, modules, tensor_checks
+from .execution import conditions, cpu, modules, tensor_checks
 from .execution.loop import Condition
 from .planning import chains, predictions, processes
 from .planning.predictions import Pair
@@ -27,12 +28,18 @@ R = TypeVar("R")
 class ScoreModel(nn.Module):
     """A network, the process it was trained on, and what its input and output mean.
 
-    net          callable (x [B, *data_shape], time [B], cond) -> [B, *data_shape]
+    net          callable (x [B, *data_shape], time [B]) -> [B, *data_shape], with a condition as `cond` below
     sde          a process or its name; one without alpha and sigma (see fastdiff.processes.Process) takes "score" only
     prediction   "score", "eps", "x0", "v", "scaled_score", "prev_mean", "increment" or "edm" (see fastdiff.predictions)
     time_input   what `time` is: "t", "index", "sigma", "log_sigma", "t*999" or "c_noise" (EDM's, its default)
     data_range   the range of its training data, and so of its samples (which are not clamped to it)
     variance     "learned_range": the network returns twice the channels, the second half for the variance
+    num_classes  it was trained with labels 0 … num_classes − 1, which every call must then give, or, 0, without any; default the
+                 network's own `num_classes`, where it has one. `train` sets it to what it trains with
+
+    cond, of a call or a run, an entry for each sample: a tensor is the network's third argument, or goes by keyword where its
+    forward has a condition's name (y, class_labels, labels, cond, context, …) at another place; a dict of tensors goes as
+    keywords, or, where the forward has none of its keys, as it is, the third argument. Else it is a ConfigError before any call.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class ScoreModel(nn.Module):
         data_shape: Sequence[int] = (),
         data_range: tuple[float, float] = (-1.0, 1.0),
         variance: str | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         if not callable(net):
@@ -58,10 +66,17 @@ class ScoreModel(nn.Module):
         self.data_shape: tuple[int, ...]
         self.data_range: tuple[float, float]
         self.variance: str | None
+        self.num_classes: int | None
+        self._taken: tuple[Any, conditions.Takes]
+        taken = conditions.takes(net)
+        if num_classes is None and taken.labels is not None:
+            num_classes = taken.classes or None
         vars(self).update(  # past nn.Module's setattr, which is for tensors and modules and takes its time
             process=process, prediction=prediction, time_input=time_input, data_shape=tensor_checks.shape_of(data_shape),
             data_range=checks.pair("data_range", data_range),
             variance=None if variance is None else choose("variance", variance, ("learned_range",)),
+            num_classes=None if num_classes is None else checks.integer("num_classes", num_classes, 0, 2**31 - 1),
+            _taken=(net, taken),
         )  # fmt: skip
         fit_times = getattr(modules.inner(net), "fit_times", None)
         if callable(fit_times):
@@ -69,7 +84,7 @@ class ScoreModel(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """The network's output, as it is, at process times t [B] (or one for all), its input scaled and its time converted."""
-        t = self.times(t, x)
+        t, cond = self.times(t, x), self.condition(cond, len(x))
         alpha, sigma = (self.process.alpha(t), self.process.sigma(t)) if self.process.linear else (None, None)
         if self.prediction == "edm":
             x = like(predictions.input_scale(self.prediction, self.process, alpha, sigma), x) * x
@@ -111,6 +126,32 @@ class ScoreModel(nn.Module):
                 raise ConfigError(f"t must lie in {allowed}, got {value:g}")
         return times.expand(len(x))
 
+    @property
+    def takes(self) -> conditions.Takes:
+        """What the network takes beside x and the time."""
+        net, taken = self._taken
+        if net is not self.net:
+            net, taken = self._taken = (self.net, conditions.takes(self.net))
+        return taken
+
+    def condition(self, cond: Any, count: int, looks: bool = False) -> Condition:
+        """cond of `count` samples as `call` hands it to the network; refused where the network has no place for it, or was
+        trained with another kind.
+
+        looks  at the values of labels also where that would stall a device
+        """
+        taken = self.takes
+        if cond is None and not taken.needs and not self.num_classes:
+            return None
+        given = conditions.arranged(taken, cond)
+        if self.num_classes == 0 and given is not None:
+            raise ConfigError(
+                "cond must be None, as the model was trained without labels: leave cond out, or train it with labelled data"
+            )
+        if self.num_classes:
+            conditions.check_labels(conditions.labels_of(taken, given), count, self.num_classes, looks)
+        return given
+
     def score(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """∇ log p_t(x), [B, *]."""
         return self.predict("score", x, t, cond)
@@ -131,8 +172,9 @@ def as_model(
                 raise ConfigError(f"{name}={value!r} contradicts the model's own {facts[name]!r}: leave it out")
         if variance is None or model.variance is not None:
             return model
-        sde, shape, prediction, time_input = model.process, model.data_shape, model.prediction, model.time_input
-        model = model.net
+        other = copy.copy(model)
+        other.variance = variance
+        return other
     if not callable(model):
         raise ConfigError(f"model must be a ScoreModel or a callable (x, t) -> tensor, got {type(model).__name__}")
     if sde is None:
@@ -230,14 +272,14 @@ def like(values: Tensor, x: Tensor) -> Tensor:
 def picked(cond: Condition, which: slice | Tensor) -> Condition:
     """Some samples' entries of a condition: a tensor, a dict of tensors, or None."""
     if isinstance(cond, dict):
-        return {key: value[which] for key, value in cond.items()}
+        return type(cond)({key: value[which] for key, value in cond.items()})
     return None if cond is None else cond[which]
 
 
 def owned(cond: Condition) -> Condition:
     """A copy of a condition, which a network may change in place; what is expanded stays so, and takes no more memory."""
     if isinstance(cond, dict):
-        return {key: _copied(value) for key, value in cond.items()}
+        return type(cond)({key: _copied(value) for key, value in cond.items()})
     return None if cond is None else _copied(cond)
 
 
@@ -259,14 +301,14 @@ def answer(
 
 
 def call(net: Any, x: Tensor, time: Tensor, cond: Condition, features: Tensor | None = None) -> Any:
-    """net(x, time), with a condition as third argument (a tensor) or as keywords (a dict of tensors).
+    """net(x, time), with a condition (`ScoreModel.condition`) as its third argument or as keywords.
 
     features  what net.time_features made of the time
     """
     extra = {} if features is None else {"features": features}
     if cond is None:
         return net(x, time, **extra)
-    return net(x, time, **cond, **extra) if isinstance(cond, dict) else net(x, time, cond, **extra)
+    return net(x, time, **cond, **extra) if type(cond) is dict else net(x, time, cond, **extra)
 
 
 def single_tensor(output: Any) -> Tensor:

@@ -64,6 +64,7 @@ class Request:
         if self.x_init is not None:
             tensor_checks.check_tensor(self.start_name, self.x_init, self.shape, self.device, self.finite)
         tensor_checks.check_condition(self.cond, self.count, self.device, self.finite)
+        object.__setattr__(self, "cond", self.model.condition(self.cond, self.count, looks=True))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -165,7 +165,8 @@ def sample(
     clip          (lo, hi) for the predicted x0
     denoise       leave out the last predictor row's noise; annealed Langevin adds x + σ² score; "adaptive_sde" ends in the mean
                   of x0
-    cond          a tensor or a dict of tensors with a leading num_samples axis, passed to the model
+    cond          a tensor or a dict of tensors with a leading num_samples axis, handed to the network as ScoreModel says; a model
+                  that was trained with labels must be given them
     dtype         of the result; the run is float32, or float64 when that is asked for
     check         "final", "every" row or "off": where a run that is not finite is refused with NonFiniteError
                   (those that choose their steps look at each, whatever this says)

@@ -605,14 +605,16 @@ def test_networks_that_cannot_be_trained_as_they_are_are_refused():
         loaded = fastdiff.load("digits-vp")
     with pytest.raises(ConfigError, match="inference_mode"):
         fastdiff.train(made, digits(), steps=1)
-    fastdiff.train(loaded, "digits", steps=1, batch_size=2)
+    pictures = fastdiff.load_data("digits")
+    pictures = Data(pictures.x, range=pictures.range, bins=pictures.bins)
+    fastdiff.train(loaded, pictures, steps=1, batch_size=2)
     lazy = fastdiff.ScoreModel(nn.LazyLinear(2), "vp", data_shape=(2,))
     with pytest.raises(ConfigError, match="lazy"):
         fastdiff.train(lazy, digits(), steps=1)
     with pytest.raises(DeviceError, match="meta"):
         fastdiff.train(tiny().to("meta"), digits(), steps=1)
     with pytest.raises(ConfigError, match=r"torch\.func"):
-        torch.func.vmap(lambda x: fastdiff.train(loaded, "digits", steps=1) or x)(torch.zeros(2))
+        torch.func.vmap(lambda x: fastdiff.train(loaded, pictures, steps=1) or x)(torch.zeros(2))
 
 
 @pytest.mark.parametrize("trainings", [2, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from ..errors import (
     names_keywords,
     warn,
 )
-from ..execution import modules, noise, ops
+from ..execution import conditions, modules, noise, ops
 from ..execution.monitor import bar
 from ..execution.torch_private import foreach_lerp_, functorch_is_active
 from ..files import hold
@@ -87,7 +88,8 @@ def train(
     """Train `model` in place up to step `steps`, and leave it with the averaged (EMA) weights, in evaluation mode.
 
     data          a Data, or a source of fastdiff.load_data: arrays, .npy, .npz, IDX files, folders of images, "digits";
-                  scaled from its range to the model's data_range; its labels are used if the network has num_classes
+                  scaled from its range to the model's data_range; its labels are the condition, as in ScoreModel, of a
+                  network that takes one
     loss          "dsm", "simple" or "likelihood"; without a transition density "ism", "ssm" or "ssm_vr", the last two with
                   `probe` "rademacher" (default) or "normal" (fastdiff.losses.per_sample)
     lr, warmup    Adam (β 0.9, 0.999, ε 1e-8), linear warm-up over `warmup` steps; `decay`: half a cosine to 0 at `steps`
@@ -115,10 +117,14 @@ def train(
         raise ConfigError(
             "train must not be called within torch.func's transforms: call it outside of vmap, grad and jvp"
         )
-    described = files.describe(model)
+    files.describe(model)
     _check_tensors([*model.net.parameters(), *model.net.buffers()])
     source = load_data(data)
     _check_data(source, model, options["dequantize"])
+    facts = {"num_classes": _classes(source, model)}
+    fitted = copy.copy(model)
+    vars(fitted).update(facts)
+    described = files.describe(fitted)
     kind = losses.check(model, options["loss"], probe)
     options |= {"probe": kind} if options["loss"] in losses.SLICED else {}
     options |= {"data": source.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
@@ -128,6 +134,7 @@ def train(
         state = _State(model.net, options["lr"], options["ema"])
         if folder is not None and resume and (folder / files.FILE).exists():
             described = state.read(folder / files.FILE, options, described)
+        vars(model).update(facts)
         began, first = time.perf_counter(), state.step
         with stepping(model.net):
             modes = [(module, module.training) for module in model.modules()]
@@ -274,9 +281,9 @@ class _State:
 
     @torch.no_grad()
     def _give_buffers_back(self) -> None:
-        for (module, name), (buffer, copy) in self.buffers.items():
+        for (module, name), (buffer, kept) in self.buffers.items():
             module._buffers[name] = buffer
-            buffer.copy_(copy)
+            buffer.copy_(kept)
 
     def _tensors(self, of: list[Tensor]) -> dict[str, Tensor]:
         """The network's tensors by name, with `of` in the place of the trained parameters."""
@@ -323,6 +330,8 @@ class _State:
         if not getattr(modules.inner(self.net), "scale_given", True) and isinstance(net, dict):
             # a chain's of an earlier version goes on with the time features that it had
             described = {**described, "net": {**described["net"], "time_scale": net.get("time_scale")}}
+        if isinstance(net, dict) and net.get("num_classes"):  # an earlier version used labels wherever there were any
+            header["model"].setdefault("num_classes", described.get("num_classes"))
         changed = _changed(path, header["model"], header["options"], described, options)
         files.check(self.net, parts["raw"], path)
         files.check(self.net, parts["net"], path)
@@ -375,10 +384,10 @@ class _Batches:
         self.data, self.model, self.seed = data, model, options["seed"]
         self.size, self.dequantize = options["batch_size"], options["dequantize"]
         self.device = next(model.net.parameters()).device
-        self.labels = data.labels if getattr(modules.inner(model.net), "num_classes", None) else None
+        self.labels = data.labels if model.num_classes else None
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]:
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         index, data_range = self._indices(step), self.model.data_range
         if self.dequantize:
             x0 = self.data.dequantized(index, data_range, seed=self.seed, draw=step)
@@ -391,7 +400,7 @@ class _Batches:
             x0.to(self.device),
             self.model.process.training_times(u.clamp(max=1 - 2**-24)),
             ops.cursor(step, 0, self.seed, self.device),
-            None if self.labels is None else {"y": self.labels[index].to(self.device)},
+            None if self.labels is None else self.labels[index].to(self.device),
         )
 
     def _indices(self, step: int) -> Tensor:
@@ -488,12 +497,29 @@ def _check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
             f"variance must be None to train in this version, got a model with variance={model.variance!r}: build the "
             "ScoreModel without it"
         )
-    classes = getattr(modules.inner(model.net), "num_classes", None)
-    if classes and data.num_classes and data.num_classes > classes:
+
+
+def _classes(data: Data, model: ScoreModel) -> int | None:
+    """How many classes a training has: the data's, 0 where it leaves a network that takes labels without, None for one that takes
+    none."""
+    taken = model.takes
+    takes = taken.labels is not None and taken.classes != 0
+    if data.labels is None or data.num_classes is None or not takes:
+        if data.labels is not None:
+            warn(
+                f"the data have labels of {data.num_classes} classes, and the network takes none: build it with "
+                f"num_classes={data.num_classes}, or drop them, Data(data.x, range=data.range, bins=data.bins)"
+            )
+        if taken.needs:
+            raise ConfigError(f"the network takes {taken.shown:.80}, and train gives labels alone: give labelled data")
+        return 0 if takes else None
+    if taken.classes and data.num_classes > taken.classes:
         raise DataError(
-            f"data must have labels of at most num_classes={classes} of the network, got {data.num_classes} classes: "
+            f"data must have labels of at most num_classes={taken.classes} of the network, got {data.num_classes} classes: "
             f"build the network with num_classes={data.num_classes}"
         )
+    conditions.arranged(taken, data.labels[:1])
+    return data.num_classes
 
 
 @contextlib.contextmanager
