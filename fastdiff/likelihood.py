@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from .execution.adaptive import Solution
 from .execution.divergence import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus, Probes, Reverse
 from .execution.noise import PROBES
 from .execution.reference import tree_sum
-from .model import ScoreModel, as_model, device_of, leaves_no_trace, parameters
+from .model import ScoreModel, as_model, device_of, leaves_no_trace, parameters, warn_outside
 from .planning.samplers import Adaptive
 from .probability_flow import Trace, end_time
 from .runs import Request, follow
@@ -37,7 +38,7 @@ class LogLikelihood:
 
     nats    [B], float64
     stderr  [B], the standard error of nats from the spread of the probes: NaN for a single one, 0 for the exact trace
-    latent  [B, *], where the flow takes x: about N(0, prior_std²)
+    latent  [B, *], where the flow takes x, in the network's units: about N(0, prior_std²)
     nfe     [B], evaluations that each sample took
     x       [B, *], the data themselves
     """
@@ -118,6 +119,8 @@ def log_likelihood(
     )
     stderr = torch.zeros_like(prior) if trace == "exact" else (square / estimates).sqrt()
     nats = prior + mean[:, 0]
+    if request.model.standardize is not None:  # of x in the data's units
+        nats = nats - float(np.log(request.model.standardize[1]).sum())
     bad = torch.nonzero(~nats.isfinite()).flatten()
     if len(bad):
         i = int(bad[0])
@@ -162,7 +165,11 @@ def decode(
     heat = checks.number("temperature", temperature, 0)
     solver = Adaptive(method, rtol, atol, variable, form, couple, max_nfe)
     request, x, ends = _request(model, z, sde, t_min, prediction, time_input, cond, backend, "z")
-    return _follow(request, heat * x, ends[::-1], solver, batch_size, progress, "decode").y
+    decoded = request.model.in_data_units(
+        _follow(request, heat * x, ends[::-1], solver, batch_size, progress, "decode").y
+    )
+    warn_outside(request.model, decoded, 0.0, "look at z, or take a smaller rtol and atol")
+    return decoded
 
 
 def interpolate(
@@ -250,7 +257,8 @@ def _request(
                 "other units?",
             )
     with torch.inference_mode(False):
-        return request, x.detach().to(dtype).clone(memory_format=torch.contiguous_format), ends
+        x = x.detach().to(dtype).clone(memory_format=torch.contiguous_format)
+        return request, model.standardized(x) if name == "x" else x, ends
 
 
 def _traces(

@@ -80,7 +80,8 @@ def per_sample(
 ) -> Tensor:
     """The loss of each sample, [B], for x0 [B, *] and times t [B]; all noise is what `cursor` names (ops.cursor).
 
-    x_t is made in x0's precision and given to the network in that of its parameters.
+    x0 is in the network's units (`ScoreModel.standardized`). x_t is made in x0's precision and given to the network in that of
+    its parameters.
 
     The denoising losses are means over the elements of λ(t) (m − r·x0 − w·ε)², m the network's output and (r, w) what it
     predicts (fastdiff.predictions), so that the target of any prediction is one line; ε is never stored.

@@ -11,11 +11,13 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import checks
-from .errors import ConfigError, ModelOutputError, ModelOutputTypeError, ShapeError, choose
+from .errors import ConfigError, ModelOutputError, ModelOutputTypeError, ShapeError, choose, warn
 from .execution import conditions, cpu, modules, tensor_checks
 from .execution.loop import Condition
 from .planning import chains, predictions, processes
@@ -23,6 +25,7 @@ from .planning.predictions import Pair
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Array = NDArray[np.float64]
 
 
 class ScoreModel(nn.Module):
@@ -32,10 +35,13 @@ class ScoreModel(nn.Module):
     sde          a process or its name; one without alpha and sigma (see fastdiff.processes.Process) takes "score" only
     prediction   "score", "eps", "x0", "v", "scaled_score", "prev_mean", "increment" or "edm" (see fastdiff.predictions)
     time_input   what `time` is: "t", "index", "sigma", "log_sigma", "t*999" or "c_noise" (EDM's, its default)
-    data_range   the range of its training data, and so of its samples (which are not clamped to it)
+    data_range   the range of its training data, and so of its samples (which are not clamped to it), default (−1, 1)
     variance     "learned_range": the network returns twice the channels, the second half for the variance
     num_classes  it was trained with labels 0 … num_classes − 1, which every call must then give, or, 0, without any; default the
                  network's own `num_classes`, where it has one. `train` sets it to what it trains with
+    standardize  (mean, std), each a number or one for each of data_shape: the network sees (x − mean)/std. `sample`, `decode`
+                 and likelihoods are in the data's units all the same; latents, x_init, calls of the model and losses in the
+                 network's. `train` sets it, and data_range, from data that are vectors, unless the model has either
 
     cond, of a call or a run, an entry for each sample: a tensor is the network's third argument, or goes by keyword where its
     forward has a condition's name (y, class_labels, labels, cond, context, …) at another place; a dict of tensors goes as
@@ -49,9 +55,10 @@ class ScoreModel(nn.Module):
         prediction: str = "eps",
         time_input: str | None = None,
         data_shape: Sequence[int] = (),
-        data_range: tuple[float, float] = (-1.0, 1.0),
+        data_range: tuple[float, float] | None = None,
         variance: str | None = None,
         num_classes: int | None = None,
+        standardize: tuple[Any, Any] | None = None,
     ) -> None:
         super().__init__()
         if not callable(net):
@@ -65,6 +72,8 @@ class ScoreModel(nn.Module):
         self.time_input: str
         self.data_shape: tuple[int, ...]
         self.data_range: tuple[float, float]
+        self.range_given: bool  # by the caller, a training or a file
+        self.standardize: tuple[Array, Array] | None
         self.variance: str | None
         self.num_classes: int | None
         self._taken: tuple[Any, conditions.Takes]
@@ -73,11 +82,13 @@ class ScoreModel(nn.Module):
             num_classes = taken.classes or None
         vars(self).update(  # past nn.Module's setattr, which is for tensors and modules and takes its time
             process=process, prediction=prediction, time_input=time_input, data_shape=tensor_checks.shape_of(data_shape),
-            data_range=checks.pair("data_range", data_range),
+            data_range=(-1.0, 1.0) if data_range is None else checks.pair("data_range", data_range),
+            range_given=data_range is not None,
             variance=None if variance is None else choose("variance", variance, ("learned_range",)),
             num_classes=None if num_classes is None else checks.integer("num_classes", num_classes, 0, 2**31 - 1),
             _taken=(net, taken),
         )  # fmt: skip
+        vars(self)["standardize"] = None if standardize is None else _moments(standardize, self.data_shape)
         fit_times = getattr(modules.inner(net), "fit_times", None)
         if callable(fit_times):
             fit_times(predictions.time_steps(self.time_input, process))
@@ -126,6 +137,20 @@ class ScoreModel(nn.Module):
                 raise ConfigError(f"t must lie in {allowed}, got {value:g}")
         return times.expand(len(x))
 
+    def standardized(self, x: Tensor) -> Tensor:
+        """x [B, *data_shape] in the data's units, in the network's: (x − mean)/std."""
+        if self.standardize is None:
+            return x
+        mean, std = (torch.from_numpy(values).to(x.device) for values in self.standardize)
+        return ((x.double() - mean) / std).to(x.dtype)
+
+    def in_data_units(self, x: Tensor) -> Tensor:
+        """x [B, *data_shape] in the network's units, in the data's: mean + std·x."""
+        if self.standardize is None:
+            return x
+        mean, std = (torch.from_numpy(values).to(x.device) for values in self.standardize)
+        return (mean + std * x.double()).to(x.dtype)
+
     @property
     def takes(self) -> conditions.Takes:
         """What the network takes beside x and the time."""
@@ -155,6 +180,28 @@ class ScoreModel(nn.Module):
     def score(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """∇ log p_t(x), [B, *]."""
         return self.predict("score", x, t, cond)
+
+
+def _moments(standardize: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """(mean, std) as float64 arrays of a sample's shape."""
+    try:
+        mean, std = (np.array(np.broadcast_to(np.asarray(v, np.float64), shape)) for v in standardize)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"standardize must be (mean, std), each a number or one for each of {shape}, got {standardize!r:.60}"
+        ) from error
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+        raise ConfigError(f"standardize must be finite numbers (mean, std) with std > 0, got {standardize!r:.60}")
+    return mean, std
+
+
+def warn_outside(model: ScoreModel, x: Tensor, slack: float, way: str) -> None:
+    """Say so where samples x, but for a noise of `slack`, lie more than a width outside of the data's range."""
+    if not (model.range_given and x.numel()):
+        return
+    (low, high), (least, most) = model.data_range, (float(end) for end in x.aminmax())
+    if least < 2 * low - high - slack or most > 2 * high - low + slack:
+        warn(f"the samples run from {least:.4g} to {most:.4g}, far outside of data_range ({low:g}, {high:g}): {way}")
 
 
 def as_model(

@@ -189,7 +189,7 @@ def recorded(steps, batch_size, samples=10):
     net = Recorder((2,), hidden=4, layers=1, num_classes=samples)
     net.calls = []
     data = Data(torch.zeros(samples, 2), torch.arange(samples), range=(-1.0, 1.0))
-    model = fastdiff.ScoreModel(net, "vp", data_shape=(2,))
+    model = fastdiff.ScoreModel(net, "vp", data_shape=(2,), data_range=(-1.0, 1.0))
     fastdiff.train(model, data, steps=steps, batch_size=batch_size, seed=3)
     assert len(net.calls) == steps
     return [torch.stack(values) for values in zip(*net.calls)]

@@ -102,8 +102,8 @@ def _train(a: argparse.Namespace) -> int:
     with torch.random.fork_rng(devices=[]):  # the first weights are of the seed too
         torch.manual_seed(checks.integer("seed", a.seed, 0, 2**64 - 1))
         net = build(options)
-    # images in the usual ranges; vectors in the range of the data, so that samples come back in its units
-    data_range = data.range if len(data.shape) == 1 else (0.0, 1.0) if a.sde == "ve" else (-1.0, 1.0)
+    # images in the usual ranges; vectors stay in their own units
+    data_range = None if len(data.shape) == 1 else (0.0, 1.0) if a.sde == "ve" else (-1.0, 1.0)
     model = ScoreModel(net, processes.get(a.sde), a.prediction, data_shape=data.shape, data_range=data_range)
     with _signals() as received:
         done = train(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -88,8 +89,9 @@ def train(
     """Train `model` in place up to step `steps`, and leave it with the averaged (EMA) weights, in evaluation mode.
 
     data          a Data, or a source of fastdiff.load_data: arrays, .npy, .npz, IDX files, folders of images, "digits";
-                  scaled from its range to the model's data_range; its labels are the condition, as in ScoreModel, of a
-                  network that takes one
+                  scaled from its range to the model's data_range; vectors without one are standardized, each column by its
+                  mean and std, and stay in their own units. Its labels are the condition, as in ScoreModel, of a network
+                  that takes one
     loss          "dsm", "simple" or "likelihood"; without a transition density "ism", "ssm" or "ssm_vr", the last two with
                   `probe` "rademacher" (default) or "normal" (fastdiff.losses.per_sample)
     lr, warmup    Adam (β 0.9, 0.999, ε 1e-8), linear warm-up over `warmup` steps; `decay`: half a cosine to 0 at `steps`
@@ -121,7 +123,7 @@ def train(
     _check_tensors([*model.net.parameters(), *model.net.buffers()])
     source = load_data(data)
     _check_data(source, model, options["dequantize"])
-    facts = {"num_classes": _classes(source, model)}
+    facts = {"num_classes": _classes(source, model), **_units(source, model)}
     fitted = copy.copy(model)
     vars(fitted).update(facts)
     described = files.describe(fitted)
@@ -388,11 +390,15 @@ class _Batches:
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        index, data_range = self._indices(step), self.model.data_range
+        index, own = self._indices(step), self.model.standardize is not None  # vectors in their own units
+        data_range = self.data.range if own else self.model.data_range
         if self.dequantize:
             x0 = self.data.dequantized(index, data_range, seed=self.seed, draw=step)
+        elif own and self.data.bins is None:
+            x0 = self.data.x.index_select(0, index).double()
         else:
             x0 = self.data.batch(index, data_range)
+        x0 = self.model.standardized(x0).float()
         # one time in each of B equal slices: uniform for every sample, and a quieter loss (Kingma et al. 2021, §I.1)
         u = noise.uniform(self.size, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
         u = (torch.arange(self.size, device=self.device) + u) / self.size
@@ -424,7 +430,7 @@ def _changed(
     path: Path, model: dict[str, Any], was: dict[str, Any], described: dict[str, Any], options: dict[str, Any]
 ) -> list[str]:
     """What a run goes on with that was otherwise before; CheckpointMismatchError where it is another run."""
-    before, now = {**model, **was}, json.loads(json.dumps({**described, **options}))
+    before, now = {**model, **was}, json.loads(json.dumps({**options, **described}))
     for name, value in now.items():
         if name not in MAY_CHANGE and before.get(name) != value:
             raise CheckpointMismatchError(
@@ -520,6 +526,55 @@ def _classes(data: Data, model: ScoreModel) -> int | None:
         )
     conditions.arranged(taken, data.labels[:1])
     return data.num_classes
+
+
+def _units(data: Data, model: ScoreModel) -> dict[str, Any]:
+    """The facts of a model's units that a training sets: standardize and data_range for vectors, unless the model has either."""
+    own = {"data_range": data.range, "range_given": True}
+    if model.standardize is not None:
+        return {} if model.range_given else own
+    if len(data.shape) != 1:
+        return {"range_given": True}
+    if data.bins is not None:  # levels have one scale, which their range says
+        low, high = data.range
+        mean, std = np.full(data.shape, (low + high) / 2), np.full(data.shape, (high - low) / 2)
+    else:
+        mean, std = _moments(data.x.numpy())
+    constant = np.flatnonzero(std == 0)
+    vary = std[std > 0]
+    apart = f"{vary.min():.3g} to {vary.max():.3g}" if len(vary) and vary.max() > 100 * vary.min() else None
+    if model.range_given:
+        if apart:
+            warn(
+                f"the data's columns have standard deviations of {apart}, and one data_range for all leaves the smallest "
+                "below the noise: leave data_range out, and each column is standardized"
+            )
+        return {}
+    if apart:
+        warn(
+            f"the data's columns have standard deviations of {apart}: the network sees each standardized, and samples are in "
+            "the data's own units; give the ScoreModel a data_range to scale all columns alike"
+        )
+    if len(constant):
+        warn(
+            f"the data's columns {', '.join(map(str, constant[:5]))}{', …' * (len(constant) > 5)} are constant, and "
+            "standardized by 1: leave them out of the data"
+        )
+        std[constant] = 1.0
+    return {"standardize": (mean, std), **own}
+
+
+def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each column's mean and standard deviation, float64, in an order of additions that no thread count changes."""
+    pieces = [slice(start, start + 2**16) for start in range(0, len(x), 2**16)]
+    low, high = x.min(0), x.max(0)
+    with np.errstate(all="ignore"):
+        mean = sum(x[piece].sum(0, dtype=np.float64) for piece in pieces) / len(x)
+        mean = np.where(low == high, low.astype(np.float64), mean)
+        std = np.sqrt(sum(((x[piece] - mean) ** 2).sum(0) for piece in pieces) / len(x))
+    if not (np.isfinite(mean) & np.isfinite(std)).all():
+        raise DataError("x must have a mean and a variance that float64 holds: scale the data")
+    return mean, std
 
 
 @contextlib.contextmanager
