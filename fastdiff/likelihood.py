@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from .execution.adaptive import Solution
 from .execution.divergence import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus, Probes, Reverse, uncompiled
 from .execution.noise import PROBES
 from .execution.reference import tree_sum
-from .model import ScoreModel, as_model, device_of, leaves_no_trace, parameters
+from .model import ScoreModel, as_model, device_of, leaves_no_trace, parameters, warn_outside
 from .planning.coverage import misfit
 from .planning.predictions import TimeInput
 from .planning.samplers import Adaptive
@@ -40,7 +41,7 @@ class LogLikelihood:
 
     nats    [B], float64
     stderr  [B], the standard error of nats from the spread of the probes: NaN for a single one, 0 for the exact trace
-    latent  [B, *], where the flow takes x: about N(0, prior_std²)
+    latent  [B, *], where the flow takes x, in the network's units: about N(0, prior_std²)
     nfe     [B], evaluations that each sample took
     x       [B, *], the data themselves
     """
@@ -135,6 +136,8 @@ def log_likelihood(
     )
     stderr = torch.zeros_like(prior) if trace == "exact" else (square / estimates).sqrt()
     nats = prior + mean[:, 0]
+    if request.model.standardize is not None:  # of x in the data's units
+        nats = nats - float(np.log(request.model.standardize[1]).sum())
     bad = torch.nonzero(~nats.isfinite()).flatten()
     if len(bad):
         i = int(bad[0])
@@ -180,7 +183,11 @@ def decode(
     heat = checks.number("temperature", temperature, 0)
     solver = Adaptive(method, rtol, atol, variable, form, couple, max_nfe, denoise)
     request, x, ends = _request(model, z, sde, t_min, prediction, time_input, cond, backend, "z")
-    return _follow(request, heat * x, ends[::-1], solver, batch_size, progress, "decode").y
+    decoded = request.model.in_data_units(
+        _follow(request, heat * x, ends[::-1], solver, batch_size, progress, "decode").y
+    )
+    warn_outside(request.model, decoded, 0.0, "look at z, or take a smaller rtol and atol")
+    return decoded
 
 
 def interpolate(
@@ -261,20 +268,22 @@ def _request(
     first = checks.integer("first_sample", first_sample, 0, 2**32 - len(x))
     request = Request(model, len(x), seed, first, cond, x, dtype, device, backend, "eager", "final", start_name=name)
     request.resolved  # noqa: B018 (refuses a backend that is not there)
-    if name == "x" and x.numel():
-        (low, high), (least, most) = model.data_range, (float(end) for end in x.detach().aminmax())
-        said = misfit(
-            model.process, max(-least, most), (high - low) / 8 if has_range and t_min is None else None, ends[0]
-        )
-        if has_range and (least < 2 * low - high or most > 2 * high - low):
-            said = (
-                f"x runs from {least:g} to {most:g}, far outside of the model's data_range ({low:g}, {high:g}): is it in "
-                "other units?"
-            )
-        if said is not None:
-            warn(said)
     with torch.inference_mode(False):
-        return request, tensor_checks.resolved(x).detach().to(dtype).clone(memory_format=torch.contiguous_format), ends
+        given = tensor_checks.resolved(x).detach().to(dtype).clone(memory_format=torch.contiguous_format)
+        seen = model.standardized(given) if name == "x" else given
+    if name == "x" and x.numel():
+        (low, high), (least, most) = model.data_range, (float(end) for end in given.aminmax())
+        if has_range and (least < 2 * low - high or most > 2 * high - low):
+            warn(
+                f"x runs from {least:g} to {most:g}, far outside of the model's data_range ({low:g}, {high:g}): is it in "
+                "other units?",
+            )
+        else:
+            known = model.range_given and model.standardize is None and t_min is None
+            said = misfit(model.process, float(seen.abs().max()), (high - low) / 8 if known else None, ends[0])
+            if said is not None:
+                warn(said)
+    return request, seen, ends
 
 
 def _traces(

@@ -86,7 +86,8 @@ def per_sample(
 ) -> Tensor:
     """The loss of each sample, [B], for x0 [B, *] and times t [B]; all noise is what `cursor` names (ops.cursor).
 
-    `noise` [B, *] is ε instead, for comparisons with other codes; then `cursor` is needed for probes alone.
+    `noise` [B, *] is ε instead, for comparisons with other codes; then `cursor` is needed for probes alone. x0 is in the
+    network's units (`ScoreModel.standardized`).
 
     x_t is made in x0's precision and given to the network in that of its parameters.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
@@ -10,7 +11,9 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import checks
@@ -23,27 +26,38 @@ from .errors import (
     choose,
     names_keywords,
     short,
+    warn,
 )
-from .execution import cpu, modules, tensor_checks
+from .execution import conditions, cpu, modules, tensor_checks
 from .execution.loop import Condition
 from .planning import chains, predictions, processes
 from .planning.processes import Pair
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Array = NDArray[np.float64]
 
 
 class ScoreModel(nn.Module):
     """A network, the process it was trained on, and what its input and output mean.
 
-    net          callable (x [B, *data_shape], time [B], cond) -> [B, *data_shape]
+    net          callable (x [B, *data_shape], time [B]) -> [B, *data_shape], with a condition as `cond` below
     sde          a process or its name; one without alpha and sigma (see fastdiff.processes.Process) takes "score" only
     prediction   "score", "eps", "x0", "v", "scaled_score", "prev_mean", "increment" or "edm" (see fastdiff.predictions)
     time_input   what `time` is: the process time "t", "index", "fractional_index", "index/T", "sigma", "log_sigma", "t*999",
                  "c_noise" (EDM's), or a function t [B] -> [B]. Default: "c_noise" for "edm"; on DDPM chains "index", the
                  steps from 0 as published networks count them, but "t" for "score" and for fastdiff's own networks; else "t"
-    data_range   the range of its training data, and so of its samples (which are not clamped to it)
+    data_range   the range of its training data, and so of its samples (which are not clamped to it), default (−1, 1)
     variance     "learned_range": the network returns twice the channels, the second half for the variance
+    num_classes  it was trained with labels 0 … num_classes − 1, which every call must then give, or, 0, without any; default the
+                 network's own `num_classes`, where it has one. `train` sets it to what it trains with
+    standardize  (mean, std), each a number or one for each of data_shape: the network sees (x − mean)/std. `sample`, `decode`
+                 and likelihoods are in the data's units all the same; latents, x_init, calls of the model and losses in the
+                 network's. `train` sets it, and data_range, from data that are vectors, unless the model has either
+
+    cond, of a call or a run, an entry for each sample: a tensor is the network's third argument, or goes by keyword where its
+    forward has a condition's name (y, class_labels, labels, cond, context, …) at another place; a dict of tensors goes as
+    keywords, or, where the forward has none of its keys, as it is, the third argument. Else it is a ConfigError before any call.
     """
 
     fits_times: ClassVar[bool] = True  # whether a new network of fastdiff's takes the scale of this model's times
@@ -56,8 +70,10 @@ class ScoreModel(nn.Module):
         prediction: str = "eps",
         time_input: predictions.TimeInput | None = None,
         data_shape: Sequence[int] = (),
-        data_range: tuple[float, float] = (-1.0, 1.0),
+        data_range: tuple[float, float] | None = None,
         variance: str | None = None,
+        num_classes: int | None = None,
+        standardize: tuple[Any, Any] | None = None,
     ) -> None:
         super().__init__()
         if not callable(net):
@@ -75,18 +91,29 @@ class ScoreModel(nn.Module):
         self.time_input: predictions.TimeInput
         self.data_shape: tuple[int, ...]
         self.data_range: tuple[float, float]
+        self.range_given: bool  # by the caller, a training or a file
+        self.standardize: tuple[Array, Array] | None
         self.variance: str | None
+        self.num_classes: int | None
+        self._taken: tuple[Any, conditions.Takes]
+        taken = conditions.takes(net)
+        if num_classes is None and taken.labels is not None:
+            num_classes = taken.classes or None
         vars(self).update(  # past nn.Module's setattr, which is for tensors and modules and takes its time
             process=process, prediction=prediction, time_input=time_input, data_shape=tensor_checks.shape_of(data_shape),
-            data_range=checks.pair("data_range", data_range),
+            data_range=(-1.0, 1.0) if data_range is None else checks.pair("data_range", data_range),
+            range_given=data_range is not None,
             variance=None if variance is None else choose("variance", variance, ("learned_range",)),
+            num_classes=None if num_classes is None else checks.integer("num_classes", num_classes, 0, 2**31 - 1),
+            _taken=(net, taken),
         )  # fmt: skip
+        vars(self)["standardize"] = None if standardize is None else _moments(standardize, self.data_shape)
         if self.fits_times and callable(fit_times):
             fit_times(predictions.time_steps(self.time_input, process))
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """The network's output, as it is, at process times t [B] (or one for all), its input scaled and its time converted."""
-        t = self.times(t, x)
+        t, cond = self.times(t, x), self.condition(cond, len(x))
         alpha, sigma = (self.process.alpha(t), self.process.sigma(t)) if self.process.linear else (None, None)
         if self.prediction == "edm":
             x = like(predictions.input_scale(self.prediction, self.process, alpha, sigma), x) * x
@@ -133,6 +160,46 @@ class ScoreModel(nn.Module):
                 raise ConfigError(f"t must lie in {allowed}, got {value:g}")
         return times.expand(len(x))
 
+    def standardized(self, x: Tensor) -> Tensor:
+        """x [B, *data_shape] in the data's units, in the network's: (x − mean)/std."""
+        if self.standardize is None:
+            return x
+        mean, std = (torch.from_numpy(values).to(x.device) for values in self.standardize)
+        return ((x.double() - mean) / std).to(x.dtype)
+
+    def in_data_units(self, x: Tensor) -> Tensor:
+        """x [B, *data_shape] in the network's units, in the data's: mean + std·x."""
+        if self.standardize is None:
+            return x
+        mean, std = (torch.from_numpy(values).to(x.device) for values in self.standardize)
+        return (mean + std * x.double()).to(x.dtype)
+
+    @property
+    def takes(self) -> conditions.Takes:
+        """What the network takes beside x and the time."""
+        net, taken = self._taken
+        if net is not self.net:
+            net, taken = self._taken = (self.net, conditions.takes(self.net))
+        return taken
+
+    def condition(self, cond: Any, count: int, looks: bool = False) -> Condition:
+        """cond of `count` samples as `call` hands it to the network; refused where the network has no place for it, or was
+        trained with another kind.
+
+        looks  at the values of labels also where that would stall a device
+        """
+        taken = self.takes
+        if cond is None and not taken.needs and not self.num_classes:
+            return None
+        given = conditions.arranged(taken, cond)
+        if self.num_classes == 0 and given is not None:
+            raise ConfigError(
+                "cond must be None, as the model was trained without labels: leave cond out, or train it with labelled data"
+            )
+        if self.num_classes:
+            conditions.check_labels(conditions.labels_of(taken, given), count, self.num_classes, looks)
+        return given
+
     def score(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """∇ log p_t(x), [B, *]."""
         return self.predict("score", x, t, cond)
@@ -142,6 +209,28 @@ class _Described(ScoreModel):
     """A plain callable with what the caller says of it, for one run, which leaves it as it is."""
 
     fits_times = False
+
+
+def _moments(standardize: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """(mean, std) as float64 arrays of a sample's shape."""
+    try:
+        mean, std = (np.array(np.broadcast_to(np.asarray(v, np.float64), shape)) for v in standardize)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"standardize must be (mean, std), each a number or one for each of {shape}, got {standardize!r:.60}"
+        ) from error
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+        raise ConfigError(f"standardize must be finite numbers (mean, std) with std > 0, got {standardize!r:.60}")
+    return mean, std
+
+
+def warn_outside(model: ScoreModel, x: Tensor, slack: float, way: str) -> None:
+    """Say so where samples x, but for a noise of `slack`, lie more than a width outside of the data's range."""
+    if not (model.range_given and x.numel()):
+        return
+    (low, high), (least, most) = model.data_range, (float(end) for end in x.aminmax())
+    if least < 2 * low - high - slack or most > 2 * high - low + slack:
+        warn(f"the samples run from {least:.4g} to {most:.4g}, far outside of data_range ({low:g}, {high:g}): {way}")
 
 
 def as_model(
@@ -160,8 +249,9 @@ def as_model(
                 raise ConfigError(f"{name}={short(value)} contradicts the model's own {facts[name]!r}: leave it out")
         if variance is None or model.variance is not None:
             return model
-        sde, shape, prediction, time_input = model.process, model.data_shape, model.prediction, model.time_input
-        model = model.net
+        other = copy.copy(model)
+        other.variance = variance
+        return other
     if not callable(model):
         raise ConfigError(f"model must be a ScoreModel or a callable (x, t) -> tensor, got {type(model).__name__}")
     if sde is None:
@@ -262,14 +352,14 @@ def like(values: Tensor, x: Tensor) -> Tensor:
 def picked(cond: Condition, which: slice | Tensor) -> Condition:
     """Some samples' entries of a condition: a tensor, a dict of tensors, or None."""
     if isinstance(cond, dict):
-        return {key: value[which] for key, value in cond.items()}
+        return type(cond)({key: value[which] for key, value in cond.items()})
     return None if cond is None else cond[which]
 
 
 def owned(cond: Condition) -> Condition:
     """A copy of a condition, which a network may change in place; what is expanded stays so, and takes no more memory."""
     if isinstance(cond, dict):
-        return {key: _copied(value) for key, value in cond.items()}
+        return type(cond)({key: _copied(value) for key, value in cond.items()})
     return None if cond is None else _copied(cond)
 
 
@@ -288,14 +378,14 @@ def answer(
 
 
 def call(net: Any, x: Tensor, time: Tensor, cond: Condition, features: Tensor | None = None) -> Any:
-    """net(x, time), with a condition as third argument (a tensor) or as keywords (a dict of tensors).
+    """net(x, time), with a condition (`ScoreModel.condition`) as its third argument or as keywords.
 
     features  what net.time_features made of the time
     """
     extra = {} if features is None else {"features": features}
     if cond is None:
         return net(x, time, **extra)
-    return net(x, time, **cond, **extra) if isinstance(cond, dict) else net(x, time, cond, **extra)
+    return net(x, time, **cond, **extra) if type(cond) is dict else net(x, time, cond, **extra)
 
 
 def single_tensor(output: Any) -> Tensor:

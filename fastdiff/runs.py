@@ -73,7 +73,8 @@ class Request:
             tensor_checks.check_tensor(self.start_name, self.x_init, self.shape, self.device, self.finite)
             object.__setattr__(self, "x_init", tensor_checks.resolved(self.x_init))
         tensor_checks.check_condition(self.cond, self.count, self.device, self.finite)
-        object.__setattr__(self, "cond", tensor_checks.resolved(self.cond))
+        cond = self.model.condition(tensor_checks.resolved(self.cond), self.count, looks=True)
+        object.__setattr__(self, "cond", cond)
 
     @property
     def shape(self) -> tuple[int, ...]:

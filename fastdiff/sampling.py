@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks
 from .errors import ConfigError, DataError, DTypeError, choose, names_keywords, short, warn
 from .execution import loop, tensor_checks
-from .model import ScoreModel, as_model, check_path, device_of, leaves_no_trace
+from .model import ScoreModel, as_model, check_path, device_of, leaves_no_trace, warn_outside
 from .planning import chains, processes, samplers
 from .planning.coverage import misfit
 from .planning.plan import MAX_STEPS, check_table, make_table
@@ -73,7 +73,7 @@ class SampleOptions(TypedDict, total=False):
     noise: Tensor | Callable[[int], Tensor] | None
     grid: Any
     t_min: float | None
-    clip: tuple[float, float] | None
+    clip: tuple[float, float] | str | None
     denoise: bool
     guidance: Any
     dtype: torch.dtype | None
@@ -134,7 +134,7 @@ def sample(
     noise: Tensor | Callable[[int], Tensor] | None = None,
     grid: Any = None,
     t_min: float | None = None,
-    clip: tuple[float, float] | None = None,
+    clip: tuple[float, float] | str | None = None,
     denoise: bool = True,
     guidance: Any = None,
     dtype: torch.dtype | None = None,
@@ -163,15 +163,16 @@ def sample(
     seed          0 … 2**64 − 1, None for a fresh one (`return_info` tells it). Sample i is a function of (seed,
                   first_sample + i) alone: for any batch_size, machine or thread count it meets the same noise
     batch_size    samples in one network call; None: all
-    x_init, noise the start [num_samples, *shape]; the noise [rows, num_samples, *shape], or a callable row -> [num_samples,
-                  *shape] that is called once for each row that draws, in order
+    x_init, noise the start [num_samples, *shape], in the network's units; the noise [rows, num_samples, *shape], or a callable
+                  row -> [num_samples, *shape] that is called once for each row that draws, in order
     grid, t_min   where the steps stand and end: "fourth_root" "uniform" "quadratic" "logsnr" "karras" "trained" "score_sde",
                   diffusers' "leading" "trailing" "linspace", OpenAI's "ddim50" "10,15,20", decreasing times, noise ratios
                   fastdiff.grids.sigmas([...]), or a chain's steps from 0, fastdiff.grids.indices([...])
-    clip          (lo, hi) for the predicted x0
+    clip          (lo, hi) for the predicted x0; "data" clamps the samples to data_range at the end
     denoise       leave out the last predictor row's noise; annealed Langevin adds x + σ² score; "adaptive_sde" ends in the mean
                   of x0
-    cond          a tensor or a dict of tensors with a leading num_samples axis, passed to the model
+    cond          a tensor or a dict of tensors with a leading num_samples axis, handed to the network as ScoreModel says; a model
+                  that was trained with labels must be given them
     dtype         of the result; the run is float32, or float64 when that is asked for
     check         "final", "every" row or "off": where a run that is not finite is refused with NonFiniteError
                   (those that choose their steps look at each, whatever this says)
@@ -204,7 +205,11 @@ def sample(
     batch = max(num_samples, 1) if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
     trajectory = checks.integer("trajectory", trajectory, 0, 10**7)
     checks.function("callback", callback)
-    range_known = isinstance(model, ScoreModel)
+    clamps = isinstance(clip, str)
+    if clamps and (clip != "data" or not isinstance(model, ScoreModel)):
+        raise ConfigError(
+            f"clip must be (lo, hi), or 'data' with a ScoreModel, whose data_range it is, got {clip!r:.40}"
+        )
     variance = samplers.variance_of(sampler)
     if table is not None:
         _refuse_planned(
@@ -212,12 +217,14 @@ def sample(
             sampler=sampler,
             grid=grid,
             t_min=t_min,
-            clip=clip,
+            clip=None if clamps else clip,
             denoise=None if denoise else False,
         )
         learned = any(row.log_variance is not None for row in getattr(table, "rows", ()))
         variance = "learned_range" if learned else None
     model = as_model(model, sde, shape, prediction, time_input, variance)
+    pair = None if clip is None or clamps else _in_network_units(model, checks.pair("clip", clip))
+    callback = _in_data_units(model, callback)
     if math.prod((num_samples, *model.data_shape)) >= 2**48:
         raise ConfigError(
             f"num_samples={num_samples} of shape {model.data_shape} need more than 2**48 numbers: ask for fewer"
@@ -229,7 +236,7 @@ def sample(
     else:
         process, solver = _process_and_sampler(model, sde, steps, sampler)
     place = device_of(device, x_init, model.net)
-    if range_known and x_init is None and table is None:
+    if model.range_given and model.standardize is None and x_init is None and table is None:
         low, high = model.data_range
         spread = (high - low) / 8 if t_min is None and (grid is None or isinstance(grid, str)) else None
         said = misfit(process, max(abs(low), abs(high)), spread)
@@ -239,7 +246,7 @@ def sample(
         Request, model, num_samples, seed, first_sample, cond, x_init, state_dtype, place, backend, engine, check
     )  # made, and so its tensors looked at, once the rest is known to be right
     if table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
-        _refuse_fixed(solver, steps=steps, grid=grid, clip=clip, noise=noise, callback=callback)
+        _refuse_fixed(solver, steps=steps, grid=grid, clip=pair, noise=noise, callback=callback)
         end = end_time(model, sde, t_min, solver.default_t_min(process))
         if end >= process.t_start:
             raise ConfigError(
@@ -258,19 +265,28 @@ def sample(
     else:
         table = table or make_table(
             process, solver, steps, prediction=model.prediction, time_input=model.time_input, clock=model.process, grid=grid,
-            t_min=t_min, clip=clip, denoise=denoise,
+            t_min=t_min, clip=pair, denoise=denoise,
         )  # fmt: skip
         result = run_table(
             request(), table, noise=noise, batch=batch, trajectory=trajectory, callback=callback, progress=progress
         )
-    x = _like_start(_narrowed(result.x, dtype, check), x_init)
+    x = model.in_data_units(result.x)
+    if clamps:
+        x = x.clamp(*model.data_range)
+    elif t_min is None and check != "off":
+        left = 0.0 if result.table is None else 5 * result.table.end.sigma
+        warn_outside(
+            model, x, left if model.standardize is None else left * float(model.standardize[1].max()),
+            "take more steps, another sampler or grid, or clip='data'",
+        )  # fmt: skip
+    x = _like_start(_narrowed(x, dtype, check), x_init)
     if result.states is None and not return_info:
         return x
     info = SampleInfo(
         seed, result.calls, 0 if result.table is None else len(result.table), time.perf_counter() - began, result.backend,
         result.engine, result.why, result.table, result.nfe,
     )  # fmt: skip
-    states = [] if result.states is None else [_narrowed(result.states, dtype, check)]
+    states = [] if result.states is None else [_narrowed(model.in_data_units(result.states), dtype, check)]
     return (x, *states, *([info] if return_info else []))
 
 
@@ -305,6 +321,24 @@ def _refuse_planned(**options: Any) -> None:
             raise ConfigError(
                 f"{name}={value!r:.40} contradicts table, whose rows are run as they are: give it to plan"
             )
+
+
+def _in_network_units(model: ScoreModel, clip: tuple[float, float]) -> tuple[float, float]:
+    """A range in the data's units, in the network's."""
+    if model.standardize is None:
+        return clip
+    low, high = ((end - model.standardize[0]) / model.standardize[1] for end in clip)
+    if low.min() != low.max() or high.min() != high.max():
+        raise ConfigError(
+            f"clip={clip!r:.40} is another range for each of the features that the model standardizes: use clip='data'"
+        )
+    return float(low.min()), float(high.max())
+
+
+def _in_data_units(model: ScoreModel, callback: Callable[[int, float, Tensor], object] | None) -> Any:
+    if model.standardize is None or callback is None:
+        return callback
+    return lambda row, t, x: callback(row, t, model.in_data_units(x))
 
 
 def _refuse_fixed(solver: samplers.Sampler, **fixed: Any) -> None:

@@ -313,7 +313,6 @@ def test_a_run_asks_the_time_features_once(monkeypatch):
         UNet((1, 8, 8), channels=8, multipliers=(1,), num_classes=3),
     ):  # fmt: skip
         awake(net)
-        model = fastdiff.ScoreModel(net, "vp", data_shape=net.shape)
         x, times = torch.randn(4, *net.shape), torch.tensor([0.2, 0.7])
         labels = (None,) if net.num_classes is None else (None, torch.tensor([0, 3, 1, 2]))
         for y in labels:
@@ -324,6 +323,7 @@ def test_a_run_asks_the_time_features_once(monkeypatch):
                 for given in (features[k : k + 1], features[[k] * 4]):
                     assert torch.allclose(net(x, t, y, features=given), expected, atol=1e-5)
             cond = None if y is None else {"y": y}
+            model = fastdiff.ScoreModel(net, "vp", data_shape=net.shape, num_classes=0 if y is None else 4)
             calls, of_time = [], type(net).time_features
 
             def counted(self, t, calls=calls, of_time=of_time):

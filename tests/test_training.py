@@ -189,7 +189,7 @@ def recorded(steps, batch_size, samples=10):
     net = Recorder((2,), hidden=4, layers=1, num_classes=samples)
     net.calls = []
     data = Data(torch.zeros(samples, 2), torch.arange(samples), range=(-1.0, 1.0))
-    model = fastdiff.ScoreModel(net, "vp", data_shape=(2,))
+    model = fastdiff.ScoreModel(net, "vp", data_shape=(2,), data_range=(-1.0, 1.0))
     fastdiff.train(model, data, steps=steps, batch_size=batch_size, seed=3)
     assert len(net.calls) == steps
     return [torch.stack(values) for values in zip(*net.calls)]
@@ -605,14 +605,16 @@ def test_networks_that_cannot_be_trained_as_they_are_are_refused():
         loaded = fastdiff.load("digits-vp")
     with pytest.raises(ConfigError, match="inference_mode"):
         fastdiff.train(made, digits(), steps=1)
-    fastdiff.train(loaded, "digits", steps=1, batch_size=2)
+    pictures = fastdiff.load_data("digits")
+    pictures = Data(pictures.x, range=pictures.range, bins=pictures.bins)
+    fastdiff.train(loaded, pictures, steps=1, batch_size=2)
     lazy = fastdiff.ScoreModel(nn.LazyLinear(2), "vp", data_shape=(2,))
     with pytest.raises(ConfigError, match="lazy"):
         fastdiff.train(lazy, digits(), steps=1)
     with pytest.raises(DeviceError, match="meta"):
         fastdiff.train(tiny().to("meta"), digits(), steps=1)
     with pytest.raises(ConfigError, match=r"torch\.func"):
-        torch.func.vmap(lambda x: fastdiff.train(loaded, "digits", steps=1) or x)(torch.zeros(2))
+        torch.func.vmap(lambda x: fastdiff.train(loaded, pictures, steps=1) or x)(torch.zeros(2))
 
 
 @pytest.mark.parametrize("trainings", [2, 3])

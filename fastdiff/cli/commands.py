@@ -10,9 +10,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..model import ScoreModel
 
 # Threads that wait should sleep: spinning ones stall each other as soon as anything else runs on the machine.
 # Read once, when torch is loaded; a user's own setting wins.
@@ -49,14 +55,18 @@ def _sample(a: argparse.Namespace) -> None:
     from ..training import load
 
     model = load(a.model)
+    cond = None if a.cond is None else _array(a.cond, model)
+    count = a.num_samples if a.num_samples is not None else 16 if cond is None else len(cond)
+    if a.labels is not None or model.num_classes:
+        cond = _labels(a, model, count)
     out = _writable("--out", a.out, (".npy", ".png"))
     if out.suffix == ".png":
         from . import pictures
 
-        pictures.check_drawable(a.num_samples, model.data_shape)
+        pictures.check_drawable(count, model.data_shape)
     x, info = sample(
-        model, a.sde, a.steps, sampler=a.sampler, num_samples=a.num_samples, seed=a.seed, first_sample=a.first_sample,
-        batch_size=a.batch_size, grid=a.grid, return_info=True,
+        model, a.sde, a.steps, sampler=a.sampler, num_samples=count, seed=a.seed, first_sample=a.first_sample,
+        batch_size=a.batch_size, grid=a.grid, cond=cond, return_info=True,
     )  # fmt: skip
     if out.suffix == ".npy":
         with files.replacing(out) as handle:
@@ -77,7 +87,7 @@ def _train(a: argparse.Namespace) -> int:
     from ..model import ScoreModel
     from ..networks import build
     from ..planning import processes
-    from ..training import load_data, train
+    from ..training import Data, load_data, train
 
     data = load_data(a.data)
     network = a.network or ("mlp" if len(data.shape) == 1 else "unet")
@@ -86,11 +96,14 @@ def _train(a: argparse.Namespace) -> int:
         if data.labels is None:
             raise ConfigError(f"--classes needs labels, and {a.data} has none: leave it out")
         options["num_classes"] = data.num_classes
+    elif data.labels is not None:
+        print(f"fastdiff train: the labels of {a.data} are not used: --classes conditions on them", file=sys.stderr)
+        data = Data(data.x, range=data.range, bins=data.bins)
     with torch.random.fork_rng(devices=[]):  # the first weights are of the seed too
         torch.manual_seed(checks.integer("seed", a.seed, 0, 2**64 - 1))
         net = build(options)
-    # images in the usual ranges; vectors in the range of the data, so that samples come back in its units
-    data_range = data.range if len(data.shape) == 1 else (0.0, 1.0) if a.sde == "ve" else (-1.0, 1.0)
+    # images in the usual ranges; vectors stay in their own units
+    data_range = None if len(data.shape) == 1 else (0.0, 1.0) if a.sde == "ve" else (-1.0, 1.0)
     model = ScoreModel(net, processes.get(a.sde), a.prediction, data_shape=data.shape, data_range=data_range)
     with _signals() as received:
         done = train(
@@ -151,9 +164,11 @@ def _likelihood(a: argparse.Namespace) -> None:
     from . import likelihood_report
 
     model, data = load(a.model), load_data(a.data)
+    if a.labels is not None:
+        data = replace(data, labels=_labels(a, model, len(data)), num_classes=None, class_names=())
     report = likelihood_report.likelihood(
         model, data, a.num_samples, first_sample=a.first_sample, seed=a.seed, trace=a.trace, probes=a.probes, rtol=a.rtol,
-        atol=a.atol, t_min=a.t_min, batch_size=a.batch_size,
+        atol=a.atol, t_min=a.t_min, batch_size=a.batch_size, cond=None if a.cond is None else _array(a.cond, model),
     )  # fmt: skip
     if out is not None:
         report.save(out)
@@ -174,6 +189,37 @@ def _doctor(a: argparse.Namespace) -> None:
     from ..execution import ops
 
     print(f"fastdiff {metadata.version('fastdiff')}\n{ops.doctor()}")
+
+
+def _labels(a: argparse.Namespace, model: ScoreModel, count: int) -> Tensor:
+    """The labels of --labels, in turn, for so many samples."""
+    import torch
+
+    from ..errors import ConfigError
+
+    if not model.num_classes:
+        raise ConfigError(
+            "--labels needs a model that was trained with labels (fastdiff train --classes): leave it out"
+        )
+    allowed = f"from 0 to {model.num_classes - 1}, which the model was trained with: 3 for all, or 0,1,2 in turn"
+    if a.labels is None or a.cond is not None:
+        raise ConfigError(f"--labels, and not --cond, must say the labels {allowed}")
+    words = [word.strip() for word in a.labels.split(",")]
+    if not all(word.isascii() and word.isdecimal() and int(word[:9]) < model.num_classes for word in words):
+        raise ConfigError(f"--labels must be whole numbers {allowed}, got {a.labels!r:.40}")
+    return torch.tensor([int(words[i % len(words)]) for i in range(count)])
+
+
+def _array(value: str, model: ScoreModel) -> Tensor:
+    """The array of --cond as a tensor, floats in the network's precision."""
+    import torch
+
+    from .. import files
+    from ..data.readers import read_array
+    from ..model import dtype_of
+
+    array = torch.from_numpy(read_array(files.path("--cond", value)))
+    return array.to(dtype_of(model.net, torch.float32)) if array.is_floating_point() else array
 
 
 def _writable(option: str, value: str, suffixes: tuple[str, ...]) -> Path:
@@ -228,7 +274,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("sample", _sample, "Draw samples from a trained model.", of_a_model, of_a_plan)
     sub.add_argument("--sde", help="default: the process that the model was trained on")
     sub.add_argument("--steps", type=int)
-    sub.add_argument("-n", "--num-samples", type=int, default=16, help="how many samples (default: 16)")
+    sub.add_argument("-n", "--num-samples", type=int, help="how many samples (default: 16, or as many as --cond has)")
+    sub.add_argument("--labels", help="of a model trained with labels: 3 for all samples, or 0,1,2 in turn")
+    sub.add_argument("--cond", help="a .npy array of conditions, an entry for each sample")
     sub.add_argument("--first-sample", type=int, default=0, help="number of the first sample (default: 0)")
     sub.add_argument("--out", default="samples.npy", help="a .npy array or a .png picture (default: samples.npy)")
 
@@ -254,6 +302,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", required=True, help=data)
     sub.add_argument("-n", "--num-samples", type=int, default=64, help="at most this many of the data (default: 64)")
     sub.add_argument("--first-sample", type=int, default=0, help="index of the first in the data (default: 0)")
+    sub.add_argument("--labels", help="3 for all of the data, or 0,1,2 in turn (default: the data's own)")
+    sub.add_argument("--cond", help="a .npy array of conditions, an entry for each of the data")
     sub.add_argument("--trace", default="hutchinson", help="hutchinson (default), hutch++ or exact")
     sub.add_argument("--probes", type=int, default=2, help="of the trace, for each sample (default: 2)")
     sub.add_argument("--rtol", type=float, default=1e-5, help="relative tolerance of a step (default: 1e-5)")

@@ -56,9 +56,13 @@ class Likelihood:
 
 
 def likelihood(
-    model: ScoreModel, data: Data, num_samples: int, *, first_sample: int, seed: int, trace: str, probes: int, **options: Any
+    model: ScoreModel, data: Data, num_samples: int, *, first_sample: int, seed: int, trace: str, probes: int,
+    cond: Tensor | None = None, **options: Any,
 ) -> Likelihood:  # fmt: skip
-    """log p of at most `num_samples` of the data, from index `first_sample` on; the noise of sample i is that of (seed, i)."""
+    """log p of at most `num_samples` of the data, from index `first_sample` on; the noise of sample i is that of (seed, i).
+
+    cond  an entry for each of the data; default the labels, for a model that was trained with them
+    """
     began = time.perf_counter()
     if data.shape != model.data_shape:
         raise ShapeError(
@@ -68,7 +72,13 @@ def likelihood(
     first = checks.integer("first_sample", first_sample, 0, len(data) - 1)
     indices = range(first, first + min(checks.integer("num_samples", num_samples, 1, 2**32 - 1), len(data) - first))
     x, units = _in_model_units(data, model, indices, checks.integer("seed", seed, 0, 2**64 - 1))
-    cond = _labels(data, model, indices)
+    if cond is None:
+        cond = _labels(data, model)
+    if cond is not None and (cond.ndim == 0 or len(cond) != len(data)):
+        raise ShapeError(
+            f"--cond must have {len(data)} entries, one for each of the data, got shape {tuple(cond.shape)}"
+        )
+    cond = None if cond is None else cond[indices.start : indices.stop]
     result = log_likelihood(model, x, trace=trace, probes=probes, cond=cond, seed=seed, first_sample=first, **options)
     bits = None if data.bins is None else bits_per_dim(result, model.data_range, data.bins)
     if trace == "exact":
@@ -108,12 +118,13 @@ def _in_model_units(data: Data, model: ScoreModel, indices: range, seed: int) ->
     return data.batch(indices, data.range), "in their own units"
 
 
-def _labels(data: Data, model: ScoreModel, indices: range) -> dict[str, Tensor] | None:
-    """The labels, for a network that was trained with them."""
-    classes = getattr(model.net, "num_classes", None)
-    if classes is None:
+def _labels(data: Data, model: ScoreModel) -> Tensor | None:
+    """The labels, for a model that was trained with them."""
+    if not model.num_classes:
         return None
-    if data.labels is None or data.num_classes > classes:
+    if data.labels is None or data.num_classes is None or data.num_classes > model.num_classes:
         got = "no labels" if data.labels is None else f"{data.num_classes} classes"
-        raise ConfigError(f"data must have labels of the model's {classes} classes, got {got}: give labelled data")
-    return {"y": data.labels[indices.start : indices.stop]}
+        raise ConfigError(
+            f"data must have labels of the model's {model.num_classes} classes, got {got}: give labelled data, or --labels"
+        )
+    return data.labels

@@ -198,6 +198,15 @@ def _numpy_file(path: Path, has_labels: bool) -> tuple[np.ndarray, np.ndarray | 
             return _members(path, archive, has_labels)
 
 
+def read_array(path: Path) -> np.ndarray:
+    """The array of a .npy file of numbers."""
+    with _opened(path, " as a .npy file without pickle") as stream:
+        array = _npy(stream, os.fstat(stream.fileno()).st_size)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"it holds {array.dtype}, not numbers")
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+
+
 def _npy(stream: IO[bytes], size: int) -> np.ndarray:
     """The array of a .npy file of `size` bytes, which its header must describe to the byte."""
     shape, fortran, dtype = _npy_header(stream)

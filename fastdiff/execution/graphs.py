@@ -208,7 +208,7 @@ class GraphLoop(Loop):
     def _conditioned(self, cond: Condition) -> Condition:
         """The condition in the loop's memory, which the graphs read."""
         if isinstance(cond, dict):
-            return {name: self._copied(f"cond {name}", value) for name, value in cond.items()}
+            return type(cond)({name: self._copied(f"cond {name}", value) for name, value in cond.items()})
         return None if cond is None else self._copied("cond", cond)
 
     def _copied(self, name: str, value: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ def load(
         process = _process(config["process"], given, path)
         networks.adopt(network, config["net"])
         options = {name: config[name] for name in ("prediction", "time_input", "data_shape", "data_range", "variance")}
+        options |= {name: config.get(name) for name in ("num_classes", "standardize")}
         model = ScoreModel(network, process, **options)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CorruptCheckpointError(f"{files.shown(path)} does not describe a model: {short(error)}") from error
@@ -166,6 +167,8 @@ def describe(model: ScoreModel) -> dict[str, Any]:
         "data_shape": list(model.data_shape),
         "data_range": list(model.data_range),
         "variance": model.variance,
+        **({} if model.num_classes is None else {"num_classes": model.num_classes}),
+        **({} if model.standardize is None else {"standardize": [values.tolist() for values in model.standardize]}),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ from ..errors import (
     short,
     warn,
 )
-from ..execution import modules, noise, ops
+from ..execution import conditions, modules, noise, ops
 from ..execution.monitor import bar
 from ..execution.torch_private import foreach_lerp_, functorch_is_active
 from ..files import hold, reason, shown
@@ -93,7 +95,9 @@ def train(
     """Train `model` in place up to step `steps`, and leave it with the averaged (EMA) weights, in evaluation mode.
 
     data          a Data, or a source of fastdiff.load_data: arrays, .npy, .npz, IDX files, folders of images, "digits";
-                  scaled from its range to the model's data_range; its labels are used if the network has num_classes
+                  scaled from its range to the model's data_range; vectors without one are standardized, each column by its
+                  mean and std, and stay in their own units. Its labels are the condition, as in ScoreModel, of a network
+                  that takes one
     loss          "dsm", "simple" or "likelihood"; without a transition density "ism", "ssm" or "ssm_vr", the last two with
                   `probe` "rademacher" (default) or "normal" (fastdiff.losses.per_sample)
     lr, warmup    Adam (β 0.9, 0.999, ε 1e-8), linear warm-up over `warmup` steps, step n = 0, 1, … by
@@ -124,10 +128,14 @@ def train(
         raise ConfigError(
             "train must not be called within torch.func's transforms: call it outside of vmap, grad and jvp"
         )
-    described = files.describe(model)
+    files.describe(model)
     _check_tensors([*model.net.parameters(), *model.net.buffers()])
     source = load_data(data)
     _check_data(source, model, options["dequantize"])
+    facts = {"num_classes": _classes(source, model), **_units(source, model)}
+    fitted = copy.copy(model)
+    vars(fitted).update(facts)
+    described = files.describe(fitted)
     kind = losses.check(model, options["loss"], probe)
     options |= {"probe": kind} if options["loss"] in losses.SLICED else {}
     options |= {"data": source.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
@@ -137,6 +145,7 @@ def train(
         state = _State(model.net, options["lr"], options["ema"], options["ema_rule"])
         if folder is not None and resume and (folder / files.FILE).exists():
             described = state.read(folder / files.FILE, options, described)
+        vars(model).update(facts)
         began, first = time.perf_counter(), state.step
         with stepping(model.net):
             modes = [(module, module.training) for module in model.modules()]
@@ -292,9 +301,9 @@ class _State:
 
     @torch.no_grad()
     def _give_buffers_back(self) -> None:
-        for (module, name), (buffer, copy) in self.buffers.items():
+        for (module, name), (buffer, kept) in self.buffers.items():
             module._buffers[name] = buffer
-            buffer.copy_(copy)
+            buffer.copy_(kept)
 
     def _tensors(self, of: list[Tensor]) -> dict[str, Tensor]:
         """The network's tensors by name, with `of` in the place of the trained parameters."""
@@ -341,6 +350,8 @@ class _State:
         if not getattr(modules.inner(self.net), "scale_given", True) and isinstance(net, dict):
             # a chain's of an earlier version goes on with the time features that it had
             described = {**described, "net": {**described["net"], "time_scale": net.get("time_scale")}}
+        if isinstance(net, dict) and net.get("num_classes"):  # an earlier version used labels wherever there were any
+            header["model"].setdefault("num_classes", described.get("num_classes"))
         changed = _changed(path, header["model"], header["options"], described, options)
         files.check(self.net, parts["raw"], path)
         files.check(self.net, parts["net"], path)
@@ -399,15 +410,19 @@ class _Batches:
         self.data, self.model, self.seed = data, model, options["seed"]
         self.size, self.dequantize = options["batch_size"], options["dequantize"]
         self.device = next(model.net.parameters()).device
-        self.labels = data.labels if getattr(modules.inner(model.net), "num_classes", None) else None
+        self.labels = data.labels if model.num_classes else None
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]:
-        index, data_range = self._indices(step), self.model.data_range
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        index, own = self._indices(step), self.model.standardize is not None  # vectors in their own units
+        data_range = self.data.range if own else self.model.data_range
         if self.dequantize:
             x0 = self.data.dequantized(index, data_range, seed=self.seed, draw=step)
+        elif own and self.data.bins is None:
+            x0 = self.data.x.index_select(0, index).double()
         else:
             x0 = self.data.batch(index, data_range)
+        x0 = self.model.standardized(x0).float()
         # one time in each of B equal slices: uniform for every sample, and a quieter loss (Kingma et al. 2021, §I.1)
         u = noise.uniform(self.size, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
         u = (torch.arange(self.size, device=self.device) + u) / self.size
@@ -415,7 +430,7 @@ class _Batches:
             x0.to(self.device),
             self.model.process.training_times(u.clamp(max=1 - 2**-24)),
             ops.cursor(step, 0, self.seed, self.device),
-            None if self.labels is None else {"y": self.labels[index].to(self.device)},
+            None if self.labels is None else self.labels[index].to(self.device),
         )
 
     def _indices(self, step: int) -> Tensor:
@@ -440,7 +455,7 @@ def _changed(
     path: Path, model: dict[str, Any], was: dict[str, Any], described: dict[str, Any], options: dict[str, Any]
 ) -> list[str]:
     """What a run goes on with that was otherwise before; CheckpointMismatchError where it is another run."""
-    before, now = {**LATER, **model, **was}, json.loads(json.dumps({**described, **options}))
+    before, now = {**LATER, **model, **was}, json.loads(json.dumps({**options, **described}))
     for name, value in now.items():
         if name not in MAY_CHANGE and before.get(name) != value:
             raise CheckpointMismatchError(
@@ -513,12 +528,78 @@ def _check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
             f"variance must be None to train in this version, got a model with variance={model.variance!r}: build the "
             "ScoreModel without it"
         )
-    classes = getattr(modules.inner(model.net), "num_classes", None)
-    if classes and data.num_classes and data.num_classes > classes:
+
+
+def _classes(data: Data, model: ScoreModel) -> int | None:
+    """How many classes a training has: the data's, 0 where it leaves a network that takes labels without, None for one that takes
+    none."""
+    taken = model.takes
+    takes = taken.labels is not None and taken.classes != 0
+    if data.labels is None or data.num_classes is None or not takes:
+        if data.labels is not None:
+            warn(
+                f"the data have labels of {data.num_classes} classes, and the network takes none: build it with "
+                f"num_classes={data.num_classes}, or drop them, Data(data.x, range=data.range, bins=data.bins)"
+            )
+        if taken.needs:
+            raise ConfigError(f"the network takes {taken.shown:.80}, and train gives labels alone: give labelled data")
+        return 0 if takes else None
+    if taken.classes and data.num_classes > taken.classes:
         raise DataError(
-            f"data must have labels of at most num_classes={classes} of the network, got {data.num_classes} classes: "
+            f"data must have labels of at most num_classes={taken.classes} of the network, got {data.num_classes} classes: "
             f"build the network with num_classes={data.num_classes}"
         )
+    conditions.arranged(taken, data.labels[:1])
+    return data.num_classes
+
+
+def _units(data: Data, model: ScoreModel) -> dict[str, Any]:
+    """The facts of a model's units that a training sets: standardize and data_range for vectors, unless the model has either."""
+    own = {"data_range": data.range, "range_given": True}
+    if model.standardize is not None:
+        return {} if model.range_given else own
+    if len(data.shape) != 1:
+        return {"range_given": True}
+    if data.bins is not None:  # levels have one scale, which their range says
+        low, high = data.range
+        mean, std = np.full(data.shape, (low + high) / 2), np.full(data.shape, (high - low) / 2)
+    else:
+        mean, std = _moments(data.x.numpy())
+    constant = np.flatnonzero(std == 0)
+    vary = std[std > 0]
+    apart = f"{vary.min():.3g} to {vary.max():.3g}" if len(vary) and vary.max() > 100 * vary.min() else None
+    if model.range_given:
+        if apart:
+            warn(
+                f"the data's columns have standard deviations of {apart}, and one data_range for all leaves the smallest "
+                "below the noise: leave data_range out, and each column is standardized"
+            )
+        return {}
+    if apart:
+        warn(
+            f"the data's columns have standard deviations of {apart}: the network sees each standardized, and samples are in "
+            "the data's own units; give the ScoreModel a data_range to scale all columns alike"
+        )
+    if len(constant):
+        warn(
+            f"the data's columns {', '.join(map(str, constant[:5]))}{', …' * (len(constant) > 5)} are constant, and "
+            "standardized by 1: leave them out of the data"
+        )
+        std[constant] = 1.0
+    return {"standardize": (mean, std), **own}
+
+
+def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each column's mean and standard deviation, float64, in an order of additions that no thread count changes."""
+    pieces = [slice(start, start + 2**16) for start in range(0, len(x), 2**16)]
+    low, high = x.min(0), x.max(0)
+    with np.errstate(all="ignore"):
+        mean = sum(x[piece].sum(0, dtype=np.float64) for piece in pieces) / len(x)
+        mean = np.where(low == high, low.astype(np.float64), mean)
+        std = np.sqrt(sum(((x[piece] - mean) ** 2).sum(0) for piece in pieces) / len(x))
+    if not (np.isfinite(mean) & np.isfinite(std)).all():
+        raise DataError("x must have a mean and a variance that float64 holds: scale the data")
+    return mean, std
 
 
 @contextlib.contextmanager
