@@ -104,10 +104,21 @@ def log_likelihood(
     """
     solver = Adaptive(method, rtol, atol, variable, form, couple, max_nfe)
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
-    request, x, ends = _request(model, x, sde, t_min, prediction, time_input, cond, backend, "x", seed, first_sample)
+    request, state, ends = _request(
+        model, x, sde, t_min, prediction, time_input, cond, backend, "x", seed, first_sample
+    )
     traces, estimates = _traces(request, trace, probes, probe, derivative)
     solution = _follow(
-        request, x, ends, solver, batch_size, progress, "likelihood", traces=traces, integrals=estimates, columns=probes
+        request,
+        state,
+        ends,
+        solver,
+        batch_size,
+        progress,
+        "likelihood",
+        traces=traces,
+        integrals=estimates,
+        columns=probes,
     )
     std, numbers = request.model.process.prior_std, math.prod(request.model.data_shape)
     prior = -0.5 * (tree_sum((solution.y.double() / std) ** 2) + numbers * math.log(2 * math.pi * std**2))
@@ -128,7 +139,8 @@ def log_likelihood(
             f"x must have a log-likelihood that float64 holds, and that of sample {i} (largest |x| "
             f"{x[i].abs().max():.3g}) is {float(nats[i])}: check the units of x"
         )
-    return LogLikelihood(nats, stderr, solution.y, solution.nfe, x)
+    data = state if request.model.standardize is None else x.detach().to(state.dtype, copy=True)
+    return LogLikelihood(nats, stderr, solution.y, solution.nfe, data)
 
 
 @leaves_no_trace
@@ -249,7 +261,7 @@ def _request(
     first = checks.integer("first_sample", first_sample, 0, 2**32 - len(x))
     request = Request(model, len(x), seed, first, cond, x, dtype, device, backend, "eager", "final", start_name=name)
     request.resolved  # noqa: B018 (refuses a backend that is not there)
-    if has_range and name == "x" and x.numel():
+    if has_range and name == "x" and x.numel() and (model.range_given or model.standardize is None):
         (low, high), (least, most) = model.data_range, (float(end) for end in x.detach().aminmax())
         if least < 2 * low - high or most > 2 * high - low:
             warn(
