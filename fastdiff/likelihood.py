@@ -108,7 +108,9 @@ def log_likelihood(
     """
     solver = Adaptive(method, rtol, atol, variable, form, couple, max_nfe)
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
-    request, x, ends = _request(model, x, sde, t_min, prediction, time_input, cond, backend, "x", seed, first_sample)
+    request, state, ends = _request(
+        model, x, sde, t_min, prediction, time_input, cond, backend, "x", seed, first_sample
+    )
     traces, estimates = _traces(request, trace, probes, probe, derivative)
     # the graphs of torch.compile allow one product, and no forward-mode derivatives
     one = isinstance(probes, int) and probes == 1
@@ -116,7 +118,7 @@ def log_likelihood(
     with contextlib.nullcontext() if alone else uncompiled():
         solution = _follow(
             request,
-            x,
+            state,
             ends,
             solver,
             batch_size,
@@ -145,7 +147,8 @@ def log_likelihood(
             f"x must have a log-likelihood that float64 holds, and that of sample {i} (largest |x| "
             f"{x[i].abs().max():.3g}) is {float(nats[i])}: check the units of x"
         )
-    return LogLikelihood(nats, stderr, solution.y, solution.nfe, x)
+    data = state if request.model.standardize is None else x.detach().to(state.dtype, copy=True)
+    return LogLikelihood(nats, stderr, solution.y, solution.nfe, data)
 
 
 @leaves_no_trace
@@ -273,7 +276,8 @@ def _request(
         seen = model.standardized(given) if name == "x" else given
     if name == "x" and x.numel():
         (low, high), (least, most) = model.data_range, (float(end) for end in given.aminmax())
-        if has_range and (least < 2 * low - high or most > 2 * high - low):
+        told = has_range and (model.range_given or model.standardize is None)
+        if told and (least < 2 * low - high or most > 2 * high - low):
             warn(
                 f"x runs from {least:g} to {most:g}, far outside of the model's data_range ({low:g}, {high:g}): is it in "
                 "other units?",

@@ -66,7 +66,7 @@ def _sample(a: argparse.Namespace) -> None:
         pictures.check_drawable(count, model.data_shape)
     x, info = sample(
         model, a.sde, a.steps, sampler=a.sampler, num_samples=count, seed=a.seed, first_sample=a.first_sample,
-        batch_size=a.batch_size, grid=a.grid, cond=cond, return_info=True,
+        batch_size=a.batch_size, grid=a.grid, clip=_clip(a.clip), cond=cond, return_info=True,
     )  # fmt: skip
     if out.suffix == ".npy":
         with files.replacing(out) as handle:
@@ -210,6 +210,19 @@ def _labels(a: argparse.Namespace, model: ScoreModel, count: int) -> Tensor:
     return torch.tensor([int(words[i % len(words)]) for i in range(count)])
 
 
+def _clip(value: str | None) -> Any:
+    """--clip as `sample` takes it."""
+    from ..errors import ConfigError
+
+    if value in (None, "data"):
+        return value
+    try:
+        low, high = map(float, value.split(","))  # type: ignore[union-attr]
+    except ValueError:
+        raise ConfigError(f"--clip must be data, or two numbers as in --clip=-1,1, got {value!r:.40}") from None
+    return low, high
+
+
 def _array(value: str, model: ScoreModel) -> Tensor:
     """The array of --cond as a tensor, floats in the network's precision."""
     import torch
@@ -278,6 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--labels", help="of a model trained with labels: 3 for all samples, or 0,1,2 in turn")
     sub.add_argument("--cond", help="a .npy array of conditions, an entry for each sample")
     sub.add_argument("--first-sample", type=int, default=0, help="number of the first sample (default: 0)")
+    sub.add_argument("--clip", help="data: clamp the samples to the data's range; --clip=-1,1: the predictions of x0")
     sub.add_argument("--out", default="samples.npy", help="a .npy array or a .png picture (default: samples.npy)")
 
     sub = command("train", _train, "Train a model on arrays, IDX files, a folder of images, or 'digits'.")
