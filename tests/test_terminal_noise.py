@@ -153,6 +153,45 @@ def test_noise_says_nothing_of_the_data_where_there_is_none(prediction):
     fastdiff.sample(exact(Straight(), prediction), Straight(), grid=[start, 0.5], sampler="ddim", **options)
 
 
+@pytest.mark.parametrize(
+    ("process", "said"),
+    [
+        (fastdiff.OU(T=0.1), r"prior of 'ou' does not cover data as large as 1, .* is 0\.47"),
+        (fastdiff.VE(0.5, 50.0), "lowest noise of 've', .*0.5, is above"),
+        (fastdiff.OU(), None),
+        (fastdiff.VE(), None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the samples run from")
+def test_data_that_the_process_does_not_cover_are_said(process, said):
+    """σ/α at the start against the largest number, at the end against the deviation: in runs, trainings and likelihoods."""
+    model = fastdiff.ScoreModel(Timed(torch.nn.Linear(2, 2)), process, "eps", data_shape=(2,), data_range=(-1, 1))
+    spread = 1.0 if process.name == "ou" else 0.1
+    data = fastdiff.Data(torch.linspace(-spread, spread, 64).view(32, 2), range=(-1, 1))
+    x = torch.tensor([[-1.0, 1.0]])
+    for call in (
+        lambda: fastdiff.sample(model, steps=3, num_samples=2),
+        lambda: fastdiff.log_likelihood(model, x, rtol=0.1, atol=0.1),
+        lambda: fastdiff.encode(model, x, rtol=0.1, atol=0.1),
+        lambda: fastdiff.train(model, data, steps=1, batch_size=2),
+    ):
+        if said is None:
+            call()
+        else:
+            with pytest.warns(UserWarning, match=said) as caught:
+                call()
+            assert caught[0].filename == __file__
+
+
+class Timed(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t):
+        return self.net(x)
+
+
 def test_processes_that_cover_the_data_start_at_T():
     for process in (
         fastdiff.VP(),

@@ -38,6 +38,7 @@ from ..execution.monitor import bar
 from ..execution.torch_private import foreach_lerp_, functorch_is_active
 from ..files import hold, reason, shown
 from ..model import ScoreModel, leaves_no_trace, stepping
+from ..planning.coverage import misfit
 from ..planning.schedules import ema_decay
 from . import checkpoint as files
 
@@ -136,6 +137,7 @@ def train(
     fitted = copy.copy(model)
     vars(fitted).update(facts)
     described = files.describe(fitted)
+    _check_scale(source, fitted)
     kind = losses.check(model, options["loss"], probe)
     options |= {"probe": kind} if options["loss"] in losses.SLICED else {}
     options |= {"data": source.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
@@ -587,6 +589,15 @@ def _units(data: Data, model: ScoreModel) -> dict[str, Any]:
         )
         std[constant] = 1.0
     return {"standardize": (mean, std), **own}
+
+
+def _check_scale(data: Data, model: ScoreModel) -> None:
+    """Say where the process does not suit the data's scale, by up to 1024 of them."""
+    if model.standardize is None:
+        some = data.batch(torch.arange(0, len(data), -(-len(data) // 1024), device="cpu"), model.data_range)
+        said = misfit(model.process, float(some.abs().max()), float(some.std()) if some.numel() > 1 else None)
+        if said is not None:
+            warn(said)
 
 
 def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
