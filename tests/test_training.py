@@ -708,7 +708,7 @@ def test_labels_that_the_network_cannot_tell_apart_are_refused():
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-SAVED = [fastdiff.VE(0.02, 7.0), fastdiff.DDPM("cosine", T=20), fastdiff.NCSN([3.0, 1.0]), fastdiff.EDM(0.3)]
+SAVED = [fastdiff.VE(0.02, 7.0), fastdiff.DDPM("cosine", T=20), fastdiff.NCSN([3.0, 0.2]), fastdiff.EDM(0.3)]
 
 
 @pytest.mark.parametrize("sde", SAVED, ids=repr)
