@@ -128,6 +128,15 @@ class ScoreModel(nn.Module):
                 raise ConfigError(f"t must lie in {allowed}, got {value:g}")
         return times.expand(len(x))
 
+    def __repr__(self) -> str:
+        net = modules.inner(self.net)
+        variance = "" if self.variance is None else f", variance={self.variance!r}"
+        return (
+            f"{type(self).__name__.lstrip('_')}({getattr(net, '__name__', type(net).__name__)}, {short(self.process, 90)}, "
+            f"prediction={self.prediction!r}, time_input={short(self.time_input)}, data_shape={self.data_shape}, "
+            f"data_range={self.data_range}{variance})"
+        )
+
     def score(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """∇ log p_t(x), [B, *]."""
         return self.predict("score", x, t, cond)
@@ -139,6 +148,20 @@ class _Described(ScoreModel):
     fits_times = False
 
 
+_loaders: list[Callable[[Any], ScoreModel]] = []
+
+
+def loads(function: R) -> R:
+    """Register the function that loads a model by its path or name, which stands above this module."""
+    _loaders[:] = [function]  # type: ignore[list-item]
+    return function
+
+
+def opened(model: Any) -> Any:
+    """The model of a path or a shipped name; anything else as it is."""
+    return _loaders[0](model) if isinstance(model, (str, os.PathLike)) and _loaders else model
+
+
 def as_model(
     model: Any, sde: Any, shape: Any, prediction: str | None, time_input: str | None, variance: str | None = None
 ) -> ScoreModel:
@@ -146,6 +169,7 @@ def as_model(
 
     variance   what the sampler needs where the model says nothing of it
     """
+    model = opened(model)
     if isinstance(model, ScoreModel):
         facts = {"prediction": model.prediction, "time_input": model.time_input, "shape": model.data_shape}
         claims = {"prediction": prediction, "time_input": time_input, "shape": shape and tensor_checks.shape_of(shape)}

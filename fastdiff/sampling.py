@@ -146,9 +146,9 @@ def sample(
 ) -> Any:
     """Draw samples [num_samples, *shape] from a score-based model, in the units of its `data_range` (not clamped to it).
 
-    model         a ScoreModel, or any callable (x [B, *shape], t [B]) -> [B, *shape]: then `sde` and `shape` are needed,
-                  `prediction` is "score" and t the process time unless said otherwise. x and t are the run's own buffers,
-                  overwritten for the next call: a model that keeps them must clone them
+    model         a ScoreModel, the path or name of one (fastdiff.load), or any callable (x [B, *shape], t [B]) -> [B, *shape]:
+                  then `sde` and `shape` are needed, `prediction` is "score" and t the process time unless said otherwise.
+                  x and t are the run's own buffers, overwritten for the next call: a model that keeps them must clone them
     sde           "ve", "vp", "subvp", "ddpm", "ncsn", "edm", "ou" or a process; default the model's own. A discrete
                   chain whose levels lie on the model's path (DDPM where α² + σ² = 1, NCSN where α = 1) runs on it
     steps         predictor steps (annealed Langevin: levels × steps per level); default 1000, all steps of a chain, or

@@ -97,7 +97,7 @@ CONFIGURATION = [
     ({"t_min": 0.0, "sampler": PredictorCorrector(order="predictor_first")}, ConfigError, "sigma = 0"),
     ({"sampler": "heun", "grid": "score_sde"}, ConfigError, "score_sde"),
     ({"sampler": "ancestral", "grid": "score_sde", "steps": 20}, ConfigError, "beta_max"),
-    ({"sampler": "annealed_langevin", "steps": 7}, ConfigError, "use 5"),
+    ({"sampler": "annealed_langevin", "steps": 7}, ConfigError, "use 10"),
     ({"sampler": "annealed_langevin", "steps": 8}, ConfigError, "use 10"),
     ({"sde": "ncsn", "steps": 14}, ConfigError, "use 10"),
     ({"sde": "ncsn", "steps": 3}, ConfigError, "use 10"),

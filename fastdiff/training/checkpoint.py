@@ -22,7 +22,7 @@ from ..errors import (
     warn,
 )
 from ..execution import modules
-from ..model import ScoreModel
+from ..model import ScoreModel, loads
 from ..planning import processes
 from . import tensor_file
 
@@ -54,6 +54,7 @@ def save(model: ScoreModel, path: str | os.PathLike[str]) -> Path:
     return write(path, {"net." + name: value for name, value in modules.state(model.net).items()}, header)
 
 
+@loads
 @torch.inference_mode(False)
 @names_keywords
 def load(
