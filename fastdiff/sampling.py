@@ -196,6 +196,7 @@ def sample(
     batch = max(num_samples, 1) if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
     trajectory = checks.integer("trajectory", trajectory, 0, 10**7)
     checks.function("callback", callback)
+    denoise, return_info = checks.flag("denoise", denoise), checks.flag("return_info", return_info)
     model = as_model(model, sde, shape, prediction, time_input, samplers.variance_of(sampler))
     if math.prod((num_samples, *model.data_shape)) >= 2**48:
         raise ConfigError(

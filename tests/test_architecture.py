@@ -22,7 +22,7 @@ RULES = {
     "errors": set(),
     "checks": {"errors"},
     "files": {"errors"},
-    "table": {"errors", "files"},
+    "table": {"errors", "files", "checks"},
     "planning": BASE | {"table"},
     "execution": BASE | {"table", "kernels"},
     "kernels": set(),

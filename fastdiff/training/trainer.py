@@ -110,6 +110,7 @@ def train(
         {"loss": loss, "batch_size": batch_size, "lr": lr, "warmup": warmup, "decay": decay, "grad_clip": grad_clip,
          "ema": ema, "dequantize": dequantize, "seed": seed}, steps, checkpoint_every,
     )  # fmt: skip
+    resume = checks.flag("resume", resume)
     checks.function("callback", callback)
     checks.function("stop", stop)
     if functorch_is_active():
