@@ -20,7 +20,7 @@ from .execution.adaptive import Solution
 from .execution.divergence import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus, Probes, Reverse, uncompiled
 from .execution.noise import PROBES
 from .execution.reference import tree_sum
-from .model import ScoreModel, as_model, device_of, leaves_no_trace, parameters, warn_outside
+from .model import ScoreModel, as_model, device_of, leaves_no_trace, opened, parameters, warn_outside
 from .planning.coverage import misfit
 from .planning.predictions import TimeInput
 from .planning.samplers import Adaptive
@@ -263,6 +263,7 @@ def _request(
 ) -> tuple[Request, Tensor, tuple[float, float]]:  # fmt: skip
     """What the public functions share: their arguments checked, x (called `name`) in the dtype of the state, and (t_min, T)."""
     _check_samples(name, x)
+    model = opened(model)
     has_range = isinstance(model, ScoreModel)
     model = as_model(model, sde, None if has_range else tuple(x.shape[1:]), prediction, time_input)
     ends = end_time(model, sde, t_min, model.process.t_likelihood), model.process.t_start

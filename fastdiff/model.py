@@ -200,6 +200,17 @@ class ScoreModel(nn.Module):
             conditions.check_labels(conditions.labels_of(taken, given), count, self.num_classes, looks)
         return given
 
+    def __repr__(self) -> str:
+        net = modules.inner(self.net)
+        extra = "" if self.variance is None else f", variance={self.variance!r}"
+        extra += f", num_classes={self.num_classes}" if self.num_classes else ""
+        extra += "" if self.standardize is None else ", standardized"
+        return (
+            f"{type(self).__name__.lstrip('_')}({getattr(net, '__name__', type(net).__name__)}, {short(self.process, 90)}, "
+            f"prediction={self.prediction!r}, time_input={short(self.time_input)}, data_shape={self.data_shape}, "
+            f"data_range={self.data_range}{extra})"
+        )
+
     def score(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """∇ log p_t(x), [B, *]."""
         return self.predict("score", x, t, cond)
@@ -233,6 +244,20 @@ def warn_outside(model: ScoreModel, x: Tensor, slack: float, way: str) -> None:
         warn(f"the samples run from {least:.4g} to {most:.4g}, far outside of data_range ({low:g}, {high:g}): {way}")
 
 
+_loaders: list[Callable[[Any], ScoreModel]] = []
+
+
+def loads(function: R) -> R:
+    """Register the function that loads a model by its path or name, which stands above this module."""
+    _loaders[:] = [function]  # type: ignore[list-item]
+    return function
+
+
+def opened(model: Any) -> Any:
+    """The model of a path or a shipped name; anything else as it is."""
+    return _loaders[0](model) if isinstance(model, (str, os.PathLike)) and _loaders else model
+
+
 def as_model(
     model: Any, sde: Any, shape: Any, prediction: str | None, time_input: predictions.TimeInput | None,
     variance: str | None = None,
@@ -241,6 +266,7 @@ def as_model(
 
     variance   what the sampler needs where the model says nothing of it
     """
+    model = opened(model)
     if isinstance(model, ScoreModel):
         facts = {"prediction": model.prediction, "time_input": model.time_input, "shape": model.data_shape}
         claims = {"prediction": prediction, "time_input": time_input, "shape": shape and tensor_checks.shape_of(shape)}

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks
 from .errors import ConfigError, DataError, DTypeError, choose, names_keywords, short, warn
 from .execution import loop, tensor_checks
-from .model import ScoreModel, as_model, check_path, device_of, leaves_no_trace, warn_outside
+from .model import ScoreModel, as_model, check_path, device_of, leaves_no_trace, opened, warn_outside
 from .planning import chains, processes, samplers
 from .planning.coverage import misfit
 from .planning.plan import MAX_STEPS, check_table, make_table
@@ -150,10 +150,10 @@ def sample(
 ) -> Any:
     """Draw samples [num_samples, *shape] from a score-based model, in the units of its `data_range` (not clamped to it).
 
-    model         a ScoreModel, or any callable (x [B, *shape], t [B]) -> [B, *shape]: then `sde` and `shape` are needed,
-                  `prediction` is "score" and t the process time unless said otherwise (on a DDPM chain the step from 0, "index",
-                  of a network that predicts anything but a score). x and t are the run's own buffers, overwritten for the
-                  next call: a model that keeps them must clone them
+    model         a ScoreModel, the path or name of one (fastdiff.load), or any callable (x [B, *shape], t [B]) -> [B, *shape]:
+                  then `sde` and `shape` are needed, `prediction` is "score" and t the process time unless said otherwise (on a
+                  DDPM chain the step from 0, "index", of a network that predicts anything but a score). x and t are the run's
+                  own buffers, overwritten for the next call: a model that keeps them must clone them
     sde           "ve", "vp", "subvp", "ddpm", "ncsn", "edm", "ou" or a process; default the model's own. A discrete
                   chain whose levels lie on the model's path (DDPM where α² + σ² = 1, NCSN where α = 1) runs on it
     steps         predictor steps (annealed Langevin: levels × steps per level); default 1000, all steps of a chain, or
@@ -205,6 +205,8 @@ def sample(
     batch = max(num_samples, 1) if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
     trajectory = checks.integer("trajectory", trajectory, 0, 10**7)
     checks.function("callback", callback)
+    denoise, return_info = checks.flag("denoise", denoise), checks.flag("return_info", return_info)
+    model = opened(model)
     clamps = isinstance(clip, str)
     if clamps and (clip != "data" or not isinstance(model, ScoreModel)):
         raise ConfigError(

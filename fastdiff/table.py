@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import files
+from . import checks, files
 from .errors import ConfigError
 
 MAX_HISTORY = 4
@@ -191,7 +191,8 @@ class StepTable:
         """The table as text; beyond `limit` rows (None: no limit) the middle is left out."""
         head = ["row", "label", "t", "sigma", "network time", "h0", "x <-"]
         lines = [[str(k), *_describe(row)] for k, row in enumerate(self.rows)]
-        if limit is not None and len(lines) > limit:
+        limit = len(lines) if limit is None else checks.integer("limit", limit, 1, 10**9)
+        if len(lines) > limit:
             top = max(limit - limit // 3, 1)
             lines[top : len(lines) - limit // 3] = [["…", f"{len(lines) - limit} rows", "", "", "", "", ""]]
         widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]

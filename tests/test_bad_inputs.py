@@ -97,7 +97,7 @@ CONFIGURATION = [
     ({"t_min": 0.0, "sampler": PredictorCorrector(order="predictor_first")}, ConfigError, "sigma = 0"),
     ({"sampler": "heun", "grid": "score_sde"}, ConfigError, "score_sde"),
     ({"sampler": "ancestral", "grid": "score_sde", "steps": 20}, ConfigError, "beta_max"),
-    ({"sampler": "annealed_langevin", "steps": 7}, ConfigError, "use 5"),
+    ({"sampler": "annealed_langevin", "steps": 7}, ConfigError, "use 10"),
     ({"sampler": "annealed_langevin", "steps": 8}, ConfigError, "use 10"),
     ({"sde": "ncsn", "steps": 14}, ConfigError, "use 10"),
     ({"sde": "ncsn", "steps": 3}, ConfigError, "use 10"),
@@ -577,3 +577,51 @@ def test_what_a_network_raises_comes_out_as_the_same_object(error):
         assert caught.value is error, name
         assert net.training, name
         assert torch.is_grad_enabled(), name
+
+
+# --- flags and numbers that are another kind ------------------------------------------------------------------------------------
+
+NO_FLAGS = (1, 0, "no", "False", 1.0, [], torch.tensor(True))
+NO_NUMBERS = (True, "1", NAN, INF, [1], 10**400, 1j)
+TOY = torch.linspace(-1, 1, 24).view(8, 3)
+
+
+def trained(**options):
+    model = fastdiff.ScoreModel(fastdiff.networks.MLP((3,), hidden=4, layers=1), "vp", "eps", data_shape=(3,))
+    return fastdiff.train(model, TOY, **{"steps": 1, "batch_size": 2, "progress": False, **options})
+
+
+def untouched(**options):
+    return fastdiff.sample(never, **{**GOOD, "progress": False, **options})
+
+
+def likely(**options):
+    return fastdiff.log_likelihood(never, TOY, **{**QUICK, "progress": False, **options})
+
+
+KINDS = [
+    *((untouched, name, NO_FLAGS) for name in ("denoise", "return_info", "progress")),
+    *((untouched, name, (*NO_NUMBERS, 1.5)) for name in ("steps", "num_samples", "first_sample", "batch_size", "seed")),
+    (untouched, "trajectory", (*NO_NUMBERS, 1.5)),
+    (untouched, "t_min", NO_NUMBERS), (untouched, "clip", NO_NUMBERS),
+    *((likely, name, NO_FLAGS) for name in ("couple", "progress")),
+    *((likely, name, NO_NUMBERS) for name in ("rtol", "atol", "t_min")),
+    *((likely, name, (*NO_NUMBERS, 1.5)) for name in ("probes", "max_nfe", "first_sample", "seed", "batch_size")),
+    *((trained, name, NO_FLAGS) for name in ("decay", "dequantize", "resume", "progress")),
+    *((trained, name, NO_NUMBERS) for name in ("lr", "ema", "grad_clip")),
+    *((trained, name, (*NO_NUMBERS, 1.5)) for name in ("steps", "batch_size", "warmup", "seed", "checkpoint_every")),
+    *((trained, name, (1, "x", True)) for name in ("callback", "stop")),
+    (lambda limit: fastdiff.plan("vp", 5).explain(limit), "limit", (*NO_NUMBERS, 1.5, 0, -1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "name", "values"), KINDS)
+def test_flags_are_flags_and_numbers_are_numbers(call, name, values):
+    for value in values:
+        with pytest.raises(FastdiffError, match=rf"\b{name}\b"):
+            call(**{name: value})
+
+
+def test_a_run_without_stderr(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    fastdiff.sample(linear, **GOOD)

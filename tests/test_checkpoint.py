@@ -72,7 +72,10 @@ def test_load_in_inference_mode_gives_weights_that_can_be_trained(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
         (b"\n <!DOCTYPE html><html></html>", "HTML"),
         (b"GGUF" + bytes(60), "GGUF"),
-        (b"", "not a whole checkpoint"),
+        (b"", "empty"),
+        (b" \n", "empty"),
+        (b'{"a": 1}', "a text file"),
+        (b"lr: 1\nema: 0.999\n" * 10, "a text file"),
         (struct.pack("<Q", 2**60) + b"{}", "longer than the file"),
     ],
 )
@@ -86,6 +89,8 @@ def test_safetensors_and_folders_of_other_libraries_are_named(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {"format": "pt"})
     with pytest.raises(CorruptCheckpointError, match=r"fastdiff\.save did not write: fill your network"):
         fastdiff.load(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"but a\.safetensors: give the path of a file"):
+        fastdiff.load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="diffusers or another library"):
         fastdiff.load(tmp_path)

@@ -388,3 +388,140 @@ def test_nearest_is_brute_force():
     a, b = rng.normal(size=(7, 5)), rng.normal(size=(9, 5))
     brute = [min(np.linalg.norm(x - y) for y in b) for x in a]
     np.testing.assert_allclose(demo.nearest(a, b), brute)
+
+
+def parsers():
+    """(command, parser) of all commands."""
+    found = commands._parser()
+    (sub,) = [action for action in found._actions if action.dest == "command"]
+    return sub.choices.items()
+
+
+@pytest.mark.parametrize(("command", "parser"), parsers())
+def test_every_option_says_what_it_is_and_what_holds_without_it(command, parser):
+    for action in parser._actions:
+        assert action.help, f"{command} {action.dest}"
+        if action.option_strings and not action.required and action.nargs != 0:
+            assert "default" in action.help or action.default is None, f"{command} {action.dest}"
+            if action.default not in (None, ""):
+                assert (
+                    f"{action.default:g}" if isinstance(action.default, float) else str(action.default) in action.help
+                )
+
+
+def test_output_that_is_not_utf_8():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for arguments, status in ((["plan", "vp", "5"], 0), (["plan", "σ", "5"], 2)):
+        done = subprocess.run([sys.executable, "-m", "fastdiff", *arguments], capture_output=True, env=environment)
+        assert done.returncode == status, done.stderr
+        assert b"Traceback" not in done.stderr
+        assert rb"\u03c3" in done.stdout + done.stderr or status == 0
+        (done.stdout + done.stderr).decode("ascii")
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = [sys.executable, "-m", "fastdiff", "plan", "vp", "3000", "--all"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        started.stdout.close()
+        assert started.stderr.read() == b""
+        assert started.wait() == 128 + signal.SIGPIPE
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """A command run in this process, within tmp_path: (exit status, what it said)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        status = commands.main([str(each) for each in arguments])
+        return status, "".join(capsys.readouterr())
+
+    return call
+
+
+def pictures(folder, *shapes):
+    folder.mkdir()
+    for k, shape in enumerate(shapes):
+        Image.fromarray(np.full(shape, 40 * k, np.uint8)).save(folder / f"{k}.png")
+
+
+ARRAYS = {"last": (8, 6, 6, 3), "grey": (8, 6, 6)}
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [("sizes", ["--size", 6, 6]), ("greys", ["--channels", 1]), ("greys", ["--channels", 3]),
+     *((f"{name}.{dtype}.npy", ["--channels", how]) for dtype in ("uint8", "float32")
+       for name, how in (("last", "last"), ("last", "first"), ("grey", 1), ("grey", "first")))],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:x holds floats")
+def test_the_command_takes_the_options_that_its_refusals_name(tmp_path, command, source, options):
+    pictures(tmp_path / "sizes", (6, 5, 3), (7, 5, 3), (6, 6, 3))
+    pictures(tmp_path / "greys", (6, 5, 3), (6, 5))
+    for name, shape in ARRAYS.items():
+        for dtype in ("uint8", "float32"):
+            np.save(tmp_path / f"{name}.{dtype}.npy", (np.random.default_rng(0).random(shape) * 200).astype(dtype))
+    start = ["train", source, "--out", "m", "--steps", 1, "--batch-size", 2]
+    status, said = command(*start)
+    assert status == 2
+    assert options[0] in said
+    assert not (tmp_path / "m").exists()
+    status, said = command(*start, *options)
+    assert status == 0, said
+    if options[-1] != "first":
+        assert command("sample", "m", "--steps", 1, "-n", 2, "--out", "s.png")[0] == 0
+
+
+FACTORY = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+
+    def forward(self, x, t, y=None):
+        return self.layer(x)
+
+net = Net()
+made = Net
+number = 3
+"""
+
+
+def test_a_network_of_ones_own_by_the_command(tmp_path, command, monkeypatch):
+    pairs(tmp_path)
+    (tmp_path / "net_of_mine.py").write_text(FACTORY)
+    (tmp_path / "numpy.py").write_text("raise SystemExit('hijacked')")
+    monkeypatch.delitem(sys.modules, "net_of_mine", raising=False)
+    start = ["train", "data.npy", "--out", "m", "--steps", 2, "--batch-size", 4, "--prediction", "eps"]
+    for name in ("net_of_mine:made", "net_of_mine.py:made", "net_of_mine:net"):
+        assert command(*start, "--net", name, "--fresh")[0] == 0
+        status, said = command("sample", "m", "--steps", 2, "-n", 3, "--clip", -1, 1, "--t-min", 0.01, "--net", name)
+        assert status == 0, said
+        status, said = command(
+            "likelihood", "m", "--data", "data.npy", "-n", 2, "--rtol", 0.1, "--atol", 0.1, "--net", name
+        )
+        assert status == 0, said
+    assert os.getcwd() not in sys.path
+    assert "--net" in command("sample", "m")[1]
+    for name, words in (
+        ("net_of_mine", "module:factory"), ("none:made", "imported"), ("net_of_mine:no", "has no no"), (":", "module:factory"),
+        ("net_of_mine:number", "int"), ("none.py:made", "a file that there is"),
+    ):  # fmt: skip
+        status, said = command(*start, "--net", name)
+        assert status == 2, name
+        assert words in said, name
+
+
+def test_data_described_by_options(tmp_path, command):
+    pairs(tmp_path)
+    np.save(tmp_path / "labels.npy", np.arange(40) % 3)
+    start = ["train", "data.npy", "--out", "m", "--steps", 2, "--batch-size", 4]
+    said = command(*start, "--labels", "labels.npy", "--classes", "--bins", 2)[1]
+    assert "--bins" in said  # continuous data stand on no levels
+    status, said = command(*start, "--labels", "labels.npy", "--classes", "--range", -2, 2)
+    assert status == 0, said
+    model = fastdiff.load(tmp_path / "m")
+    assert (model.net.num_classes, model.data_range) == (3, (-2.0, 2.0))
+    assert command(*start, "--labels", "none.npy")[0] == 2

@@ -312,7 +312,9 @@ def test_channels_last():
     assert data.shape == (3, 6, 5)
     assert np.array_equal(data.x.numpy(), x.transpose(0, 3, 1, 2))
     assert load_data(x, channels="first").shape == (6, 5, 3)
-    assert load_data(x / np.float32(255)).shape == (6, 5, 3)
+    with pytest.warns(UserWarning, match='give channels="last"'):
+        assert load_data(x / np.float32(255)).shape == (6, 5, 3)
+    assert load_data(x / np.float32(255), channels="first").shape == (6, 5, 3)
     assert load_data(pictures(4, 3, 5, 3)).shape == (3, 5, 3)
 
 
@@ -640,7 +642,7 @@ BAD_CALLS = {
         "x must be a tensor, got ndarray",
     ),
     "quantise shape": (lambda: Data(BYTES).quantise(torch.zeros(2, 3), (0, 1)), ShapeError, r"\[B, 2\], got \[2, 3\]"),
-    "quantise scalar": (lambda: Data(BYTES).quantise(torch.tensor(1.0), (0, 1)), ShapeError, r"got \[\]"),
+    "quantise scalar": (lambda: Data(BYTES).quantise(torch.tensor(1.0), (0, 1)), ShapeError, r"got shape \[\]"),
     "quantise nan": (
         lambda: Data(BYTES).quantise(NAN, (0, 1)),
         DataError,

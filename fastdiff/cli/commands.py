@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import metadata
@@ -26,18 +28,56 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; a wrong argument ends in one sentence and exit status 2."""
-    arguments = _parser().parse_args(argv)
+    """Run one command; a wrong argument ends in one sentence and exit status 2, as does output that nobody reads in 141."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows α as an escape
+    try:
+        try:
+            return _run(argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`; what is left to write is not to be tried again at the end of Python
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+
+
+def _run(argv: list[str] | None) -> int:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     from ..errors import FastdiffError
 
     try:
         return arguments.run(arguments) or 0
-    except (FastdiffError, OSError, ImportError) as error:
+    except BrokenPipeError:
+        raise
+    except FastdiffError as error:
+        print(f"fastdiff {arguments.command}: {_in_options(str(error), arguments)}", file=sys.stderr)
+        return 2
+    except (OSError, ImportError) as error:
         print(f"fastdiff {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _in_options(message: str, arguments: argparse.Namespace) -> str:
+    """Advice of the library in the words of the command: "give size=(H, W)" as "give --size H W"."""
+
+    def option(found: re.Match[str]) -> str:
+        name, several, one = found.groups()
+        if name == "resume" and "fresh" in arguments:
+            return "--fresh"
+        name = {"checkpoint": "out"}.get(name, name)
+        if name not in arguments:
+            return found[0]
+        value = several.replace(",", "") if several else (one or "").strip("\"'")
+        return f"--{name.replace('_', '-')} {value}".rstrip()
+
+    return re.sub(r"\b([a-z_]+)=(?:\(([^()]*)\)|(\"\w+\"|'[\w+*.]+'|[\w.+-]+)?)", option, message)
 
 
 def _demo(a: argparse.Namespace) -> None:
@@ -54,7 +94,7 @@ def _sample(a: argparse.Namespace) -> None:
     from ..sampling import sample
     from ..training import load
 
-    model = load(a.model)
+    model = load(a.model, net=_made(a.net))
     cond = None if a.cond is None else _array(a.cond, model)
     count = a.num_samples if a.num_samples is not None else 16 if cond is None else len(cond)
     if a.labels is not None or model.num_classes:
@@ -66,7 +106,8 @@ def _sample(a: argparse.Namespace) -> None:
         pictures.check_drawable(count, model.data_shape)
     x, info = sample(
         model, a.sde, a.steps, sampler=a.sampler, num_samples=count, seed=a.seed, first_sample=a.first_sample,
-        batch_size=a.batch_size, grid=a.grid, clip=_clip(a.clip), cond=cond, return_info=True,
+        batch_size=a.batch_size, grid=a.grid, clip=_clip(a.clip), t_min=a.t_min,
+        cond=cond, return_info=True,
     )  # fmt: skip
     if out.suffix == ".npy":
         with files.replacing(out) as handle:
@@ -89,9 +130,19 @@ def _train(a: argparse.Namespace) -> int:
     from ..planning import processes
     from ..training import Data, load_data, train
 
-    data = load_data(a.data)
+    with warnings.catch_warnings():  # a guess of what the axes are is no way to begin a training
+        warnings.filterwarnings("error", message=r"source \[.* is taken as", category=UserWarning)
+        try:
+            data = load_data(
+                a.data, labels=a.labels, range=a.range and tuple(a.range), bins=a.bins, channels=a.channels,
+                size=a.size and tuple(a.size),
+            )  # fmt: skip
+        except UserWarning as warning:
+            raise ConfigError(str(warning)) from None
     network = a.network or ("mlp" if len(data.shape) == 1 else "unet")
     options: dict[str, Any] = {"name": network, "shape": list(data.shape)}
+    if a.net is not None and a.network is not None:
+        raise ConfigError(f"--network {a.network} and --net {a.net} are two networks: give one of them")
     if a.classes:
         if data.labels is None:
             raise ConfigError(f"--classes needs labels, and {a.data} has none: leave it out")
@@ -101,7 +152,7 @@ def _train(a: argparse.Namespace) -> int:
         data = Data(data.x, range=data.range, bins=data.bins)
     with torch.random.fork_rng(devices=[]):  # the first weights are of the seed too
         torch.manual_seed(checks.integer("seed", a.seed, 0, 2**64 - 1))
-        net = build(options)
+        net = build(options) if a.net is None else _made(a.net)
     # images in the usual ranges; vectors stay in their own units
     data_range = None if len(data.shape) == 1 else (0.0, 1.0) if a.sde == "ve" else (-1.0, 1.0)
     model = ScoreModel(net, processes.get(a.sde), a.prediction, data_shape=data.shape, data_range=data_range)
@@ -115,6 +166,46 @@ def _train(a: argparse.Namespace) -> int:
         return 0
     print(f"fastdiff train: {received[0].name}: saved at step {done.steps}; the same command goes on", file=sys.stderr)
     return 128 + received[0]
+
+
+def _made(name: str | None) -> Any:
+    """The network that `--net module:factory` or `--net file.py:factory` makes; None where there is none."""
+    if name is None:
+        return None
+    import importlib
+    import importlib.util
+
+    from torch import nn
+
+    from ..errors import ConfigError, short
+
+    place, _, factory = name.rpartition(":")
+    if not place or not factory:
+        raise ConfigError(f"--net must be module:factory or file.py:factory, got {short(name)}")
+    if place.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(place).stem, Path(place).expanduser())
+        if spec is None or spec.loader is None or not Path(place).expanduser().is_file():
+            raise ConfigError(f"--net must name a file that there is, got {short(place)}")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        sys.path.append(os.getcwd())  # last, so that nothing there stands for an installed module
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if error.name is None or not place.startswith(error.name):
+                raise
+            raise ConfigError(
+                f"--net must name a module that can be imported, got {short(place)}: or file.py:factory"
+            ) from error
+        finally:
+            sys.path.pop()
+    found = getattr(module, factory, None)
+    net = found if isinstance(found, nn.Module) or not callable(found) else found()
+    if not isinstance(net, nn.Module):
+        got = f"{place} has no {factory}" if found is None else f"{factory} gives a {type(net).__name__}"
+        raise ConfigError(f"--net must make a torch.nn.Module, and {got}: write a function that returns the network")
+    return net
 
 
 @contextlib.contextmanager
@@ -163,7 +254,7 @@ def _likelihood(a: argparse.Namespace) -> None:
     from ..training import load
     from . import likelihood_report
 
-    model, data = load(a.model), load_data(a.data)
+    model, data = load(a.model, net=_made(a.net)), load_data(a.data)
     if a.labels is not None:
         data = replace(data, labels=_labels(a, model, len(data)), num_classes=None, class_names=())
     report = likelihood_report.likelihood(
@@ -265,6 +356,8 @@ def _parser() -> argparse.ArgumentParser:
 
     of_a_model = argparse.ArgumentParser(add_help=False)  # options of the commands that run a trained model
     of_a_model.add_argument("model", help="a shipped name such as digits-ve, a checkpoint file or a training directory")
+    net = "module:factory or file.py:factory, which makes a network of your own"
+    of_a_model.add_argument("--net", help=f"{net}, for checkpoints of one")
     of_a_model.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
     of_a_model.add_argument("--batch-size", type=int, help="samples in one network call (default: chosen by size)")
     of_a_plan = argparse.ArgumentParser(add_help=False)  # options of the commands that choose a sampler and its grid
@@ -286,7 +379,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("sample", _sample, "Draw samples from a trained model.", of_a_model, of_a_plan)
     sub.add_argument("--sde", help="default: the process that the model was trained on")
-    sub.add_argument("--steps", type=int)
+    sub.add_argument("--steps", type=int, help="steps of the sampler, 1 to 1000000 (default: 1000, or all of a chain)")
+    sub.add_argument("--t-min", type=float, help="where the run ends, 0 <= t_min < T (default: the process's)")
     sub.add_argument("-n", "--num-samples", type=int, help="how many samples (default: 16, or as many as --cond has)")
     sub.add_argument("--labels", help="of a model trained with labels: 3 for all samples, or 0,1,2 in turn")
     sub.add_argument("--cond", help="a .npy array of conditions, an entry for each sample")
@@ -297,14 +391,32 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "Train a model on arrays, IDX files, a folder of images, or 'digits'.")
     sub.add_argument("data", help=data)
     sub.add_argument("--out", required=True, help="checkpoint directory; an unfinished run there is resumed")
-    sub.add_argument("--sde", default="vp")
-    sub.add_argument("--steps", type=int, required=True)
+    sub.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="stretch every picture of a folder to this size"
+    )
+    sub.add_argument(
+        "--channels", type=_channels, metavar="C", help="1 (grey) or 3 (RGB) of pictures; first, last or 1 of arrays"
+    )
+    sub.add_argument(
+        "--range",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="of the data (default: 0 255 for bytes, else its ends)",
+    )
+    sub.add_argument("--bins", type=int, help="levels that the data stand on, 2 to 65536 (default: 256 for bytes)")
+    sub.add_argument("--labels", help="a .npy or IDX file of class numbers 0 … (default: the data's own)")
+    sub.add_argument("--sde", default="vp", help="the process: ve, vp (default), subvp, ou, edm, ddpm or ncsn")
+    sub.add_argument("--steps", type=int, required=True, help="step at which the training ends, 1 to 1000000000")
     sub.add_argument("--network", choices=["unet", "mlp"], help="default: unet for images and signals, mlp for vectors")
-    sub.add_argument("--prediction", default="edm")
+    sub.add_argument("--net", help=f"{net}; fastdiff.load then needs it too")
+    sub.add_argument(
+        "--prediction", default="edm", help="what the network returns: score, eps, x0, v, … (default: edm)"
+    )
     sub.add_argument("--loss", default="simple", help="dsm, simple (default), likelihood, ism, ssm or ssm_vr")
-    sub.add_argument("--batch-size", type=int, default=128)
-    sub.add_argument("--lr", type=float, default=1e-3)
-    sub.add_argument("--ema", type=float, default=0.999)
+    sub.add_argument("--batch-size", type=int, default=128, help="samples in a step, 1 to 10000000 (default: 128)")
+    sub.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate, above 0 (default: 0.001)")
+    sub.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, 0 to 1 (default: 0.999)")
     sub.add_argument("--seed", type=int, default=0, help="of the first weights and of all random numbers (default: 0)")
     sub.add_argument("--classes", action="store_true", help="condition on the data's labels")
     sub.add_argument("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
@@ -327,10 +439,14 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("plan", _plan, "Print the table of a run: what each row does, with its coefficients.", of_a_plan)
     sub.add_argument("sde", help="ve, vp, subvp, ou, edm, ddpm or ncsn")
-    sub.add_argument("steps", type=int, nargs="?")
+    sub.add_argument("steps", type=int, nargs="?", help="1 to 1000000 (default: 1000, or all of a chain)")
     sub.add_argument("--prediction", default="score", help="what the network returns (default: score)")
     sub.add_argument("--all", action="store_true", help="every row, not the first and last")
     sub.add_argument("--plot", help="also draw the coefficients into this file")
 
     command("doctor", _doctor, "Say which backend serves which operation on this machine, and why.")
     return parser
+
+
+def _channels(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text

@@ -46,7 +46,7 @@ def load_data(
     channels: int | str | None = None,
     size: tuple[int, int] | None = None,
 ) -> Data:
-    """A `Data` from an array or a file; `labels`, `range` and `bins` replace those of the source.
+    """A `Data` from an array or a file; `labels` (or a .npy or IDX file of them), `range`, `bins` replace the source's.
 
     source:
     - a tensor or numpy array [N, *shape]: uint8, float32 or float64. Its shape is left as it is. Read-only,
@@ -78,6 +78,8 @@ def load_data(
             if value is not None:
                 raise ConfigError(f"{name} must be None where source is a Data: build a new Data from source.x")
         return source
+    if isinstance(labels, (str, os.PathLike)):
+        labels = _labels(files.path("labels", labels))
     raw = _read(source, labels is not None, channels, size)
     return Data(
         raw.x,
@@ -132,6 +134,15 @@ def _read(source: Any, has_labels: bool, channels: Any, size: Any) -> _Raw:
     return _Raw(_arranged(_tensor(array), 1 if array.ndim == 3 and channels is None else channels), labels)
 
 
+def _labels(path: Path) -> np.ndarray:
+    """The class numbers [N] in a .npy or IDX file."""
+    if not path.is_file():
+        raise DataError(
+            f"labels must be class numbers, or a .npy or IDX file of them, got {files.shown(path)}: no such file"
+        )
+    return _numpy_file(path, True)[0] if path.suffix.lower() == ".npy" else _idx_file(path)
+
+
 def _one_of(value: Any, valid: tuple[Any, ...]) -> bool:
     """Whether a value is one of these, and no array or tensor, whose equality is many."""
     return (value is None or isinstance(value, (str, int))) and not isinstance(value, bool) and value in valid
@@ -149,8 +160,13 @@ def _arranged(x: torch.Tensor, channels: Any) -> torch.Tensor:
         if x.ndim < 3:
             raise ShapeError(f'channels="last" needs an array [N, …, C], got {list(x.shape)}: leave it out')
         return x.movedim(-1, 1)
-    picture = x.ndim == 4 and x.dtype == torch.uint8 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4)
-    if channels is None and picture:
+    picture = x.ndim == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4)
+    if channels is None and picture and x.dtype != torch.uint8:
+        warn(
+            f'source {list(x.shape)} is taken as samples of {x.shape[1]} channels: give channels="last" if these are '
+            f'pictures [N, H, W, C], or "first" if they are not'
+        )
+    elif channels is None and picture:
         raise ShapeError(
             f'source must not be uint8 [N, H, W, C] without channels=, got {list(x.shape)}: give channels="last" to make it '
             f'[N, C, H, W], or "first" to leave it'

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from .. import checks
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 # set by the profilers that listen (NVTX's own protocol)
@@ -61,7 +63,8 @@ class NoBar(contextlib.nullcontext[Any]):
 
 def bar(progress: bool | None, total: int, what: str, unit: str, first: int = 0) -> Any:
     """A bar on stderr; None: if that is a terminal."""
-    if not (sys.stderr.isatty() if progress is None else progress):
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    if not (terminal if progress is None else checks.flag("progress", progress)):
         return NoBar()
     # n is a fraction where samples are under way together
     form = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"

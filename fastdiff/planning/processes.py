@@ -471,6 +471,10 @@ class DDPM(Process):
                 f"betas must lie in (0, 1), the last in (0, 1], got betas[{bad[0]}] = {values[bad[0]]:g}{way_out}"
             )
 
+    def __repr__(self) -> str:
+        betas = repr(self.betas) if isinstance(self.betas, str) else _summary(self.betas)
+        return f"{type(self).__name__}(betas={betas}, T={self.T})"
+
     @cached_property
     def beta_table(self) -> Array:
         """β_1 … β_T."""
@@ -533,6 +537,9 @@ class NCSN(Process):
         rise = np.flatnonzero(np.diff(values) >= 0)
         if len(rise):
             raise ConfigError(f"sigmas must be strictly decreasing, got sigmas[{rise[0] + 1}] >= sigmas[{rise[0]}]")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(sigmas={_summary(self.sigmas)})"
 
     @property
     def T(self) -> int:  # type: ignore[override]
@@ -634,6 +641,16 @@ def _position(value: Any, table: Array, first: int) -> Any:
     values = table if library is np else library.as_tensor(table, dtype=value.dtype, device=value.device)
     k = library.searchsorted(values, value).clip(1, len(table) - 1)
     return first + k - 1 + (value - values[k - 1]) / (values[k] - values[k - 1])
+
+
+def _summary(values: Sequence[float]) -> str:
+    """A list of numbers in a few words."""
+    listed = ", ".join(f"{value:g}" for value in values[:6])
+    return (
+        f"[{listed}]"
+        if len(values) <= 6
+        else f"[{values[0]:g}, {values[1]:g}, … {len(values)} in all …, {values[-1]:g}]"
+    )
 
 
 def _truncated(t: Array, T: float) -> NDArray[np.int64]:

@@ -22,7 +22,7 @@ from ..errors import (
     warn,
 )
 from ..execution import modules
-from ..model import ScoreModel
+from ..model import ScoreModel, loads
 from ..planning import processes
 from . import tensor_file
 
@@ -31,8 +31,8 @@ SHIPPED = Path(__file__).parent.parent / "checkpoints"
 FILE = "checkpoint.safetensors"
 # how files that are no checkpoint begin, and what they are
 FOREIGN = {
-    b"PK\3\4": "a zip archive, as torch.save writes .pt and .pth files",
-    b"\x80": "a pickle, as torch.save wrote .pt and .pth files",
+    b"PK\3\4": "a zip archive, as torch.save writes .pt, .pth and .ckpt",
+    b"\x80": "a pickle, as torch.save once wrote .pt and .pth",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
     b"<": "an HTML or XML page, not the file itself: download it again",
     b"\x1f\x8b": "a gzip archive: unpack it",
@@ -40,7 +40,8 @@ FOREIGN = {
     b"\x89HDF": "an HDF5 file",
     b"\x93NUMPY": "a .npy array",
 }
-WRAP = "fill your network with its tensors and wrap it, ScoreModel(net, sde, ...)"
+WRAP = "fill your network by net.load_state_dict and wrap it, ScoreModel(net, sde, ...)"
+_TEXT = frozenset(range(32, 127)) | frozenset(b"\t\n\r")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _digest = tensor_file.digest  # what a file must carry as its sha256
 
@@ -54,6 +55,7 @@ def save(model: ScoreModel, path: str | os.PathLike[str]) -> Path:
     return write(path, {"net." + name: value for name, value in modules.state(model.net).items()}, header)
 
 
+@loads
 @torch.inference_mode(False)
 @names_keywords
 def load(
@@ -208,6 +210,9 @@ def _parsed(handle: IO[bytes], prefix: str, name: str) -> tuple[dict[str, Any], 
         if start.lstrip().startswith(magic) and start[8:9] != b"{":  # which a safetensors header begins with
             hint = "" if ":" in kind else f": {WRAP}"
             raise CorruptCheckpointError(f"{name} is {kind}{hint}")
+    if not start.strip() or (start[8:9] != b"{" and all(byte in _TEXT for byte in start)):
+        what = "a text file" if start.strip() else "empty"
+        raise CorruptCheckpointError(f"{name} is {what}: give a file that fastdiff.save wrote, or its folder")
     metadata, entries = tensor_file.read_header(handle)
     if "fastdiff" not in metadata:
         raise CorruptCheckpointError(f"{name} is a safetensors file that fastdiff.save did not write: {WRAP}")
@@ -299,10 +304,16 @@ def _find(path_or_name: str | os.PathLike[str]) -> Path:
 
 
 def _check_foreign_folder(folder: Path) -> None:
-    """Say so where a folder is a model of diffusers or transformers."""
+    """Say so where a folder is a model of diffusers or transformers, or holds files of weights."""
     for name in ("model_index.json", "config.json"):
         if (folder / name).is_file():
             raise CheckpointError(
                 f"{files.shown(folder)} is a folder of diffusers or another library, with {name}: load its network by that, "
                 f"and wrap it, ScoreModel(net, sde, ...)"
             )
+    endings = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+    weights = sorted(file.name for file in folder.iterdir() if file.suffix in endings and not file.name.startswith("."))
+    if weights:
+        raise CheckpointError(
+            f"{files.shown(folder)} holds no {FILE}, but {files.shown(weights[-1])}: give the path of a file in it"
+        )

@@ -123,6 +123,7 @@ def train(
          "ema": ema, "dequantize": dequantize, "seed": seed, "ema_rule": ema_rule, "warmup_start": warmup_start},
         steps, checkpoint_every,
     )  # fmt: skip
+    resume = checks.flag("resume", resume)
     checks.function("callback", callback)
     checks.function("stop", stop)
     if functorch_is_active():

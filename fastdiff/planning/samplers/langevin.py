@@ -74,7 +74,7 @@ class AnnealedLangevin(_Langevin):
             _check_multiple(steps, int(process.T), "levels")
             return int(process.T) - 1
         each = self.steps_per_level or 5
-        _check_multiple(steps, each, "steps per level")
+        _check_multiple(steps, each, "steps per level", least=2)
         if steps // each < 2:
             raise ConfigError(f"steps must leave at least two levels of {each} steps each, got {steps}: use {2 * each}")
         return steps // each - 1
@@ -101,9 +101,9 @@ class AnnealedLangevin(_Langevin):
         return rows, lowest
 
 
-def _check_multiple(steps: int, count: int, what: str) -> None:
-    nearest = max(1, round(steps / count)) * count
-    if steps != nearest:
+def _check_multiple(steps: int, count: int, what: str, least: int = 1) -> None:
+    nearest = max(least, round(steps / count)) * count
+    if steps % count:
         raise ConfigError(
             f"steps must be a multiple of the {count} {what} of annealed Langevin, got {steps}: use {nearest}"
         )
