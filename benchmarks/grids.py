@@ -1,6 +1,6 @@
 """The table of docs/samplers.md: how far each solver ends from the flow's own solution, by the grid on which it stands.
 
-    python benchmarks/grids.py
+    python benchmarks/grids.py [MODEL …]
 
 The error is the root mean square over the numbers of the samples; a figure of the table is its geometric mean over nine models,
 with as many network calls as the table says.
@@ -58,12 +58,13 @@ def errors(model, samples):
 
 
 def main():
-    models = {name: (fastdiff.load(name), 64) for name in TRAINED}
+    models = {name: (fastdiff.load(name), 32) for name in TRAINED}
     net, _ = trained("MLP 256x2, time scale 1")
     models["mlp-vp"] = fastdiff.ScoreModel(net, "vp", data_shape=VECTOR), 256
     models |= {f"mixture-{process.name}": (mixture(process), 256) for process in EXACT}
     every = {}
-    for name, (model, samples) in models.items():
+    for name in sys.argv[1:] or models:
+        model, samples = models[name]
         print(name, file=sys.stderr)
         every[name] = errors(model, samples)
     print("| solver | calls | " + " | ".join(f'`"{grid}"`' for grid in GRIDS) + " |")

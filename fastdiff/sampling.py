@@ -18,7 +18,7 @@ from .errors import ConfigError, DataError, DTypeError, choose, names_keywords, 
 from .execution import loop, tensor_checks
 from .model import ScoreModel, as_model, check_path, device_of, leaves_no_trace, opened, warn_outside
 from .planning import chains, processes, samplers
-from .planning.coverage import misfit
+from .planning.coverage import STANDARDIZED, misfit
 from .planning.plan import MAX_STEPS, check_table, make_table
 from .planning.predictions import TimeInput
 from .probability_flow import end_time
@@ -238,8 +238,8 @@ def sample(
     else:
         process, solver = _process_and_sampler(model, sde, steps, sampler)
     place = device_of(device, x_init, model.net)
-    if model.range_given and model.standardize is None and x_init is None and table is None:
-        low, high = model.data_range
+    if (model.range_given or model.standardize is not None) and x_init is None and table is None:
+        low, high = model.data_range if model.standardize is None else STANDARDIZED
         spread = (high - low) / 8 if t_min is None and (grid is None or isinstance(grid, str)) else None
         said = misfit(process, max(abs(low), abs(high)), spread)
         if said is not None:

@@ -7,6 +7,8 @@ import numpy as np
 from .cache import cached
 from .processes import Process
 
+STANDARDIZED = (-3.0, 3.0)  # what numbers of mean 0 and deviation 1 take up
+
 
 @cached(64)
 def misfit(process: Process, largest: float, spread: float | None, t_min: float | None = None) -> str | None:
@@ -27,7 +29,7 @@ def misfit(process: Process, largest: float, spread: float | None, t_min: float 
             f"the prior of {process.name!r} does not cover data as large as {largest:.3g}, as sigma(T)/alpha(T) is "
             f"{top / alpha[0]:.3g}: scale the data to [-1, 1], or use a process of more noise"
         )
-    if spread is not None and spread > 0 and sigma[1] > 1.000001 * spread * alpha[1]:
+    if spread and sigma[1] > 1.000001 * spread * alpha[1]:
         return (
             f"the lowest noise of {process.name!r}, sigma/alpha = {sigma[1] / alpha[1]:.3g}, is above the data's standard "
             f"deviation {spread:.3g}: scale the data to [-1, 1], or use a process of less noise"
