@@ -785,7 +785,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read_and_resumed(tmp_path):
 def test_truncated_files_are_refused(tmp_path, cut):
     path = fastdiff.save(tiny(), tmp_path / "model")
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(CorruptCheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CorruptCheckpointError, match="not a whole checkpoint" if cut else "is empty"):
         fastdiff.load(path)
 
 
