@@ -16,7 +16,7 @@ from .errors import ConfigError, ModelOutputError, choose, short
 from .execution import ops, reference, tensor_checks
 from .execution.loop import Condition
 from .execution.noise import PERTURBATION, PROBES
-from .model import ScoreModel, dtype_of, like, stepping
+from .model import ScoreModel, dtype_of, leaves_no_trace, like, stepping
 from .planning import predictions
 from .planning.processes import Process, require_linear
 
@@ -115,8 +115,13 @@ def per_sample(
     if torch.compiler.is_compiling():
         return _per_sample(model, x0, t, cursor, loss, cond, kind, noise)
     tensor_checks.check_samples("x0", x0)
+    return _step(model, x0, t, cursor, loss, cond, kind, noise)
+
+
+@leaves_no_trace
+def _step(model: ScoreModel, *args: Any) -> Tensor:
     with stepping(model.net):
-        return _per_sample(model, x0, t, cursor, loss, cond, kind, noise)
+        return _per_sample(model, *args)
 
 
 def _check_noise(model: ScoreModel, x0: Tensor, cursor: Tensor | None, loss: str, noise: Tensor | None) -> None:

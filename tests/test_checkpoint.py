@@ -357,3 +357,12 @@ def test_a_full_disk_leaves_the_old_result(tmp_path, monkeypatch, capsys, name, 
     assert os.listdir(tmp_path) == [name]
     assert main([*arguments, ""]) == 2
     assert "must be a path" in capsys.readouterr().err
+
+
+def test_a_default_device_without_memory_changes_nothing():
+    wanted = fastdiff.sample("digits-vp", steps=2, num_samples=1)
+    with torch.device("meta"):
+        model = fastdiff.load("digits-vp")
+        found = fastdiff.sample(model, steps=2, num_samples=1)
+    assert {value.device.type for value in (*model.parameters(), *model.buffers())} == {"cpu"}
+    assert torch.equal(found, wanted)

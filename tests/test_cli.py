@@ -294,7 +294,7 @@ def test_without_the_library_everything_runs_on_plain_pytorch_and_says_so_once(t
     ("arguments", "words"),
     [
         (["sample", "digits-v"], "digits-ve"),
-        (["sample", "digits-ve", "--sde", "vp"], "use sde='ve'"),
+        (["sample", "digits-ve", "--sde", "vp"], "use --sde ve"),
         (["sample", "digits-ve", "--out", "x.txt"], "--out must end in .npy or .png"),
         (["sample", "digits-ve", "--out", "nowhere/x.npy"], "existing folder"),
         (["plan", "vpp"], "did you mean 'vp'"),

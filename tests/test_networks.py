@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -515,3 +516,14 @@ def test_former_paths_lead_to_the_same_classes(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "m.safetensors")], capture_output=True, text=True, check=True
     )
     assert shown.stdout.strip() == "True"
+
+
+def test_a_run_of_a_plain_network_leaves_its_times_as_they_are():
+    """Whoever gives a network and no ScoreModel has trained it as it is."""
+    net = MLP((3,), hidden=8, layers=1)
+    scale = net.config["time_scale"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for sde in ("vp", fastdiff.DDPM("cosine", T=20), "ncsn", "vp"):
+            fastdiff.sample(net, sde, shape=(3,), num_samples=2, **({} if sde == "ncsn" else {"steps": 5}))
+    assert (net.config["time_scale"], net.scale_set) == (scale, False)

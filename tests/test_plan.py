@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -281,3 +282,23 @@ def test_the_cache_is_bounded_in_weight():
     for n in (2, -1, -2, -3, 1, 1):
         of(n)
     assert made.count(1) == 1
+
+
+class Holds:
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(1.0, 2.0), ([1], [2]), ({"a": 1}, {"a": 2}), (np.zeros(3), np.ones(3)), (torch.zeros(3), torch.ones(3)), ({1}, {2}),
+     (Holds(1), Holds(2)), (Holds([Holds(1)]), Holds([Holds(2)])), (1, 1.0), (True, 1), ("1", b"1"), (int, float)],
+)  # fmt: skip
+def test_the_cache_tells_values_apart_without_pickle(one, other):
+    made = []
+    of = cached(10)(lambda value: made.append(value) or len(made))
+    assert of(Holds(one)) == of(Holds(copy.deepcopy(one)))
+    assert of(Holds(other)) != of(Holds(one))
+    count = len(made)
+    of(Holds(lambda: count)), of(Holds(iter(made))), of(Holds(made.append))  # what cannot be told is made anew
+    assert len(made) > count

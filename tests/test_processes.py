@@ -379,3 +379,20 @@ def test_a_users_chain_is_on_the_path_of_its_process():
     assert len(info.table) == 50
     np.testing.assert_allclose([row.network_time for row in info.table.rows], np.arange(50, 0, -1) / 50, rtol=1e-9)
     assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("process", [fastdiff.OU(noise=1e30), fastdiff.OU(rate=-20.0), fastdiff.OU(rate=-1.0, T=60.0)])
+def test_levels_whose_square_float32_cannot_hold_are_refused(process):
+    def never(x, t):
+        pytest.fail("the network was called")
+
+    x = torch.zeros(2, 3)
+    for call in (
+        lambda: fastdiff.sample(never, process, 5, shape=(3,)),
+        lambda: fastdiff.sample(never, process, sampler="rk45", shape=(3,)),
+        lambda: fastdiff.log_likelihood(never, x, process),
+        lambda: fastdiff.plan(process, 5),
+        lambda: fastdiff.ScoreModel(never, process, data_shape=(3,)),
+    ):
+        with pytest.raises(ConfigError, match="float32 holds its square"):
+            call()

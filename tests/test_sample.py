@@ -21,6 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiff
+from fastdiff import model as model_module
 from fastdiff.errors import ConfigError, DataError, FastdiffError, NonFiniteError
 from fastdiff.model import evaluating, stepping
 from fastdiff.planning.processes import PROCESSES
@@ -779,12 +780,28 @@ def test_an_evaluation_waits_for_another_threads_step():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as a generator is freed
-def test_an_interrupt_at_any_line_leaves_modes_and_gradients():
+@pytest.mark.parametrize("what", ["sample", "rk45", "adaptive_sde", "likelihood", "mala", "loss", "sliced loss"])
+def test_an_interrupt_at_any_line_leaves_modes_and_gradients(what):
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5))
     model = fastdiff.ScoreModel(lambda x, t: net(x), "vp", data_shape=(3,))
     model.net = type("Net", (torch.nn.Module,), {"forward": lambda self, x, t: self.inner(x)})()
     model.net.inner = net
-    run = lambda: fastdiff.sample(model, steps=1, num_samples=1)  # noqa: E731
+    model.net.energy = lambda x, t: model.net(x, t).square().sum(1)
+    x = torch.linspace(-1, 1, 3)[None]
+    cursor = fastdiff.execution.ops.cursor(1, 0, 5)
+    loose = {"rtol": 1.0, "atol": 1.0}
+    run, stride = {
+        "sample": (lambda: fastdiff.sample(model, steps=1, num_samples=1), 3),
+        "rk45": (lambda: fastdiff.sample(model, sampler=fastdiff.samplers.Adaptive(**loose), num_samples=1), 23),
+        "adaptive_sde": (
+            lambda: fastdiff.sample(model, sampler=fastdiff.samplers.AdaptiveSDE(**loose), num_samples=1),
+            23,
+        ),
+        "likelihood": (lambda: fastdiff.log_likelihood(model, x, **loose), 23),
+        "mala": (lambda: fastdiff.mcmc.mala(model, x, 0.5, steps=1, step_size=0.1), 3),
+        "loss": (lambda: fastdiff.losses.per_sample(model, x, torch.full((1,), 0.5), cursor, "dsm"), 2),
+        "sliced loss": (lambda: fastdiff.losses.per_sample(model, x, torch.full((1,), 0.5), cursor, "ssm"), 2),
+    }[what]
     run()
     left = [0]
 
@@ -798,7 +815,7 @@ def test_an_interrupt_at_any_line_leaves_modes_and_gradients():
             raise KeyboardInterrupt
         return trace
 
-    for at in range(1, 5000, 3):
+    for at in range(1, 20_000, stride):
         left[0] = at
         before = sys.gettrace()
         sys.settrace(trace)
@@ -810,6 +827,7 @@ def test_an_interrupt_at_any_line_leaves_modes_and_gradients():
             sys.settrace(before)
         assert torch.is_grad_enabled(), at
         assert all(module.training for module in model.net.modules()), at
+        assert not model_module._users, at
         if left[0] > 0:  # the run has no line of this number
             break
     assert left[0] > 0

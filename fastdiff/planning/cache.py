@@ -95,6 +95,8 @@ def _told(value: Any) -> Any:
         return (kind, *((_told(key), _told(entry)) for key, entry in value.items()))
     if isinstance(value, type) or (kind is FunctionType and value.__closure__ is None):
         return value
+    if hasattr(value, "detach"):  # a tensor's copy is told by where it lies
+        return kind, _told(value.detach().cpu().numpy())
     parts = value.__reduce_ex__(4)  # as a copy of it would be made; of what cannot be copied it raises
     if not isinstance(parts, tuple):
         raise TypeError(f"{kind.__name__} is known by a name alone")
