@@ -384,7 +384,7 @@ _VE = _of("ve", "reverse_diffusion", grid="score_sde")
 _PC = _of("ve", samplers.PredictorCorrector(corrector="langevin", norm="batch"), grid="score_sde")
 _ALD = _of("ve", "pc", grid="score_sde")
 _VP = _of("vp", "euler_maruyama", grid="score_sde")
-_HEUN = _of("edm", "heun")
+_HEUN = _of("edm", "heun", grid="karras")
 _PP2M = samplers.DPMSolverPP(lower_order_final=False)
 PRINTED = "as printed (papers.py)"
 PEERS = [
@@ -414,14 +414,14 @@ PEERS = [
     Peer("DDIM", "diffusers", "ddpm", _subset(_leading), partial(diffusers_chain, name="DDIMScheduler", clip_sample=False)),
     Peer("DDIM", "denoising-diffusion-pytorch", "ddpm", _subset(_lucidrains, clip=(-1, 1)),
          partial(lucidrains, subset=True), from_prior=True),
-    Peer("DDIM", "azula", "vp", _of("vp", "ddim"), partial(azula, name="DDIMSampler", kind="vp")),
+    Peer("DDIM", "azula", "vp", _of("vp", "ddim", grid="uniform"), partial(azula, name="DDIMSampler", kind="vp")),
     Peer("Heun", PRINTED, "edm", _HEUN,
          printed("edm", lambda net, start, steps, noise: papers.edm_deterministic(net, start, papers.karras_sigmas(steps)))),
     Peer("Heun", "k-diffusion", "edm", _HEUN, partial(k_diffusion, name="heun")),
     Peer("Heun", "azula", "ve", _ve_heun, partial(azula, name="HeunSampler", kind="ve")),
-    Peer("DPM-2", "k-diffusion", "edm", _of("edm", "dpm_2"), partial(k_diffusion, name="dpm_2")),
-    Peer("LMS", "k-diffusion", "edm", _of("edm", "lms"), partial(k_diffusion, name="lms"), exact=False),
-    Peer("DPM-Solver++(2M)", "k-diffusion", "edm", _of("edm", _PP2M), partial(k_diffusion, name="dpmpp_2m")),
+    Peer("DPM-2", "k-diffusion", "edm", _of("edm", "dpm_2", grid="karras"), partial(k_diffusion, name="dpm_2")),
+    Peer("LMS", "k-diffusion", "edm", _of("edm", "lms", grid="karras"), partial(k_diffusion, name="lms"), exact=False),
+    Peer("DPM-Solver++(2M)", "k-diffusion", "edm", _of("edm", _PP2M, grid="karras"), partial(k_diffusion, name="dpmpp_2m")),
     Peer("DPM-Solver++(2M)", "diffusers", "ddpm", _subset(_linspace, sampler="dpmpp_2m"),
          partial(diffusers_chain, name="DPMSolverMultistepScheduler")),
     Peer("UniPC", "diffusers", "ddpm", _subset(_linspace, sampler="unipc"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import pty
@@ -108,8 +109,10 @@ def test_a_signal_ends_a_training_with_its_last_step_saved(number, code, tmp_pat
     assert f"step {step + 1} after" in again.stdout
 
 
-def test_signal_handlers_are_given_back_and_a_second_signal_is_the_callers(tmp_path, monkeypatch):
+def test_signal_handlers_are_given_back_and_a_second_signal_is_the_callers(tmp_path, monkeypatch, request):
     pairs(tmp_path)
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     given = ["train", str(tmp_path / "data.npy"), "--out", str(tmp_path / "run"), "--steps", "200"]
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
@@ -497,7 +500,7 @@ def test_a_network_of_ones_own_by_the_command(tmp_path, command, monkeypatch):
     start = ["train", "data.npy", "--out", "m", "--steps", 2, "--batch-size", 4, "--prediction", "eps"]
     for name in ("net_of_mine:made", "net_of_mine.py:made", "net_of_mine:net"):
         assert command(*start, "--net", name, "--fresh")[0] == 0
-        status, said = command("sample", "m", "--steps", 2, "-n", 3, "--clip", -1, 1, "--t-min", 0.01, "--net", name)
+        status, said = command("sample", "m", "--steps", 2, "-n", 3, "--clip=-1,1", "--t-min", 0.01, "--net", name)
         assert status == 0, said
         status, said = command(
             "likelihood", "m", "--data", "data.npy", "-n", 2, "--rtol", 0.1, "--atol", 0.1, "--net", name

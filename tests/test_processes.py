@@ -358,7 +358,7 @@ def test_a_users_default_sampler_may_be_an_object():
     class Halfway(fastdiff.VP):
         default_sampler = fastdiff.samplers.DDIM(eta=0.5)
 
-    assert "DDIM(eta=0.5)" in fastdiff.plan(Halfway(), 3).title
+    assert "DDIM(eta=0.5" in fastdiff.plan(Halfway(), 3).title
     with pytest.raises(ConfigError, match="score_sde"):  # β may be another than VP's: Euler's steps
         fastdiff.plan(Halfway(), 30, sampler="ancestral", grid="score_sde")
 

@@ -112,6 +112,7 @@ def test_units_that_are_none_are_refused(units):
 # --- what train makes of vectors -------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:the prior of .ve. does not cover")
 def test_vectors_are_standardized_by_column(tmp_path):
     x = gaussian()
     seen = []
@@ -287,6 +288,9 @@ def said(call):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call()
+    caught = [
+        w for w in caught if "prior of 've' does not cover" not in str(w.message)
+    ]  # the range of 400 is as wide as it
     assert {str(w.message)[:20] for w in caught} <= {"the samples run from"}
     assert all(w.filename == __file__ for w in caught)
     return result, len(caught)
