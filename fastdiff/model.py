@@ -551,14 +551,14 @@ class stepping(_Use):
 
 def leaves_no_trace(function: Callable[P, R]) -> Callable[P, R]:
     """The function; where it ends with an exception, such as Ctrl-C at any instant (also as a `with` begins or ends), networks'
-    modes and torch's gradients are as before. In a forked child it runs on one thread."""
+    modes and torch's gradients are as before. In a forked child the first call sets torch to one thread."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         gradients, held = torch.is_grad_enabled(), len(vars(_mine).get("held", ()))
         try:
             if cpu.forked:  # the child has none of its parent's threads, for which torch would wait for ever
-                return _on_one_thread(function, *args, **kwargs)
+                torch.set_num_threads(1)
             return function(*args, **kwargs)
         except BaseException:
             torch.set_grad_enabled(gradients)
@@ -567,15 +567,6 @@ def leaves_no_trace(function: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return call
-
-
-def _on_one_thread(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return function(*args, **kwargs)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _forget() -> None:
