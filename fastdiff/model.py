@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, ParamSpec, TypeVar
@@ -467,7 +468,9 @@ class _Users:
         self.training: list[nn.Module] = []  # whose flag is set again after the evaluations
 
 
-_changed = threading.Condition()
+# a plain lock, whose `with` is C's own: Ctrl-C within threading.Condition's, which is Python, would leave it held for ever
+_lock = threading.Lock()
+PAUSE = 0.001  # seconds between two looks of who waits; a step or a run takes longer
 _users: weakref.WeakKeyDictionary[nn.Module, _Users] = weakref.WeakKeyDictionary()
 _mine = threading.local()
 
@@ -483,20 +486,27 @@ class _Use:
             return
         held = vars(_mine).setdefault("held", [])
         held.append(self)  # first, so that `leaves_no_trace` finds it whenever an interrupt comes
+        while not self._entered(self.net):
+            time.sleep(PAUSE)
+
+    def _entered(self, net: nn.Module) -> bool:
+        """Enter, if it is this one's turn and others leave room."""
         me = threading.get_ident()
-        with _changed:
-            users = _users.setdefault(self.net, _Users())
+        with _lock:
+            users = _users.setdefault(net, _Users())
             if me not in users.evaluations.values() and me not in users.steps.values():
-                users.waiting.append(self)
-                _changed.wait_for(lambda: users.waiting[0] is self and self.may_enter(users))
+                if self not in users.waiting:
+                    users.waiting.append(self)
+                if users.waiting[0] is not self or not self.may_enter(users):
+                    return False
                 users.waiting.remove(self)
-                _changed.notify_all()
             self.begin(users, me)
+            return True
 
     def __exit__(self, *_: object) -> None:
         if self.net is None:
             return
-        with _changed:  # each line may be run again, if an interrupt ended the first try
+        with _lock:  # each line may be run again, if an interrupt ended the first try
             users = _users.get(self.net)
             if users is not None:
                 if self in users.waiting:
@@ -506,7 +516,6 @@ class _Use:
                     _users.pop(self.net, None)
             if self in _mine.held:
                 _mine.held.remove(self)
-            _changed.notify_all()
 
     def may_enter(self, users: _Users) -> bool:
         """Whether others leave room."""
@@ -571,8 +580,8 @@ def leaves_no_trace(function: Callable[P, R]) -> Callable[P, R]:
 
 def _forget() -> None:
     """After a fork: other threads, and what they hold, are the parent's."""
-    global _changed
-    _changed = threading.Condition()
+    global _lock
+    _lock = threading.Lock()
     me = threading.get_ident()
     for users in list(_users.values()):
         users.waiting.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import linecache
 import math
 import pickle
 import subprocess
@@ -809,7 +810,10 @@ def test_an_interrupt_at_any_line_leaves_modes_and_gradients(what):
         if not ("fastdiff" in name or "contextlib" in name or "grad_mode" in name):
             return None
         left[0] -= 1
-        if left[0] == 0:
+        # Python looks for no signal between a block's end and the release of its lock, which a trace may interrupt all the same
+        if left[0] <= 0 and linecache.getline(name, frame.f_lineno).strip().startswith("with _lock:"):
+            return trace
+        if left[0] <= 0:
             sys.settrace(None)
             raise KeyboardInterrupt
         return trace
@@ -827,6 +831,7 @@ def test_an_interrupt_at_any_line_leaves_modes_and_gradients(what):
         assert torch.is_grad_enabled(), at
         assert all(module.training for module in model.net.modules()), at
         assert not model_module._users, at
+        assert not model_module._lock.locked(), at
         if left[0] > 0:  # the run has no line of this number
             break
     assert left[0] > 0
