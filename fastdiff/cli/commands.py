@@ -51,12 +51,12 @@ def _run(argv: list[str] | None) -> int:
 
     try:
         return arguments.run(arguments) or 0
-    except BrokenPipeError:
-        raise
     except FastdiffError as error:
         print(f"fastdiff {arguments.command}: {_in_options(str(error), arguments)}", file=sys.stderr)
         return 2
     except (OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and sys.stdout is not None:
+            sys.stdout.flush()  # raises it again where it was the output's pipe
         print(f"fastdiff {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
