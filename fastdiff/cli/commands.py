@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -55,13 +56,23 @@ def _run(argv: list[str] | None) -> int:
         print(f"fastdiff {arguments.command}: {_in_options(str(error), arguments)}", file=sys.stderr)
         return 2
     except (OSError, ImportError) as error:
-        if isinstance(error, BrokenPipeError) and sys.stdout is not None:
-            sys.stdout.flush()  # raises it again where it was the output's pipe
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise
         print(f"fastdiff {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether the output is a pipe that was closed at its other end."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+        return bool(poll.poll(0))
+    except (AttributeError, OSError, TypeError, ValueError):  # no poll on this system, no output, no file behind it
+        return False
 
 
 def _in_options(message: str, arguments: argparse.Namespace) -> str:
