@@ -26,7 +26,7 @@ SPELLINGS: dict[str, str] = {
     "euler": "ode ddim", "eulera": "euler_ancestral", "eulerdiscrete": "ode ddim",
     "eulerancestraldiscrete": "euler_ancestral", "em": "euler_maruyama", "ddpm": "ancestral", "dpmpp": "dpmpp_2m",
     "dpmsolverpp": "dpmpp_2m", "dpmsolvermultistep": "dpmpp_2m", "dpm2a": "dpm_2_ancestral",
-    "dpmsolversinglestep": "dpmpp_2s", "dpmsolversde": "dpmpp_sde", "dpmpp2sa": "dpmpp_2s_ancestral",
+    "dpmsolversinglestep": "dpm_singlestep", "dpmsolversde": "dpmpp_sde", "dpmpp2sa": "dpmpp_2s_ancestral",
     "kdpm2discrete": "dpm_2", "kdpm2ancestraldiscrete": "dpm_2_ancestral", "heundiscrete": "heun",
     "lmsdiscrete": "lms", "unipcmultistep": "unipc", "deismultistep": "deis", "plms": "lms deis",
     "pndm": "lms deis", "ipndm": "lms deis", "predictorcorrector": "pc", "langevin": "ula",
@@ -38,11 +38,11 @@ SPELLINGS: dict[str, str] = {
     # predictions and times
     "epsilon": "eps", "noise": "eps", "prednoise": "eps", "vprediction": "v", "predv": "v",
     "sample": "x0", "predx0": "x0", "xstart": "x0", "xstartprediction": "x0", "denoised": "x0", "data": "x0",
-    "denoiser": "x0 edm", "karras": "edm", "previousx": "prev_mean", "discrete": "index", "timestep": "index",
+    "denoiser": "x0 edm", "karras": "edm", "flow": "velocity", "flowprediction": "velocity",
+    "previousx": "prev_mean", "discrete": "index", "timestep": "index",
     "step": "index", "continuous": "t", "time": "t", "noiselevel": "sigma",
     # grids and schedules
-    "exponential": "logsnr", "lambda": "logsnr", "linspace": "uniform trained", "leading": "trained",
-    "trailing": "trained", "timeuniform": "uniform", "timequadratic": "quadratic", "quad": "quadratic",
+    "exponential": "logsnr", "lambda": "logsnr", "timeuniform": "uniform", "timequadratic": "quadratic", "quad": "quadratic",
     "squaredcoscapv2": "cosine",
     # losses, backends and the rest
     "mse": "simple", "l2": "simple", "denoisingscorematching": "dsm", "slicedscorematching": "ssm",

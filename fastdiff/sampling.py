@@ -265,10 +265,11 @@ def sample(
             denoise=denoise,
         )
     else:
-        table = table or make_table(
-            process, solver, steps, prediction=model.prediction, time_input=model.time_input, clock=model.process, grid=grid,
-            t_min=t_min, clip=pair, denoise=denoise,
-        )  # fmt: skip
+        if table is None:
+            table = make_table(
+                process, solver, steps, prediction=model.prediction, time_input=model.time_input, clock=model.process, grid=grid,
+                t_min=t_min, clip=pair, denoise=denoise,
+            )  # fmt: skip
         result = run_table(
             request(), table, noise=noise, batch=batch, trajectory=trajectory, callback=callback, progress=progress
         )

@@ -6,9 +6,10 @@ import itertools
 
 import numpy as np
 import pytest
+from test_terminal_noise import Straight
 
 import fastdiff
-from fastdiff import predictions, processes
+from fastdiff import predictions
 from fastdiff.errors import ConfigError
 
 T = np.array([3.0, 40.0, 80.0, 100.0])
@@ -121,18 +122,6 @@ def test_time_inputs():
 def test_bad_combinations_are_refused(prediction, time_input, process, match):
     with pytest.raises(ConfigError, match=match):
         predictions.check(prediction, time_input, process)
-
-
-class Straight(processes.Process):
-    """Flow matching's path, which has no α at T."""
-
-    T, t_min = 1.0, 1e-5
-
-    def alpha(self, t):
-        return 1.0 - t
-
-    def sigma(self, t):
-        return 1.0 * t
 
 
 @pytest.mark.parametrize(("process", "within"), [(Straight(), 1e-9), (fastdiff.VP(), 1e-8), (fastdiff.VE(), 1e-8)])
