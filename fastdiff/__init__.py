@@ -6,6 +6,7 @@ Public is what this module shows; the packages `planning` and `execution` are th
 import sys as _sys
 
 from . import errors, losses, mcmc, networks, training
+from .conventions import Check, check
 from .data import Data, dequantize, load_data
 from .execution import graphs
 from .execution.ops import normal
@@ -38,6 +39,7 @@ __all__ = [
     "OU",
     "VE",
     "VP",
+    "Check",
     "Data",
     "LogLikelihood",
     "SampleInfo",
@@ -46,6 +48,7 @@ __all__ = [
     "SubVP",
     "Training",
     "bits_per_dim",
+    "check",
     "decode",
     "dequantize",
     "encode",

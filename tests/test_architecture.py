@@ -36,9 +36,10 @@ RULES = {
     "runs": RUN - {"runs"},
     "sampling": RUN,
     "likelihood": RUN,
+    "conventions": MODEL | {"data"},
     "training": MODEL | {"losses", "networks", "data"},
-    "cli": MODEL | {"networks", "data", "sampling", "likelihood", "training"},
-    FACE: MODEL | {"table", "losses", "mcmc", "networks", "data", "sampling", "likelihood", "training"},
+    "cli": MODEL | {"networks", "data", "sampling", "likelihood", "training", "conventions"},
+    FACE: MODEL | {"table", "losses", "mcmc", "networks", "data", "sampling", "likelihood", "training", "conventions"},
 }
 NO_TORCH = {"planning", "table", "checks", "errors", "files"}
 

@@ -1,4 +1,4 @@
-"""The command line: `fastdiff demo | train | sample | likelihood | plan | doctor`."""
+"""The command line: `fastdiff demo | train | sample | likelihood | check | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -277,6 +277,22 @@ def _likelihood(a: argparse.Namespace) -> None:
     print(f"{data!r}\n{report}")
 
 
+def _check(a: argparse.Namespace) -> int:
+    from ..conventions import check
+    from ..data import load_data
+    from ..training import load
+
+    model, data = load(a.model, net=_made(a.net)), load_data(a.data)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="likelier than what was said")  # the report says it
+        found = check(
+            model, data, num_samples=a.num_samples, seed=a.seed,
+            cond=None if a.cond is None else _array(a.cond, model), batch_size=a.batch_size,
+        )  # fmt: skip
+    print(f"{model!r}\n{data!r}\n{found}")
+    return 0 if found.likeliest is None else 1
+
+
 def _plan(a: argparse.Namespace) -> None:
     from ..planning.plan import plan
 
@@ -447,6 +463,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--atol", type=float, default=1e-5, help="absolute tolerance of a step (default: 1e-5)")
     sub.add_argument("--t-min", type=float, help="where the flow starts (default: 1e-5, or a chain's first level)")
     sub.add_argument("--out", help="a .npz of each sample's nats, stderr, latent, nfe and bits_per_dim")
+
+    sub = command(
+        "check", _check, "Whether what a checkpoint says of its network can be right, by data; 1 if not.", of_a_model
+    )
+    sub.add_argument("--data", required=True, help=data)
+    sub.add_argument("-n", "--num-samples", type=int, help="of the data (default: 16, of small samples more)")
+    sub.add_argument("--cond", help="a .npy array of conditions, an entry for each of these samples")
 
     sub = command("plan", _plan, "Print the table of a run: what each row does, with its coefficients.", of_a_plan)
     sub.add_argument("sde", help="ve, vp, subvp, ou, edm, ddpm or ncsn")

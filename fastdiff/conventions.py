@@ -1,0 +1,359 @@
+"""check(): whether a network's numbers mean what is said of it, by its denoising error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checks
+from .data import Data, load_data
+from .errors import ConfigError, DataError, FastdiffError, ShapeError, names_keywords, short, warn
+from .execution import ops
+from .execution.loop import Condition
+from .execution.noise import PERTURBATION
+from .model import ScoreModel, answer, device_of, dtype_of, evaluating, leaves_no_trace, like, opened, picked
+from .planning import predictions, processes, schedules
+
+RATIOS = (0.1, 0.3, 1.0, 3.0)  # noise ratios σ/α asked about, times the data's deviation, where the process has them
+RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5), (0.0, 255.0))
+FITS = 1.5  # times the error of the best linear denoiser: a trained network's is less
+CLEARLY = 0.85  # of the error of what was said: below it, another convention is named
+SILENT = 0.9  # times the error of an output of 0: a network that says anything has less
+ALIKE = 1.02  # times the least error: no difference
+ROUNDS = 3  # what is wrong in three ways is found one after the other,
+BREADTH = 4  # going on from so many
+VALUES = 8192  # numbers in a batch from which its error is known well enough
+MOMENTS = 1024  # of the data, from which the linear denoiser is made
+
+
+@dataclass(frozen=True)
+class Convention:
+    """What a network's numbers mean; each field as in ScoreModel."""
+
+    prediction: str
+    time_input: predictions.TimeInput
+    data_range: tuple[float, float]
+    sde: processes.Process
+
+    def changes(self, said: Convention) -> dict[str, Any]:
+        """The arguments of ScoreModel in which it differs from what was said."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in own.items() if value != getattr(said, name)}
+
+
+@dataclass(frozen=True)
+class Check:
+    """Denoising errors, each a ratio to that of the best linear denoiser; `print` shows them.
+
+    said       what the model says;  error  its error over all levels, their geometric mean
+    levels     noise ratios σ/α [L];  errors  of what was said there [L]
+    tried      each convention with its error over all levels, the least first
+    likeliest  the convention of the least error, where what was said is clearly worse; else None
+    """
+
+    said: Convention
+    error: float
+    levels: tuple[float, ...]
+    errors: tuple[float, ...]
+    tried: tuple[tuple[Convention, float], ...]
+    likeliest: Convention | None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The arguments of ScoreModel that `likeliest` changes; empty where what was said stands."""
+        return {} if self.likeliest is None else self.likeliest.changes(self.said)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        if self.likeliest is not None:
+            error = dict(self.tried)[self.likeliest]
+            return (
+                f"likelier than what was said: {_shown(self.changes)}, with a denoising error of {error:.2g} "
+                f"of the best linear denoiser's, where what was said has {self.error:.2g}"
+            )
+        if self.error < FITS:
+            return "nothing fits better than what was said"
+        return (
+            "nothing that was tried fits: the network was trained on other data, on another process, or not long enough"
+        )
+
+    def __str__(self) -> str:
+        lines = ["denoising error, as a ratio to the best linear denoiser's (of a trained network about 1 or below)"]
+        lines += ["what was said, by noise ratio sigma/alpha:"]
+        lines += [f"  {level:<9.3g} {error:.3g}" for level, error in zip(self.levels, self.errors)]
+        lines += ["over all of them:", f"  {self.error:<9.3g} what was said"]
+        others = [(other, error) for other, error in self.tried if other != self.said]
+        lines += [f"  {error:<9.3g} {_shown(other.changes(self.said))}" for other, error in others[:8]]
+        return "\n".join([*lines, self.verdict])
+
+
+@leaves_no_trace
+@names_keywords
+def check(
+    model: Any, data: Any, *, num_samples: int | None = None, seed: int = 0, cond: Condition = None,
+    batch_size: int | None = None,
+) -> Check:  # fmt: skip
+    """Whether prediction, time_input, data_range and sde of `model` can be right, by its denoising error on data.
+
+    At noise ratios σ/α about the data's deviation, x_t = α x_0 + σ ε is made of the data and the network asked. What it then
+    says of x_0 is compared with x_0: Σ|x̂_0 − x_0|² over that of the best linear denoiser of each coordinate,
+
+        x̂ = μ + α s² (x_t − α μ)/(α² s² + σ²),   error s² σ²/(α² s² + σ²),   of mean μ and variance s²,
+
+    which a trained network does not exceed by much, and one that is misunderstood does by far. The same is asked of every
+    other prediction, of other time inputs, ranges and processes, and of what follows from the best of these.
+
+    model        a ScoreModel, or its path or name
+    data         as in `train`, in the shape of the model; vectors that the model has no range for stay as they are
+    num_samples  how many of the data, 2 or more; default enough for 8192 numbers, at least 16
+    seed         of the noise
+    cond         for these samples, where the model takes one; default the data's labels
+    batch_size   samples in one network call, default all
+
+    Returns a Check; warns where another convention is likelier.
+    Raises ConfigError, DataError, ShapeError before any work, and what the network raises if it answers to no convention.
+    """
+    model = opened(model)
+    if not isinstance(model, ScoreModel):
+        raise ConfigError(
+            f"model must be a ScoreModel or its path, got {type(model).__name__}: fastdiff.ScoreModel(net, sde, data_shape=...)"
+        )
+    processes.require_linear(model.process, "a denoising error", "check() has no use for it")
+    seed = checks.integer("seed", seed, 0, 2**64 - 1)
+    source = load_data(data)
+    if source.shape != model.data_shape:
+        raise ShapeError(f"data must have the model's data_shape {model.data_shape}, got samples of {source.shape}")
+    if num_samples is None:
+        num_samples = max(16, -(-VALUES // math.prod(source.shape)))
+    count = min(checks.integer("num_samples", num_samples, 2, 2**20), len(source))
+    if not bool((source.x[1:] != source.x[:1]).any()):
+        raise DataError(f"data must hold two samples or more that differ, got {len(source)} alike: give more of them")
+    batch = count if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**20)
+    own_units = len(source.shape) == 1 and not model.range_given and model.standardize is None
+    said = Convention(
+        model.prediction, model.time_input, source.range if own_units else model.data_range, model.process
+    )
+    denoising = _Denoising(model, said, source, count, batch, seed, cond)
+    with torch.no_grad(), evaluating(model.net):
+        best = _search(denoising, said)
+    found = sorted(denoising.found.items(), key=lambda item: item[1])
+    least, error = denoising.error(best), denoising.error(said)
+    likelier = best != said and least < CLEARLY * error and least < FITS and denoising.answers(best)
+    levels, errors = denoising.levels(said), denoising.errors(said)
+    result = Check(said, error, tuple(levels), tuple(errors), tuple(found), best if likelier else None)
+    if likelier:
+        warn(result.verdict)
+    return result
+
+
+def _search(denoising: _Denoising, said: Convention) -> Convention:
+    """The best convention: of all that differ in one way from what was said, and then from the best of these."""
+    asked: list[Convention] = []
+    start = [said]
+    for _ in range(ROUNDS):
+        for each in start:
+            asked.append(each)
+            for other in _others(each):
+                denoising.error(other)
+        least = min(denoising.found.values())
+        if least == math.inf and denoising.failure is not None:
+            raise denoising.failure
+        # of those that are alike, such as all processes to a network that is told the noise, the one nearest to what was said
+        alike = [each for each, error in denoising.found.items() if error <= ALIKE * least]
+        # by the fewest words, and those least in doubt
+        best = min(alike, key=lambda each: (len(each.changes(said)), each.sde != said.sde, denoising.found[each]))
+        if best in asked and least < FITS:
+            break
+        order = sorted(denoising.found, key=lambda each: (denoising.found[each] > ALIKE * least, denoising.found[each]))
+        start = [best, *(each for each in order if each not in asked and each != best)][:BREADTH]
+    return best
+
+
+class _Denoising:
+    """Errors of conventions; those that differ in what the output means share the network's calls."""
+
+    def __init__(
+        self, model: ScoreModel, said: Convention, data: Data, count: int, batch: int, seed: int, cond: Condition
+    ) -> None:
+        self.model, self.data, self.batch, self.seed = model, data, batch, seed
+        self.index = torch.arange(count, device="cpu") * (len(data) // count)
+        if cond is None and data.labels is not None and model.num_classes:
+            cond = data.labels[self.index]
+        self.cond = model.condition(cond, count, looks=True)
+        self.device, self.dtype = device_of(None, None, model.net), dtype_of(model.net, torch.float32)
+        if isinstance(self.cond, dict):
+            self.cond = {key: value.to(self.device) for key, value in self.cond.items()}
+        elif self.cond is not None:
+            self.cond = self.cond.to(self.device)
+        self.found: dict[Convention, float] = {}
+        self.failure: Exception | None = None  # of what was said, if the network raised
+        self._asked: dict[tuple[Any, ...], dict[str, tuple[list[float], list[float]]]] = {}
+        self._moments: dict[tuple[float, float], tuple[Tensor, float]] = {}
+        has = self.has(said)
+        self.which = has if sum(has) >= 2 else [True] * len(RATIOS)
+
+    def error(self, of: Convention) -> float:
+        """Over all levels."""
+        if of not in self.found:
+            self.found[of] = _mean(self.errors(of))
+        return self.found[of]
+
+    def errors(self, of: Convention) -> list[float]:
+        """At each level."""
+        return self._answers(of)[0]
+
+    def answers(self, of: Convention) -> bool:
+        """Whether the network does more than one that returns 0, which in EDM's preconditioning is the linear denoiser."""
+        return _mean(self._answers(of)[0]) < SILENT * _mean(self._answers(of)[1])
+
+    def _answers(self, of: Convention) -> tuple[list[float], list[float]]:
+        key = (of.prediction == "edm", of.time_input, of.data_range, of.sde)
+        if key not in self._asked:
+            try:
+                self._asked[key] = self._ask(of)
+            except (
+                FastdiffError,
+                ValueError,
+                TypeError,
+                IndexError,
+                RuntimeError,
+            ) as error:  # say, of an embedding of indices
+                self.failure = self.failure or error
+                self._asked[key] = {}
+        return self._asked[key].get(of.prediction, ([], []))
+
+    def levels(self, of: Convention) -> list[float]:
+        """Noise ratios σ/α."""
+        return [float(of.sde.sigma(t) / of.sde.alpha(t)) for t in self.times(of)]
+
+    def times(self, of: Convention) -> list[float]:
+        """Process times of the levels that what was said has too; none where this process has fewer."""
+        wanted = np.array(RATIOS)[self.which] * math.sqrt(self.moments(of.data_range)[1])
+        t = of.sde.time(wanted)
+        if not ((t >= of.sde.t_noisy) & (t <= of.sde.t_start)).all():
+            return []
+        return [float(each) for each in (np.round(t) if of.sde.discrete else t)]
+
+    def has(self, of: Convention) -> list[bool]:
+        """Which of RATIOS its process has."""
+        t = of.sde.time(np.array(RATIOS) * math.sqrt(self.moments(of.data_range)[1]))
+        return [bool(of.sde.t_noisy <= each <= of.sde.t_start) for each in t]
+
+    def moments(self, data_range: tuple[float, float]) -> tuple[Tensor, float]:
+        """Variances of the coordinates in a range, and their mean."""
+        if data_range not in self._moments:
+            index = torch.arange(0, len(self.data), -(-len(self.data) // MOMENTS), device="cpu")
+            variances = self.model.standardized(self.data.batch(index, data_range)).double().var(0, correction=0)
+            self._moments[data_range] = variances, float(variances.mean())
+        return self._moments[data_range]
+
+    def _ask(self, of: Convention) -> dict[str, tuple[list[float], list[float]]]:
+        """prediction -> (its error, that of an output of 0) at each level, of all predictions that share the network's input."""
+        x0 = self.model.standardized(self.data.batch(self.index, of.data_range)).to(self.device, self.dtype)
+        kinds = ["edm"] if of.prediction == "edm" else [name for name in predictions.PREDICTIONS if name != "edm"]
+        found: dict[str, tuple[list[float], list[float]]] = {kind: ([], []) for kind in kinds}
+        for draw, time in enumerate(self.times(of)):
+            t = torch.full((len(x0),), time, dtype=torch.float64, device=self.device)
+            alpha, sigma = of.sde.alpha(t), of.sde.sigma(t)
+            noise = ops.normal(
+                len(x0), x0.shape[1:], seed=self.seed, draw=draw, stream=PERTURBATION, device=self.device
+            )
+            x = like(alpha, x0) * x0 + like(sigma, x0) * noise.to(self.dtype)
+            label = predictions.network_time(of.time_input, of.sde, t, alpha, sigma)
+            label = label.round().long() if of.time_input == "index" else label.to(self.dtype)
+            scale = predictions.input_scale(of.prediction, of.sde, alpha, sigma)
+            given = like(scale, x) * x
+            output = torch.cat([
+                answer(self.model.net, self.model.variance, given[part], label[part], None, picked(self.cond, part))[0]
+                for part in (slice(k, k + self.batch) for k in range(0, len(x), self.batch))
+            ])  # fmt: skip
+            variances, _ = self.moments(of.data_range)
+            a, s = float(alpha[0]), float(sigma[0])
+            linear = float((variances * s**2 / (a**2 * variances + s**2)).mean())
+            for kind in kinds:
+                try:
+                    source = predictions.coordinates(kind, of.sde, t, alpha, sigma)
+                except ConfigError:  # of chains alone
+                    continue
+                p, q = predictions.convert(source, (1.0, 0.0), alpha, sigma)
+                silent = like(p, x).double() * x.double() - x0.double()
+                for errors, off in zip(found[kind], (silent + like(q, x).double() * output.double(), silent)):
+                    errors.append(float(off.square().mean()) / linear if linear > 0 else math.inf)
+        return {kind: pair for kind, pair in found.items() if pair[0]}
+
+
+def _mean(errors: list[float]) -> float:
+    """Geometric, so that no level stands for all; infinite where there is none."""
+    if not errors or not all(map(math.isfinite, errors)):
+        return math.inf
+    return math.exp(sum(math.log(max(error, 1e-12)) for error in errors) / len(errors))
+
+
+def _others(best: Convention) -> Iterator[Convention]:
+    """What differs from it in one way, and can be."""
+    alone = [{"prediction": name} for name in predictions.PREDICTIONS]
+    alone += [{"time_input": name} for name in (*predictions.TIME_INPUTS, _Remaining(float(best.sde.T)))]
+    alone += [{"data_range": pair} for pair in RANGES]
+    alone += [{"sde": process} for process in _processes(best.sde)]
+    for changes in alone:
+        other = replace(best, **changes)
+        if not _can_be(other) and "sde" in changes:  # which counts its time in another way
+            other = replace(other, time_input=predictions.default_time_input(other.prediction, other.sde))
+        if _can_be(other):
+            # whatever the output of these calls means
+            for name in predictions.PREDICTIONS:
+                each = replace(other, prediction=name)
+                if _can_be(each) and (name == "edm") == (other.prediction == "edm"):
+                    yield each
+
+
+def _processes(said: processes.Process) -> Iterator[processes.Process]:
+    """fastdiff's own, and for a chain those of other schedules."""
+    for name in processes.PROCESSES:
+        yield processes.get(name)
+    if said.discrete and not said.ladder:
+        for name in schedules.BETAS:
+            try:
+                yield processes.DDPM(name, T=int(said.T))
+            except ConfigError:  # a schedule that has no so few steps
+                continue
+
+
+def _can_be(what: Convention) -> bool:
+    try:
+        with np.errstate(all="ignore"):  # of predictions that are infinite where α is 0
+            predictions.check(what.prediction, what.time_input, what.sde)
+    except ConfigError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Remaining:
+    """The time input T − t, of those who count from the noise."""
+
+    top: float
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return self.top - t
+
+    def __repr__(self) -> str:
+        return f"lambda t: {self.top:g} - t"
+
+
+def _shown(changes: dict[str, Any]) -> str:
+    """As they are written in a call."""
+    words = {
+        name: value.name
+        if isinstance(value, processes.Process) and value == processes.PROCESSES.get(value.name, type(value))()
+        else value
+        for name, value in changes.items()
+    }
+    return ", ".join(f"{name}={short(value, 60)}" for name, value in words.items())

@@ -1,0 +1,277 @@
+"""fastdiff.check: what is said wrongly of a network is named, by networks whose denoiser is exact."""
+
+import warnings
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff import Data, ScoreModel, processes
+from fastdiff.cli.commands import main
+from fastdiff.conventions import check
+from fastdiff.planning import predictions
+
+SPREAD = 0.1
+
+
+def centres(low=-1.0, high=1.0, seed=0):
+    """Eight points of 6 numbers within [low, high]."""
+    unit = torch.rand(8, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return low + (high - low) * unit
+
+
+def data(points, count=2048):
+    """From the mixture of normals about the points, in its own units."""
+    generator = torch.Generator().manual_seed(1)
+    which = torch.randint(len(points), (count,), generator=generator)
+    width = SPREAD * float(points.max() - points.min()) / 2
+    return (
+        points[which] + width * torch.randn(count, points.shape[1], generator=generator, dtype=torch.float64)
+    ).float()
+
+
+class Exact(torch.nn.Module):
+    """E[x_0 | x_t] of the mixture, as the prediction of a network that takes `levels` (time -> α, σ) and counts by `time`."""
+
+    def __init__(self, points, process, prediction, time_input, whole=False):
+        super().__init__()
+        self.points, self.process, self.prediction, self.whole = points, process, prediction, whole
+        t = torch.linspace(
+            max(process.t_noisy, 1e-4), process.T, int(process.T) if process.discrete else 20001
+        ).double()
+        labels = predictions.network_time(time_input, process, t, process.alpha(t), process.sigma(t))
+        order = labels.argsort()
+        self.t, self.labels = t[order], labels[order]
+
+    def forward(self, x, label):
+        if self.whole and label.is_floating_point():
+            raise IndexError("tensors used as indices must be long, int, byte or bool tensors")
+        nearest = torch.searchsorted(self.labels, label.double().contiguous()).clamp(1, len(self.t) - 1)
+        nearest -= ((label - self.labels[nearest - 1]).abs() < (label - self.labels[nearest]).abs()).long()
+        t = self.t[nearest][:, None]
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        given = x.double().flatten(1)
+        if self.prediction == "edm":
+            given = given / predictions.input_scale("edm", self.process, alpha, sigma)
+        width = SPREAD * float(self.points.max() - self.points.min()) / 2
+        variance = alpha**2 * width**2 + sigma**2
+        distance = (given[:, None] - alpha[:, None] * self.points).square().sum(-1)
+        share = (-distance / (2 * variance)).softmax(1)
+        gain = alpha * width**2 / variance
+        x0 = share @ self.points + gain * (given - alpha * (share @ self.points))
+        source = predictions.convert(
+            (1.0, 0.0), predictions.coordinates(self.prediction, self.process, t, alpha, sigma), alpha, sigma
+        )
+        return (source[0] * given + source[1] * x0).reshape(x.shape).to(x.dtype)
+
+
+class Straight(processes.Process):
+    """x_t = (1 − t) x_0 + t ε."""
+
+    T = 1.0
+
+    def alpha(self, t):
+        return 1 - t
+
+    def sigma(self, t):
+        return 1.0 * t
+
+    def __eq__(self, other):
+        return type(other) is Straight
+
+    def __hash__(self):
+        return 1
+
+
+# what is true of a network -> what was said of it instead
+WRONG = {
+    "prediction": (("ddpm", "eps", "index"), {"prediction": "score"}),
+    "prediction x0": (("vp", "x0", "t"), {"prediction": "eps"}),
+    "prediction v": (("ddpm", "v", "index"), {"prediction": "eps"}),
+    "prediction of the wrong sign": (("vp", "eps", "t"), {"prediction": "scaled_score"}),
+    "prediction velocity": ((Straight(), "velocity", "t"), {"prediction": "eps"}),
+    "time in a thousand": (("vp", "eps", "t*999"), {"time_input": "t"}),
+    "time to a thousand": (("ddpm", "eps", "index/T"), {"time_input": "index"}),
+    "time of the noise": (("ve", "score", "sigma"), {"time_input": "t"}),
+    "time of its logarithm": (("edm", "x0", "log_sigma"), {"time_input": "t"}),
+    "time from the noise": (("vp", "eps", "remaining"), {"time_input": "t"}),
+    "range": (("ddpm", "eps", "index"), {"data_range": (0.0, 1.0)}),
+    "range of bytes": (("ddpm", "eps", "index"), {"data_range": (0.0, 255.0)}),
+    "schedule": ((processes.DDPM("cosine"), "eps", "index"), {"sde": processes.DDPM("linear")}),
+    "schedule of 100": ((processes.DDPM("linear", T=100), "eps", "index"), {"sde": processes.DDPM("cosine", T=100)}),
+    "process": (("subvp", "eps", "t"), {"sde": processes.get("ve")}),
+    "two": (("vp", "x0", "t"), {"prediction": "eps", "data_range": (0.0, 1.0)}),
+    "two more": (("ddpm", "v", "index"), {"prediction": "eps", "sde": processes.DDPM("cosine")}),
+    "preconditioned": (("edm", "edm", "c_noise"), {"prediction": "x0", "time_input": "t"}),
+}
+
+
+def truth(sde, prediction, time_input):
+    process = processes.get(sde)
+    label = (lambda t: process.T - t) if time_input == "remaining" else time_input
+    return process, prediction, label
+
+
+def described(net, process, prediction, time_input, data_range=(-1.0, 1.0)):
+    return ScoreModel(net, process, prediction, time_input, data_shape=(6, 1), data_range=data_range)
+
+
+def images(x, **options):
+    return Data(x[:, :, None].clamp(-1.5, 1.5), range=(-1.5, 1.5), **options)
+
+
+@pytest.fixture
+def silent(recwarn):
+    yield
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_said_wrongly_is_named(name):
+    facts, wrong = WRONG[name]
+    process, prediction, label = truth(*facts)
+    points = centres(-1 / 1.5, 1 / 1.5)  # the data's ±1.5 in data_range ±1
+    net = Exact(points, process, prediction, label)
+    source = images(data(centres()))
+    said = dict(sde=process, prediction=prediction, time_input=label, data_range=(-1.0, 1.0)) | wrong
+    with pytest.warns(UserWarning, match="likelier than what was said: "):
+        found = check(ScoreModel(net, data_shape=(6, 1), **said), source)
+    right = dict(sde=process, prediction=prediction, time_input=label, data_range=(-1.0, 1.0))
+    for key in wrong:
+        got = found.changes[key]
+        if facts[2] == "remaining" and key == "time_input":
+            assert float(got(torch.tensor(0.25))) == process.T - 0.25
+        else:
+            assert got == right[key]
+    assert found.changes.keys() == wrong.keys()
+    assert found.error > 1.2 * dict(found.tried)[found.likeliest]
+    assert found.tried[0][1] < 1
+    assert found.verdict in str(found)
+
+
+@pytest.mark.parametrize("facts", {str(facts): facts for facts, _ in WRONG.values()}.values(), ids=str)
+def test_what_is_said_rightly_stands(facts, silent):
+    process, prediction, label = truth(*facts)
+    net = Exact(centres(-1 / 1.5, 1 / 1.5), process, prediction, label)
+    found = check(described(net, process, prediction, label), images(data(centres())))
+    assert found.likeliest is None
+    assert found.changes == {}
+    assert found.error < 1
+    assert found.verdict == "nothing fits better than what was said"
+
+
+def test_errors_are_those_of_the_best_linear_denoiser_on_normal_data(silent):
+    """On N(μ, s²) the exact denoiser is linear: the ratio is 1, but for the draws."""
+    x = 0.3 + 0.5 * torch.randn(4096, 3, 1, generator=torch.Generator().manual_seed(0))
+
+    def exact(x_t, t):
+        process = processes.VP()
+        alpha, sigma = (f(t.double()).view(-1, 1, 1) for f in (process.alpha, process.sigma))
+        x0 = 0.3 + alpha * 0.25 * (x_t.double() - alpha * 0.3) / (alpha**2 * 0.25 + sigma**2)
+        return ((x_t - alpha * x0) / sigma).to(x_t.dtype)
+
+    model = ScoreModel(exact, "vp", "eps", data_shape=(3, 1), data_range=(-3.0, 3.0))
+    found = check(model, Data(x, range=(-3.0, 3.0)), num_samples=4096)
+    assert found.errors == pytest.approx([1.0] * 4, rel=0.05)
+    assert found.levels == pytest.approx([0.05, 0.15, 0.5, 1.5], rel=0.05)
+
+
+def test_a_network_that_takes_whole_steps_alone():
+    process = processes.DDPM()
+    net = Exact(centres(-1 / 1.5, 1 / 1.5), process, "eps", "index", whole=True)
+    with pytest.warns(UserWarning, match="time_input='index'"):
+        assert check(described(net, process, "eps", "t"), images(data(centres()))).changes == {"time_input": "index"}
+
+
+def test_a_network_that_answers_to_nothing_raises_its_own_error():
+    def broken(x, t):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        check(described(broken, "vp", "eps", "t"), images(data(centres())))
+
+
+def test_an_untrained_network_fits_nothing(silent):
+    torch.manual_seed(0)
+    found = check(described(fastdiff.networks.MLP((6, 1)), "vp", "eps", "t"), images(data(centres())))
+    assert found.likeliest is None
+    assert "nothing that was tried fits" in found.verdict
+
+
+def test_vectors_stay_in_their_own_units(silent):
+    points = centres(-4.0, 4.0)
+    net = Exact(points, processes.get("edm"), "x0", "sigma")
+    model = ScoreModel(net, "edm", "x0", "sigma", data_shape=(6,))
+    found = check(model, data(points))
+    assert found.likeliest is None
+    assert found.error < 1
+    assert found.said.data_range == pytest.approx((float(data(points).min()), float(data(points).max())))
+
+
+def test_labels_of_the_data_reach_a_network_that_takes_them():
+    points = centres(-1 / 1.5, 1 / 1.5)
+
+    class Labelled(torch.nn.Module):
+        num_classes = 2
+
+        def __init__(self):
+            super().__init__()
+            self.nets = torch.nn.ModuleList(
+                Exact(points + shift, processes.get("vp"), "eps", "t") for shift in (0, 0.5)
+            )
+
+        def forward(self, x, t, y):
+            return torch.where((y == 0).view(-1, 1, 1), self.nets[0](x, t), self.nets[1](x, t))
+
+    x = torch.cat([data(centres(), 1024), data(centres() + 0.75, 1024)])
+    model = described(Labelled(), "vp", "eps", "t")
+    source = images(x, labels=torch.arange(2).repeat_interleave(1024))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check(model, source).error < 1
+    with pytest.raises(fastdiff.errors.ConfigError, match="y is missing"):
+        check(model, images(x))
+    with pytest.warns(UserWarning, match="prediction='eps'"):
+        check(described(Labelled(), "vp", "v", "t"), source)
+
+
+def test_the_state_around_is_left_alone():
+    net = torch.nn.Sequential(torch.nn.Dropout(0.5))
+    net.forward = lambda x, t: x
+    state = torch.get_rng_state()
+    check(described(net, "vp", "eps", "t"), images(data(centres())), num_samples=16)
+    assert net.training
+    assert net[0].training
+    assert torch.is_grad_enabled()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(model=lambda x, t: x), r"model must be a ScoreModel or its path, got function"),
+        (dict(data=torch.rand(4, 3)), "data_shape"),
+        (dict(data=Data(torch.ones(4, 6, 1), range=(0, 1))), "data must hold two samples or more that differ, got 4"),
+        (dict(num_samples=1), "num_samples must be"),
+        (dict(seed=-1), "seed must be"),
+        (dict(cond=torch.zeros(3)), "cond"),
+        (dict(sde="vp"), "sde"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(options, says):
+    given = dict(model=described(lambda x, t: x, "vp", "eps", "t"), data=images(data(centres()))) | options
+    with pytest.raises((fastdiff.errors.FastdiffError, TypeError), match=says):
+        check(**given)
+
+
+def test_the_command_says_the_same(capsys, tmp_path):
+    assert main(["check", "digits-vp", "--data", "digits"]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing fits better than what was said" in shown
+    assert "what was said" in shown
+
+    model = fastdiff.load("digits-vp")
+    wrong = ScoreModel(model.net, model.process, "edm", "c_noise", model.data_shape, (0.0, 1.0))
+    fastdiff.save(wrong, tmp_path / "wrong.safetensors")
+    assert main(["check", str(tmp_path / "wrong.safetensors"), "--data", "digits", "-n", "32"]) == 1
+    assert "likelier than what was said: data_range=(-1.0, 1.0)" in capsys.readouterr().out
