@@ -23,11 +23,18 @@ from .planning import predictions, processes, schedules
 RATIOS = (0.1, 0.3, 1.0, 3.0)  # noise ratios σ/α asked about, times the data's deviation, where the process has them
 RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5), (0.0, 255.0))
 FITS = 1.5  # times the error of the best linear denoiser: a trained network's is less
+NONLINEAR = 0.95  # below it, a network knows more of the data than their mean and variance
 CLEARLY = 0.85  # of the error of what was said: below it, another convention is named
 SILENT = 0.9  # times the error of an output of 0: a network that says anything has less
+# schedules of other lengths than 1000, by authors who leave their ends as they are
+ENDS = (
+    (schedules.linear, (1e-4, 0.02)),
+    (schedules.quadratic, (1e-4, 0.02)),
+    (schedules.scaled_linear, (0.00085, 0.012)),
+)
 ALIKE = 1.02  # times the least error: no difference
 ROUNDS = 3  # what is wrong in three ways is found one after the other,
-BREADTH = 4  # going on from so many
+BREADTH = 8  # going on from so many
 VALUES = 8192  # numbers in a batch from which its error is known well enough
 MOMENTS = 1024  # of the data, from which the linear denoiser is made
 
@@ -51,7 +58,8 @@ class Convention:
 class Check:
     """Denoising errors, each a ratio to that of the best linear denoiser; `print` shows them.
 
-    said       what the model says;  error  its error over all levels, their geometric mean
+    said       what the model says;  error  its error over all levels: their geometric mean, 1 standing for levels of others' that
+               its process does not reach
     levels     noise ratios σ/α [L];  errors  of what was said there [L]
     tried      each convention with its error over all levels, the least first
     likeliest  the convention of the least error, where what was said is clearly worse; else None
@@ -74,9 +82,12 @@ class Check:
         """One sentence."""
         if self.likeliest is not None:
             error = dict(self.tried)[self.likeliest]
+            doubt = (
+                "" if error < NONLINEAR else "; as that is no better than linear, perhaps none of those that were tried"
+            )
             return (
                 f"likelier than what was said: {_shown(self.changes)}, with a denoising error of {error:.2g} "
-                f"of the best linear denoiser's, where what was said has {self.error:.2g}"
+                f"of the best linear denoiser's, where what was said has {self.error:.2g}{doubt}"
             )
         if self.error < FITS:
             return "nothing fits better than what was said"
@@ -140,7 +151,7 @@ def check(
     said = Convention(
         model.prediction, model.time_input, source.range if own_units else model.data_range, model.process
     )
-    denoising = _Denoising(model, said, source, count, batch, seed, cond)
+    denoising = _Denoising(model, source, count, batch, seed, cond)
     with torch.no_grad(), evaluating(model.net):
         best = _search(denoising, said)
     found = sorted(denoising.found.items(), key=lambda item: item[1])
@@ -167,21 +178,27 @@ def _search(denoising: _Denoising, said: Convention) -> Convention:
             raise denoising.failure
         # of those that are alike, such as all processes to a network that is told the noise, the one nearest to what was said
         alike = [each for each, error in denoising.found.items() if error <= ALIKE * least]
-        # by the fewest words, and those least in doubt
-        best = min(alike, key=lambda each: (len(each.changes(said)), each.sde != said.sde, denoising.found[each]))
+        best = min(alike, key=lambda each: (*_far(each, said), denoising.found[each]))
         if best in asked and least < FITS:
             break
-        order = sorted(denoising.found, key=lambda each: (denoising.found[each] > ALIKE * least, denoising.found[each]))
-        start = [best, *(each for each in order if each not in asked and each != best)][:BREADTH]
+        # what is wrong in two ways may look no better in one: the best of each way goes on, not the best of all
+        leading: dict[Any, Convention] = {}
+        for each in sorted(denoising.found.keys() - set(asked), key=lambda each: denoising.found[each]):
+            leading.setdefault((each.prediction == "edm", frozenset(each.changes(said))), each)
+        start = sorted(leading.values(), key=lambda each: denoising.found[each])[:BREADTH]
     return best
+
+
+def _far(other: Convention, said: Convention) -> tuple[int, bool, bool]:
+    """In how many ways it differs, and whether in those that are less often mistaken."""
+    usual = predictions.default_time_input(other.prediction, other.sde)
+    return len(other.changes(said)), other.sde != said.sde, other.time_input != usual
 
 
 class _Denoising:
     """Errors of conventions; those that differ in what the output means share the network's calls."""
 
-    def __init__(
-        self, model: ScoreModel, said: Convention, data: Data, count: int, batch: int, seed: int, cond: Condition
-    ) -> None:
+    def __init__(self, model: ScoreModel, data: Data, count: int, batch: int, seed: int, cond: Condition) -> None:
         self.model, self.data, self.batch, self.seed = model, data, batch, seed
         self.index = torch.arange(count, device="cpu") * (len(data) // count)
         if cond is None and data.labels is not None and model.num_classes:
@@ -196,8 +213,6 @@ class _Denoising:
         self.failure: Exception | None = None  # of what was said, if the network raised
         self._asked: dict[tuple[Any, ...], dict[str, tuple[list[float], list[float]]]] = {}
         self._moments: dict[tuple[float, float], tuple[Tensor, float]] = {}
-        has = self.has(said)
-        self.which = has if sum(has) >= 2 else [True] * len(RATIOS)
 
     def error(self, of: Convention) -> float:
         """Over all levels."""
@@ -224,7 +239,7 @@ class _Denoising:
                 TypeError,
                 IndexError,
                 RuntimeError,
-            ) as error:  # say, of an embedding of indices
+            ) as error:  # as of a table of indices
                 self.failure = self.failure or error
                 self._asked[key] = {}
         return self._asked[key].get(of.prediction, ([], []))
@@ -234,17 +249,10 @@ class _Denoising:
         return [float(of.sde.sigma(t) / of.sde.alpha(t)) for t in self.times(of)]
 
     def times(self, of: Convention) -> list[float]:
-        """Process times of the levels that what was said has too; none where this process has fewer."""
-        wanted = np.array(RATIOS)[self.which] * math.sqrt(self.moments(of.data_range)[1])
-        t = of.sde.time(wanted)
-        if not ((t >= of.sde.t_noisy) & (t <= of.sde.t_start)).all():
-            return []
-        return [float(each) for each in (np.round(t) if of.sde.discrete else t)]
-
-    def has(self, of: Convention) -> list[bool]:
-        """Which of RATIOS its process has."""
+        """Process times of RATIOS, as far as the process has them."""
         t = of.sde.time(np.array(RATIOS) * math.sqrt(self.moments(of.data_range)[1]))
-        return [bool(of.sde.t_noisy <= each <= of.sde.t_start) for each in t]
+        inside = t[(t >= of.sde.t_noisy) & (t <= of.sde.t_start)]
+        return [float(each) for each in (np.round(inside) if of.sde.discrete else inside)]
 
     def moments(self, data_range: tuple[float, float]) -> tuple[Tensor, float]:
         """Variances of the coordinates in a range, and their mean."""
@@ -290,15 +298,16 @@ class _Denoising:
 
 
 def _mean(errors: list[float]) -> float:
-    """Geometric, so that no level stands for all; infinite where there is none."""
-    if not errors or not all(map(math.isfinite, errors)):
+    """Geometric, so that no level stands for all, with a linear denoiser's 1 where a process does not have the level."""
+    if len(errors) < 2 or not all(map(math.isfinite, errors)):
         return math.inf
-    return math.exp(sum(math.log(max(error, 1e-12)) for error in errors) / len(errors))
+    return math.exp(sum(math.log(max(error, 1e-12)) for error in errors) / len(RATIOS))
 
 
 def _others(best: Convention) -> Iterator[Convention]:
     """What differs from it in one way, and can be."""
-    alone = [{"prediction": name} for name in predictions.PREDICTIONS]
+    alone: list[dict[str, Any]] = [{"prediction": name} for name in predictions.PREDICTIONS]
+    alone += [{"prediction": "edm", "time_input": "c_noise"}]  # which are one convention
     alone += [{"time_input": name} for name in (*predictions.TIME_INPUTS, _Remaining(float(best.sde.T)))]
     alone += [{"data_range": pair} for pair in RANGES]
     alone += [{"sde": process} for process in _processes(best.sde)]
@@ -315,15 +324,19 @@ def _others(best: Convention) -> Iterator[Convention]:
 
 
 def _processes(said: processes.Process) -> Iterator[processes.Process]:
-    """fastdiff's own, and for a chain those of other schedules."""
+    """fastdiff's own, and for a chain those of other schedules, with their ends times 1000/T and as they are."""
     for name in processes.PROCESSES:
         yield processes.get(name)
     if said.discrete and not said.ladder:
+        steps = int(said.T)
         for name in schedules.BETAS:
             try:
-                yield processes.DDPM(name, T=int(said.T))
+                yield processes.DDPM(name, T=steps)
             except ConfigError:  # a schedule that has no so few steps
                 continue
+        if steps != 1000:
+            for make, ends in ENDS:
+                yield processes.DDPM(make(steps, *ends))
 
 
 def _can_be(what: Convention) -> bool:

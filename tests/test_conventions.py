@@ -9,7 +9,7 @@ import fastdiff
 from fastdiff import Data, ScoreModel, processes
 from fastdiff.cli.commands import main
 from fastdiff.conventions import check
-from fastdiff.planning import predictions
+from fastdiff.planning import predictions, schedules
 
 SPREAD = 0.1
 
@@ -99,9 +99,14 @@ WRONG = {
     "range of bytes": (("ddpm", "eps", "index"), {"data_range": (0.0, 255.0)}),
     "schedule": ((processes.DDPM("cosine"), "eps", "index"), {"sde": processes.DDPM("linear")}),
     "schedule of 100": ((processes.DDPM("linear", T=100), "eps", "index"), {"sde": processes.DDPM("cosine", T=100)}),
+    "schedule whose ends are as they are": (
+        (processes.DDPM(schedules.quadratic(100, 1e-4, 0.02)), "eps", "index"),
+        {"sde": processes.DDPM(schedules.linear(100, 1e-4, 0.02))},
+    ),
     "process": (("subvp", "eps", "t"), {"sde": processes.get("ve")}),
     "two": (("vp", "x0", "t"), {"prediction": "eps", "data_range": (0.0, 1.0)}),
     "two more": (("ddpm", "v", "index"), {"prediction": "eps", "sde": processes.DDPM("cosine")}),
+    "preconditioned, of another range": (("edm", "edm", "c_noise"), {"prediction": "v", "data_range": (0.0, 1.0)}),
     "preconditioned": (("edm", "edm", "c_noise"), {"prediction": "x0", "time_input": "t"}),
 }
 

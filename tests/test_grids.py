@@ -176,3 +176,22 @@ def test_bad_sigmas_are_refused():
         grids.sigmas([1.0, -1.0])
     with pytest.raises(ConfigError, match="not among the process's levels"):
         grids.build(grids.sigmas([1e6, 1.0, 0.0]), fastdiff.DDPM(), None, None)
+
+
+@pytest.mark.parametrize("grid", ["fourth_root", "karras", "logsnr"])
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_levels_of_a_chain_end_at_its_first_step_and_then_the_data(grid, steps):
+    """As diffusers' use_karras_sigmas: the levels are those of the chain, whose lowest is step 1, not the data at t = 0."""
+    table = fastdiff.plan("ddpm", steps, sampler="ddim", grid=grid, prediction="eps", time_input="fractional_index")
+    times = [row.level.t for row in table.rows]
+    assert (len(times), table.end.t, table.end.sigma) == (steps, 0, 0)
+    assert times == sorted(set(times), reverse=True)
+    assert times[0] == pytest.approx(1000)
+    assert times[-1] >= 1 - 1e-9
+    if steps > 1 and grid != "fourth_root":
+        assert times[-1] == pytest.approx(1)
+    if grid == "karras" and steps == 10:
+        alpha = fastdiff.DDPM().alpha(np.array([1.0, 1000.0]))
+        low, high = np.sqrt(1 / alpha**2 - 1) ** (1 / 7)
+        wanted = np.linspace(high, low, 10) ** 7
+        assert [row.level.sigma_hat for row in table.rows] == pytest.approx(wanted)

@@ -222,7 +222,10 @@ def _quadratic(process: Process, n: int, t_min: float) -> Array:
 
 def _logsnr(process: Process, n: int, t_min: float) -> Array:
     high, low = _ends(process, t_min, "logsnr")
-    times: Array = process.time(np.exp(np.linspace(math.log(high), math.log(low), n + 1)))
+    over = process.discrete and t_min == 0  # a chain's last step leads from its first level to the data
+    times: Array = process.time(np.exp(np.linspace(math.log(high), math.log(low), n + 1 - over)))
+    if over:
+        times = np.append(times, 0.0)
     times[0], times[-1] = process.t_start, t_min
     return times
 
@@ -361,8 +364,8 @@ def step_between(process: Process, level: Level, following: Level) -> Step:
 
 
 def _ends(process: Process, t_min: float, name: str) -> tuple[float, float]:
-    """σ̂ at the start and at t_min."""
-    t = np.array([process.t_start, t_min])
+    """σ̂ at the start and at t_min, on a chain at its first step if that is the data."""
+    t = np.array([process.t_start, process.t_noisy if process.discrete and t_min == 0 else t_min])
     high, low = (process.sigma(t) / process.alpha(t)).tolist()
     if low <= 0:
         raise ConfigError(f"t_min must have sigma > 0 with grid={name!r}, got t_min={t_min:g}: give a larger one")
