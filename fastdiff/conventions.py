@@ -15,9 +15,11 @@ from . import checks
 from .data import Data, load_data
 from .errors import ConfigError, DataError, FastdiffError, ShapeError, names_keywords, short, warn
 from .execution import ops
+from .execution.calls import answer, device_of, dtype_of, like, picked
 from .execution.loop import Condition
+from .execution.modes import evaluating, leaves_no_trace
 from .execution.noise import PERTURBATION
-from .model import ScoreModel, answer, device_of, dtype_of, evaluating, leaves_no_trace, like, opened, picked
+from .model import ScoreModel, opened
 from .planning import predictions, processes, schedules
 
 RATIOS = (0.1, 0.3, 1.0, 3.0)  # noise ratios σ/α asked about, times the data's deviation, where the process has them

@@ -17,10 +17,12 @@ from . import checks
 from .errors import ConfigError, DataError, DTypeError, ShapeError, choose, names_keywords, short, unknown_keyword, warn
 from .execution import ops, tensor_checks
 from .execution.adaptive import Solution
+from .execution.calls import device_of, parameters
 from .execution.divergence import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus, Probes, Reverse, uncompiled
+from .execution.modes import leaves_no_trace
 from .execution.noise import PROBES
 from .execution.reference import tree_sum
-from .model import ScoreModel, as_model, device_of, leaves_no_trace, opened, parameters, warn_outside
+from .model import ScoreModel, as_model, opened, warn_outside
 from .planning.coverage import misfit
 from .planning.predictions import TimeInput
 from .planning.samplers import Adaptive

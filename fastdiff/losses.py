@@ -14,9 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import checks, files
 from .errors import ConfigError, ModelOutputError, choose, short
 from .execution import ops, reference, tensor_checks
+from .execution.calls import dtype_of, like
 from .execution.loop import Condition
+from .execution.modes import leaves_no_trace, stepping
 from .execution.noise import PERTURBATION, PROBES
-from .model import ScoreModel, dtype_of, leaves_no_trace, like, stepping
+from .model import ScoreModel
 from .planning import predictions
 from .planning.processes import Process, require_linear
 

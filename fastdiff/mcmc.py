@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checks
 from .errors import ConfigError, ModelOutputError, NonFiniteError, ShapeError, short
 from .execution import noise, ops, reference, tensor_checks
-from .model import evaluating, leaves_no_trace
+from .execution.modes import evaluating, leaves_no_trace
 
 Energy = Callable[[Tensor], Tensor]
 

@@ -16,9 +16,10 @@ from .errors import ConfigError, SolverError, short
 from .execution import ops
 from .execution.adaptive import Progress, Solution, Stage, integrate
 from .execution.adaptive_sde import integrate_sde
+from .execution.calls import answer, dtype_of, memory_format_of, picked, takes_features, time_features
 from .execution.loop import Condition
 from .execution.noise import SAMPLER
-from .model import ScoreModel, answer, check_path, dtype_of, memory_format_of, picked, takes_features, time_features
+from .model import ScoreModel, check_path
 from .planning import predictions
 from .planning.ode_variables import OdePoint, OdeVariables
 from .planning.processes import Pair, require_linear

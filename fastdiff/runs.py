@@ -17,19 +17,11 @@ from torch import Tensor
 from .errors import ConfigError, DataError, DTypeError, GraphError, SolverError, warn
 from .execution import cuda_graph, graphs, monitor, ops, tensor_checks
 from .execution.adaptive import Solution
+from .execution.calls import answer, dtype_of, memory_format_of, owned, picked, takes_features, time_features
 from .execution.loop import Condition, Draw, Loop, network_times
+from .execution.modes import evaluating
 from .execution.noise import PRIOR
-from .model import (
-    ScoreModel,
-    answer,
-    dtype_of,
-    evaluating,
-    memory_format_of,
-    owned,
-    picked,
-    takes_features,
-    time_features,
-)  # fmt: skip
+from .model import ScoreModel  # fmt: skip
 from .planning import samplers
 from .probability_flow import Flow, ReverseSDE, Trace, denoised
 from .table import StepTable

@@ -16,7 +16,9 @@ from torch import Tensor
 from . import checks
 from .errors import ConfigError, DataError, DTypeError, choose, names_keywords, short, warn
 from .execution import loop, tensor_checks
-from .model import ScoreModel, as_model, check_path, device_of, leaves_no_trace, opened, warn_outside
+from .execution.calls import device_of
+from .execution.modes import leaves_no_trace
+from .model import ScoreModel, as_model, check_path, opened, warn_outside
 from .planning import chains, processes, samplers
 from .planning.coverage import STANDARDIZED, misfit
 from .planning.plan import MAX_STEPS, check_table, make_table

@@ -22,9 +22,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiff
-from fastdiff import model as model_module
 from fastdiff.errors import ConfigError, DataError, FastdiffError, NonFiniteError
-from fastdiff.model import evaluating, stepping
+from fastdiff.execution import modes
+from fastdiff.execution.modes import evaluating, stepping
 from fastdiff.planning.processes import PROCESSES
 from fastdiff.planning.samplers import SAMPLERS, ULA, Adaptive, AdaptiveSDE, Ancestral, Heun, PredictorCorrector
 
@@ -830,8 +830,8 @@ def test_an_interrupt_at_any_line_leaves_modes_and_gradients(what):
             sys.settrace(before)
         assert torch.is_grad_enabled(), at
         assert all(module.training for module in model.net.modules()), at
-        assert not model_module._users, at
-        assert not model_module._lock.locked(), at
+        assert not modes._users, at
+        assert not modes._lock.locked(), at
         if left[0] > 0:  # the run has no line of this number
             break
     assert left[0] > 0

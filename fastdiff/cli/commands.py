@@ -347,7 +347,7 @@ def _array(value: str, model: ScoreModel) -> Tensor:
 
     from .. import files
     from ..data.readers import read_array
-    from ..model import dtype_of
+    from ..execution.calls import dtype_of
 
     array = torch.from_numpy(read_array(files.path("--cond", value)))
     return array.to(dtype_of(model.net, torch.float32)) if array.is_floating_point() else array

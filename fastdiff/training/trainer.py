@@ -34,10 +34,11 @@ from ..errors import (
     warn,
 )
 from ..execution import conditions, modules, noise, ops
+from ..execution.modes import leaves_no_trace, stepping
 from ..execution.monitor import bar
 from ..execution.torch_private import foreach_lerp_, functorch_is_active
 from ..files import hold, reason, shown
-from ..model import ScoreModel, leaves_no_trace, stepping
+from ..model import ScoreModel
 from ..planning.coverage import STANDARDIZED, misfit
 from ..planning.schedules import ema_decay
 from . import checkpoint as files
