@@ -79,6 +79,10 @@ class ConfigError(FastdiffError, ValueError):
     """An argument, or a combination of arguments, that is not allowed."""
 
 
+class MissingConditionError(ConfigError, TypeError):
+    """A condition that the network's arguments need and the call does not give."""
+
+
 class ShapeError(FastdiffError, ValueError):
     """A tensor of the wrong shape or layout."""
 

@@ -183,7 +183,7 @@ class ScoreModel(nn.Module):
                 "cond must be None, as the model was trained without labels: leave cond out, or train it with labelled data"
             )
         if self.num_classes:
-            conditions.check_labels(conditions.labels_of(taken, given), count, self.num_classes, looks)
+            conditions.check_labels(taken, given, count, self.num_classes, looks, isinstance(cond, dict))
         return given
 
     def __repr__(self) -> str:

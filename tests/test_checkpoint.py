@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import struct
+import warnings
 
 import fuzz
 import numpy as np
@@ -366,3 +367,21 @@ def test_a_default_device_without_memory_changes_nothing():
         found = fastdiff.sample(model, steps=2, num_samples=1)
     assert {value.device.type for value in (*model.parameters(), *model.buffers())} == {"cpu"}
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(("given", "warns"), [(None, False), ((-1.0, 1.0), True)])
+def test_a_range_that_nobody_gave_is_no_claim_of_a_loaded_model(tmp_path, given, warns):
+    """Samples far outside of a range are warned of where the range was said, before a save as after it."""
+    torch.manual_seed(0)
+    net = fastdiff.networks.MLP((2,))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(30).add_(1.0)
+    model = fastdiff.ScoreModel(net, "vp", data_shape=(2,), data_range=given)
+    fastdiff.save(model, tmp_path / "model.safetensors")
+    for each in (model, fastdiff.load(tmp_path / "model.safetensors")):
+        assert each.range_given is warns
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            fastdiff.sample(each, steps=3, num_samples=8)
+        assert any("far outside of data_range" in str(w.message) for w in said) is warns

@@ -484,3 +484,15 @@ def test_the_command_line_hands_over_arrays(folder, capsys, monkeypatch):
     (folder / "words.npy").write_text("no array")
     for words in (["sample", "m", "--cond", "words.npy"], ["sample", "m", "-n", 7, "--cond", "short.npy"]):
         assert command(capsys, *words)[0] == 2
+
+
+def test_what_is_missing_and_what_is_wrong_are_named():
+    """A missing argument is a TypeError too, as it is where the network is called by hand; labels in a dict have their key."""
+    needs = lambda x, t, y: x  # noqa: E731
+    with pytest.raises(TypeError, match="y is missing") as caught:
+        fastdiff.sample(needs, "vp", 2, shape=(3,), num_samples=2)
+    assert isinstance(caught.value, ConfigError)
+    model = fastdiff.ScoreModel(needs, "vp", data_shape=(3,), num_classes=3)
+    for cond, said in (({"y": torch.tensor([0.0, 1.0])}, r"cond\['y'\] must"), (torch.tensor([0, 3]), "^cond must")):
+        with pytest.raises((fastdiff.errors.DTypeError, fastdiff.errors.DataError), match=said):
+            fastdiff.sample(model, steps=2, num_samples=2, cond=cond)

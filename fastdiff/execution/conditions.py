@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DataError, DTypeError, ShapeError
+from ..errors import ConfigError, DataError, DTypeError, MissingConditionError, ShapeError
 from . import torch_private
 from .loop import Condition
 from .modules import inner
@@ -105,7 +105,7 @@ def takes(net: Any) -> Takes:
 
 def arranged(taken: Takes, cond: Any) -> Condition:
     """cond as the network gets it: None, its third argument (a tensor, a Whole), or a dict of keywords; ConfigError where it has
-    no place for it, or needs more."""
+    no place for it, MissingConditionError where it needs more."""
     given: set[str | None] = set()
     if isinstance(cond, dict):
         unknown = [] if taken.any_name else [str(key) for key in cond if key not in taken.names]
@@ -134,25 +134,25 @@ def arranged(taken: Takes, cond: Any) -> Condition:
         )
     missing = sorted(taken.needs - given)
     if missing:
-        raise ConfigError(
+        raise MissingConditionError(
             f"cond must give what the network's arguments {taken.shown:.70} need, and {missing[0]:.30} is missing: give "
             f"cond={'a tensor or ' * (len(taken.needs) == 1)}a dict with {', '.join(map(repr, sorted(taken.needs))):.40}"
         )
     return cond or None if type(cond) is dict else cond
 
 
-def labels_of(taken: Takes, cond: Condition) -> Tensor | None:
-    """The class numbers in a condition that `arranged` made."""
-    if isinstance(cond, dict):
-        return next((cond[name] for name in (taken.labels, *LABELS) if name in cond), None)
-    return cond if taken.labels == taken.third else None
+def check_labels(taken: Takes, cond: Condition, count: int, classes: int, looks: bool, by_name: bool) -> None:
+    """ConfigError, DTypeError, ShapeError or DataError unless a condition that `arranged` made has class numbers, integers
+    [count] from 0 to classes - 1.
 
-
-def check_labels(labels: Any, count: int, classes: int, looks: bool) -> None:
-    """ConfigError, DTypeError, ShapeError or DataError unless these are integers [count] from 0 to classes - 1.
-
-    looks  at the values also where that would stall a device
+    looks    at the values also where that would stall a device
+    by_name  whether the caller gave them in a dict
     """
+    argument, labels = "cond", cond if taken.labels == taken.third else None
+    if isinstance(cond, dict):
+        key = next((name for name in (taken.labels, *LABELS) if name in cond), None)
+        labels = None if key is None else cond[key]
+        argument = f"cond[{key!r}]" if by_name and key is not None else "cond"
     rule = f"the labels 0 to {classes - 1} that the model was trained with"
     if labels is None:
         raise ConfigError(
@@ -160,15 +160,17 @@ def check_labels(labels: Any, count: int, classes: int, looks: bool) -> None:
         )
     if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise DTypeError(f"cond must hold {rule}, got {got}: convert them with torch.as_tensor(labels).long()")
+        raise DTypeError(f"{argument} must hold {rule}, got {got}: convert them with torch.as_tensor(labels).long()")
     if labels.shape != (count,):
-        raise ShapeError(f"cond must hold {rule}, one for each of {count} samples, got shape {tuple(labels.shape)}")
+        raise ShapeError(
+            f"{argument} must hold {rule}, one for each of {count} samples, got shape {tuple(labels.shape)}"
+        )
     unseen = labels.is_meta or torch_private.functorch_is_active() or torch.compiler.is_compiling()
     if unseen or not (looks or labels.device.type == "cpu") or not count:
         return
     low, high = (int(end) for end in labels.aminmax())
     if low < 0 or high >= classes:
-        raise DataError(f"cond must hold {rule}, got {low} to {high}: give those, or train with more")
+        raise DataError(f"{argument} must hold {rule}, got {low} to {high}: give those, or train with more")
 
 
 def are_labels(cond: Any) -> bool:

@@ -81,6 +81,8 @@ def load(
         networks.adopt(network, config["net"])
         options = {name: config[name] for name in ("prediction", "time_input", "data_shape", "data_range", "variance")}
         options |= {name: config.get(name) for name in ("num_classes", "standardize")}
+        if not config.get("range_given", True):  # the default's numbers say nothing of the data
+            del options["data_range"]
         model = ScoreModel(network, process, **options)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CorruptCheckpointError(f"{files.shown(path)} does not describe a model: {short(error)}") from error
@@ -168,6 +170,7 @@ def describe(model: ScoreModel) -> dict[str, Any]:
         "time_input": model.time_input,
         "data_shape": list(model.data_shape),
         "data_range": list(model.data_range),
+        **({} if model.range_given else {"range_given": False}),
         "variance": model.variance,
         **({} if model.num_classes is None else {"num_classes": model.num_classes}),
         **({} if model.standardize is None else {"standardize": [values.tolist() for values in model.standardize]}),

@@ -584,12 +584,12 @@ def _units(data: Data, model: ScoreModel) -> dict[str, Any]:
             f"the data's columns have standard deviations of {apart}: the network sees each standardized, and samples are in "
             "the data's own units; give the ScoreModel a data_range to scale all columns alike"
         )
-    if len(constant):
+    if len(constant) and len(data) > 1:
         warn(
             f"the data's columns {', '.join(map(str, constant[:5]))}{', …' * (len(constant) > 5)} are constant, and "
             "standardized by 1: leave them out of the data"
         )
-        std[constant] = 1.0
+    std[constant] = 1.0
     return {"standardize": (mean, std), **own}
 
 
