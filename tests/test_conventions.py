@@ -140,7 +140,7 @@ def test_what_is_said_wrongly_is_named(name):
     source = images(data(centres()))
     said = dict(sde=process, prediction=prediction, time_input=label, data_range=(-1.0, 1.0)) | wrong
     with pytest.warns(UserWarning, match="likelier than what was said: "):
-        found = check(ScoreModel(net, data_shape=(6, 1), **said), source)
+        found = check(ScoreModel(net, data_shape=(6, 1), **said), source, num_samples=400)
     right = dict(sde=process, prediction=prediction, time_input=label, data_range=(-1.0, 1.0))
     for key in wrong:
         got = found.changes[key]
