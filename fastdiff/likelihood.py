@@ -22,7 +22,7 @@ from .execution.divergence import DERIVATIVES, Exact, Hutchinson, HutchPlusPlus,
 from .execution.modes import leaves_no_trace
 from .execution.noise import PROBES
 from .execution.reference import tree_sum
-from .model import ScoreModel, as_model, opened, warn_outside
+from .model import ScoreModel, as_model, opened
 from .planning.coverage import misfit
 from .planning.predictions import TimeInput
 from .planning.samplers import Adaptive
@@ -191,7 +191,9 @@ def decode(
     decoded = request.model.in_data_units(
         _follow(request, heat * x, ends[::-1], solver, batch_size, progress, "decode").y
     )
-    warn_outside(request.model, decoded, 0.0, "look at z, or take a smaller rtol and atol")
+    far = request.model.outside(decoded) if request.model.range_given else None
+    if far is not None:
+        warn(f"the samples run {far}: look at z, or take a smaller rtol and atol")
     return decoded
 
 
@@ -278,13 +280,10 @@ def _request(
         given = tensor_checks.resolved(x).detach().to(dtype).clone(memory_format=torch.contiguous_format)
         seen = model.standardized(given) if name == "x" else given
     if name == "x" and x.numel():
-        (low, high), (least, most) = model.data_range, (float(end) for end in given.aminmax())
-        told = has_range and (model.range_given or model.standardize is None)
-        if told and (least < 2 * low - high or most > 2 * high - low):
-            warn(
-                f"x runs from {least:g} to {most:g}, far outside of the model's data_range ({low:g}, {high:g}): is it in "
-                "other units?",
-            )
+        (low, high), told = model.data_range, has_range and (model.range_given or model.standardize is None)
+        far = model.outside(given) if told else None
+        if far is not None:
+            warn(f"x runs {far}: is it in other units?")
         else:
             known = model.range_given and model.standardize is None and t_min is None
             said = misfit(model.process, float(seen.abs().max()), (high - low) / 8 if known else None, ends[0])

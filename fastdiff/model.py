@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import checks
-from .errors import ConfigError, ShapeError, choose, names_keywords, short, warn
+from .errors import ConfigError, ShapeError, choose, names_keywords, short
 from .execution import conditions, modules, tensor_checks
 from .execution.calls import answer, like
 from .execution.loop import Condition
@@ -160,6 +160,16 @@ class ScoreModel(nn.Module):
         mean, std = (torch.from_numpy(values).to(x.device) for values in self.standardize)
         return (mean + std * x.double()).to(x.dtype)
 
+    def outside(self, x: Tensor, slack: float = 0.0) -> str | None:
+        """How far x in the data's units lies outside of their range, in words, where by more than a width beside `slack`."""
+        (low, high), (least, most) = (
+            self.data_range,
+            (float(end) for end in x.aminmax()) if x.numel() else self.data_range,
+        )
+        if least >= 2 * low - high - slack and most <= 2 * high - low + slack:
+            return None
+        return f"from {least:.4g} to {most:.4g}, far outside of data_range ({low:g}, {high:g})"
+
     @property
     def takes(self) -> conditions.Takes:
         """What the network takes beside x and the time."""
@@ -219,15 +229,6 @@ def _moments(standardize: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
         raise ConfigError(f"standardize must be finite numbers (mean, std) with std > 0, got {standardize!r:.60}")
     return mean, std
-
-
-def warn_outside(model: ScoreModel, x: Tensor, slack: float, way: str) -> None:
-    """Say so where samples x, but for a noise of `slack`, lie more than a width outside of the data's range."""
-    if not (model.range_given and x.numel()):
-        return
-    (low, high), (least, most) = model.data_range, (float(end) for end in x.aminmax())
-    if least < 2 * low - high - slack or most > 2 * high - low + slack:
-        warn(f"the samples run from {least:.4g} to {most:.4g}, far outside of data_range ({low:g}, {high:g}): {way}")
 
 
 _loaders: list[Callable[[Any], ScoreModel]] = []

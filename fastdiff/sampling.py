@@ -18,7 +18,7 @@ from .errors import ConfigError, DataError, DTypeError, choose, names_keywords, 
 from .execution import loop, tensor_checks
 from .execution.calls import device_of
 from .execution.modes import leaves_no_trace
-from .model import ScoreModel, as_model, check_path, opened, warn_outside
+from .model import ScoreModel, as_model, check_path, opened
 from .planning import chains, processes, samplers
 from .planning.coverage import STANDARDIZED, misfit
 from .planning.plan import MAX_STEPS, check_table, make_table
@@ -278,12 +278,11 @@ def sample(
     x = model.in_data_units(result.x)
     if clamps:
         x = x.clamp(*model.data_range)
-    elif t_min is None and check != "off":
+    elif t_min is None and check != "off" and model.range_given:
         left = 0.0 if result.table is None else 5 * result.table.end.sigma
-        warn_outside(
-            model, x, left if model.standardize is None else left * float(model.standardize[1].max()),
-            "take more steps, another sampler or grid, or clip='data'",
-        )  # fmt: skip
+        far = model.outside(x, left if model.standardize is None else left * float(model.standardize[1].max()))
+        if far is not None:
+            warn(f"the samples run {far}: take more steps, another sampler or grid, or clip='data'")
     x = _like_start(_narrowed(x, dtype, check), x_init)
     if result.states is None and not return_info:
         return x
