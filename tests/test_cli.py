@@ -528,3 +528,22 @@ def test_data_described_by_options(tmp_path, command):
     model = fastdiff.load(tmp_path / "m")
     assert (model.net.num_classes, model.data_range) == (3, (-2.0, 2.0))
     assert command(*start, "--labels", "none.npy")[0] == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sample", "digits-vp", "--out", "LONG.npy"), ("sample", "digits-vp", "--cond", "LONG.npy"), ("sample", "LONG"),
+        ("sample", "digits-vp", "--net", "LONG.py:net"), ("check", "digits-vp", "--data", "LONG"), ("demo", "--out", "LONG"),
+        ("likelihood", "digits-vp", "--data", "digits", "--out", "LONG.npz"), ("plan", "vp", "5", "--plot", "LONG.png"),
+        ("train", "LONG", "--out", "o", "--steps", "1"), ("train", "digits", "--labels", "LONG", "--out", "o", "--steps", "1"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_name_that_no_file_can_have_is_one_short_line(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert commands.main([word.replace("LONG", "x" * 10000) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert len(said) < 260
+    assert list(tmp_path.iterdir()) == []

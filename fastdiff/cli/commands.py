@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
-    from ..errors import FastdiffError
+    from .. import files
+    from ..errors import FastdiffError, one_line
 
     try:
         return arguments.run(arguments) or 0
@@ -58,7 +59,9 @@ def _run(argv: list[str] | None) -> int:
     except (OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             raise
-        print(f"fastdiff {arguments.command}: {error}", file=sys.stderr)
+        named = isinstance(error, OSError) and isinstance(error.filename, (str, os.PathLike))
+        said = f"{files.shown(error.filename)}: {files.reason(error)}" if named else one_line(str(error))
+        print(f"fastdiff {arguments.command}: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -136,7 +136,7 @@ def _read(source: Any, has_labels: bool, channels: Any, size: Any) -> _Raw:
 
 def _labels(path: Path) -> np.ndarray:
     """The class numbers [N] in a .npy or IDX file."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # False too for a name that no file can have
         raise DataError(
             f"labels must be class numbers, or a .npy or IDX file of them, got {files.shown(path)}: no such file"
         )
