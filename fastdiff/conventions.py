@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from . import checks
 from .data import Data, load_data
-from .errors import ConfigError, DataError, FastdiffError, ShapeError, names_keywords, short, warn
+from .errors import ConfigError, DataError, ShapeError, names_keywords, short, warn
 from .execution import ops
 from .execution.calls import answer, device_of, dtype_of, like, picked
 from .execution.loop import Condition
 from .execution.modes import evaluating, leaves_no_trace
-from .execution.noise import PERTURBATION
+from .execution.noise import PERTURBATION, permutation
 from .model import ScoreModel, opened
 from .planning import predictions, processes, schedules
 
@@ -26,7 +27,9 @@ RATIOS = (0.1, 0.3, 1.0, 3.0)  # noise ratios σ/α asked about, times the data'
 RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5), (0.0, 255.0))
 FITS = 1.5  # times the error of the best linear denoiser: a trained network's is less
 NONLINEAR = 0.95  # below it, a network knows more of the data than their mean and variance
-CLEARLY = 0.85  # of the error of what was said: below it, another convention is named
+CLEARLY = 0.85  # of the error of what was said: below it, another convention is named,
+DOUBTFUL = 0.5  # or below this where it knows no more than a linear denoiser
+ONE_LEVEL = 1.4  # times its error at one level alone, which names it too
 SILENT = 0.9  # times the error of an output of 0: a network that says anything has less
 # schedules of other lengths than 1000, by authors who leave their ends as they are
 ENDS = (
@@ -34,11 +37,16 @@ ENDS = (
     (schedules.quadratic, (1e-4, 0.02)),
     (schedules.scaled_linear, (0.00085, 0.012)),
 )
-ALIKE = 1.02  # times the least error: no difference
+LENGTHS = (100, 200, 500, 1000, 4000)  # of chains
+ALIKE = 1.06  # times the least error: no difference, as the levels of two chains are not quite the same
 ROUNDS = 3  # what is wrong in three ways is found one after the other,
 BREADTH = 8  # going on from so many
 VALUES = 8192  # numbers in a batch from which its error is known well enough
 MOMENTS = 1024  # of the data, from which the linear denoiser is made
+
+
+# (mean, std) of a sample's numbers, in order
+Moments = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,11 @@ class Convention:
     prediction: str
     time_input: predictions.TimeInput
     data_range: tuple[float, float]
+    standardize: Moments | None
     sde: processes.Process
+
+    def __hash__(self) -> int:  # of what is short and hashes: not a process of one's own, nor a table's moments
+        return hash((self.prediction, self.data_range, self.sde.name))
 
     def changes(self, said: Convention) -> dict[str, Any]:
         """The arguments of ScoreModel in which it differs from what was said."""
@@ -80,6 +92,11 @@ class Check:
         return {} if self.likeliest is None else self.likeliest.changes(self.said)
 
     @property
+    def fits(self) -> bool:
+        """Whether what was said can be right: nothing is clearly better, and its errors are a trained network's."""
+        return self.likeliest is None and _mean(self.errors) < FITS
+
+    @property
     def verdict(self) -> str:
         """One sentence."""
         if self.likeliest is not None:
@@ -88,13 +105,14 @@ class Check:
                 "" if error < NONLINEAR else "; as that is no better than linear, perhaps none of those that were tried"
             )
             return (
-                f"likelier than what was said: {_shown(self.changes)}, with a denoising error of {error:.2g} "
+                f"likelier than what was said, of what was tried: {_shown(self.changes)}, with a denoising error of {error:.2g} "
                 f"of the best linear denoiser's, where what was said has {self.error:.2g}{doubt}"
             )
-        if self.error < FITS:
-            return "nothing fits better than what was said"
+        if self.fits:
+            return "what was said fits, and nothing clearly better"
         return (
-            "nothing that was tried fits: the network was trained on other data, on another process, or not long enough"
+            "nothing that was tried fits: the network was trained on other data or in other units, on another process, or not "
+            "long enough"
         )
 
     def __str__(self) -> str:
@@ -113,7 +131,7 @@ def check(
     model: Any, data: Any, *, num_samples: int | None = None, seed: int = 0, cond: Condition = None,
     batch_size: int | None = None,
 ) -> Check:  # fmt: skip
-    """Whether prediction, time_input, data_range and sde of `model` can be right, by its denoising error on data.
+    """Whether prediction, time_input, data_range, standardize and sde of `model` can be right, by its denoising error on data.
 
     At noise ratios σ/α about the data's deviation, x_t = α x_0 + σ ε is made of the data and the network asked. What it then
     says of x_0 is compared with x_0: Σ|x̂_0 − x_0|² over that of the best linear denoiser of each coordinate,
@@ -121,16 +139,18 @@ def check(
         x̂ = μ + α s² (x_t − α μ)/(α² s² + σ²),   error s² σ²/(α² s² + σ²),   of mean μ and variance s²,
 
     which a trained network does not exceed by much, and one that is misunderstood does by far. The same is asked of every
-    other prediction, of other time inputs, ranges and processes, and of what follows from the best of these.
+    other prediction, of other time inputs, units and processes, and of what follows from the best of these.
 
     model        a ScoreModel, or its path or name
-    data         as in `train`, in the shape of the model; vectors that the model has no range for stay as they are
+    data         as in `train`, in the shape of the model; they stay as they are for a model with `standardize`, and vectors
+                 for one without data_range
     num_samples  how many of the data, 2 or more; default enough for 8192 numbers, at least 16
-    seed         of the noise
-    cond         for these samples, where the model takes one; default the data's labels
-    batch_size   samples in one network call, default all
+    seed         of their choice and of the noise
+    cond         for all of the data, where the network takes one; default the data's labels
+    batch_size   samples in one network call, default chosen by size
 
-    Returns a Check; warns where another convention is likelier.
+    Asks the network some 100 times where what was said fits, else some 500 times.
+    Returns a Check; warns where another convention is likelier, or none fits.
     Raises ConfigError, DataError, ShapeError before any work, and what the network raises if it answers to no convention.
     """
     model = opened(model)
@@ -148,20 +168,25 @@ def check(
     count = min(checks.integer("num_samples", num_samples, 2, 2**20), len(source))
     if not bool((source.x[1:] != source.x[:1]).any()):
         raise DataError(f"data must hold two samples or more that differ, got {len(source)} alike: give more of them")
-    batch = count if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**20)
-    own_units = len(source.shape) == 1 and not model.range_given and model.standardize is None
-    said = Convention(
-        model.prediction, model.time_input, source.range if own_units else model.data_range, model.process
+    batch = (
+        max(16, 2**22 // math.prod(source.shape))
+        if batch_size is None
+        else checks.integer("batch_size", batch_size, 1, 2**20)
     )
+    own_units = model.standardize is not None or (len(source.shape) == 1 and not model.range_given)
+    moments = None if model.standardize is None else _moments(*model.standardize)
+    data_range = source.range if own_units else model.data_range
+    said = Convention(model.prediction, model.time_input, data_range, moments, model.process)
     denoising = _Denoising(model, source, count, batch, seed, cond)
     with torch.no_grad(), evaluating(model.net):
         best = _search(denoising, said)
     found = sorted(denoising.found.items(), key=lambda item: item[1])
-    least, error = denoising.error(best), denoising.error(said)
-    likelier = best != said and least < CLEARLY * error and least < FITS and denoising.answers(best)
-    levels, errors = denoising.levels(said), denoising.errors(said)
-    result = Check(said, error, tuple(levels), tuple(errors), tuple(found), best if likelier else None)
-    if likelier:
+    likelier = best != said and denoising.clearly_better(best, said)
+    error = denoising.error(said)
+    there = [(t, e) for t, e in zip(denoising.times(said), denoising.errors(said)) if not math.isnan(t)]
+    levels = tuple(float(said.sde.sigma(t) / said.sde.alpha(t)) for t, _ in there)
+    result = Check(said, error, levels, tuple(e for _, e in there), tuple(found), best if likelier else None)
+    if not result.fits:
         warn(result.verdict)
     return result
 
@@ -173,7 +198,7 @@ def _search(denoising: _Denoising, said: Convention) -> Convention:
     for _ in range(ROUNDS):
         for each in start:
             asked.append(each)
-            for other in _others(each):
+            for other in denoising.others(each):
                 denoising.error(other)
         least = min(denoising.found.values())
         if least == math.inf and denoising.failure is not None:
@@ -202,10 +227,18 @@ class _Denoising:
 
     def __init__(self, model: ScoreModel, data: Data, count: int, batch: int, seed: int, cond: Condition) -> None:
         self.model, self.data, self.batch, self.seed = model, data, batch, seed
-        self.index = torch.arange(count, device="cpu") * (len(data) // count)
-        if cond is None and data.labels is not None and model.num_classes:
-            cond = data.labels[self.index]
-        self.cond = model.condition(cond, count, looks=True)
+        # drawn, as neighbours may be alike, and every second sample of one class
+        order = permutation(len(data), seed=seed, draw=0)
+        self.index, self.some = order[:count], order[: max(count, MOMENTS)]
+        if cond is None and data.labels is not None and model.takes.labels is not None and model.takes.classes != 0:
+            cond = data.labels
+        for value in cond.values() if isinstance(cond, dict) else (() if cond is None else (cond,)):
+            if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != len(data):
+                raise ShapeError(
+                    f"cond must have an entry for each of the {len(data)} data, got "
+                    f"{tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
+                )
+        self.cond = model.condition(picked(cond, self.index), count, looks=True)
         self.device, self.dtype = device_of(None, None, model.net), dtype_of(model.net, torch.float32)
         if isinstance(self.cond, dict):
             self.cond = {key: value.to(self.device) for key, value in self.cond.items()}
@@ -213,63 +246,111 @@ class _Denoising:
             self.cond = self.cond.to(self.device)
         self.found: dict[Convention, float] = {}
         self.failure: Exception | None = None  # of what was said, if the network raised
-        self._asked: dict[tuple[Any, ...], dict[str, tuple[list[float], list[float]]]] = {}
-        self._moments: dict[tuple[float, float], tuple[Tensor, float]] = {}
+        self._asked: dict[Convention, dict[str, tuple[list[float], list[float]]]] = {}
+        self._variances: dict[Any, Tensor] = {}
 
     def error(self, of: Convention) -> float:
         """Over all levels."""
         if of not in self.found:
-            self.found[of] = _mean(self.errors(of))
+            # a process that lacks a level counts there as a linear denoiser
+            self.found[of] = _mean([1.0 if math.isnan(error) else error for error in self.errors(of)])
         return self.found[of]
 
     def errors(self, of: Convention) -> list[float]:
-        """At each level."""
+        """At each of RATIOS, NaN where the process does not have it."""
         return self._answers(of)[0]
 
     def answers(self, of: Convention) -> bool:
         """Whether the network does more than one that returns 0, which in EDM's preconditioning is the linear denoiser."""
-        return _mean(self._answers(of)[0]) < SILENT * _mean(self._answers(of)[1])
+        errors, silent = self._answers(of)
+        return _mean(errors) < SILENT * _mean(silent)
+
+    def clearly_better(self, other: Convention, said: Convention) -> bool:
+        """Whether the other is to be named: one that no trained network would have by luck."""
+        both = [(a, b) for a, b in zip(self.errors(said), self.errors(other)) if not (math.isnan(a) or math.isnan(b))]
+        error, least = (_mean(errors) for errors in zip(*both)) if both else (self.error(said), self.error(other))
+        changed = len(other.changes(said))
+        if least >= FITS or not self.answers(other):
+            return False
+        if least >= NONLINEAR:  # as the errors of many conventions are
+            return changed == 1 and least < DOUBTFUL * error
+        one_level = changed == 1 and least < error / ALIKE and max(a / b for a, b in both) > ONE_LEVEL
+        return least < CLEARLY * error or one_level
 
     def _answers(self, of: Convention) -> tuple[list[float], list[float]]:
-        key = (of.prediction == "edm", of.time_input, of.data_range, of.sde)
+        key = replace(of, prediction="edm" if of.prediction == "edm" else "eps")
         if key not in self._asked:
             try:
                 self._asked[key] = self._ask(of)
             except (
-                FastdiffError,
-                ValueError,
-                TypeError,
-                IndexError,
-                RuntimeError,
-            ) as error:  # as of a table of indices
+                Exception
+            ) as error:  # whatever a network raises of times that it does not know, such as a table's IndexError
                 self.failure = self.failure or error
                 self._asked[key] = {}
-        return self._asked[key].get(of.prediction, ([], []))
-
-    def levels(self, of: Convention) -> list[float]:
-        """Noise ratios σ/α."""
-        return [float(of.sde.sigma(t) / of.sde.alpha(t)) for t in self.times(of)]
+        return self._asked[key].get(of.prediction, ([math.inf] * len(RATIOS),) * 2)
 
     def times(self, of: Convention) -> list[float]:
-        """Process times of RATIOS, as far as the process has them."""
-        t = of.sde.time(np.array(RATIOS) * math.sqrt(self.moments(of.data_range)[1]))
-        inside = t[(t >= of.sde.t_noisy) & (t <= of.sde.t_start)]
-        return [float(each) for each in (np.round(inside) if of.sde.discrete else inside)]
+        """Process times of RATIOS, NaN where the process does not have them, or has its only step there already."""
+        t = of.sde.time(np.array(RATIOS) * math.sqrt(float(self.variances(of).mean())))
+        inside = (t >= of.sde.t_noisy) & (t <= of.sde.t_start)
+        if not inside.any():  # as where units are quite wrong, or a chain has one step: what is next to them
+            t, inside = np.clip(t, of.sde.t_noisy, of.sde.t_start), np.full(len(t), True)
+        if of.sde.discrete:
+            t = np.round(t)
+        inside &= np.append(True, np.diff(t) != 0)
+        return np.where(inside, t, math.nan).tolist()  # type: ignore[no-any-return]
 
-    def moments(self, data_range: tuple[float, float]) -> tuple[Tensor, float]:
-        """Variances of the coordinates in a range, and their mean."""
-        if data_range not in self._moments:
-            index = torch.arange(0, len(self.data), -(-len(self.data) // MOMENTS), device="cpu")
-            variances = self.model.standardized(self.data.batch(index, data_range)).double().var(0, correction=0)
-            self._moments[data_range] = variances, float(variances.mean())
-        return self._moments[data_range]
+    def variances(self, of: Convention) -> Tensor:
+        """Of the data's numbers, as the network sees them."""
+        key = (of.data_range, of.standardize)
+        if key not in self._variances:
+            self._variances[key] = self.seen(self.some, of).var(0, correction=0)
+        return self._variances[key]
+
+    def seen(self, index: Tensor, of: Convention) -> Tensor:
+        """The data of these numbers as the network sees them, in double precision."""
+        if of.standardize is None:
+            return self.data.batch(index, of.data_range).double()
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(self.data.shape) for values in of.standardize)
+        return (self.data.batch(index, self.data.range).double() - mean) / std
+
+    def others(self, best: Convention) -> Iterator[Convention]:
+        """What differs from it in one way, and can be."""
+        alone: list[dict[str, Any]] = [{"prediction": name} for name in predictions.PREDICTIONS]
+        alone += [{"prediction": "edm", "time_input": "c_noise"}]  # which are one convention
+        alone += [{"time_input": name} for name in (*predictions.TIME_INPUTS, _Remaining(float(best.sde.T)))]
+        alone += [{"data_range": pair, "standardize": None} for pair in (*RANGES, self.data.range)]
+        if len(self.data.shape) == 1:
+            alone += [{"standardize": self.moments, "data_range": self.data.range}]
+        alone += [{"sde": process} for process in _processes(best.sde)]
+        for changes in alone:
+            other = replace(best, **changes)
+            if not _can_be(other) and "sde" in changes:  # which counts its time in another way
+                other = replace(other, time_input=predictions.default_time_input(other.prediction, other.sde))
+            # whatever the output of these calls means
+            for name in predictions.PREDICTIONS if _can_be(other) else ():
+                each = replace(other, prediction=name)
+                if _can_be(each) and (name == "edm") == (other.prediction == "edm"):
+                    yield each
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Of the data's columns, in their own units."""
+        x = self.data.batch(torch.arange(len(self.data), device="cpu"), self.data.range).double()
+        std = x.std(0, correction=0)
+        return _moments(x.mean(0).numpy(), torch.where(std > 0, std, 1.0).numpy())
 
     def _ask(self, of: Convention) -> dict[str, tuple[list[float], list[float]]]:
         """prediction -> (its error, that of an output of 0) at each level, of all predictions that share the network's input."""
-        x0 = self.model.standardized(self.data.batch(self.index, of.data_range)).to(self.device, self.dtype)
+        x0 = self.seen(self.index, of).to(self.device, self.dtype)
         kinds = ["edm"] if of.prediction == "edm" else [name for name in predictions.PREDICTIONS if name != "edm"]
         found: dict[str, tuple[list[float], list[float]]] = {kind: ([], []) for kind in kinds}
         for draw, time in enumerate(self.times(of)):
+            if math.isnan(time):
+                for errors, silent in found.values():
+                    errors.append(math.nan)
+                    silent.append(math.nan)
+                continue
             t = torch.full((len(x0),), time, dtype=torch.float64, device=self.device)
             alpha, sigma = of.sde.alpha(t), of.sde.sigma(t)
             noise = ops.normal(
@@ -284,7 +365,7 @@ class _Denoising:
                 answer(self.model.net, self.model.variance, given[part], label[part], None, picked(self.cond, part))[0]
                 for part in (slice(k, k + self.batch) for k in range(0, len(x), self.batch))
             ])  # fmt: skip
-            variances, _ = self.moments(of.data_range)
+            variances = self.variances(of)
             a, s = float(alpha[0]), float(sigma[0])
             linear = float((variances * s**2 / (a**2 * variances + s**2)).mean())
             for kind in kinds:
@@ -296,49 +377,34 @@ class _Denoising:
                 silent = like(p, x).double() * x.double() - x0.double()
                 for errors, off in zip(found[kind], (silent + like(q, x).double() * output.double(), silent)):
                     errors.append(float(off.square().mean()) / linear if linear > 0 else math.inf)
-        return {kind: pair for kind, pair in found.items() if pair[0]}
+        return {kind: pair for kind, pair in found.items() if len(pair[0]) == len(RATIOS)}
 
 
-def _mean(errors: list[float]) -> float:
-    """Geometric, so that no level stands for all, with a linear denoiser's 1 where a process does not have the level."""
-    if len(errors) < 2 or not all(map(math.isfinite, errors)):
+def _mean(errors: Sequence[float]) -> float:
+    """Geometric, so that no level stands for all, of those that are not NaN; infinite where none is."""
+    there = [error for error in errors if not math.isnan(error)]
+    if not there or not all(map(math.isfinite, there)):
         return math.inf
-    return math.exp(sum(math.log(max(error, 1e-12)) for error in errors) / len(RATIOS))
-
-
-def _others(best: Convention) -> Iterator[Convention]:
-    """What differs from it in one way, and can be."""
-    alone: list[dict[str, Any]] = [{"prediction": name} for name in predictions.PREDICTIONS]
-    alone += [{"prediction": "edm", "time_input": "c_noise"}]  # which are one convention
-    alone += [{"time_input": name} for name in (*predictions.TIME_INPUTS, _Remaining(float(best.sde.T)))]
-    alone += [{"data_range": pair} for pair in RANGES]
-    alone += [{"sde": process} for process in _processes(best.sde)]
-    for changes in alone:
-        other = replace(best, **changes)
-        if not _can_be(other) and "sde" in changes:  # which counts its time in another way
-            other = replace(other, time_input=predictions.default_time_input(other.prediction, other.sde))
-        if _can_be(other):
-            # whatever the output of these calls means
-            for name in predictions.PREDICTIONS:
-                each = replace(other, prediction=name)
-                if _can_be(each) and (name == "edm") == (other.prediction == "edm"):
-                    yield each
+    return math.exp(sum(math.log(max(error, 1e-12)) for error in there) / len(there))
 
 
 def _processes(said: processes.Process) -> Iterator[processes.Process]:
-    """fastdiff's own, and for a chain those of other schedules, with their ends times 1000/T and as they are."""
-    for name in processes.PROCESSES:
-        yield processes.get(name)
+    """fastdiff's own, and for a chain those of other schedules and lengths, their ends times 1000/T or as they are."""
+    yield from (processes.get(name) for name in ("vp", "ve", "subvp", "edm", "ddpm"))
     if said.discrete and not said.ladder:
-        steps = int(said.T)
-        for name in schedules.BETAS:
-            try:
-                yield processes.DDPM(name, T=steps)
-            except ConfigError:  # a schedule that has no so few steps
-                continue
-        if steps != 1000:
-            for make, ends in ENDS:
-                yield processes.DDPM(make(steps, *ends))
+        for steps in {int(said.T), *LENGTHS}:
+            for name in schedules.BETAS if steps == said.T else ("linear", "cosine"):
+                try:
+                    yield processes.DDPM(name, T=steps)
+                except ConfigError:  # a schedule that has no so few steps
+                    continue
+            for make, ends in ENDS if steps == said.T else ENDS[:1]:
+                if steps != 1000:
+                    yield processes.DDPM(make(steps, *ends))
+
+
+def _moments(mean: Any, std: Any) -> Moments:
+    return tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
 
 
 def _can_be(what: Convention) -> bool:
@@ -365,10 +431,19 @@ class _Remaining:
 
 def _shown(changes: dict[str, Any]) -> str:
     """As they are written in a call."""
-    words = {
-        name: value.name
-        if isinstance(value, processes.Process) and value == processes.PROCESSES.get(value.name, type(value))()
-        else value
-        for name, value in changes.items()
-    }
-    return ", ".join(f"{name}={short(value, 60)}" for name, value in words.items())
+    shown = {name: short(value, 60) for name, value in changes.items()}
+    if "sde" in changes:
+        shown["sde"] = _written(changes["sde"])
+    if shown.get("standardize", "None") != "None":
+        shown["standardize"] = "(mean, std) of the data"
+        shown.pop("data_range", None)  # which is then without meaning
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _written(process: processes.Process) -> str:
+    if process == processes.PROCESSES.get(process.name, type(process))():
+        return repr(process.name)
+    for make, ends in ENDS if isinstance(process, processes.DDPM) else ():
+        if process == processes.DDPM(make(int(process.T), *ends)):
+            return f"DDPM(schedules.{make.__name__}({process.T}, {ends[0]:g}, {ends[1]:g}))"
+    return short(process, 60)

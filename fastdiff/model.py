@@ -29,7 +29,7 @@ class ScoreModel(nn.Module):
 
     net          callable (x [B, *data_shape], time [B]) -> [B, *data_shape], with a condition as `cond` below
     sde          a process or its name; one without alpha and sigma (see fastdiff.processes.Process) takes "score" only
-    prediction   "score", "eps", "x0", "v", "scaled_score", "prev_mean", "increment" or "edm" (see fastdiff.predictions)
+    prediction   "score", "eps", "x0", "v", "velocity", "scaled_score", "prev_mean", "increment", "edm" (see fastdiff.predictions)
     time_input   what `time` is: the process time "t", "index", "fractional_index", "index/T", "sigma", "log_sigma", "t*999",
                  "c_noise" (EDM's), or a function t [B] -> [B]. Default: "c_noise" for "edm"; on DDPM chains "index", the
                  steps from 0 as published networks count them, but "t" for "score" and for fastdiff's own networks; else "t"

@@ -139,7 +139,7 @@ def test_what_is_said_wrongly_is_named(name):
     net = Exact(points, process, prediction, label)
     source = images(data(centres()))
     said = dict(sde=process, prediction=prediction, time_input=label, data_range=(-1.0, 1.0)) | wrong
-    with pytest.warns(UserWarning, match="likelier than what was said: "):
+    with pytest.warns(UserWarning, match="likelier than what was said, of what was tried: "):
         found = check(ScoreModel(net, data_shape=(6, 1), **said), source, num_samples=400)
     right = dict(sde=process, prediction=prediction, time_input=label, data_range=(-1.0, 1.0))
     for key in wrong:
@@ -162,7 +162,7 @@ def test_what_is_said_rightly_stands(facts, silent):
     assert found.likeliest is None
     assert found.changes == {}
     assert found.error < 1
-    assert found.verdict == "nothing fits better than what was said"
+    assert found.verdict == "what was said fits, and nothing clearly better"
 
 
 def test_errors_are_those_of_the_best_linear_denoiser_on_normal_data(silent):
@@ -196,10 +196,12 @@ def test_a_network_that_answers_to_nothing_raises_its_own_error():
         check(described(broken, "vp", "eps", "t"), images(data(centres())))
 
 
-def test_an_untrained_network_fits_nothing(silent):
+def test_an_untrained_network_fits_nothing():
     torch.manual_seed(0)
-    found = check(described(fastdiff.networks.MLP((6, 1)), "vp", "eps", "t"), images(data(centres())))
+    with pytest.warns(UserWarning, match="nothing that was tried fits"):
+        found = check(described(fastdiff.networks.MLP((6, 1)), "vp", "eps", "t"), images(data(centres())))
     assert found.likeliest is None
+    assert not found.fits
     assert "nothing that was tried fits" in found.verdict
 
 
@@ -211,6 +213,143 @@ def test_vectors_stay_in_their_own_units(silent):
     assert found.likeliest is None
     assert found.error < 1
     assert found.said.data_range == pytest.approx((float(data(points).min()), float(data(points).max())))
+
+
+def table():
+    """Columns in units of their own, the network's (mean, std), and the same data standardized."""
+    x = data(centres()).double()
+    moments = torch.tensor([288.0, 1e5, -3, 0, 1, 50]), torch.tensor([8.0, 900, 0.01, 1, 2, 30])
+    unit = (x - x.mean(0)) / x.std(0, correction=0)
+    return unit * moments[1] + moments[0], moments, (x.mean(0), x.std(0, correction=0))
+
+
+class Standard(Exact):
+    """Exact on the standardized table."""
+
+    def __init__(self, moments):
+        super().__init__(centres(), processes.get("vp"), "eps", "t")
+        self.points = (self.points - moments[0]) / moments[1]
+        self.width = SPREAD / moments[1]
+
+    def forward(self, x, t):
+        alpha, sigma = (f(t.double())[:, None] for f in (self.process.alpha, self.process.sigma))
+        variance = (alpha * self.width) ** 2 + sigma**2
+        away = x.double()[:, None] - alpha[:, None] * self.points
+        share = (-(away**2 / variance[:, None]).sum(-1) / 2).softmax(1)
+        return (sigma * (share[..., None] * away).sum(1) / variance).to(x.dtype)
+
+
+@pytest.mark.parametrize("case", ["right", "missing", "wrong", "a range instead"])
+def test_units_of_a_table(case):
+    """Standardized columns: as the model says, or found where it says nothing, or another thing."""
+    x, (mean, std), hidden = table()
+    net = Standard(hidden)
+    low, high = float(x.min()), float(x.max())
+    options = {
+        "right": {"standardize": (mean.numpy(), std.numpy())},
+        "missing": {},
+        "wrong": {"standardize": (0.0, 1000.0)},
+        "a range instead": {"data_range": (-1.0, 1.0)},
+    }[case]
+    model = ScoreModel(net, "vp", "eps", "t", data_shape=(6,), **options)
+    source = Data(x, range=(low, high))
+    if case == "right":
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = check(model, source)
+        assert found.fits
+        assert found.error < 0.9
+        return
+    with pytest.warns(UserWarning, match=r"likelier .*: standardize=\(mean, std\) of the data, with"):
+        found = check(model, source)
+    assert found.changes["standardize"][0] == pytest.approx(mean.tolist(), rel=0.05, abs=0.1)
+    assert not found.fits
+
+
+def test_vectors_as_they_are_where_a_range_was_said():
+    points = centres()
+    model = ScoreModel(Exact(points, processes.get("vp"), "eps", "t"), "vp", "eps", "t", (6,), (-0.3, 0.3))
+    x = data(points)
+    with pytest.warns(UserWarning, match="data_range="):
+        found = check(model, x)
+    assert found.changes["data_range"] in ((float(x.min()), float(x.max())), (-1.0, 1.0))
+
+
+def test_the_order_of_the_data_and_their_conditions_stay_together():
+    """Sorted by class; the condition has an entry for each of the data, of which some are drawn."""
+    x = torch.cat([data(centres(), 1000), data(centres() + 0.75, 1000)])
+    nets = [Exact(centres(-1 / 1.5, 1 / 1.5) + shift, processes.get("vp"), "eps", "t") for shift in (0, 0.5)]
+
+    def net(x, t, context):
+        return torch.where(context[:, :, None] == 0, nets[0](x, t), nets[1](x, t))
+
+    model, context = described(net, "vp", "eps", "t"), torch.arange(2.0).repeat_interleave(1000)[:, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check(model, images(x), num_samples=300, cond=context).error < 0.9
+    with pytest.raises(fastdiff.errors.ShapeError, match="cond must have an entry for each of the 2000 data"):
+        check(model, images(x), num_samples=300, cond=context[:300])
+
+
+def test_networks_that_refuse_other_times_and_processes_without_a_hash(silent):
+    class Own(processes.Process):
+        T = 1.0
+        __hash__ = None
+
+        def __eq__(self, other):
+            return type(other) is Own
+
+        def alpha(self, t):
+            return 1 - t
+
+        def sigma(self, t):
+            return 1.0 * t
+
+    exact = Exact(centres(-1 / 1.5, 1 / 1.5), Own(), "eps", "t")
+
+    def net(x, t):
+        assert t.is_floating_point()
+        return exact(x, t)
+
+    assert check(described(net, Own(), "eps", "t"), images(data(centres())), num_samples=300).fits
+
+
+@pytest.mark.parametrize("sde", ["ve", "edm"])
+@pytest.mark.parametrize("label", ["sigma", "log_sigma", "c_noise"])
+def test_one_fault_is_named_alone(sde, label):
+    """Not with another process, which is the same to a network that is told the noise."""
+    net = Exact(centres(1 / 6, 5 / 6), processes.get(sde), "eps", label)
+    model = ScoreModel(net, sde, "eps", label, data_shape=(6, 1))
+    with pytest.warns(UserWarning, match="data_range"):
+        assert check(model, images(data(centres())), num_samples=400).changes == {"data_range": (0.0, 1.0)}
+
+
+@pytest.mark.parametrize("sde", ["subvp", "ddpm", "ou"])
+def test_a_network_that_was_trained_for_a_moment_is_not_called_another(sde):
+    torch.manual_seed(0)
+    source = images(data(centres()))
+    model = ScoreModel(fastdiff.networks.MLP((6, 1)), sde, "eps", data_shape=(6, 1))
+    fastdiff.train(model, source, steps=100, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert check(model, source).likeliest is None
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_short_chains(steps, silent):
+    process = processes.DDPM([0.5] * steps)
+    net = Exact(centres(-1 / 1.5, 1 / 1.5), process, "eps", "index")
+    found = check(described(net, process, "eps", "index"), images(data(centres())), num_samples=300)
+    assert found.fits
+    assert len(found.levels) == len(set(found.levels))
+
+
+@pytest.mark.parametrize("steps", [100, 200])
+def test_the_length_of_a_chain_is_named(steps):
+    process = processes.DDPM(schedules.linear(steps, 1e-4, 0.02))
+    net = Exact(centres(-1 / 1.5, 1 / 1.5), process, "eps", "index")
+    with pytest.warns(UserWarning, match=rf"sde=DDPM\(schedules.linear\({steps}, 0.0001, 0.02\)\)"):
+        assert check(described(net, "ddpm", "eps", "index"), images(data(centres()))).likeliest.sde == process
 
 
 def test_labels_of_the_data_reach_a_network_that_takes_them():
@@ -272,11 +411,15 @@ def test_bad_arguments(options, says):
 def test_the_command_says_the_same(capsys, tmp_path):
     assert main(["check", "digits-vp", "--data", "digits"]) == 0
     shown = capsys.readouterr().out
-    assert "nothing fits better than what was said" in shown
+    assert "what was said fits, and nothing clearly better" in shown
     assert "what was said" in shown
 
     model = fastdiff.load("digits-vp")
     wrong = ScoreModel(model.net, model.process, "edm", "c_noise", model.data_shape, (0.0, 1.0))
     fastdiff.save(wrong, tmp_path / "wrong.safetensors")
     assert main(["check", str(tmp_path / "wrong.safetensors"), "--data", "digits", "-n", "32"]) == 1
-    assert "likelier than what was said: data_range=(-1.0, 1.0)" in capsys.readouterr().out
+    assert "likelier than what was said, of what was tried: data_range=(-1.0, 1.0)" in capsys.readouterr().out
+    untrained = ScoreModel(fastdiff.networks.UNet((1, 8, 8), channels=16), "vp", "eps", data_shape=(1, 8, 8))
+    fastdiff.save(untrained, tmp_path / "untrained.safetensors")
+    assert main(["check", str(tmp_path / "untrained.safetensors"), "--data", "digits"]) == 1
+    assert "nothing that was tried fits" in capsys.readouterr().out

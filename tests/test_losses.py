@@ -409,7 +409,7 @@ def test_models_of_ones_own_process_are_saved_and_loaded(tmp_path):
     loaded = fastdiff.load(tmp_path, sde=Cosine(1.5))
     assert torch.equal(weights(loaded), weights(model))
     assert loaded.process == Cosine(1.5)
-    with pytest.raises(CheckpointMismatchError, match="give it as load"):
+    with pytest.raises(CheckpointMismatchError, match="give it as sde="):
         fastdiff.load(tmp_path)
     with pytest.raises(CheckpointMismatchError, match="trained on"):
         fastdiff.load(tmp_path, sde=Cosine(2.0))

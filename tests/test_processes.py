@@ -396,3 +396,27 @@ def test_levels_whose_square_float32_cannot_hold_are_refused(process):
     ):
         with pytest.raises(ConfigError, match="float32 holds its square"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "sigma", "said"),
+    [
+        (lambda t: 0.1 * (1 - t), lambda t: 5.0 * t, "alpha must be 1 next to the data, got 0.1"),
+        (lambda t: 2.0 - t, lambda t: 3.0 * t, "alpha must be 1 next to the data, got 2"),
+        (lambda t: 1.0 * t, lambda t: 1.0 - t, "sigma/alpha must grow with t"),
+        (lambda t: 1.0 + 0.0 * t, lambda t: 1.0 + 0.0 * t, "sigma/alpha must grow with t"),
+    ],
+)
+def test_a_process_begins_with_the_data(alpha, sigma, said):
+    """Where α(0) is not 1 a run would end with α(0) x_0, and where t = 1 is the data it would begin with them."""
+
+    class Own(processes.Process):
+        T = 1.0
+
+    Own.alpha, Own.sigma = lambda self, t: alpha(t), lambda self, t: sigma(t)
+    for call in (
+        lambda: fastdiff.ScoreModel(lambda x, t: x, Own(), "eps", data_shape=(2,)),
+        lambda: fastdiff.sample(lambda x, t: x, Own(), 5, prediction="eps", shape=(2,)),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            call()

@@ -734,7 +734,7 @@ def test_networks_of_other_kinds_are_given_by_the_caller(tmp_path):
 
     model = fastdiff.ScoreModel(Own(2, 2), "vp", data_shape=(2,))
     fastdiff.train(model, digits(), steps=2, batch_size=8, checkpoint=tmp_path / "own")
-    with pytest.raises(CheckpointMismatchError, match="give it as load"):
+    with pytest.raises(CheckpointMismatchError, match="give it, net="):
         fastdiff.load(tmp_path / "own")
     assert torch.equal(weights(fastdiff.load(tmp_path / "own", net=Own(2, 2))), weights(model))
     with pytest.raises(ConfigError, match=r"torch.nn.Module"):

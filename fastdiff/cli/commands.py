@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..data import Data
     from ..model import ScoreModel
 
 # Threads that wait should sleep: spinning ones stall each other as soon as anything else runs on the machine.
@@ -128,8 +129,9 @@ def _sample(a: argparse.Namespace) -> None:
             np.save(handle, x.numpy())
     else:
         pictures.image(out, x.numpy(), model.data_range)
+    units = f"in data_range {model.data_range}" if model.standardize is None else "in the units of the data"
     print(
-        f"{tuple(x.shape)} samples in {files.shown(out)}, in data_range {model.data_range}: {info.network_calls} network calls, "
+        f"{tuple(x.shape)} samples in {files.shown(out)}, {units}: {info.network_calls} network calls, "
         f"{info.seconds:.1f} s, seed {info.seed}"
     )
 
@@ -142,15 +144,12 @@ def _train(a: argparse.Namespace) -> int:
     from ..model import ScoreModel
     from ..networks import build
     from ..planning import processes
-    from ..training import Data, load_data, train
+    from ..training import Data, train
 
     with warnings.catch_warnings():  # a guess of what the axes are is no way to begin a training
         warnings.filterwarnings("error", message=r"source \[.* is taken as", category=UserWarning)
         try:
-            data = load_data(
-                a.data, labels=a.labels, range=a.range and tuple(a.range), bins=a.bins, channels=a.channels,
-                size=a.size and tuple(a.size),
-            )  # fmt: skip
+            data = _data(a, labels=a.labels)
         except UserWarning as warning:
             raise ConfigError(str(warning)) from None
     network = a.network or ("mlp" if len(data.shape) == 1 else "unet")
@@ -264,11 +263,10 @@ def _said(steps: int) -> Callable[[int, float], None] | None:
 
 def _likelihood(a: argparse.Namespace) -> None:
     out = None if a.out is None else _writable("--out", a.out, (".npz",))
-    from ..data import load_data
     from ..training import load
     from . import likelihood_report
 
-    model, data = load(a.model, net=_made(a.net)), load_data(a.data)
+    model, data = load(a.model, net=_made(a.net)), _data(a)
     if a.labels is not None:
         data = replace(data, labels=_labels(a, model, len(data)), num_classes=None, class_names=())
     report = likelihood_report.likelihood(
@@ -282,18 +280,19 @@ def _likelihood(a: argparse.Namespace) -> None:
 
 def _check(a: argparse.Namespace) -> int:
     from ..conventions import check
-    from ..data import load_data
     from ..training import load
 
-    model, data = load(a.model, net=_made(a.net)), load_data(a.data)
+    model, data = load(a.model, net=_made(a.net)), _data(a)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="likelier than what was said")  # the report says it
+        warnings.filterwarnings(
+            "ignore", message="likelier than what was said|nothing that was tried"
+        )  # the report says it
         found = check(
             model, data, num_samples=a.num_samples, seed=a.seed,
             cond=None if a.cond is None else _array(a.cond, model), batch_size=a.batch_size,
         )  # fmt: skip
     print(f"{model!r}\n{data!r}\n{found}")
-    return 0 if found.likeliest is None else 1
+    return 0 if found.fits else 1
 
 
 def _plan(a: argparse.Namespace) -> None:
@@ -312,6 +311,20 @@ def _doctor(a: argparse.Namespace) -> None:
     print(f"fastdiff {metadata.version('fastdiff')}\n{ops.doctor()}")
 
 
+def _data(a: argparse.Namespace, **options: Any) -> Data:
+    """The data of a command, read as its options say."""
+    from ..data import load_data
+
+    return load_data(
+        a.data,
+        range=a.range and tuple(a.range),
+        bins=a.bins,
+        channels=a.channels,
+        size=a.size and tuple(a.size),
+        **options,
+    )
+
+
 def _labels(a: argparse.Namespace, model: ScoreModel, count: int) -> Tensor:
     """The labels of --labels, in turn, for so many samples."""
     import torch
@@ -322,7 +335,8 @@ def _labels(a: argparse.Namespace, model: ScoreModel, count: int) -> Tensor:
         raise ConfigError(
             "--labels needs a model that was trained with labels (fastdiff train --classes): leave it out"
         )
-    allowed = f"from 0 to {model.num_classes - 1}, which the model was trained with: 3 for all, or 0,1,2 in turn"
+    top = model.num_classes - 1
+    allowed = f"from 0 to {top}, which the model was trained with: {top} for all, or 0,{top} in turn"
     if a.labels is None or a.cond is not None:
         raise ConfigError(f"--labels, and not --cond, must say the labels {allowed}")
     words = [word.strip() for word in a.labels.split(",")]
@@ -395,6 +409,21 @@ def _parser() -> argparse.ArgumentParser:
         "--sampler", help="ddim, heun, dpmpp_2m, …; an unknown one names the nearest (default: the process's)"
     )
     of_a_plan.add_argument("--grid", help="where the steps stand: uniform, karras, … (default: the sampler's)")
+    of_data = argparse.ArgumentParser(add_help=False)  # how data are read
+    of_data.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="stretch every picture of a folder to this size"
+    )
+    of_data.add_argument(
+        "--channels", type=_channels, metavar="C", help="1 (grey) or 3 (RGB) of pictures; first, last or 1 of arrays"
+    )
+    of_data.add_argument(
+        "--range",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="of the data (default: 0 255 for bytes, else its ends)",
+    )
+    of_data.add_argument("--bins", type=int, help="levels that the data stand on, 2 to 65536 (default: 256 for bytes)")
     data = ".npy, .npz, IDX (.gz), a folder of images, or digits"
 
     sub = command(
@@ -418,23 +447,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--clip", help="data: clamp the samples to the data's range; --clip=-1,1: the predictions of x0")
     sub.add_argument("--out", default="samples.npy", help="a .npy array or a .png picture (default: samples.npy)")
 
-    sub = command("train", _train, "Train a model on arrays, IDX files, a folder of images, or 'digits'.")
+    sub = command("train", _train, "Train a model on arrays, IDX files, a folder of images, or 'digits'.", of_data)
     sub.add_argument("data", help=data)
     sub.add_argument("--out", required=True, help="checkpoint directory; an unfinished run there is resumed")
-    sub.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), help="stretch every picture of a folder to this size"
-    )
-    sub.add_argument(
-        "--channels", type=_channels, metavar="C", help="1 (grey) or 3 (RGB) of pictures; first, last or 1 of arrays"
-    )
-    sub.add_argument(
-        "--range",
-        type=float,
-        nargs=2,
-        metavar=("LO", "HI"),
-        help="of the data (default: 0 255 for bytes, else its ends)",
-    )
-    sub.add_argument("--bins", type=int, help="levels that the data stand on, 2 to 65536 (default: 256 for bytes)")
     sub.add_argument("--labels", help="a .npy or IDX file of class numbers 0 … (default: the data's own)")
     sub.add_argument("--sde", default="vp", help="the process: ve, vp (default), subvp, ou, edm, ddpm or ncsn")
     sub.add_argument("--steps", type=int, required=True, help="step at which the training ends, 1 to 1000000000")
@@ -453,7 +468,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
 
     sub = command(
-        "likelihood", _likelihood, "Log-likelihood of data under a model, in nats and bits per dimension.", of_a_model
+        "likelihood",
+        _likelihood,
+        "Log-likelihood of data under a model, in nats and bits per dimension.",
+        of_a_model,
+        of_data,
     )
     sub.add_argument("--data", required=True, help=data)
     sub.add_argument("-n", "--num-samples", type=int, default=64, help="at most this many of the data (default: 64)")
@@ -468,11 +487,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", help="a .npz of each sample's nats, stderr, latent, nfe and bits_per_dim")
 
     sub = command(
-        "check", _check, "Whether what a checkpoint says of its network can be right, by data; 1 if not.", of_a_model
+        "check",
+        _check,
+        "Whether what a checkpoint says of its network can be right, by data; 1 if not.",
+        of_a_model,
+        of_data,
     )
     sub.add_argument("--data", required=True, help=data)
     sub.add_argument("-n", "--num-samples", type=int, help="of the data (default: 16, of small samples more)")
-    sub.add_argument("--cond", help="a .npy array of conditions, an entry for each of these samples")
+    sub.add_argument("--cond", help="a .npy array of conditions, an entry for each of the data")
 
     sub = command("plan", _plan, "Print the table of a run: what each row does, with its coefficients.", of_a_plan)
     sub.add_argument("sde", help="ve, vp, subvp, ou, edm, ddpm or ncsn")

@@ -26,6 +26,7 @@ from .processes import LARGEST, Pair, Process, lib, require_linear
 
 # a name of TIME_INPUTS, or a function of the process times [B]
 TimeInput = str | Callable[[Any], Any]
+_NEXT_TO_DATA = 0.05  # how far α may be from 1 where a run ends
 
 
 def _needs_chain(kind: str, process: Process) -> None:
@@ -218,8 +219,25 @@ def check(prediction: str, time_input: TimeInput, process: Process) -> None:
                 f"{name}(T) must be at most {LARGEST:.3g}, so that float32 holds its square, got {value:g} at T = {t[0]:g}: "
                 "choose a smaller T"
             )
+    _check_direction(process)
     coordinates(prediction, process, t, alpha, sigma)
     network_time(time_input, process, t, alpha, sigma)
+
+
+def _check_direction(process: Process) -> None:
+    """Refuse a process that does not begin with the data: where α is not 1 at first, or σ/α does not grow."""
+    t = np.array([process.t_noisy, 0.5 * (process.t_noisy + process.t_start), process.t_start])
+    first, ratio = float(process.alpha(np.array([float(process.t_min)]))[0]), process.sigma_hat(t)
+    if t[0] < t[2] and not ratio[0] < ratio[1] < ratio[2]:
+        raise ConfigError(
+            f"sigma/alpha must grow with t, as t = 0 is the data, got {', '.join(f'{r:.3g}' for r in ratio)} at t = "
+            f"{', '.join(f'{each:.3g}' for each in t)}: turn the time round, t -> T - t"
+        )
+    if abs(first - 1) > _NEXT_TO_DATA:
+        raise ConfigError(
+            f"alpha must be 1 next to the data, got {first:.3g} at t = {process.t_min:.3g}: divide alpha and sigma by it, which "
+            "is the same process in other units"
+        )
 
 
 def _check_sampled(prediction: str, time_input: TimeInput, process: Process) -> None:

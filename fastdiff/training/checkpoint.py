@@ -74,7 +74,7 @@ def load(
         config = header["model"]
         if net is None and config["net"] is None:
             raise CheckpointMismatchError(
-                f"{files.shown(path)} holds a network that is not one of fastdiff.networks: give it as load(..., net=)"
+                f"{files.shown(path)} holds a network that is not one of fastdiff.networks: give it, net="
             )
         network = _skeleton(config["net"], tensors, path) if net is None else net
         process = _process(config["process"], given, path)
@@ -136,7 +136,7 @@ def _process(config: dict[str, Any], sde: processes.Process | None, path: Path) 
     if config["name"] not in processes.PROCESSES:
         raise CheckpointMismatchError(
             f"{files.shown(path)} was trained on {config['name']!r:.40}, which is not one of fastdiff.processes: give it "
-            f"as load(..., sde=)"
+            f"as sde="
         )
     return processes.from_config(config)
 

@@ -39,7 +39,7 @@ from ..execution.monitor import bar
 from ..execution.torch_private import foreach_lerp_, functorch_is_active
 from ..files import hold, reason, shown
 from ..model import ScoreModel
-from ..planning.coverage import STANDARDIZED, misfit
+from ..planning.coverage import misfit
 from ..planning.schedules import ema_decay
 from . import checkpoint as files
 
@@ -595,11 +595,10 @@ def _units(data: Data, model: ScoreModel) -> dict[str, Any]:
 
 def _check_scale(data: Data, model: ScoreModel) -> None:
     """Say where the process does not suit the data's scale, by up to 1024 of them."""
-    largest, spread = STANDARDIZED[1], 1.0
-    if model.standardize is None:
-        some = data.batch(torch.arange(0, len(data), -(-len(data) // 1024), device="cpu"), model.data_range)
-        largest, spread = float(some.abs().max()), float(some.std(correction=0))
-    said = misfit(model.process, largest, spread)
+    own = model.standardize is not None
+    some = torch.arange(0, len(data), -(-len(data) // 1024), device="cpu")
+    x = model.standardized(data.batch(some, data.range if own else model.data_range))
+    said = misfit(model.process, float(x.abs().max()), float(x.std(correction=0)))
     if said is not None:
         warn(said)
 
