@@ -195,3 +195,11 @@ def test_levels_of_a_chain_end_at_its_first_step_and_then_the_data(grid, steps):
         low, high = np.sqrt(1 / alpha**2 - 1) ** (1 / 7)
         wanted = np.linspace(high, low, 10) ** 7
         assert [row.level.sigma_hat for row in table.rows] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("grid", ["karras", "fourth_root", "logsnr", "uniform"])
+@pytest.mark.parametrize(("sde", "end"), [("vp", 0.2), ("ve", 0.3), ("ddpm", 200)])
+def test_a_grid_ends_where_it_is_told_to(grid, sde, end):
+    table = fastdiff.plan(sde, 10, sampler="ddim", grid=grid, prediction="eps", time_input="t", t_min=end)
+    assert table.end.t == pytest.approx(end)
+    assert len(table.rows) == 10

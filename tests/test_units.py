@@ -370,3 +370,23 @@ def test_the_command_line_clips(tmp_path, monkeypatch, capsys):
     for wrong in ("date", "1", "1,2,3", "", "2,1"):
         assert main(["sample", "digits-vp", "--steps", "3", f"--clip={wrong}"]) == 2
         assert "clip must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "says"),
+    [
+        (gaussian(500, [1000.0] * 3, [300.0] * 3), {"standardize": (0.0, 1.0)}, "does not cover data as large as"),
+        (
+            gaussian(500, [1.0] * 3, [0.3] * 3),
+            {"standardize": (1000.0, 300.0)},
+            "is above the data's standard deviation",
+        ),
+        (np.arange(1500).reshape(500, 3).astype(np.uint8) % 2, {}, "is above the data's standard deviation"),
+    ],
+    ids=["not standardized by what was given", "standardized as other data were", "bytes of two levels"],
+)
+def test_a_training_sees_the_scale_of_what_the_network_sees(data, options, says):
+    """Whoever gave the units: the caller, a training before this one, or the range of the levels."""
+    model = fastdiff.ScoreModel(MLP((3,)), VP, data_shape=(3,), **options)
+    with pytest.warns(UserWarning, match=says):
+        fit(model, data)

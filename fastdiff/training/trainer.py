@@ -598,7 +598,8 @@ def _check_scale(data: Data, model: ScoreModel) -> None:
     own = model.standardize is not None
     some = torch.arange(0, len(data), -(-len(data) // 1024), device="cpu")
     x = model.standardized(data.batch(some, data.range if own else model.data_range))
-    said = misfit(model.process, float(x.abs().max()), float(x.std(correction=0)))
+    columns = x.std(0, correction=0)[x.std(0, correction=0) > 0] if own else x.std(correction=0)
+    said = misfit(model.process, float(x.abs().max()), float(columns.min()) if columns.numel() else None)
     if said is not None:
         warn(said)
 
