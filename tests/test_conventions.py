@@ -82,6 +82,9 @@ class Straight(processes.Process):
     def __hash__(self):
         return 1
 
+    def __repr__(self):
+        return "Straight()"
+
 
 # what is true of a network -> what was said of it instead
 WRONG = {
