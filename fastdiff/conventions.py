@@ -39,6 +39,8 @@ ENDS = (
 )
 LENGTHS = (100, 200, 500, 1000, 4000)  # of chains
 ALIKE = 1.06  # times the least error: no difference, as the levels of two chains are not quite the same
+# what a network raises of times that it does not know, such as a table of indices
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 ROUNDS = 3  # what is wrong in three ways is found one after the other,
 BREADTH = 8  # going on from so many
 VALUES = 8192  # numbers in a batch from which its error is known well enough
@@ -282,9 +284,7 @@ class _Denoising:
         if key not in self._asked:
             try:
                 self._asked[key] = self._ask(of)
-            except (
-                Exception
-            ) as error:  # whatever a network raises of times that it does not know, such as a table's IndexError
+            except REFUSALS as error:
                 self.failure = self.failure or error
                 self._asked[key] = {}
         return self._asked[key].get(of.prediction, ([math.inf] * len(RATIOS),) * 2)

@@ -197,9 +197,16 @@ def test_levels_of_a_chain_end_at_its_first_step_and_then_the_data(grid, steps):
         assert [row.level.sigma_hat for row in table.rows] == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("grid", ["karras", "fourth_root", "logsnr", "uniform"])
+@pytest.mark.parametrize("grid", ["fourth_root", "logsnr", "uniform"])
 @pytest.mark.parametrize(("sde", "end"), [("vp", 0.2), ("ve", 0.3), ("ddpm", 200)])
 def test_a_grid_ends_where_it_is_told_to(grid, sde, end):
     table = fastdiff.plan(sde, 10, sampler="ddim", grid=grid, prediction="eps", time_input="t", t_min=end)
     assert table.end.t == pytest.approx(end)
     assert len(table.rows) == 10
+
+
+def test_karras_levels_end_at_t_min_and_then_the_data():
+    """As published: t_min is the lowest noise, σ_min of eq. 5, from which the last step leads to 0."""
+    table = fastdiff.plan("edm", 10, sampler="ddim", grid="karras", t_min=0.3)
+    assert table.rows[-1].level.t == pytest.approx(0.3)
+    assert table.end.sigma == 0

@@ -296,7 +296,7 @@ def build(
     """The grid of `n` steps that ends at `t_min` (None: the process's); an explicit `spec` has both, and takes neither.
 
     in_time   of "fourth_root": whether it is a grid of times
-    to_data   of "fourth_root" and "karras": whether their last level is the data instead of t_min
+    to_data   of "fourth_root": whether its last level is the data instead of t_min
     one_more  of "leading" and "linspace": see `timesteps`
     """
     if isinstance(spec, str):
@@ -323,9 +323,7 @@ def build(
             times[0], times[-1] = process.t_start, end
             return Grid(_steps(process, _levels_of_times(process, times)), not in_time)
         if spec == "karras":
-            high, low = _ends(process, end, spec)
-            levels = karras(high, low, n) if to_data else karras(high, low, n + 1)[:-1]
-            return Grid(_steps(process, _levels_of_sigma_hat(process, levels)), True)
+            return Grid(_steps(process, _levels_of_sigma_hat(process, karras(*_ends(process, end, spec), n))), True)
         return Grid(_steps(process, _levels_of_times(process, TIMES[spec](process, n, end))))
     in_sigma = isinstance(spec, Sigmas)
     values = np.array(decreasing("grid", spec))
