@@ -388,5 +388,8 @@ def test_the_command_line_clips(tmp_path, monkeypatch, capsys):
 def test_a_training_sees_the_scale_of_what_the_network_sees(data, options, says):
     """Whoever gave the units: the caller, a training before this one, or the range of the levels."""
     model = fastdiff.ScoreModel(MLP((3,)), VP, data_shape=(3,), **options)
+    data = Data(
+        torch.from_numpy(data), range=None if data.dtype == np.uint8 else (float(data.min()), float(data.max()))
+    )
     with pytest.warns(UserWarning, match=says):
         fit(model, data)

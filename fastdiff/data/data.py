@@ -38,8 +38,8 @@ class Data:
         tensor where that is contiguous; never written to.
     labels: None, or N class numbers 0 … num_classes − 1 of any integer dtype; stored as int64 [N].
     range: (lo, hi), which the model's data_range stands for. Default for uint8 (0, 255); for floats the minimum and
-        maximum of x, with a warning where one exceeds 10 in magnitude, but for vectors, which training standardizes. Give it
-        where two sets must share one scale, as train and test do.
+        maximum of x, with a warning where one exceeds 10 in magnitude. Give it where two sets must share one scale, as
+        train and test do.
     bins: the number K of equally spaced levels lo … hi that the values lie on (checked), None for continuous values.
         Default for uint8 one level per integer, for floats None.
     num_classes: default the largest label + 1; `split` passes it on to both parts.
@@ -101,7 +101,7 @@ class Data:
             raise DataError(
                 f"x must span a finite range of more than one value, got {lo:g} to {hi:g}: give range=(lo, hi)"
             )
-        if max(-lo, hi) > 10 and self.x.ndim > 2:  # vectors are standardized by column
+        if max(-lo, hi) > 10:
             warn(
                 f"x holds floats from {lo:g} to {hi:g} and no range was given, so these two are taken as its range: "
                 f"give range=(lo, hi), or uint8 data for pictures",
