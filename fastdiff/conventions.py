@@ -276,7 +276,7 @@ class _Denoising:
             return False
         if least >= NONLINEAR:  # as the errors of many conventions are
             return changed == 1 and least < DOUBTFUL * error
-        one_level = changed == 1 and least < error / ALIKE and max(a / b for a, b in both) > ONE_LEVEL
+        one_level = changed == 1 and least < error / ALIKE and any(a > ONE_LEVEL * b for a, b in both)
         return least < CLEARLY * error or one_level
 
     def _answers(self, of: Convention) -> tuple[list[float], list[float]]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from .. import checks
 from ..errors import ConfigError, choose
+from .cache import cached
 from .processes import LARGEST, Pair, Process, lib, require_linear
 
 # a name of TIME_INPUTS, or a function of the process times [B]
@@ -224,6 +225,7 @@ def check(prediction: str, time_input: TimeInput, process: Process) -> None:
     network_time(time_input, process, t, alpha, sigma)
 
 
+@cached(64)  # as each run of a plain callable asks
 def _check_direction(process: Process) -> None:
     """Refuse a process that does not begin with the data: where α is not 1 at first, or σ/α does not grow."""
     t = np.array([process.t_noisy, 0.5 * (process.t_noisy + process.t_start), process.t_start])
