@@ -61,7 +61,7 @@ def main() -> int:
     print(build())
     if given.device.startswith("cuda") and importlib.util.find_spec("xdist"):
         # one of the tests runs these cases, in a process that would compile their 270 kernels one after another
-        cases = ["tests/interpreted.py", "-n", "8", "-q", "-p", "no:benchmark"]
+        cases = ["tests/kernel_cases.py", "-n", "8", "-q", "-p", "no:benchmark"]
         pytest("the kernels' own cases, so that they are compiled", WARMING, *cases, FASTDIFF_KERNELS_DEVICE="cuda")
     tests = "tests/test_graphs.py" if given.quick else "tests"
     passed = pytest("tests marked gpu", TESTS, tests, "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors")
