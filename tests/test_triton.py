@@ -89,5 +89,6 @@ def test_every_case_ran(interpreted):
 def test_compiled_on_the_gpu(tmp_path):
     results, ran = outcomes(tmp_path, FASTDIFF_KERNELS_DEVICE="cuda")
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
-    assert sum(map(len, results.values())) >= FEWEST
-    assert {verdict for verdicts in results.values() for verdict in verdicts} == {"passed"}
+    verdicts = [verdict for found in results.values() for verdict in found]
+    assert verdicts.count("passed") >= FEWEST
+    assert not {*verdicts} - {"passed", "skipped"}  # (some build their operands on the CPU)
