@@ -150,8 +150,9 @@ class Session:
         with tempfile.TemporaryDirectory() as scratch:
             notes = Path(scratch) / "notes"
             command = [
-                sys.executable, "-m", "pytest", *arguments, "-p", "noted", "--notes", str(notes), "--tb=short",
-                "-p", "no:cacheprovider", "-W", "ignore:fastdiff runs on plain PyTorch:RuntimeWarning",
+                sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), *arguments, "--tb=short",
+                "-p", "noted", f"--notes={notes}", "-p", "no:cacheprovider",
+                "-W", "ignore:fastdiff runs on plain PyTorch:RuntimeWarning",
             ]  # fmt: skip
             try:
                 code = run(command, seconds, self.say, **environment)
@@ -176,7 +177,8 @@ class Session:
             files = ["tests/test_device.py"] if self.given.quick else sorted(f"tests/{path.name}" for path in marked)
             twice = ["--deselect", CASES] if "kernels" in self.given.only else []
             return [*files, "-m", "gpu", *twice, "--continue-on-collection-errors", *common], {}
-        options = [*self.options, "--device", self.given.device, "--out", str(self.folder.resolve())]
+        # (pytest looks for its configuration around all that follows an option of ours and is a path)
+        options = [*self.options, "--device", self.given.device, f"--out={self.folder.resolve()}"]
         options += ["--commit", self.given.commit, "--minutes", f"{(seconds - GRACE - 3) / 60:.3f}"]
         options += ["--quick"] if self.given.quick else []
         return ["benchmarks", "-m", name, "-v", "-s", "-rs", "-W", "ignore", *options], {}

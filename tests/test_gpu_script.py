@@ -17,6 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+
+from fastdiff.errors import GraphError
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = "device threads group case opponent n metric ours theirs ratio_p20 ratio_p50 ratio_p80 rounds commit torch version date"
@@ -166,12 +169,14 @@ class Device:
         monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=lambda *args, **kwargs: described))
 
     def run(self, command, seconds, say, **environment):
+        assert command[3:5] == ["-c", str(ROOT / "pyproject.toml")]
         marks = command[command.index("-m", 3) + 1] if "-m" in command[3:] else "kernels"
         name = "tests" if marks == "gpu" else marks
         self.ran[name], self.commands[name] = seconds, (command, environment)
         self.now += self.takes.get(name, seconds)
         lines = self.notes.get(name, [{"test": f"t::{k}", "outcome": "passed", "why": ""} for k in range(200)])
-        Path(command[command.index("--notes") + 1]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (notes,) = (Path(word.partition("=")[2]) for word in command if word.startswith("--notes="))
+        notes.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return self.codes.get(name, 0)
 
 
@@ -201,7 +206,7 @@ def test_parts_run_in_their_order_each_within_its_seconds(gpu, monkeypatch, caps
     assert "VERDICT: HELD (exit code 0)" in verdict
     assert "in another command: make gpu ONLY=large" in verdict
     command, environment = device.commands["kernels"]
-    assert command[3] == "tests/interpreted.py"
+    assert command[5] == "tests/interpreted.py"
     assert environment["FASTDIFF_KERNELS_DEVICE"] == "cuda"
     for name in ("kernels", "tests"):
         command, _ = device.commands[name]
@@ -400,6 +405,79 @@ def test_the_verdict_is_said_by_who_is_told_to_end(tmp_path):
     assert "VERDICT: FAILED (exit code 1)" in verdict
     assert (tmp_path / "gpu.log").read_text() == output
     assert gone(reached)
+
+
+# --- what is measured ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """benchmarks/test_gpu.py as a module, whose marks are those of another folder."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(pytest.mark, "_config", None)
+    import test_gpu
+
+    return test_gpu
+
+
+def test_graphs_are_timed_where_kernels_are_done_before_the_next_is_launched(measured):
+    assert measured.SIZES[0] == 16_777_216 <= measured.LAUNCHED
+
+
+def test_an_opponent_that_cannot_be_captured_is_left_out(measured, monkeypatch, capsys):
+    def replayed(run, calls, device):
+        if run is None:
+            raise GraphError("operation not permitted")
+        return run
+
+    monkeypatch.setattr(measured, "replayed", replayed)
+    assert measured.in_graphs({"ours": print, "eager": print, "compiled": None}, 2, None).keys() == {"ours", "eager"}
+    assert "compiled cannot be captured: operation not permitted" in capsys.readouterr().out
+    with pytest.raises(GraphError):
+        measured.in_graphs({"ours": None}, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("ours", "compiled", "held", "text"),
+    [
+        (
+            90.0,
+            40.0,
+            True,
+            "1.50 times as fast as the reduce-overhead loop by fastdiff, torch.compile(net), at least 1",
+        ),
+        (30.0, 40.0, True, "2.00 times as fast as the reduce-overhead loop, at least 1"),
+        (
+            90.0,
+            70.0,
+            False,
+            "0.86 times as fast as the reduce-overhead loop by fastdiff, torch.compile(net), at least 1",
+        ),
+    ],
+)
+def test_against_a_compiled_loop_the_faster_of_ours_counts(measured, monkeypatch, ours, compiled, held, text):
+    import recorder
+
+    times, steps = {"ours": ours, "compiled": compiled, "theirs": 60.0}, 10
+    runs = {name: (lambda name=name: name) for name in times}
+    contest = SimpleNamespace(
+        name="demo U-Net", steps=steps, start=torch.zeros(6), run=lambda steps: runs["ours"],
+        theirs=lambda opponent: runs["theirs"], ours_compiled=lambda: runs["compiled"],
+    )  # fmt: skip
+    monkeypatch.setattr(measured, "contest", lambda *args: contest)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    device = SimpleNamespace(only=lambda **needs: None, quick=True, cuda=True)
+    device.watch = SimpleNamespace(whole=lambda run: times[run()] * steps)
+    rows, promised = recorder.Recorder(commit="abc"), []
+    loop = next(loop for loop in measured.LOOPS if loop.case.startswith("demo"))
+    measured.test_loop(device, rows, lambda *args: promised.append(args), measured.COMPILED, loop, torch.float32)
+    assert promised == [(held, f"demo U-Net: {text}")]
+    found = [(row["case"], row["opponent"], float(row["ours"]), float(row["theirs"])) for row in rows.rows]
+    assert found == [
+        ("demo U-Net", "reduce-overhead loop", ours, 60.0),
+        ("demo U-Net", "fastdiff, torch.compile(net)", ours, compiled),
+        ("demo U-Net, torch.compile(net)", "reduce-overhead loop", compiled, 60.0),
+    ]
 
 
 # --- NVIDIA's tools ----------------------------------------------------------------------------------------------------
