@@ -77,6 +77,46 @@ def test_eight_threads_sample_from_one_model(device, kind):
                 assert (x - alone).abs().max() <= 2**-8 * alone.abs().max(), seed
 
 
+class Called:
+    """A graph that calls what it would repeat."""
+
+    def __init__(self, body):
+        self.replay = body
+
+
+def called(warm, body, device, pool):
+    for _ in range(3):
+        warm()
+    return Called(body), pool
+
+
+def test_a_compiled_network_is_captured_as_it_is_compiled(device, monkeypatch):
+    """And stays so: what looks into a warm-up must not make torch.compile step aside, which it does for good."""
+    ran = []
+
+    def backend(module, inputs):
+        def run(*args):
+            ran.append(torch.is_grad_enabled())
+            return module(*args)
+
+        return run
+
+    if device.type == "cpu":
+        monkeypatch.setattr(graphs, "capture", called)
+        monkeypatch.setattr(graphs, "obstacle", lambda *args: None)
+    net = opened(Products(), device)
+    compiled = torch.compile(net, backend=backend, dynamic=False)
+    options = {"steps": 10, "shape": (3, 5), "num_samples": 4, "device": device}
+    x, info = fastdiff.sample(compiled, "vp", engine="graph", return_info=True, **options)
+    assert info.engine == "graph"
+    assert torch.equal(x, fastdiff.sample(net, "vp", engine="eager", **options))
+    seen = len(ran)
+    assert seen >= 3  # in the warm-ups and the capture
+    with torch.no_grad():
+        compiled(x, torch.ones(4, device=device))
+    assert len(ran) == seen + 1
+
+
 class Reading(nn.Module):
     """A network that reads a number of its answer on the host, as no capture can."""
 
