@@ -51,7 +51,6 @@ def gpu(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu
 
-    monkeypatch.setattr(gpu, "build", lambda: "built")
     return gpu
 
 
@@ -77,7 +76,7 @@ def test_every_part_is_tried_on_a_stand_in(tmp_path, gpu):
     notes = tmp_path / "notes"
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", "--quick", "-p", "stand_in", "-p", "noted", "--notes", notes,
-         "--out", tmp_path, "--commit", "abc", "--minutes", "2", "-k", "not demo and not diffusers",
+         "--out", tmp_path, "--commit", "abc", "--minutes", "2", "-k", "not demo and not (diffusers or printed or place)",
          "-v", "-s", "-rs", "-W", "ignore", "-p", "no:cacheprovider"],
         env={**os.environ, **paths, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -166,6 +165,7 @@ class Device:
         self.gpu, self.notes, self.codes, self.takes = gpu, notes or {}, codes or {}, takes or {}
         self.now, self.ran, self.commands = 0.0, {}, {}
         monkeypatch.setattr(gpu, "run", self.run)
+        monkeypatch.setattr(gpu, "build", lambda say: "built")
         monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: self.now))
         described = SimpleNamespace(returncode=0, stdout="a card, torch 2\n", stderr="")
         monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=lambda *args, **kwargs: described))
@@ -344,6 +344,28 @@ def test_make_passes_its_variables_on():
         assert shown.stdout.endswith(expected)
 
 
+def test_the_library_is_built_of_these_sources(gpu, monkeypatch, tmp_path):
+    """A library of others must not pass for it, and what the compiler says is said."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "a.cpp").write_text("int a;")
+    library, said = tmp_path / "lib.so", []
+    (tmp_path / "setup.py").write_text(
+        "import hashlib\n\ndef compile_library(folder, library):\n    print('warning: old compiler')\n"
+        "    source = (library.parent / 'csrc' / 'a.cpp').read_bytes()\n"
+        "    library.write_text(hashlib.sha256(source).hexdigest()[:16])\n"
+    )
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "LIBRARY", library)
+    assert gpu.build(said.append) == "lib.so: built"
+    assert said == ["warning: old compiler"]
+    assert gpu.build(said.append) == "lib.so: there, of these sources"
+    (tmp_path / "csrc" / "a.cpp").write_text("int b;")
+    (tmp_path / "setup.py").write_text("raise OSError('no C++ compiler')\n")
+    assert gpu.build(said.append).startswith("WARNING: the CPU library was not built")
+    assert said[-1] == "OSError: no C++ compiler"
+    assert not library.exists()
+
+
 def gone(path):
     """Whether the process whose number a file has is over, in a moment."""
     status = Path("/proc") / path.read_text() / "stat"
@@ -383,7 +405,7 @@ def test_the_verdict_is_said_by_who_is_told_to_end(tmp_path):
     (tmp_path / "test_slow.py").write_text(tests)
     given = Namespace(device="cuda", quick=False, only=["bits", "kernels"], out=tmp_path, commit="abc", where="a card")
     script = (
-        "import gpu, sys; from argparse import Namespace; from pathlib import PosixPath; gpu.build = lambda: 'built'; "
+        "import gpu, sys; from argparse import Namespace; from pathlib import PosixPath; gpu.build = lambda say: 'built'; "
         f"gpu.parsed = lambda arguments: ({given!r}, []); "
         f"gpu.Session.arguments = lambda *args: ([{str(tmp_path / 'test_slow.py')!r}], dict()); sys.exit(gpu.main())"
     )
