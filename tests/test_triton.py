@@ -93,7 +93,7 @@ def test_interpreted_kernels_have_the_references_bits(tmp_path):
 
 
 @pytest.mark.gpu
-def test_kernels_on_the_gpu_have_the_references_bits(tmp_path):
+def test_compiled_on_the_gpu(tmp_path):
     passed, others = outcomes(tmp_path, FASTDIFF_KERNELS_DEVICE="cuda")
     assert passed >= FEWEST
     assert set(others.values()) <= {"skipped"}  # what is for other machines
