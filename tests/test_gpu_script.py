@@ -560,7 +560,7 @@ def test_a_tool_that_cannot_serve_says_why(nvidia, tmp_path, name, text, reason)
 
 
 def test_the_sanitized_cases_are_there(nvidia):
-    cases = (ROOT / "tests" / "interpreted.py").read_text()
+    cases = (ROOT / "tests" / "kernel_cases.py").read_text()
     for word in nvidia.CASES.replace("test_step[ and (0] or 5])", "test_step(").split(" or "):
         assert re.search(rf"\ndef test_?\w*{re.escape(word.removeprefix('test'))}", cases), word
 
