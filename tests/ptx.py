@@ -530,8 +530,7 @@ def _memory_instruction(name: str, operands: list[str], guard: Guard) -> Step | 
     if re.fullmatch(r"(red|atom)\.global\.gpu\.relaxed\.min\.s64", name):
         place, value = operands[-2:]
         at, least = address(place), source(value, "s64")
-        if name.startswith("atom") and operands[0] != "_":  # the old value, which our kernels do not ask for
-            return None
+        # the old value that atom leaves is not made: no kernel asks for it, and a read of its register would raise KeyError
         return lambda threads: threads.atomic_min(at(threads), least(threads), guard(threads))
     matrices = re.fullmatch(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", name)
     if matrices:
