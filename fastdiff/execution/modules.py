@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +49,54 @@ def _names(network: nn.Module) -> Callable[[str], str]:
         return name
 
     return plain
+
+
+def part_with_graphs(net: Any) -> str | None:
+    """The part of a network that torch.compile gave CUDA graphs of its own, in words, or None. Looks at its modules, at what
+    they, their classes and other objects hold, and at what functions close over and name."""
+    todo, seen = [("", net, 0)], set[int]()
+    while todo:
+        path, part, hops = todo.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        for compiled in (part, getattr(part, "_compiled_call_impl", None)):  # the latter is Module.compile's
+            config = getattr(compiled, "get_compiler_config", None)
+            if config is not None and (config() or {}).get("triton.cudagraphs"):
+                return f"its part {path!r}" if path else "the network"
+        is_function = isinstance(part, FunctionType)
+        if hops < 3 or not is_function:  # functions name functions that name functions
+            at = "" if is_function else path
+            found = [(name, value) for name, value in _parts(part) if callable(value)]
+            todo += [(".".join(filter(None, (at, name))), value, hops + is_function) for name, value in found]
+    return None
+
+
+def _parts(part: Any) -> list[tuple[str, Any]]:
+    """What a call of a module, function or object may call, by name; of torch's own, only what modules hold."""
+    if hasattr(part, "_torchdynamo_orig_callable") and not isinstance(part, nn.Module):
+        return [("", part._torchdynamo_orig_callable)]
+    if isinstance(part, MethodType):
+        return [(part.__name__, part.__func__), ("", part.__self__)]
+    if isinstance(part, functools.partial):
+        return [("", part.func), *part.keywords.items(), *((str(n), value) for n, value in enumerate(part.args))]
+    if isinstance(part, type) or _is_torchs(part if isinstance(part, FunctionType) else type(part)):
+        return list(part._modules.items()) if isinstance(part, nn.Module) else []
+    if isinstance(part, FunctionType):
+        code, globals_, cells = part.__code__, part.__globals__, zip(part.__code__.co_freevars, part.__closure__ or ())
+        named = [(name, globals_[name]) for name in code.co_names if name in globals_]
+        held = [(name, cell.cell_contents) for name, cell in cells if cell != CellType()]
+        defaults = (*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values())
+        return [*named, *held, *(("", value) for value in defaults)]
+    methods = [
+        (name, value) for kind in type(part).__mro__ if not _is_torchs(kind) for name, value in vars(kind).items()
+    ]
+    held = [*getattr(part, "__dict__", {}).items(), *(part._modules.items() if isinstance(part, nn.Module) else ())]
+    return [(name, value) for name, value in methods if isinstance(value, FunctionType)] + held
+
+
+def _is_torchs(thing: Any) -> bool:
+    return str(thing.__module__).startswith("torch.")
 
 
 def intercepted(module: nn.Module) -> bool:

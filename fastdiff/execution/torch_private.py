@@ -1,6 +1,6 @@
 """What fastdiff uses of torch's private interface, in one place (torch 2.11 to 2.13 have it all; a test holds each name).
 
-CUDA builds alone have the last two, which are looked up when they are called.
+CUDA builds alone have the last three, which are looked up when they are called.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
+from torch.multiprocessing import reductions
 
 # (a, b) -> whether two tensors share storage
 is_alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]
+# (storage) -> a weak reference, whose .expired() says whether nobody holds the storage any more, C++ included
+StorageWeakRef = reductions.StorageWeakRef
 # () -> whether torch.func transforms are active, and how many dispatch modes are
 functorch_is_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -35,6 +38,11 @@ def is_fake(value: Any) -> bool:
 def end_allocate_to_pool(device: int, pool: Any) -> None:
     """End the routing of allocations to a graph's memory pool, which a failed capture leaves on."""
     torch._C._cuda_endAllocateToPool(device, pool)
+
+
+def release_pool(device: int, pool: Any) -> None:
+    """Count one user less of a graph's memory pool, whose memory goes with the last."""
+    torch._C._cuda_releasePool(device, pool)
 
 
 def clear_cublas_workspaces() -> None:
