@@ -62,30 +62,30 @@ def _captured(bodies: Sequence[Callable[[], None]], stream: Any, device: torch.d
     graphs, pool = list[Any](), torch.cuda.graph_pool_handle()
     for body in bodies:
         graph = torch.cuda.CUDAGraph()
-        error = _record(graph, body, pool, stream)
-        if error is not None:  # what worked in the warm-up cannot be captured
+        try:
+            _record(graph, body, pool, stream)
+        except BaseException as error:  # what worked in the warm-up cannot be captured
             graphs.clear()
             _recover(graph, pool, stream, device, error)
-            if not isinstance(error, Exception):
-                raise error
-            raise GraphError(first_line(error)) from error
+            if isinstance(error, Exception):
+                raise GraphError(first_line(error)) from error
+            raise
         graphs.append(graph)
     return graphs
 
 
-def _record(graph: Any, body: Callable[[], None], pool: Any, stream: Any) -> BaseException | None:
-    """Capture a body; the error that ended it, if one did."""
-    failure: BaseException | None = None
+def _record(graph: Any, body: Callable[[], None], pool: Any, stream: Any) -> None:
+    """Capture a body. Raises its error rather than that of the capture's end, which says less."""
+    first: BaseException | None = None
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             try:
                 body()
             except BaseException as error:
-                failure = error  # which says more than what the end of the capture raises
+                first = error
                 raise
     except BaseException as error:
-        failure = failure or error
-    return failure
+        raise (first or error) from None
 
 
 def _recover(graph: Any, pool: Any, stream: Any, device: torch.device, error: BaseException | None) -> None:
