@@ -169,7 +169,7 @@ def run(works):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(20)
     assert not any(thread.is_alive() for thread in threads), "they wait for each other"
 
 
@@ -186,7 +186,7 @@ def test_a_warm_up_that_captures_waits_for_nobody(cuda):
 
 def test_warm_ups_on_two_devices_may_wait_for_each_other(cuda):
     """As networks do that exchange values between the devices, each in its own thread."""
-    meet = threading.Barrier(2, timeout=30)
+    meet = threading.Barrier(2, timeout=10)
     run([lambda n=n: cuda_graph.capture(meet.wait, [operation], torch.device("cuda", n)) for n in range(2)])
     assert not meet.broken
     assert cuda.most == 1

@@ -24,8 +24,7 @@ from watching import NOT_WHILE_CAPTURING, Tape
 
 import fastdiff
 from fastdiff.errors import ConfigError, GraphError, NonFiniteError
-from fastdiff.execution import graphs, loop, ops
-from fastdiff.execution.modules import part_with_graphs
+from fastdiff.execution import cuda_graph, graphs, loop, ops
 from fastdiff.networks import MLP
 
 
@@ -613,15 +612,23 @@ def closure(device):
     return network
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        Kept, lambda device: Kept(device, first=3), lambda device: Kept(device, first=4), lambda device: Kept(device, every=2),
-        lambda device: Kept(device, where="list"), lambda device: Kept(device, where="name"), Swapping, Object, closure,
-    ],
-)  # fmt: skip
-def test_a_network_that_keeps_what_it_makes_runs_eagerly(captures, make):
+KEEPING = {
+    "from the first call on": Kept,
+    "from the third": functools.partial(Kept, first=3),
+    "from the fourth": functools.partial(Kept, first=4),
+    "in each second": functools.partial(Kept, every=2),
+    "in a list": functools.partial(Kept, where="list"),
+    "in the place of what it deleted": functools.partial(Kept, where="name"),
+    "in turns": Swapping,
+    "an object": Object,
+    "a closure": closure,
+}
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+def test_a_network_that_keeps_what_it_makes_runs_eagerly(captures, kind):
     """Its warm-up says so, before a capture would leave it with tensors that nobody computed."""
+    make = KEEPING[kind]
     with pytest.warns(RuntimeWarning, match=r"cannot be captured .*(rebinds parameters|keeps tensors that it makes)"):
         ours, info = draw(make(captures.device), steps=120, place=captures.device, return_info=True)
     assert info.engine == "eager"
@@ -855,17 +862,6 @@ def test_other_compiled_networks_are_captured(captures):
     assert len(captures) == 2
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_modes_of_torch_compile():
-    device = torch.device("cpu")
-    for options, theirs in (
-        ({}, False), ({"mode": "default"}, False), ({"mode": "max-autotune-no-cudagraphs"}, False),
-        ({"mode": "reduce-overhead"}, True), ({"mode": "max-autotune"}, True), ({"options": {"triton.cudagraphs": True}}, True),
-    ):  # fmt: skip
-        assert (part_with_graphs(torch.compile(Net(device), **options)) is not None) == theirs, options
-        assert (part_with_graphs(torch.compile(lambda x, t: x, **options)) is not None) == theirs, options
-
-
 def test_any_failure_in_a_capture_ends_in_an_eager_run(captures):
     """(a) Not all that goes wrong there is an error of CUDA's."""
 
@@ -996,6 +992,43 @@ def test_the_device_is_in_order_after_a_capture_that_failed(captures):
     gc.collect()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= memory + 2**25
+
+
+@pytest.mark.gpu
+def test_a_capture_that_failed_gives_its_activations_back(captures):
+    if captures.device.type != "cuda":
+        pytest.skip("needs a device")
+
+    class Large(Net):
+        def forward(self, x, t):
+            hidden = x.sum() + x.new_zeros(25, 10**6)  # 100 MB
+            return super().forward(x, t) * (1.0 if float(hidden[0, 0]) > 0 else 0.5)
+
+    net = Large(captures.device)
+    draw(net, engine="eager", place=captures.device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    memory = torch.cuda.memory_reserved()
+    with pytest.warns(RuntimeWarning, match="cannot be captured"):
+        draw(net, place=captures.device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= memory + 2**25
+
+
+@pytest.mark.gpu
+def test_the_stopwatch_reads_the_devices_time(captures):
+    if captures.device.type != "cuda":
+        pytest.skip("needs a device")
+    watch, x = cuda_graph.Stopwatch(torch.device("cuda", 0)), torch.randn(2**24, device="cuda")
+    x = x * 0.99  # whose kernel is loaded at its first use
+    for times in (1, 100):
+        watch.mark()
+        for _ in range(times):
+            x = x * 0.99
+        watch.mark()
+    few, many = watch.seconds()
+    assert 0 < few < many < 10
 
 
 @pytest.mark.gpu

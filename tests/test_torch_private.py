@@ -16,6 +16,29 @@ def test_is_alias_of():
     assert not torch_private.is_alias_of(x, x.clone())
 
 
+def test_storage_weak_ref():
+    x = torch.zeros(4)
+    part, reference = x[1:].relu(), torch_private.StorageWeakRef(x.untyped_storage())
+    assert not reference.expired()
+    part = x[1:]
+    del x
+    assert not reference.expired()
+    del part
+    assert reference.expired()
+
+
+def test_torch_dispatch_mode_and_tree_leaves():
+    class Seen(torch_private.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            leaves.extend(torch_private.tree_leaves((args, kwargs)))
+            return func(*args, **(kwargs or {}))
+
+    leaves, x = [], torch.zeros(2)
+    with Seen():
+        torch.cat([x, x], dim=0)
+    assert sum(value is x for value in leaves) == 2
+
+
 def test_functorch_is_active():
     seen = []
     torch.func.vmap(lambda x: seen.append(torch_private.functorch_is_active()) or x)(torch.zeros(2))
@@ -41,7 +64,30 @@ def test_foreach_lerp():
     assert torch.equal(a[0], torch.tensor([0.25, 2.5]))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it imports its compiler
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({}, False), ({"mode": "default"}, False), ({"mode": "max-autotune-no-cudagraphs"}, False), ({"backend": "eager"}, False),
+        ({"mode": "reduce-overhead"}, True), ({"mode": "max-autotune"}, True), ({"options": {"triton.cudagraphs": True}}, True),
+    ],
+)  # fmt: skip
+def test_compiles_to_graphs_and_uncompiled(options, graphs):
+    def function(x):
+        return x
+
+    module, compiled = torch.nn.Tanh(), torch.compile(function, **options)
+    assert not torch_private.compiles_to_graphs(module)
+    assert torch_private.uncompiled(function) is None
+    assert torch_private.compiles_to_graphs(torch.compile(module, **options)) == graphs
+    module.compile(**options)
+    assert torch_private.compiles_to_graphs(module) == graphs
+    assert torch_private.compiles_to_graphs(compiled) == graphs
+    assert torch_private.uncompiled(compiled) is function
+
+
 @pytest.mark.gpu
 def test_names_of_cuda_builds():
     torch_private.clear_cublas_workspaces()
     assert callable(torch._C._cuda_endAllocateToPool)
+    assert callable(torch._C._cuda_releasePool)

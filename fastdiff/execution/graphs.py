@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..errors import ConfigError, GraphError
 from ..table import StepTable
@@ -177,7 +175,7 @@ class _Contents:
                         del holder[name]
 
 
-class _Made(TorchDispatchMode):
+class _Made(torch_private.TorchDispatchMode):
     """Follows the memory of the tensors that operations make."""
 
     def __init__(self) -> None:
@@ -186,8 +184,8 @@ class _Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = [value for value in tree_leaves((args, kwargs)) if _has_storage(value)]
-        for made in filter(_has_storage, tree_leaves(out)):
+        given = [value for value in torch_private.tree_leaves((args, kwargs)) if _has_storage(value)]
+        for made in filter(_has_storage, torch_private.tree_leaves(out)):
             if not any(torch_private.is_alias_of(made, value) for value in given):
                 self.memory.append(torch_private.StorageWeakRef(made.untyped_storage()))
         return out

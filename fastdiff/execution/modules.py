@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from torch.optim.swa_utils import AveragedModel
 
+from . import torch_private
+
 
 def inner(net: Any) -> Any:
     """The network within torch.compile, DataParallel, DistributedDataParallel and AveragedModel, in whatever order."""
@@ -60,10 +62,8 @@ def part_with_graphs(net: Any) -> str | None:
         if id(part) in seen:
             continue
         seen.add(id(part))
-        for compiled in (part, getattr(part, "_compiled_call_impl", None)):  # the latter is Module.compile's
-            config = getattr(compiled, "get_compiler_config", None)
-            if config is not None and (config() or {}).get("triton.cudagraphs"):
-                return f"its part {path!r}" if path else "the network"
+        if torch_private.compiles_to_graphs(part):
+            return f"its part {path!r}" if path else "the network"
         is_function = isinstance(part, FunctionType)
         if hops < 3 or not is_function:  # functions name functions that name functions
             at = "" if is_function else path
@@ -74,8 +74,8 @@ def part_with_graphs(net: Any) -> str | None:
 
 def _parts(part: Any) -> list[tuple[str, Any]]:
     """What a call of a module, function or object may call, by name; of torch's own, only what modules hold."""
-    if hasattr(part, "_torchdynamo_orig_callable") and not isinstance(part, nn.Module):
-        return [("", part._torchdynamo_orig_callable)]
+    if not isinstance(part, nn.Module) and torch_private.uncompiled(part) is not None:
+        return [("", torch_private.uncompiled(part))]
     if isinstance(part, MethodType):
         return [(part.__name__, part.__func__), ("", part.__self__)]
     if isinstance(part, functools.partial):

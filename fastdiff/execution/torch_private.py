@@ -11,11 +11,15 @@ import torch
 from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 from torch.multiprocessing import reductions
+from torch.utils import _python_dispatch, _pytree
 
 # (a, b) -> whether two tensors share storage
 is_alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]
 # (storage) -> a weak reference, whose .expired() says whether nobody holds the storage any more, C++ included
 StorageWeakRef = reductions.StorageWeakRef
+# the base of contexts that see every operation, and the leaves of an operation's arguments
+TorchDispatchMode = _python_dispatch.TorchDispatchMode
+tree_leaves = _pytree.tree_leaves
 # () -> whether torch.func transforms are active, and how many dispatch modes are
 functorch_is_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -33,6 +37,20 @@ def forward_mode_is_active() -> bool:
 def is_fake(value: Any) -> bool:
     """Whether a tensor is a FakeTensor, or wraps one."""
     return bool(fake_tensor.is_fake(value))
+
+
+def compiles_to_graphs(part: Any) -> bool:
+    """Whether a module or a function is one of torch.compile's, and runs as CUDA graphs of torch's own."""
+    for compiled in (part, getattr(part, "_compiled_call_impl", None)):  # the latter is nn.Module.compile's
+        config = getattr(compiled, "get_compiler_config", None)
+        if config is not None and (config() or {}).get("triton.cudagraphs"):
+            return True
+    return False
+
+
+def uncompiled(function: Any) -> Any:
+    """What torch.compile made a function of, or None."""
+    return getattr(function, "_torchdynamo_orig_callable", None)
 
 
 def end_allocate_to_pool(device: int, pool: Any) -> None:
