@@ -278,7 +278,7 @@ class _Loops(contextlib.ExitStack):
     def _fall_back(self, error: GraphError) -> None:
         """From here on, and for this network in later runs, eager loops."""
         reason = f"the network cannot be captured as CUDA graphs ({error})"
-        if not isinstance(error.__cause__, torch.OutOfMemoryError):  # which a smaller batch need not meet
+        if "out of memory" not in str(error):  # which a smaller batch need not meet
             graphs.refuse(self.request.model.net, reason)
         if self.request.engine == "graph":
             raise GraphError(f"{reason}: use engine='auto' or 'eager'") from error

@@ -876,18 +876,21 @@ def test_any_failure_in_a_capture_ends_in_an_eager_run(captures):
     assert info.engine == "eager"
 
 
-def test_memory_that_runs_out_in_a_capture_is_not_held_against_the_network(captures, monkeypatch):
-    """(j)"""
+@pytest.mark.parametrize(
+    ("kind", "says"), [(torch.OutOfMemoryError, "CUDA out of memory"), (RuntimeError, "CUDA error: out of memory")]
+)
+def test_memory_that_runs_out_in_a_capture_is_not_held_against_the_network(captures, monkeypatch, kind, says):
+    """(j) It is the allocator's that runs out, or that of the driver, which instantiates the graph."""
     net, capture = Net(captures.device), graphs.capture
 
     def lacking(*args):
         try:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        except torch.OutOfMemoryError as error:
+            raise kind(says)
+        except kind as error:
             raise GraphError(str(error)) from error
 
     monkeypatch.setattr(graphs, "capture", lacking)
-    with pytest.warns(RuntimeWarning, match="CUDA out of memory"):
+    with pytest.warns(RuntimeWarning, match=says):
         draw(net, place=captures.device)
     monkeypatch.setattr(graphs, "capture", capture)
     assert torch.equal(*both(net, captures))

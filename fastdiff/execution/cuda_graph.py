@@ -36,6 +36,7 @@ def capture(warm: Callable[[], None], bodies: Sequence[Callable[[], None]], devi
 
     Raises GraphError, with torch in order, where a body cannot be captured; what `warm` raises goes through.
     """
+    device = torch.cuda.current_stream(device).device  # with its number
     place = _place(device)
     # Warm-ups run on the stream of the captures, so they hold its lock too: the kernels of one that came in another thread's
     # capture would become part of that graph. A stream for each thread would not do: torch has 32, which it hands out again
@@ -106,11 +107,11 @@ def _recover(graph: Any, pool: Any, stream: Any, device: torch.device, error: Ba
         error = error.__context__
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    # Versions after 2.13 have released it. Memory of a pool that nobody uses, and that is still there, is memory of one that
-    # counts a graph too many.
-    if any(part["segment_pool_id"] == pool and not part["active_size"] for part in torch.cuda.memory_snapshot()):
-        torch_private.release_pool(device.index, pool)
-        torch.cuda.empty_cache()
+    with contextlib.suppress(RuntimeError):  # other allocators than torch's keep no pools
+        # versions after 2.13 have released it: what nobody uses, and is still there, is of a pool that counts a graph too many
+        if any(part["segment_pool_id"] == pool and not part["active_size"] for part in torch.cuda.memory_snapshot()):
+            torch_private.release_pool(device.index, pool)
+            torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -65,8 +65,9 @@ def obstacle(net: Any, device: torch.device, rows: int, noise: Any, engine: str)
     if not isinstance(net, nn.Module) and rows < WORTHWHILE and engine != "graph":
         return f"a plain callable is captured anew for each run, and this one has {rows} rows"
     with contextlib.suppress(TypeError):  # a callable without weak references
-        if net in _refused:
-            return _refused[net]
+        known = _refused.get(net)
+        if known is not None:
+            return known
     if not isinstance(net, nn.Module) or net not in _cache:
         part = modules.part_with_graphs(net)
         if part is not None:

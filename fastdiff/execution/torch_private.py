@@ -41,8 +41,8 @@ def is_fake(value: Any) -> bool:
 
 def compiles_to_graphs(part: Any) -> bool:
     """Whether a module or a function is one of torch.compile's, and runs as CUDA graphs of torch's own."""
-    for compiled in (part, getattr(part, "_compiled_call_impl", None)):  # the latter is nn.Module.compile's
-        config = getattr(compiled, "get_compiler_config", None)
+    for compiled in (part, _held(part, "_compiled_call_impl")):  # the latter is nn.Module.compile's
+        config = _held(compiled, "get_compiler_config")
         if config is not None and (config() or {}).get("triton.cudagraphs"):
             return True
     return False
@@ -50,7 +50,12 @@ def compiles_to_graphs(part: Any) -> bool:
 
 def uncompiled(function: Any) -> Any:
     """What torch.compile made a function of, or None."""
-    return getattr(function, "_torchdynamo_orig_callable", None)
+    return _held(function, "_torchdynamo_orig_callable")
+
+
+def _held(part: Any, name: str) -> Any:
+    """What an object itself holds, whatever attributes its class makes up."""
+    return getattr(part, "__dict__", {}).get(name)
 
 
 def end_allocate_to_pool(device: int, pool: Any) -> None:
