@@ -629,11 +629,53 @@ KEEPING = {
 def test_a_network_that_keeps_what_it_makes_runs_eagerly(captures, kind):
     """Its warm-up says so, before a capture would leave it with tensors that nobody computed."""
     make = KEEPING[kind]
-    with pytest.warns(RuntimeWarning, match=r"cannot be captured .*(rebinds parameters|keeps tensors that it makes)"):
+    with pytest.warns(RuntimeWarning, match="cannot be captured .*rebinds parameters, buffers or other"):
         ours, info = draw(make(captures.device), steps=120, place=captures.device, return_info=True)
     assert info.engine == "eager"
     assert torch.equal(ours, draw(make(captures.device), steps=120, engine="eager", place=captures.device))
     assert captures.alive == 0
+
+
+class Remembering(Net):
+    """Adds a part of its last answer, which it keeps in a tuple in a list."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.last = [(None, "none yet")]
+
+    def forward(self, x, t):
+        out = super().forward(x, t)
+        if self.last[0][0] is not None:
+            out = out + 0.1 * self.last[0][0]
+        self.last[0] = out, "the last"
+        return out
+
+
+def test_the_warm_up_of_a_network_that_remembers_is_forgotten(captures):
+    with pytest.warns(RuntimeWarning, match="rebinds"):
+        ours = draw(Remembering(captures.device), place=captures.device)
+    assert torch.equal(ours, draw(Remembering(captures.device), engine="eager", place=captures.device))
+
+
+@pytest.mark.parametrize("where", ["a closure", "a list", "a dict"])
+def test_what_a_capture_leaves_in_other_places_is_put_back(captures, where):
+    """As it fails in the midst."""
+    shift = torch.tensor(0.01, device=captures.device)
+    held = {"a list": [shift], "a dict": {0: shift}}.get(where)
+
+    def network(x, t):
+        nonlocal shift
+        if torch.cuda.is_current_stream_capturing():
+            if held is None:
+                shift = moved(shift)
+            else:
+                held[0] = moved(held[0])
+            float(x[0, 0, 0])
+        return x * -0.3 + (shift if held is None else held[0])
+
+    with pytest.warns(RuntimeWarning, match="operation not permitted"):
+        ours = draw(network, steps=120, place=captures.device)
+    assert torch.equal(ours, draw(lambda x, t: x * -0.3 + 0.01, steps=120, engine="eager", place=captures.device))
 
 
 @pytest.mark.parametrize("then", ["is refused", "fails"])

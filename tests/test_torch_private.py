@@ -16,29 +16,6 @@ def test_is_alias_of():
     assert not torch_private.is_alias_of(x, x.clone())
 
 
-def test_storage_weak_ref():
-    x = torch.zeros(4)
-    part, reference = x[1:].relu(), torch_private.StorageWeakRef(x.untyped_storage())
-    assert not reference.expired()
-    part = x[1:]
-    del x
-    assert not reference.expired()
-    del part
-    assert reference.expired()
-
-
-def test_torch_dispatch_mode_and_tree_leaves():
-    class Seen(torch_private.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            leaves.extend(torch_private.tree_leaves((args, kwargs)))
-            return func(*args, **(kwargs or {}))
-
-    leaves, x = [], torch.zeros(2)
-    with Seen():
-        torch.cat([x, x], dim=0)
-    assert sum(value is x for value in leaves) == 2
-
-
 def test_functorch_is_active():
     seen = []
     torch.func.vmap(lambda x: seen.append(torch_private.functorch_is_active()) or x)(torch.zeros(2))

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import CellType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,14 +26,14 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, GraphError
 from ..table import StepTable
-from . import modules, monitor, ops, torch_private
+from . import modules, monitor, ops
 from .cuda_graph import Stopwatch, capture, first_line
 from .loop import Condition, Draw, Loop, Network, RowPlan, raise_if_bad
 
 LIMIT = 8  # loops kept while nobody runs them; one more retires all of them
 WORTHWHILE = 100  # rows that pay for capturing a callable whose graphs cannot be cached
 TIMED = 6  # rows that are timed each way
-REBINDS = "its forward rebinds parameters or buffers"
+REBINDS = "its forward rebinds parameters, buffers or other tensors that it keeps"
 
 
 class _Cached(NamedTuple):
@@ -158,46 +159,49 @@ def _fingerprint(net: Any) -> Any:
 
 
 class _Contents:
-    """What a module's tensors are, by the dicts that hold them."""
+    """The tensors that a network and its functions hold, where they lie, and in which containers."""
 
-    def __init__(self, net: nn.Module | None) -> None:
-        parts = () if net is None else net.modules()
-        holders = [holder for part in parts for holder in (part._parameters, part._buffers, vars(part))]
-        self.held = [(holder, dict(holder)) for holder in holders]
+    def __init__(self, net: Any) -> None:
+        reached = [part for _, part in modules.reach(net)]
+        self.tensors = [
+            part for part in reached if isinstance(part, Tensor)
+        ]  # held, so that no others come to their places
+        self.places = [_place(tensor) for tensor in self.tensors]
+        self.dicts = [(part, dict(part)) for part in reached if isinstance(part, dict)]
+        self.lists = [(part, list(part)) for part in reached if isinstance(part, list)]
+        cells = (part for part in reached if isinstance(part, CellType) and part != CellType())
+        self.cells = [(cell, cell.cell_contents) for cell in cells]
 
     def put_back(self) -> None:
-        """Undo what a capture has put in their places: nobody has computed it."""
-        for holder, before in self.held:
-            for name in holder.keys() | before.keys():
-                if isinstance(holder.get(name), Tensor) or isinstance(before.get(name), Tensor):
+        """Undo what calls have put in their places; what a capture has, nobody has computed."""
+        for held, before in self.dicts:
+            for name in held.keys() | before.keys():
+                if _differ(held.get(name), before.get(name)):
                     if name in before:
-                        holder[name] = before[name]
+                        held[name] = before[name]
                     else:
-                        del holder[name]
+                        del held[name]
+        for items, before_ in self.lists:
+            if _differ(items, before_):
+                items[:] = before_
+        for cell, content in self.cells:
+            if cell == CellType() or _differ(cell.cell_contents, content):
+                cell.cell_contents = content
 
 
-class _Made(torch_private.TorchDispatchMode):
-    """Follows the memory of the tensors that operations make."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.memory: list[torch_private.StorageWeakRef] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = [value for value in torch_private.tree_leaves((args, kwargs)) if _has_storage(value)]
-        for made in filter(_has_storage, torch_private.tree_leaves(out)):
-            if not any(torch_private.is_alias_of(made, value) for value in given):
-                self.memory.append(torch_private.StorageWeakRef(made.untyped_storage()))
-        return out
-
-    def in_use(self) -> bool:
-        """Whether somebody holds some of it."""
-        return any(not memory.expired() for memory in self.memory)
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    try:
+        return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    except (RuntimeError, ValueError):  # without storage
+        return (id(tensor),)
 
 
-def _has_storage(value: Any) -> bool:
-    return type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_meta
+def _differ(now: Any, before: Any) -> bool:
+    """Whether two values hold different tensors."""
+    if now is before:
+        return False
+    tensors, others = ([id(part) for _, part in modules.reach(v) if isinstance(part, Tensor)] for v in (now, before))
+    return tensors != others
 
 
 class Timing(NamedTuple):
@@ -215,13 +219,13 @@ class GraphLoop(Loop):
     """A Loop that replays. Everything that its graphs touch is made once and stays where it is.
 
     capacity  rows of the longest table that it takes
-    net       of whose graphs these are; not held
+    net       of whose graphs these are; a module is not held
     chooses   whether its runs may go eagerly where that is faster
     """
 
     def __init__(self, capacity: int, net: Any, *args: Any, **kwargs: Any) -> None:
         self.capacity = capacity
-        self.net = weakref.ref(net) if isinstance(net, nn.Module) else lambda: None
+        self.net = weakref.ref(net) if isinstance(net, nn.Module) else lambda: net
         self.graphs: dict[RowPlan, Any] = {}
         self.fingerprint: Any = None
         self.timing: Timing | None = None
@@ -247,6 +251,7 @@ class GraphLoop(Loop):
     ) -> Iterator[Tensor]:  # fmt: skip
         """As Loop.run, without noise of the caller's. Raises GraphError, before it yields, where capture fails."""
         if self.prefers_eager:
+            self.graphs.clear()  # which may be another run's, that asked for them by name
             yield from super().run(network, cond, first_sample, x_init)
             return
         self.begin(first_sample, x_init)
@@ -340,30 +345,28 @@ class GraphLoop(Loop):
         return self.static[name].copy_(value)
 
     def _capture(self, plans: Sequence[RowPlan], network: Network, cond: Condition, first_sample: int) -> None:
-        net, device, contents = self.net(), self.start.device, _Contents(None)
+        net, device = self.net(), self.start.device
+        before = steady = _Contents(net)
         bodies = [functools.partial(self._replayed, plan, network, cond) for plan in plans]
 
-        def call() -> list[Any]:
-            prints = []
+        def call() -> Iterator[None]:
             for plan, body in zip(plans, bodies):
                 self.feed()
                 self._stand_at(self.plans.index(plan), first_sample)
                 body()
-                prints.append(_fingerprint(net))
-            return prints
+                yield
 
         def warm() -> None:
-            nonlocal contents
-            first, made = call()[-1], _Made()  # this call may fill caches of the network's, the later ones use them
-            with made:
-                prints = [*call(), *call()]
-            if any(later != first for later in prints) or (self.graphs and first != self.fingerprint):
+            nonlocal steady
+            for _ in call():
+                pass
+            steady, now = _Contents(net), _fingerprint(net)  # with caches that the first calls have filled
+            for _ in itertools.chain(call(), call()):
+                if _Contents(net).places != steady.places:
+                    raise GraphError(REBINDS)
+            if self.graphs and now != self.fingerprint:
                 raise GraphError(REBINDS)
-            if made.in_use():
-                gc.collect()
-                if made.in_use():
-                    raise GraphError("its forward keeps tensors that it makes, which no replay would renew")
-            self.fingerprint, contents = first, _Contents(net)
+            self.fingerprint = now
 
         # casts of the weights as part of the graph: one that autocast had kept from before would be stale in a replay
         cast = torch.get_autocast_dtype(device.type)
@@ -377,10 +380,10 @@ class GraphLoop(Loop):
                     with torch.cuda.device(device):
                         torch.cuda.empty_cache()
                     graphs = capture(warm, bodies, device)
-                if _fingerprint(net) != self.fingerprint:
+                if _Contents(net).places != steady.places:
                     raise GraphError(REBINDS)
             except BaseException:
-                contents.put_back()
+                before.put_back()  # the eager run is then the one that it would have been
                 self.graphs.clear()
                 raise
         self.graphs.update(zip(plans, graphs))

@@ -10,16 +10,9 @@ from typing import Any
 import torch
 from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
-from torch.multiprocessing import reductions
-from torch.utils import _python_dispatch, _pytree
 
 # (a, b) -> whether two tensors share storage
 is_alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]
-# (storage) -> a weak reference, whose .expired() says whether nobody holds the storage any more, C++ included
-StorageWeakRef = reductions.StorageWeakRef
-# the base of contexts that see every operation, and the leaves of an operation's arguments
-TorchDispatchMode = _python_dispatch.TorchDispatchMode
-tree_leaves = _pytree.tree_leaves
 # () -> whether torch.func transforms are active, and how many dispatch modes are
 functorch_is_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack
