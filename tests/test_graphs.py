@@ -134,15 +134,23 @@ def both(net, captures, **options):
 
 
 @pytest.mark.parametrize(("sde", "sampler", "steps"), one_of_each_kind(), ids=str)
-def test_every_solver_replays_to_the_bit(captures, sde, sampler, steps):
+def test_every_solver_replays_to_the_bit(captures, monkeypatch, sde, sampler, steps):
     net = Net(captures.device)
-    ours, theirs = both(net, captures, sde=sde, sampler=sampler, steps=steps, trajectory=5, check="off")
-    for a, b in zip(ours, theirs):
-        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    options = {"sde": sde, "sampler": sampler, "steps": steps, "trajectory": 5, "check": "off"}
+    ours, theirs = both(net, captures, **options)
     kinds = len(captures)
     assert kinds <= 12
-    draw(net, sde=sde, sampler=sampler, steps=steps, check="off", engine="graph", place=captures.device, seed=1)
+    draw(net, engine="graph", place=captures.device, seed=1, **options)
     assert len(captures) == kinds
+    # two rows eagerly, two as replays, the others eagerly
+    monkeypatch.setattr(graphs, "TIMED", 2)
+    captures.clock.replay = 0.003
+    mixed = draw(net, place=captures.device, **options)
+    assert captures.clock.read
+    for a, b, c in zip(ours, theirs, mixed):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+        assert torch.equal(a.nan_to_num(), c.nan_to_num())
+    assert captures.alive == 0
 
 
 @pytest.mark.parametrize(("sde", "sampler", "count"), [("vp", "euler_maruyama", 2), ("ve", "pc", 2), ("ve", "heun", 5)])
