@@ -92,11 +92,9 @@ def _record(graph: Any, body: Callable[[], None], pool: Any, stream: Any) -> Non
 def _recover(graph: Any, pool: Any, stream: Any, device: torch.device, error: BaseException | None) -> None:
     """Bring torch back from a capture that failed, of which it leaves the allocators and the generator in the midst, and give
     back the memory of its pool, which no other graph has by now."""
-    _failed.append(
-        graph
-    )  # torch 2.11 and 2.12 ask it for ever, by its address, whether pinned memory belongs to its pool
+    _failed.append(graph)  # torch 2.11's allocator of pinned memory keeps a pointer to it
     graph.reset()
-    with contextlib.suppress(RuntimeError):  # torch 2.13 has done so itself
+    with contextlib.suppress(RuntimeError):  # where torch has done so itself
         torch_private.end_allocate_to_pool(device.index, pool)
     # the generator is told of the end of a capture only by one that succeeds
     again = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local")
@@ -108,7 +106,7 @@ def _recover(graph: Any, pool: Any, stream: Any, device: torch.device, error: Ba
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     with contextlib.suppress(RuntimeError):  # other allocators than torch's keep no pools
-        # versions after 2.13 have released it: what nobody uses, and is still there, is of a pool that counts a graph too many
+        # Up to torch 2.13 reset() leaves the pool one user too many: then what nobody uses is still there.
         if any(part["segment_pool_id"] == pool and not part["active_size"] for part in torch.cuda.memory_snapshot()):
             torch_private.release_pool(device.index, pool)
             torch.cuda.empty_cache()

@@ -163,9 +163,8 @@ class _Contents:
 
     def __init__(self, net: Any) -> None:
         reached = [part for _, part in modules.reach(net)]
-        self.tensors = [
-            part for part in reached if isinstance(part, Tensor)
-        ]  # held, so that no others come to their places
+        # held, so that no others come to their places
+        self.tensors = [part for part in reached if isinstance(part, Tensor)]
         self.places = [_place(tensor) for tensor in self.tensors]
         self.dicts = [(part, dict(part)) for part in reached if isinstance(part, dict)]
         self.lists = [(part, list(part)) for part in reached if isinstance(part, list)]
