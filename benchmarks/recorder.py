@@ -184,7 +184,7 @@ def replayed(run: Run, calls: int, device: torch.device) -> Run:
         for _ in range(calls):
             run()
 
-    graph, _ = cuda_graph.capture(run, body, device, None)
+    (graph,) = cuda_graph.capture(run, [body], device)
     return lambda kept=body: graph.replay()  # with the tensors that the graph reads
 
 

@@ -157,7 +157,8 @@ def run_table(
                     if k == last:
                         result[lo:hi] = x
                 bar.update(len(group) if k >= 0 else 0)
-    return Result(result, states, table.calls * len(bounds), loops.backend, loops.engine, loops.why, table)
+        used = loops.used()
+    return Result(result, states, table.calls * len(bounds), *used, table)
 
 
 class _Loops(contextlib.ExitStack):
@@ -167,7 +168,7 @@ class _Loops(contextlib.ExitStack):
         super().__init__()
         net, device = request.model.net, request.device
         self.request, self.table = request, table
-        uncaptured = graphs.obstacle(net, device, len(table), noise, request.engine == "graph")
+        uncaptured = graphs.obstacle(net, device, len(table), noise, request.engine)
         if table.finishing and uncaptured is None:
             uncaptured = "some rows have operations of their own after the step"
         self.backend, self.engine, self.why = request.resolve(uncaptured)
@@ -261,13 +262,23 @@ class _Loops(contextlib.ExitStack):
                 self._fall_back(error)
             else:
                 loop.load(self.table, self.features, request.seed)
+                loop.chooses = request.engine == "auto"
                 return loop
         return make()  # type: ignore[no-any-return]
+
+    def used(self) -> tuple[str, str, str]:
+        """(backend, engine, why) of what has run; where a loop chose by time, of the first."""
+        timed = next((loop for loop in self.loops.values() if isinstance(loop, graphs.GraphLoop) and loop.timing), None)
+        if self.engine == "eager" or timed is None:
+            return self.backend, self.engine, self.why
+        if timed.prefers_eager:
+            return self.request.resolve(str(timed.timing))
+        return self.backend, self.engine, f"{self.why} ({timed.timing})"
 
     def _fall_back(self, error: GraphError) -> None:
         """From here on, and for this network in later runs, eager loops."""
         reason = f"the network cannot be captured as CUDA graphs ({error})"
-        if not isinstance(error.__cause__, torch.OutOfMemoryError):  # which a smaller batch need not meet
+        if "out of memory" not in str(error):  # which a smaller batch need not meet
             graphs.refuse(self.request.model.net, reason)
         if self.request.engine == "graph":
             raise GraphError(f"{reason}: use engine='auto' or 'eager'") from error

@@ -7,9 +7,12 @@ tensor that moved or a value read on the host shows in the results or is refused
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +20,39 @@ import torch._dynamo.testing
 from runs import one_of_each_kind
 from step_cases import dispatched
 from torch import nn
-from watching import Tape
+from watching import NOT_WHILE_CAPTURING, Tape
 
 import fastdiff
 from fastdiff.errors import ConfigError, GraphError, NonFiniteError
-from fastdiff.execution import graphs, ops
+from fastdiff.execution import cuda_graph, graphs, loop, ops
 from fastdiff.networks import MLP
+
+
+class Clock:
+    """Time that passes by so many seconds in each row, where it runs eagerly and where it is replayed."""
+
+    def __init__(self, eager=0.002, replay=0.001):
+        self.now, self.eager, self.replay, self.read = 0.0, eager, replay, 0
+
+    def watch(self, device):
+        marks = []
+
+        def seconds():
+            self.read += 1
+            return [end - begin for begin, end in zip(marks[::2], marks[1::2])]
+
+        return SimpleNamespace(mark=lambda: marks.append(self.now), seconds=seconds)
+
+
+class Timed:
+    """A graph whose replays take time."""
+
+    def __init__(self, graph, clock):
+        self.graph, self.clock = graph, clock
+
+    def replay(self):
+        self.clock.now += self.clock.replay
+        self.graph.replay()
 
 
 @pytest.fixture(params=["tape", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -31,6 +61,7 @@ def captures(request, monkeypatch):
 
     class Captures(list):
         device = torch.device("cpu" if request.param == "tape" else "cuda")
+        clock = Clock()
 
         @property
         def alive(self):
@@ -39,27 +70,37 @@ def captures(request, monkeypatch):
 
     seen, capture = Captures(), graphs.capture
 
-    def on_tape(warm, body, device, pool):
-        for _ in range(3):
-            warm()
-        tape = Tape()
+    def on_tape(warm, bodies, device):
+        warm()
+        tapes = [Tape() for _ in bodies]
         try:
-            with tape:
-                body()
+            for tape, body in zip(tapes, bodies):
+                with tape:
+                    body()
         except Exception as error:
             raise GraphError(str(error).partition("\n")[0]) from error
-        return tape, pool
+        return tapes
 
-    def counted(*args):
-        seen.append(lambda: None)
-        graph, pool = (on_tape if request.param == "tape" else capture)(*args)
-        seen[-1] = weakref.ref(graph)
-        return graph, pool
+    def counted(warm, bodies, device):
+        first = len(seen)
+        seen.extend(lambda: None for _ in bodies)
+        made = (on_tape if request.param == "tape" else capture)(warm, bodies, device)
+        made = [Timed(graph, seen.clock) for graph in made]
+        seen[first : first + len(made)] = map(weakref.ref, made)
+        return made
 
+    def row(*args):
+        seen.clock.now += seen.clock.eager
+        return eager_row(*args)
+
+    eager_row = loop.Loop.row
+    monkeypatch.setattr(loop.Loop, "row", row)
+    monkeypatch.setattr(graphs, "Stopwatch", seen.clock.watch)
     monkeypatch.setattr(graphs, "capture", counted)
     if request.param == "tape":
         known = graphs.obstacle
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: getattr(Tape.capturing, "now", False))
         monkeypatch.setattr(ops, "backend_module", lambda name: dispatched())
         monkeypatch.setattr(graphs, "obstacle", lambda net, device, *rest: known(net, torch.device("cuda"), *rest))
     graphs.clear()
@@ -93,15 +134,23 @@ def both(net, captures, **options):
 
 
 @pytest.mark.parametrize(("sde", "sampler", "steps"), one_of_each_kind(), ids=str)
-def test_every_solver_replays_to_the_bit(captures, sde, sampler, steps):
+def test_every_solver_replays_to_the_bit(captures, monkeypatch, sde, sampler, steps):
     net = Net(captures.device)
-    ours, theirs = both(net, captures, sde=sde, sampler=sampler, steps=steps, trajectory=5, check="off")
-    for a, b in zip(ours, theirs):
-        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    options = {"sde": sde, "sampler": sampler, "steps": steps, "trajectory": 5, "check": "off"}
+    ours, theirs = both(net, captures, **options)
     kinds = len(captures)
     assert kinds <= 12
-    draw(net, sde=sde, sampler=sampler, steps=steps, check="off", engine="graph", place=captures.device, seed=1)
+    draw(net, engine="graph", place=captures.device, seed=1, **options)
     assert len(captures) == kinds
+    # two rows eagerly, two as replays, the others eagerly
+    monkeypatch.setattr(graphs, "TIMED", 2)
+    captures.clock.replay = 0.003
+    mixed = draw(net, place=captures.device, **options)
+    assert captures.clock.read
+    for a, b, c in zip(ours, theirs, mixed):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+        assert torch.equal(a.nan_to_num(), c.nan_to_num())
+    assert captures.alive == 0
 
 
 @pytest.mark.parametrize(("sde", "sampler", "count"), [("vp", "euler_maruyama", 2), ("ve", "pc", 2), ("ve", "heun", 5)])
@@ -257,7 +306,8 @@ def test_a_network_that_cannot_be_captured_runs_eagerly_with_one_warning(capture
         ours, info = draw(net, return_info=True, place=captures.device)
     assert len(warned) == 1
     assert info.engine == "eager"
-    assert "its loop runs eagerly: the network cannot be captured as CUDA graphs (operation not permitted" in info.why
+    reason = f"the network cannot be captured as CUDA graphs ({NOT_WHILE_CAPTURING})"
+    assert f"its loop runs eagerly: {reason}" in info.why
     tried = len(captures)
     again, info = draw(net, return_info=True, place=captures.device)  # no second warning, which would be an error
     assert len(captures) == tried
@@ -510,14 +560,363 @@ def test_networks_whose_tensors_cannot_be_followed_run_eagerly(captures):
         assert torch.equal(ours, draw(kind(captures.device), engine="eager", place=captures.device)), kind
 
 
-def test_any_failure_in_a_capture_ends_in_an_eager_run(captures):
-    """(a) Not all that goes wrong there is an error of CUDA's."""
-    tries = []
+def moved(value):
+    return value.clone()
+
+
+class Kept(Net):
+    """Keeps tensors that it makes, from its `first` call on (or in each `every`-th), where nobody but itself finds them."""
+
+    def __init__(self, device, first=1, every=1, where="attribute"):
+        super().__init__(device)
+        self.calls, self.first, self.every, self.where = 0, first, every, where
+        self.inner = {"list": [torch.tensor(0.01, device=device)]}
+
+    def forward(self, x, t):
+        self.calls += 1
+        if self.calls >= self.first and self.calls % self.every == 0:
+            if self.where == "attribute":
+                self.shift = moved(self.shift)
+            elif self.where == "list":
+                self.inner["list"][0] = moved(self.inner["list"][0])
+            else:  # the same name for another tensor
+                del self.shift
+                self.shift = torch.full((), 0.01, device=x.device)
+        return super().forward(x, t) + self.inner["list"][0]
+
+
+class Swapping(Net):
+    """Two tensors take turns."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.pair = torch.tensor(0.2, device=device), torch.tensor(0.4, device=device)
+        self.now, self.last = self.pair
+
+    def forward(self, x, t):
+        self.now, self.last = self.last, self.now
+        return super().forward(x, t) * (self.now + self.last)
+
+
+class Object:
+    """A callable that is no module."""
+
+    def __init__(self, device):
+        self.state = {"shift": torch.tensor(0.01, device=device)}
+
+    def __call__(self, x, t):
+        self.state["shift"] = moved(self.state["shift"])
+        return x * -0.3 + self.state["shift"]
+
+
+def closure(device):
+    last = torch.tensor(0.01, device=device)
 
     def network(x, t):
-        tries.append(1)
-        if len(tries) == 4:  # after three calls to warm up
-            raise AssertionError("not while capturing")
+        nonlocal last
+        last = (x * 0 + last)[:1]
+        return x * -0.3 + last
+
+    return network
+
+
+KEEPING = {
+    "from the first call on": Kept,
+    "from the third": functools.partial(Kept, first=3),
+    "from the fourth": functools.partial(Kept, first=4),
+    "in each second": functools.partial(Kept, every=2),
+    "in a list": functools.partial(Kept, where="list"),
+    "in the place of what it deleted": functools.partial(Kept, where="name"),
+    "in turns": Swapping,
+    "an object": Object,
+    "a closure": closure,
+}
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+def test_a_network_that_keeps_what_it_makes_runs_eagerly(captures, kind):
+    """Its warm-up says so, before a capture would leave it with tensors that nobody computed."""
+    make = KEEPING[kind]
+    with pytest.warns(RuntimeWarning, match="cannot be captured .*rebinds parameters, buffers or other"):
+        ours, info = draw(make(captures.device), steps=120, place=captures.device, return_info=True)
+    assert info.engine == "eager"
+    assert torch.equal(ours, draw(make(captures.device), steps=120, engine="eager", place=captures.device))
+    assert captures.alive == 0
+
+
+class Remembering(Net):
+    """Adds a part of its last answer, which it keeps in a tuple in a list."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.last = [(None, "none yet")]
+
+    def forward(self, x, t):
+        out = super().forward(x, t)
+        if self.last[0][0] is not None:
+            out = out + 0.1 * self.last[0][0]
+        self.last[0] = out, "the last"
+        return out
+
+
+def test_the_warm_up_of_a_network_that_remembers_is_forgotten(captures):
+    with pytest.warns(RuntimeWarning, match="rebinds"):
+        ours = draw(Remembering(captures.device), place=captures.device)
+    assert torch.equal(ours, draw(Remembering(captures.device), engine="eager", place=captures.device))
+
+
+@pytest.mark.parametrize("where", ["a closure", "a list", "a dict"])
+def test_what_a_capture_leaves_in_other_places_is_put_back(captures, where):
+    """As it fails in the midst."""
+    shift = torch.tensor(0.01, device=captures.device)
+    held = {"a list": [shift], "a dict": {0: shift}}.get(where)
+
+    def network(x, t):
+        nonlocal shift
+        if torch.cuda.is_current_stream_capturing():
+            if held is None:
+                shift = moved(shift)
+            else:
+                held[0] = moved(held[0])
+            float(x[0, 0, 0])
+        return x * -0.3 + (shift if held is None else held[0])
+
+    with pytest.warns(RuntimeWarning, match="operation not permitted"):
+        ours = draw(network, steps=120, place=captures.device)
+    assert torch.equal(ours, draw(lambda x, t: x * -0.3 + 0.01, steps=120, engine="eager", place=captures.device))
+
+
+@pytest.mark.parametrize("then", ["is refused", "fails"])
+def test_a_network_that_keeps_what_its_capture_makes_gets_its_tensors_back(captures, then):
+    class Late(Net):
+        def forward(self, x, t):
+            if torch.cuda.is_current_stream_capturing():
+                self.weight = nn.Parameter(moved(self.weight))
+                self.shift, self.new = moved(self.shift), moved(self.shift)
+                vars(self).pop("old", None)
+                assert then != "fails"
+            return super().forward(x, t)
+
+    net = Late(captures.device)
+    net.old = torch.ones(2, device=captures.device)
+    before = net.weight, net.shift, net.old
+    with pytest.warns(RuntimeWarning, match="rebinds parameters" if then == "is refused" else "assert"):
+        ours = draw(net, place=captures.device)
+    assert all(a is b for a, b in zip((net.weight, net.shift, net.old), before, strict=True))
+    assert not hasattr(net, "new")
+    assert torch.equal(ours, draw(Net(captures.device), engine="eager", place=captures.device))
+
+
+def test_what_the_first_call_makes_may_stay(captures):
+    """Caches, which later calls use."""
+
+    class Caching(Net):
+        table, by_shape = None, None
+
+        def forward(self, x, t):
+            if self.table is None:
+                self.table = torch.linspace(0, 1, 5, device=x.device)
+                self.by_shape = {x.shape: self.table * 0.5}
+            return super().forward(x, t) + self.table * self.by_shape[x.shape]
+
+    net = Caching(captures.device)
+    for _ in range(2):
+        assert torch.equal(*both(net, captures))
+        assert len(captures) == 2  # and so may the graphs
+    net.table = torch.ones(5, device=captures.device)
+    assert torch.equal(*both(net, captures))
+    assert len(captures) == 4
+
+
+def test_a_network_that_samples_in_its_forward_runs_eagerly(captures):
+    """And waits for nobody: its warm-up captures graphs of the inner run, while it holds the stream of the captures."""
+    inner = Net(captures.device)
+
+    class Outer(Net):
+        def forward(self, x, t):
+            return super().forward(x, t) + draw(inner, steps=2, num_samples=1, seed=1, place=captures.device)
+
+    with pytest.warns(RuntimeWarning, match="cannot be captured"):
+        ours = draw(Outer(captures.device), place=captures.device)
+    assert torch.equal(ours, draw(Outer(captures.device), engine="eager", place=captures.device))
+
+
+# --- the faster engine -----------------------------------------------------------------------------------------------
+
+TIMED = [("vp", "euler_maruyama", 20), ("ve", "heun", 9), ("vp", "dpmpp_2m", 14), ("ve", "pc", 40), ("vp", "lms", 24)]
+
+
+@pytest.mark.parametrize(("sde", "sampler", "steps"), TIMED, ids=str)
+@pytest.mark.parametrize("faster", ["eager", "graph"])
+def test_the_faster_engine_is_kept(captures, sde, sampler, steps, faster):
+    """A run begins eagerly, goes on with replays and ends as is faster: the samples are the same to the bit."""
+    net, options = Net(captures.device), {"sde": sde, "sampler": sampler, "steps": steps, "place": captures.device}
+    captures.clock.replay = 0.003 if faster == "eager" else 0.001
+    expected = draw(net, engine="eager", trajectory=steps, **options)
+    for seed in (0, 0, 1):
+        *ours, info = draw(net, trajectory=steps, seed=seed, return_info=True, **options)
+        if seed == 0:
+            assert all(map(torch.equal, ours, expected))
+        took = "3 ms" if faster == "eager" else "1 ms"
+        how = "its loop runs eagerly: a row" if faster == "eager" else "its rows replay as CUDA graphs (a row"
+        assert f"{how} takes {took} as CUDA graphs and 2 ms without" in info.why
+        assert info.engine == faster
+        assert captures.clock.read == 1  # later runs know
+    tried = len(captures)
+    assert captures.alive == (0 if faster == "eager" else tried)
+    ours = draw(net, engine="graph", trajectory=steps, **options)  # by name it is as said
+    assert all(map(torch.equal, ours, expected))
+    assert len(captures) == (2 * tried if faster == "eager" else tried)
+    graphs.clear()
+    draw(net, **options)
+    assert captures.clock.read == 2
+
+
+def test_what_is_timed_is_a_network_for_a_shape(captures):
+    nets = [Net(captures.device) for _ in range(2)]
+    for net in nets:
+        for count in (2, 3, 2):
+            draw(net, num_samples=count, place=captures.device)
+    assert captures.clock.read == 4
+    draw(nets[0], num_samples=2, steps=2 * graphs.TIMED - 1, sampler="ddim", sde="ve", place=captures.device)
+    assert captures.clock.read == 4
+    draw(nets[0], num_samples=7, steps=2 * graphs.TIMED - 1, place=captures.device)  # too short
+    draw(nets[0], num_samples=8, engine="graph", place=captures.device)  # by name
+    assert captures.clock.read == 4
+    *_, info = draw(nets[0], num_samples=8, place=captures.device, return_info=True)
+    assert captures.clock.read == 5
+    assert "a row takes 1 ms" in info.why
+
+
+def test_batches_and_broken_runs_are_timed_once(captures):
+    net, options = Net(captures.device), {"num_samples": 9, "batch_size": 2, "place": captures.device}
+    captures.clock.replay = 0.003
+
+    def interrupt(row, t, x):
+        if row == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(net, callback=interrupt, **options)
+    assert captures.clock.read == 0
+    ours, info = draw(net, return_info=True, **options)
+    assert captures.clock.read == 2  # four batches of 2 samples and one of 1
+    assert info.engine == "eager"
+    assert torch.equal(ours, draw(net, engine="eager", **options))
+
+
+def test_a_run_that_ends_eagerly_finds_what_is_not_finite(captures):
+    net = Net(captures.device)
+    captures.clock.replay = 0.003
+    with torch.no_grad():
+        net.weight.fill_(float("inf"))
+    for _ in range(2):
+        for check in ("every", "final"):
+            with pytest.raises(NonFiniteError, match="from row 0 "):
+                draw(net, check=check, place=captures.device)
+
+
+def test_a_caller_who_takes_his_time_is_not_timed(captures):
+    """(what a callback does between two rows)"""
+    net = Net(captures.device)
+
+    def callback(row, t, x):
+        captures.clock.now += 1.0
+
+    *_, info = draw(net, callback=callback, place=captures.device, return_info=True)
+    assert "a row takes 1 ms as CUDA graphs and 2 ms without" in info.why
+
+
+# --- networks with graphs of their own -------------------------------------------------------------------------------
+
+
+OWN_GRAPHS = {"mode": "reduce-overhead"}  # nothing is compiled before the first call
+
+
+def compiled_in_place(net):
+    net.compile(**OWN_GRAPHS)
+    return net
+
+
+def compiled_part(net):
+    net.part = nn.Sequential(nn.Tanh(), torch.compile(nn.Tanh(), **OWN_GRAPHS))
+    return net
+
+
+def compiled_function(net):
+    net.helper = torch.compile(lambda x: x + 1, **OWN_GRAPHS)
+    return net
+
+
+def compiled_forward(net):
+    net.forward = torch.compile(net.forward, **OWN_GRAPHS)
+    return net
+
+
+def helper(x):
+    return doubled(x)
+
+
+def doubled(x):
+    return 2 * x
+
+
+class Calling(Net):
+    def forward(self, x, t):
+        return super().forward(helper(x), t)
+
+
+class Holder:
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, x, t):
+        return self.net(x, t)
+
+    def call(self, x, t):
+        return self.net(x, t)
+
+
+OWN = {
+    "a module": lambda net: torch.compile(net, **OWN_GRAPHS),
+    "a module, in place": compiled_in_place,
+    "a part": compiled_part,
+    "a function that it holds": compiled_function,
+    "a function that a function that it names names": lambda net: Calling(net.weight.device),
+    "its forward": compiled_forward,
+    "in a default": lambda net: (lambda compiled: lambda x, t, inner=compiled: inner(x, t))(compiled_in_place(net)),
+    "in a closure": lambda net: (lambda inner: lambda x, t: inner(x, t))(compiled_in_place(net)),
+    "in a partial": lambda net: functools.partial(lambda inner, x, t: inner(x, t), compiled_in_place(net)),
+    "by a method": lambda net: Holder(compiled_in_place(net)).call,
+    "by an object": lambda net: Holder(compiled_in_place(net)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it imports its compiler
+@pytest.mark.parametrize("kind", OWN)
+def test_networks_with_cuda_graphs_of_their_own_are_not_captured(captures, monkeypatch, kind):
+    if "names" in kind:
+        monkeypatch.setitem(globals(), "doubled", torch.compile(doubled, **OWN_GRAPHS))
+    net = OWN[kind](Net(captures.device))
+    with pytest.raises(ConfigError, match=r"engine='graph' cannot run here: torch.compile gave .*mode='default'.*use"):
+        draw(net, engine="graph", place=captures.device)
+    part = {"a part": "its part 'part.1'", "a function that it holds": "its part 'helper'"}.get(kind, "")
+    for _ in range(2):
+        assert f"torch.compile gave {part}" in graphs.obstacle(net, captures.device, 120, None, "auto")
+    assert not captures
+
+
+def test_other_compiled_networks_are_captured(captures):
+    net = torch.compile(Net(captures.device), backend="eager")
+    assert torch.equal(*both(net, captures))
+    assert len(captures) == 2
+
+
+def test_any_failure_in_a_capture_ends_in_an_eager_run(captures):
+    """(a) Not all that goes wrong there is an error of CUDA's."""
+
+    def network(x, t):
+        assert not torch.cuda.is_current_stream_capturing(), "not while capturing"
         return x * -0.3
 
     with pytest.warns(RuntimeWarning, match="not while capturing"):
@@ -527,18 +926,21 @@ def test_any_failure_in_a_capture_ends_in_an_eager_run(captures):
     assert info.engine == "eager"
 
 
-def test_memory_that_runs_out_in_a_capture_is_not_held_against_the_network(captures, monkeypatch):
-    """(j)"""
+@pytest.mark.parametrize(
+    ("kind", "says"), [(torch.OutOfMemoryError, "CUDA out of memory"), (RuntimeError, "CUDA error: out of memory")]
+)
+def test_memory_that_runs_out_in_a_capture_is_not_held_against_the_network(captures, monkeypatch, kind, says):
+    """(j) It is the allocator's that runs out, or that of the driver, which instantiates the graph."""
     net, capture = Net(captures.device), graphs.capture
 
     def lacking(*args):
         try:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        except torch.OutOfMemoryError as error:
+            raise kind(says)
+        except kind as error:
             raise GraphError(str(error)) from error
 
     monkeypatch.setattr(graphs, "capture", lacking)
-    with pytest.warns(RuntimeWarning, match="CUDA out of memory"):
+    with pytest.warns(RuntimeWarning, match=says):
         draw(net, place=captures.device)
     monkeypatch.setattr(graphs, "capture", capture)
     assert torch.equal(*both(net, captures))
@@ -643,6 +1045,43 @@ def test_the_device_is_in_order_after_a_capture_that_failed(captures):
     gc.collect()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= memory + 2**25
+
+
+@pytest.mark.gpu
+def test_a_capture_that_failed_gives_its_activations_back(captures):
+    if captures.device.type != "cuda":
+        pytest.skip("needs a device")
+
+    class Large(Net):
+        def forward(self, x, t):
+            hidden = x.sum() + x.new_zeros(25, 10**6)  # 100 MB
+            return super().forward(x, t) * (1.0 if float(hidden[0, 0]) > 0 else 0.5)
+
+    net = Large(captures.device)
+    draw(net, engine="eager", place=captures.device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    memory = torch.cuda.memory_reserved()
+    with pytest.warns(RuntimeWarning, match="cannot be captured"):
+        draw(net, place=captures.device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= memory + 2**25
+
+
+@pytest.mark.gpu
+def test_the_stopwatch_reads_the_devices_time(captures):
+    if captures.device.type != "cuda":
+        pytest.skip("needs a device")
+    watch, x = cuda_graph.Stopwatch(torch.device("cuda", 0)), torch.randn(2**24, device="cuda")
+    x = x * 0.99  # whose kernel is loaded at its first use
+    for times in (1, 100):
+        watch.mark()
+        for _ in range(times):
+            x = x * 0.99
+        watch.mark()
+    few, many = watch.seconds()
+    assert 0 < few < many < 10
 
 
 @pytest.mark.gpu

@@ -41,7 +41,30 @@ def test_foreach_lerp():
     assert torch.equal(a[0], torch.tensor([0.25, 2.5]))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it imports its compiler
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({}, False), ({"mode": "default"}, False), ({"mode": "max-autotune-no-cudagraphs"}, False), ({"backend": "eager"}, False),
+        ({"mode": "reduce-overhead"}, True), ({"mode": "max-autotune"}, True), ({"options": {"triton.cudagraphs": True}}, True),
+    ],
+)  # fmt: skip
+def test_compiles_to_graphs_and_uncompiled(options, graphs):
+    def function(x):
+        return x
+
+    module, compiled = torch.nn.Tanh(), torch.compile(function, **options)
+    assert not torch_private.compiles_to_graphs(module)
+    assert torch_private.uncompiled(function) is None
+    assert torch_private.compiles_to_graphs(torch.compile(module, **options)) == graphs
+    module.compile(**options)
+    assert torch_private.compiles_to_graphs(module) == graphs
+    assert torch_private.compiles_to_graphs(compiled) == graphs
+    assert torch_private.uncompiled(compiled) is function
+
+
 @pytest.mark.gpu
 def test_names_of_cuda_builds():
     torch_private.clear_cublas_workspaces()
     assert callable(torch._C._cuda_endAllocateToPool)
+    assert callable(torch._C._cuda_releasePool)

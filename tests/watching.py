@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+
+import torch
 from torch import Tensor, ops
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdiff.execution.torch_private import is_alias_of
+
+# what CUDA says of what no capture can hold
+NOT_WHILE_CAPTURING = "CUDA error: operation not permitted when stream is capturing"
 
 
 class Unsafe(AssertionError):
@@ -51,16 +57,37 @@ class Watch(TorchDispatchMode):
 
 
 class Tape(TorchDispatchMode):
-    """Records operations, tensors by their memory and numbers by their value; `replay` repeats them without any Python."""
+    """Records operations, tensors by their memory and numbers by their value; `replay` repeats them without any Python.
+
+    As a device's, a capture executes nothing: at its end what was there before is as it was, and what it made is NaN.
+    """
+
+    capturing = threading.local()  # .now: whether this thread records
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
+    def __enter__(self):
+        self.before, self.capturing.now = {}, True
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        super().__exit__(*raised)
+        self.capturing.now = False
+        for memory, value in self.before.values():
+            memory.copy_(value)
+        for *_, made, is_new in self.calls:
+            for memory in made if is_new else ():
+                memory.fill_(float("nan") if memory.is_floating_point() else 113)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in (ops.aten._local_scalar_dense.default, ops.aten.nonzero.default):
-            raise RuntimeError("operation not permitted when stream is capturing\nand more lines")
+            raise RuntimeError(f"{NOT_WHILE_CAPTURING}\nSearch for `cudaErrorStreamCaptureUnsupported' and more lines")
+        for memory in written(func, args, kwargs):
+            whole = torch.empty(0, dtype=memory.dtype).set_(memory.untyped_storage())
+            self.before.setdefault(memory.untyped_storage().data_ptr(), (whole, whole.clone()))
         out = func(*args, **kwargs)
         made, given = tensors(out), tensors((args, kwargs))
         is_new = not all(any(is_alias_of(v, w) for w in given) for v in made)
@@ -73,3 +100,10 @@ class Tape(TorchDispatchMode):
             if is_new:
                 for memory, value in zip(made, tensors(again), strict=True):
                     memory.copy_(value)
+
+
+def written(func, args, kwargs):
+    """The tensors that an operation writes."""
+    for n, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from tensors(args[n] if n < len(args) and not argument.kwarg_only else kwargs.get(argument.name))

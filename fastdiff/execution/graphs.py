@@ -2,17 +2,23 @@
 
 A replay reads its row's number, its coefficients, its times and the seed from device memory, so one graph serves every row
 of its plan, every seed, grid and condition, and sees parameters that are updated in place. Graphs are kept for a module
-and reused while it is made of the same parts and its tensors stay where they are (`fingerprint`). What a capture bakes in
-and nobody can see changing is a network's Python: counters, plain attributes, what a callable closes over. Call `clear()`
-after changing an attribute; run a network that counts its calls with engine="eager".
+and reused while it is made of the same parts and its tensors stay where they are (`_fingerprint`). A network may keep what its
+first call makes (caches), and nothing that later ones make: a replay would not renew it. What a capture bakes in and nobody
+can see changing is a network's Python: counters, plain attributes, what a callable closes over. Call `clear()` after
+changing an attribute; run a network that counts its calls with engine="eager".
+
+Where the engine is not named, the first run with new graphs takes some rows both ways, and the loop keeps the faster.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import CellType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +26,14 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, GraphError
 from ..table import StepTable
-from . import monitor, ops
-from .cuda_graph import capture, first_line
+from . import modules, monitor, ops
+from .cuda_graph import Stopwatch, capture, first_line
 from .loop import Condition, Draw, Loop, Network, RowPlan, raise_if_bad
 
 LIMIT = 8  # loops kept while nobody runs them; one more retires all of them
 WORTHWHILE = 100  # rows that pay for capturing a callable whose graphs cannot be cached
+TIMED = 6  # rows that are timed each way
+REBINDS = "its forward rebinds parameters, buffers or other tensors that it keeps"
 
 
 class _Cached(NamedTuple):
@@ -40,23 +48,37 @@ _cache: weakref.WeakKeyDictionary[nn.Module, _Cached] = weakref.WeakKeyDictionar
 _refused: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
-def obstacle(net: Any, device: torch.device, rows: int, noise: Any, named: bool) -> str | None:
-    """Why a run is not captured, or None. `named`: the caller asked for graphs by name, whether or not they pay."""
+def obstacle(net: Any, device: torch.device, rows: int, noise: Any, engine: str) -> str | None:
+    """Why a run is not captured, or None where it can be, or the caller has named the other engine."""
     if device.type != "cuda":
         return f"CUDA graphs need a CUDA device, not {device.type}"
-    if torch.cuda.is_current_stream_capturing():
+    with torch.cuda.device(device):  # or another device's stream is asked, and gets a context of some 400 MB there
+        capturing = torch.cuda.is_current_stream_capturing()
+    if capturing:
         raise ConfigError(
             "sample() cannot run while the current stream is capturing, as it copies its table to the device: call it "
             "outside, it captures its own rows"
         )
+    if engine == "eager":
+        return None
     if noise is not None:
         return "the noise comes from the caller"
-    if not isinstance(net, nn.Module) and rows < WORTHWHILE and not named:
+    if not isinstance(net, nn.Module) and rows < WORTHWHILE and engine != "graph":
         return f"a plain callable is captured anew for each run, and this one has {rows} rows"
-    try:
-        return _refused.get(net)
-    except TypeError:  # a callable without weak references
-        return None
+    with contextlib.suppress(TypeError):  # a callable without weak references
+        known = _refused.get(net)
+        if known is not None:
+            return known
+    if not isinstance(net, nn.Module) or net not in _cache:
+        part = modules.part_with_graphs(net)
+        if part is not None:
+            reason = (
+                f"torch.compile gave {part} CUDA graphs of its own (mode='reduce-overhead' or 'max-autotune'), which cannot be "
+                "part of others: compile it with mode='default'"
+            )
+            refuse(net, reason)
+            return reason
+    return None
 
 
 def refuse(net: Any, reason: str) -> None:
@@ -89,7 +111,7 @@ def borrowed(net: Any, key: Any, make: Callable[[], GraphLoop]) -> Iterator[Grap
     """
     cached, loop = None, None
     if isinstance(net, nn.Module):
-        now = fingerprint(net)
+        now = _fingerprint(net)
         with _lock:
             cached = _cache.get(net)
             if cached is None or cached.fingerprint != now:
@@ -102,7 +124,7 @@ def borrowed(net: Any, key: Any, make: Callable[[], GraphLoop]) -> Iterator[Grap
         yield loop
     finally:
         loop.leave()
-        if cached is not None and loop.graphs:
+        if cached is not None and (loop.graphs or loop.timing):
             _keep(net, cached, key, loop)
 
 
@@ -110,16 +132,21 @@ def _keep(net: nn.Module, cached: _Cached, key: Any, loop: GraphLoop) -> None:
     with _lock:
         if _cache.get(net) is not cached:  # retired, or the module has changed, while the loop ran
             return
+        if loop.fingerprint != cached.fingerprint:  # the network has filled a cache before the capture
+            cached = _cache[net] = _Cached(loop.fingerprint, {})
         if sum(len(free) for cached in _cache.values() for free in cached.loops.values()) >= LIMIT:
             _cache.clear()
             cached = _cache[net] = _Cached(cached.fingerprint, {})
         cached.loops.setdefault(key, []).append(loop)
 
 
-def fingerprint(net: nn.Module) -> Any:
-    """What a module is made of, and where its tensors lie. Raises GraphError where that cannot be told."""
-    modules = list(net.modules())
-    loose = [v for module in modules for v in vars(module).values() if isinstance(v, Tensor)]
+def _fingerprint(net: Any) -> Any:
+    """What a module is made of, and where its tensors lie; of another callable nothing is known. Raises GraphError where that
+    cannot be told."""
+    if not isinstance(net, nn.Module):
+        return None
+    parts = list(net.modules())
+    loose = [v for part in parts for v in vars(part).values() if isinstance(v, Tensor)]
     try:
         tensors = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in [*net.parameters(), *net.buffers(), *loose]]
     except (RuntimeError, ValueError) as error:
@@ -128,25 +155,81 @@ def fingerprint(net: nn.Module) -> Any:
         ) from error
     if any(not address and shape.numel() for address, _, shape, _ in tensors):
         raise GraphError("one of its tensors has no storage (meta, fake or functional)")
-    parts = [
-        (id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules
-    ]
-    return parts, tensors
+    return [(id(part), type(part), len(part._forward_hooks), len(part._forward_pre_hooks)) for part in parts], tensors
+
+
+class _Contents:
+    """The tensors that a network and its functions hold, where they lie, and in which containers."""
+
+    def __init__(self, net: Any) -> None:
+        reached = [part for _, part in modules.reach(net)]
+        # held, so that no others come to their places
+        self.tensors = [part for part in reached if isinstance(part, Tensor)]
+        self.places = [_place(tensor) for tensor in self.tensors]
+        self.dicts = [(part, dict(part)) for part in reached if isinstance(part, dict)]
+        self.lists = [(part, list(part)) for part in reached if isinstance(part, list)]
+        cells = (part for part in reached if isinstance(part, CellType) and part != CellType())
+        self.cells = [(cell, cell.cell_contents) for cell in cells]
+
+    def put_back(self) -> None:
+        """Undo what calls have put in their places; what a capture has, nobody has computed."""
+        for held, before in self.dicts:
+            for name in held.keys() | before.keys():
+                if _differ(held.get(name), before.get(name)):
+                    if name in before:
+                        held[name] = before[name]
+                    else:
+                        del held[name]
+        for items, before_ in self.lists:
+            if _differ(items, before_):
+                items[:] = before_
+        for cell, content in self.cells:
+            if cell == CellType() or _differ(cell.cell_contents, content):
+                cell.cell_contents = content
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    try:
+        return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    except (RuntimeError, ValueError):  # without storage
+        return (id(tensor),)
+
+
+def _differ(now: Any, before: Any) -> bool:
+    """Whether two values hold different tensors."""
+    if now is before:
+        return False
+    tensors, others = ([id(part) for _, part in modules.reach(v) if isinstance(part, Tensor)] for v in (now, before))
+    return tensors != others
+
+
+class Timing(NamedTuple):
+    """Seconds a row takes."""
+
+    eager: float
+    replay: float
+
+    def __str__(self) -> str:
+        eager, replay = (f"{1000 * seconds:.3g} ms" for seconds in self)
+        return f"a row takes {replay} as CUDA graphs and {eager} without"
 
 
 class GraphLoop(Loop):
     """A Loop that replays. Everything that its graphs touch is made once and stays where it is.
 
     capacity  rows of the longest table that it takes
-    net       of whose graphs these are; not held
+    net       of whose graphs these are; a module is not held
+    chooses   whether its runs may go eagerly where that is faster
     """
 
     def __init__(self, capacity: int, net: Any, *args: Any, **kwargs: Any) -> None:
         self.capacity = capacity
-        self.net = weakref.ref(net) if isinstance(net, nn.Module) else lambda: None
+        self.net = weakref.ref(net) if isinstance(net, nn.Module) else lambda: net
         self.graphs: dict[RowPlan, Any] = {}
+        self.fingerprint: Any = None
+        self.timing: Timing | None = None
+        self.chooses = False
         self.static: dict[str, Tensor] = {}
-        self.pool: Any = None
         self.done: Any = None
         super().__init__(*args, **kwargs)
         self.cursor = torch.zeros(3, dtype=torch.int64, device=self.start.device)
@@ -166,25 +249,69 @@ class GraphLoop(Loop):
         self, network: Network, cond: Condition, first_sample: int, x_init: Tensor | None = None, noise: Draw | None = None
     ) -> Iterator[Tensor]:  # fmt: skip
         """As Loop.run, without noise of the caller's. Raises GraphError, before it yields, where capture fails."""
+        if self.prefers_eager:
+            self.graphs.clear()  # which may be another run's, that asked for them by name
+            yield from super().run(network, cond, first_sample, x_init)
+            return
         self.begin(first_sample, x_init)
-        if not self.graphs.keys() >= set(self.plans):
-            self._capture_plans(network, self._conditioned(cond), first_sample)
+        missing = [plan for plan in dict.fromkeys(self.plans) if plan not in self.graphs]
+        if missing:
+            self._capture(missing, network, self._conditioned(cond), first_sample)
             self.begin(first_sample, x_init)
-        self._conditioned(cond)  # a network may have changed it in the warm-up
+        cond = self._conditioned(cond)  # a network may have changed it in the warm-up
         yield self.start
-        self._stand_at(0, first_sample)
+        start, stop = 0, len(self.plans)
+        if self.chooses and self.timing is None and stop >= 2 * TIMED:
+            yield from self._time(network, cond, first_sample)
+            start = 2 * TIMED
+        if self.prefers_eager:
+            self.graphs.clear()
+            yield from self.rows(start, stop, network, cond, first_sample)
+        else:
+            yield from self.replays(start, stop, first_sample)
+        if self.first_bad is not None:
+            raise_if_bad(self.table, self.first_bad, first_sample)
+
+    def replays(self, start: int, stop: int, first_sample: int) -> Iterator[Tensor]:
+        """As Loop.rows."""
+        self._stand_at(start, first_sample)
         every = self.check == "every"
         replay: Callable[[RowPlan], None] = monitor.marker()("row", lambda plan: self.graphs[plan].replay())
-        for plan in self.plans:
+        for plan in self.plans[start:stop]:
             replay(plan)
             if every and self.first_bad is not None:
                 raise_if_bad(self.table, self.first_bad, first_sample)
             yield self.buffers[plan.out]
-        if self.first_bad is not None:
-            raise_if_bad(self.table, self.first_bad, first_sample)
+
+    @property
+    def prefers_eager(self) -> bool:
+        """Whether its runs go eagerly, as that is faster."""
+        return self.chooses and self.timing is not None and self.timing.eager < self.timing.replay
+
+    def _time(self, network: Network, cond: Condition, first_sample: int) -> Iterator[Tensor]:
+        """The first rows, some eagerly and then some as replays, and what they took: each row by itself, as the caller may do
+        what he likes in between."""
+        watch = Stopwatch(self.start.device)
+        for rows in (
+            self.rows(0, TIMED, network, cond, first_sample),
+            self.replays(TIMED, 2 * TIMED, first_sample),
+        ):
+            for _ in range(TIMED):
+                watch.mark()
+                state = next(rows)
+                watch.mark()
+                yield state
+        took = list(zip(self.plans, watch.seconds()))
+        least = (
+            min((seconds for plan, seconds in part if plan.calls_network), default=0.0)
+            for part in (took[:TIMED], took[TIMED:])
+        )
+        self.timing = Timing(*least)
 
     def renew_input(self) -> None:
-        raise GraphError("it moves or resizes the memory of its input")
+        if not self.prefers_eager:
+            raise GraphError("it moves or resizes the memory of its input")
+        super().renew_input()
 
     def follow(self) -> None:
         """Wait, on the current stream, for the run before."""
@@ -216,45 +343,57 @@ class GraphLoop(Loop):
             self.static[name] = torch.empty_like(value)
         return self.static[name].copy_(value)
 
-    def _capture_plans(self, network: Network, cond: Condition, first_sample: int) -> None:
-        net = self.net()
-        before = None if net is None else fingerprint(net)
-        try:
-            for plan in dict.fromkeys(self.plans):
-                if plan not in self.graphs:
-                    self._capture(plan, network, cond, first_sample)
-            if net is not None and fingerprint(net) != before:
-                raise GraphError("its forward rebinds parameters or buffers")
-        except GraphError:
-            self.graphs.clear()
-            self.pool = None
-            raise
+    def _capture(self, plans: Sequence[RowPlan], network: Network, cond: Condition, first_sample: int) -> None:
+        net, device = self.net(), self.start.device
+        before = steady = _Contents(net)
+        bodies = [functools.partial(self._replayed, plan, network, cond) for plan in plans]
 
-    def _capture(self, plan: RowPlan, network: Network, cond: Condition, first_sample: int) -> None:
-        at, device = self.plans.index(plan), self.start.device
-
-        def body() -> None:
-            number = self.cursor[:1]
-            features = None
-            if plan.calls_network and self.features is None:
-                self.time.copy_(self.row_times.index_select(0, number))
-            elif plan.calls_network and self.features is not None:
-                features = self.features.index_select(0, number)
-            self.row(plan, network, cond, self.cursor, features, None)
-            number.add_(1)
+        def call() -> Iterator[None]:
+            for plan, body in zip(plans, bodies):
+                self.feed()
+                self._stand_at(self.plans.index(plan), first_sample)
+                body()
+                yield
 
         def warm() -> None:
-            self.feed()
-            self._stand_at(at, first_sample)
-            body()
+            nonlocal steady
+            for _ in call():
+                pass
+            steady, now = _Contents(net), _fingerprint(net)  # with caches that the first calls have filled
+            for _ in itertools.chain(call(), call()):
+                if _Contents(net).places != steady.places:
+                    raise GraphError(REBINDS)
+            if self.graphs and now != self.fingerprint:
+                raise GraphError(REBINDS)
+            self.fingerprint = now
 
         # casts of the weights as part of the graph: one that autocast had kept from before would be stale in a replay
         cast = torch.get_autocast_dtype(device.type)
         enabled = torch.is_autocast_enabled(device.type)
         with torch.autocast(device.type, dtype=cast, enabled=enabled, cache_enabled=False):
             try:
-                self.graphs[plan], self.pool = capture(warm, body, device, self.pool)
-            except torch.OutOfMemoryError:  # graphs that nobody runs may hold what is lacking
-                _retire()
-                torch.cuda.empty_cache()
-                self.graphs[plan], self.pool = capture(warm, body, device, self.pool)
+                try:
+                    graphs = capture(warm, bodies, device)
+                except torch.OutOfMemoryError:  # graphs that nobody runs may hold what is lacking
+                    _retire()
+                    with torch.cuda.device(device):
+                        torch.cuda.empty_cache()
+                    graphs = capture(warm, bodies, device)
+                if _Contents(net).places != steady.places:
+                    raise GraphError(REBINDS)
+            except BaseException:
+                before.put_back()  # the eager run is then the one that it would have been
+                self.graphs.clear()
+                raise
+        self.graphs.update(zip(plans, graphs))
+
+    def _replayed(self, plan: RowPlan, network: Network, cond: Condition) -> None:
+        """A row as its graph has it: it stands where the cursor says, and moves it on."""
+        number = self.cursor[:1]
+        features = None
+        if plan.calls_network and self.features is None:
+            self.time.copy_(self.row_times.index_select(0, number))
+        elif plan.calls_network and self.features is not None:
+            features = self.features.index_select(0, number)
+        self.row(plan, network, cond, self.cursor, features, None)
+        number.add_(1)

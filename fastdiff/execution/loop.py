@@ -143,20 +143,27 @@ class Loop:
         x_init  the start, instead of the prior's draw
         noise   instead of the counter's
         """
-        first_bad, every = self.first_bad, self.check == "every"
         self.begin(first_sample, x_init)
         yield self.start
+        yield from self.rows(0, len(self.table), network, cond, first_sample, noise)
+        if self.first_bad is not None:
+            raise_if_bad(self.table, self.first_bad, first_sample)
+
+    def rows(
+        self, start: int, stop: int, network: Network, cond: Condition, first_sample: int, noise: Draw | None = None
+    ) -> Iterator[Tensor]:
+        """The state after each of the rows start … stop − 1, from where the rows before have left it."""
+        first_bad, every = self.first_bad, self.check == "every"
         network, row = self.mark("network", network), self.mark("row", self.row)
         finishing = self.table.finishing
-        rows = np.zeros((len(self.table), 3), dtype=np.int64)
-        rows[:, 0], rows[:, 1], rows[:, 2] = np.arange(len(rows)), first_sample, ops.signed(self.seed)
-        cursors = torch.from_numpy(rows).to(self.start.device)
-        for low in range(0, len(rows), BLOCK):
-            block = self.plans[low : low + BLOCK]
-            ahead = (
-                [None] * len(block) if self.features is None else self.features[low : low + len(block)].clone().split(1)
-            )
-            for k, (plan, cursor, features) in enumerate(zip(block, cursors[low : low + BLOCK].unbind(), ahead), low):
+        numbers = np.zeros((stop - start, 3), dtype=np.int64)
+        numbers[:, 0], numbers[:, 1], numbers[:, 2] = np.arange(start, stop), first_sample, ops.signed(self.seed)
+        cursors = torch.from_numpy(numbers).to(self.start.device)
+        for low in range(start, stop, BLOCK):
+            high = min(low + BLOCK, stop)
+            ahead = [None] * (high - low) if self.features is None else self.features[low:high].clone().split(1)
+            block = cursors[low - start : high - start].unbind()
+            for k, (plan, cursor, features) in enumerate(zip(self.plans[low:high], block, ahead), low):
                 if features is None and plan.calls_network:
                     self.time.fill_(self.times[k])
                 m = row(plan, network, cond, cursor, features, noise(k) if noise is not None and plan.draws else None)
@@ -165,8 +172,6 @@ class Loop:
                 if every and first_bad is not None:
                     raise_if_bad(self.table, first_bad, first_sample)
                 yield self.buffers[plan.out]
-        if first_bad is not None:
-            raise_if_bad(self.table, first_bad, first_sample)
 
     def begin(self, first_sample: int, x_init: Tensor | None) -> None:
         """Fill what the first row reads: the start, drawn from the prior or x_init, and the network's input."""

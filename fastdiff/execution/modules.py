@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from torch.optim.swa_utils import AveragedModel
+
+from . import torch_private
 
 
 def inner(net: Any) -> Any:
@@ -47,6 +53,74 @@ def _names(network: nn.Module) -> Callable[[str], str]:
         return name
 
     return plain
+
+
+def part_with_graphs(net: Any) -> str | None:
+    """The part of a network that torch.compile gave CUDA graphs of its own, in words, or None."""
+    for path, part in reach(net):
+        if torch_private.compiles_to_graphs(part):
+            return f"its part {path!r}" if path else "the network"
+    return None
+
+
+def reach(net: Any) -> Iterator[tuple[str, Any]]:
+    """(path, object) of what a call of a network may touch, the nearest first: modules, objects, what they hold, what functions
+    close over and name, and tensors. Gives up on large containers, and after MANY objects."""
+    todo, seen = deque([("", net, 0)]), dict[int, Any]()
+    while todo and len(seen) < MANY:
+        path, part, hops = todo.popleft()
+        if id(part) in seen:
+            continue
+        seen[id(part)] = part
+        yield path, part
+        if isinstance(part, FunctionType):
+            path, hops = "", hops + 1
+        if hops <= 3:  # functions name functions that name functions
+            for name, value in _held(part):
+                if not isinstance(value, ATOMS) and (
+                    type(value) is not OrderedDict or value
+                ):  # hooks that nobody has set
+                    todo.append((f"{path}.{name}" if path and name else path or name, value, hops))
+
+
+MANY, LARGE = 20_000, 1_000
+ATOMS = (type(None), bool, int, float, complex, str, bytes, type, ModuleType)
+INSIDE = {"_modules", "_parameters", "_buffers"}  # of a module, where its parts have their names
+
+
+def _held(part: Any) -> Iterable[tuple[str, Any]]:
+    """What an object holds, by name."""
+    if isinstance(part, Tensor):
+        return ()
+    if isinstance(part, dict):
+        items = tuple(part.items()) if len(part) < LARGE else ()  # at once, as other threads may change it
+        return [("" if key in INSIDE else str(key), value) for key, value in items]
+    if isinstance(part, (list, tuple, set, deque)):
+        return [(str(n), value) for n, value in enumerate(tuple(part))] if len(part) < LARGE else ()
+    if isinstance(part, CellType):
+        return [("", part.cell_contents)] if part != CellType() else ()
+    if isinstance(part, MethodType):
+        return [(part.__name__, part.__func__), ("", part.__self__)]
+    if isinstance(part, functools.partial):
+        return [("", part.func), ("", part.args), ("", part.keywords)]
+    if isinstance(part, FunctionType):
+        if torch_private.uncompiled(part) is not None:
+            return [("", torch_private.uncompiled(part))]
+        code, known = part.__code__, {} if _is_foreign(part) else part.__globals__
+        named = [(name, known[name]) for name in code.co_names if name in known]
+        cells = () if _is_foreign(part) else zip(code.co_freevars, part.__closure__ or ())
+        return [*named, *cells, ("", part.__defaults__), ("", part.__kwdefaults__)]
+    if not isinstance(part, nn.Module) and _is_foreign(type(part)):
+        return ()
+    kinds = [vars(kind).items() for kind in type(part).__mro__ if not _is_foreign(kind)]
+    methods = [(name, value) for kind in kinds for name, value in kind if isinstance(value, FunctionType)]
+    return [("", getattr(part, "__dict__", None)), *methods]
+
+
+def _is_foreign(thing: Any) -> bool:
+    """Whether a function or a class is none of a network's author."""
+    package = str(thing.__module__).partition(".")[0]
+    return package in sys.stdlib_module_names or package in ("torch", "numpy", "triton", "fastdiff")
 
 
 def intercepted(module: nn.Module) -> bool:

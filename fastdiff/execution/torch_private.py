@@ -1,6 +1,6 @@
 """What fastdiff uses of torch's private interface, in one place (torch 2.11 to 2.13 have it all; a test holds each name).
 
-CUDA builds alone have the last two, which are looked up when they are called.
+CUDA builds alone have the last three, which are looked up when they are called.
 """
 
 from __future__ import annotations
@@ -32,9 +32,33 @@ def is_fake(value: Any) -> bool:
     return bool(fake_tensor.is_fake(value))
 
 
+def compiles_to_graphs(part: Any) -> bool:
+    """Whether a module or a function is one of torch.compile's, and runs as CUDA graphs of torch's own."""
+    for compiled in (part, _held(part, "_compiled_call_impl")):  # the latter is nn.Module.compile's
+        config = _held(compiled, "get_compiler_config")
+        if config is not None and (config() or {}).get("triton.cudagraphs"):
+            return True
+    return False
+
+
+def uncompiled(function: Any) -> Any:
+    """What torch.compile made a function of, or None."""
+    return _held(function, "_torchdynamo_orig_callable")
+
+
+def _held(part: Any, name: str) -> Any:
+    """What an object itself holds, whatever attributes its class makes up."""
+    return getattr(part, "__dict__", {}).get(name)
+
+
 def end_allocate_to_pool(device: int, pool: Any) -> None:
     """End the routing of allocations to a graph's memory pool, which a failed capture leaves on."""
     torch._C._cuda_endAllocateToPool(device, pool)
+
+
+def release_pool(device: int, pool: Any) -> None:
+    """Count one user less of a graph's memory pool, whose memory goes with the last."""
+    torch._C._cuda_releasePool(device, pool)
 
 
 def clear_cublas_workspaces() -> None:
