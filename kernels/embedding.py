@@ -16,7 +16,7 @@ _ROUND = tl.constexpr(2.0**52)  # adding it to a smaller float64 and subtracting
 
 # Frequencies of a program, and times: chosen like tiles.QUADS.
 FREQUENCIES = 128
-TIMES = 8
+TIMES = 4
 
 
 @triton.jit(do_not_specialize=["count", "half"], do_not_specialize_on_alignment=["t", "frequencies"])

@@ -20,15 +20,17 @@ from .reduce import (
     halve,
     keep_sums,
     rows_of,
+    squares,
     sum_kernel,
 )
-from .step import CAP, GAIN, HIGH, LOW, WIDTH, clamp, load, prediction
+from .step import CAP, GAIN, load, prediction, row_of
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def measure_kernel(
     sums,  # [2, B, blocks] float64, written: block sums of z² and of h_0²
     table,  # [rows, WIDTH] float32, contiguous
+    rows,
     cursor,  # [3] int64: the row, the first sample's number, the seed
     stream,  # the stream of the noise; None if z is given
     x,  # [B, D] float32, contiguous: the state
@@ -43,13 +45,13 @@ def measure_kernel(
     GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,  # tiles.cut
 ):  # fmt: skip
     at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
-    row = table + tl.load(cursor) * WIDTH
+    row, _, _ = row_of(table, cursor, rows)
     state = load(tiles.pointers(x, at), at.inside)
     output = load(tiles.addresses(m, at, INNER, SAMPLES), at.inside)
     uncond = None
     if guide.value is not None:
         uncond = load(tiles.addresses(guide, at, INNER, SAMPLES), at.inside)
-    h = clamp(prediction(row, state, output, uncond), tl.load(row + LOW), tl.load(row + HIGH)).to(tl.float64)
+    h, _, _ = prediction(row, state, output, uncond)
     if z is not None:
         noise = load(tiles.pointers(z, at), at.inside)
     else:
@@ -57,15 +59,16 @@ def measure_kernel(
         noise = philox.normals(cursor, quad, quad_row, at.first, stream)
     if kept is not None:
         tl.store(tiles.pointers(kept, at), noise, mask=at.inside)
-    noise = noise.to(tl.float64)
-    keep_sums(sums, noise * noise, at, batch, blocks, QUADS, SAMPLES)
-    keep_sums(sums + batch.to(tl.int64) * blocks, h * h, at, batch, blocks, QUADS, SAMPLES)
+    # both sums at once, side by side: they share what the exchanges between threads cost
+    both = tl.permute(tl.join(squares(noise, at.inside), squares(h, at.inside)), (1, 0))
+    keep_sums(sums, tl.reshape(both, [8 * QUADS * SAMPLES]), at, batch, blocks, 2, QUADS, SAMPLES)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def delta_kernel(
     measured,  # [B, 2] float32 or float64, contiguous, written: (δ, √(2δ))
     table,  # [rows, WIDTH] float32, contiguous
+    rows,
     cursor,  # [3] int64: the row, the first sample's number, the seed
     sums,  # float64: partial sums of z² or of its norms at [sample · pitch + i], those of h_0 `half` numbers further on
     batch,  # B
@@ -87,9 +90,10 @@ def delta_kernel(
     else:
         count = tl.broadcast_to(divisor, noise.shape).to(tl.float64)
         noise, score = noise / count, score / count
-    coefficients = table + tl.load(cursor) * WIDTH
+    coefficients, _, exists = row_of(table, cursor, rows)
+    gain = tl.where(exists, tl.load(coefficients + GAIN), float("nan"))
     ratio = noise / tl.where(score > 0, score, 1.0)
-    delta = tl.broadcast_to(tl.load(coefficients + GAIN).to(tl.float64), ratio.shape) * (ratio * ratio)
+    delta = tl.broadcast_to(gain.to(tl.float64), ratio.shape) * (ratio * ratio)
     cap = tl.broadcast_to(tl.load(coefficients + CAP).to(tl.float64), ratio.shape)
     delta = tl.where(delta > cap, cap, delta)
     delta = tl.where(score > 0, delta, 0.0)
@@ -123,7 +127,7 @@ def measure_langevin(
     tiling, blocks = cut_blocks(count, x.numel() // len(x))
     sums = x.new_empty((2 * count, blocks), dtype=torch.float64)
     tiles.launch(
-        measure_kernel, tiling.grid, x, sums, table, cursor, None if z is not None else stream,
+        measure_kernel, tiling.grid, x, sums, table, len(table), cursor, None if z is not None else stream,
         tiles.dense(x, x.shape), of_m, of_guide, tiles.dense(z, x.shape), kept,
         blocks=blocks, INNER=inner or 1, **tiling.arguments,
     )  # fmt: skip
@@ -140,5 +144,5 @@ def measure_langevin(
     tile = rows_of(sums.shape[1])
     tiles.launch(
         delta_kernel, (-(-count // tile["ROWS"]),), x,
-        measured, table, cursor, sums, count, sums.shape[1], half, pitch, count, ROOT_EACH=not batch, **tile,
+        measured, table, len(table), cursor, sums, count, sums.shape[1], half, pitch, count, ROOT_EACH=not batch, **tile,
     )  # fmt: skip

@@ -23,28 +23,44 @@ FOLD = 16
 SUM, ROOT, LOSS, RMS = (tl.constexpr(i) for i in range(4))
 
 # Not worth a compilation for each of their alignments (see step.py)
-UNSPECIALISED = [*STEP_UNSPECIALISED, "rows", "length", "blocks", "numel", "half", "pitch", "divisor", "apart"]
+UNSPECIALISED = [*STEP_UNSPECIALISED, "length", "blocks", "numel", "half", "pitch", "divisor", "apart"]
 UNALIGNED = [*STEP_UNALIGNED, "sums", "values", "weight", "h", "r", "w"]
 
 
 @triton.jit
 def halve(values, ROWS: tl.constexpr, LENGTH: tl.constexpr):
-    """[ROWS·LENGTH] → [ROWS]: each row's halves are added until one number is left; each sum has exactly two terms."""
+    """[ROWS·LENGTH] → [ROWS]: each row's halves are added until one number is left; each sum has exactly two terms.
+
+    To split a tensor's last axis the compiler brings both halves into one thread, which leaves every thread fewer numbers;
+    a sum over an axis leaves copies in all threads that took part. So split while a warp has a number for each lane."""
     n: tl.constexpr = LENGTH.bit_length() - 1
-    left = tl.reshape(values, [ROWS, LENGTH])
+    left = values
     for i in tl.static_range(n):
-        left = tl.sum(tl.reshape(left, [ROWS, 2, LENGTH >> (i + 1)]), axis=1)
+        left = tl.reshape(left, [ROWS, 2, LENGTH >> (i + 1)])
+        if ROWS * (LENGTH >> (i + 1)) >= 32:
+            first, second = tl.split(tl.permute(left, (0, 2, 1)))
+            left = first + second
+        else:
+            left = tl.sum(left, axis=1)
     return tl.reshape(left, [ROWS])
 
 
 @triton.jit
-def keep_sums(sums, values, at, batch, blocks, QUADS: tl.constexpr, SAMPLES: tl.constexpr):
-    """sums[sample, block] ← the tree sum of each of a program's rows."""
-    total = halve(tl.where(at.inside, values, 0.0), SAMPLES, 4 * QUADS)
-    sample = tl.arange(0, SAMPLES)
+def squares(values, inside):
+    """The squares of float32 values in float64, 0 outside."""
+    wide = tl.where(inside, values, 0.0).to(tl.float64)
+    return wide * wide
+
+
+@triton.jit
+def keep_sums(sums, values, at, batch, blocks, SUMS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr):
+    """sums[k, sample, block] ← the tree sum of each of a program's rows; values [SUMS · elements], 0 beyond a sample."""
+    total = halve(values, SUMS * SAMPLES, 4 * QUADS)
+    e = tl.arange(0, SUMS * SAMPLES)
+    sample = e % SAMPLES
     exists = sample < tl.minimum(batch - at.first, SAMPLES).to(tl.int32)
-    block = at.start // (4 * QUADS)
-    tl.store(sums + at.first * blocks + sample * blocks + block, total, mask=exists)
+    first = at.first + (e // SAMPLES) * batch.to(tl.int64)
+    tl.store(sums + first * blocks + sample * blocks + at.start // (4 * QUADS), total, mask=exists)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
@@ -103,7 +119,7 @@ def fold(sums: Tensor) -> Tensor:
     while sums.shape[1] > MOST_SUMS:
         apart = (1 << (sums.shape[1] - 1).bit_length()) // FOLD
         out = sums.new_empty((len(sums), apart))
-        width = min(256, apart)
+        width = min(64, apart)
         grid = (apart // width, len(sums))
         tiles.launch(fold_kernel, grid, out, sums, out, sums.shape[1], apart, PARTS=FOLD, LENGTH=width)
         sums = out

@@ -30,8 +30,16 @@ A, E, B0, C, P, Q, LOW, HIGH, NEXT_SCALE, GUIDANCE, LOG_SLOPE, LOG_MID, KNOWN_AL
 WIDTH = tl.constexpr(len(COLUMNS))
 
 # Not worth a compilation each: numbers of the state's shape, and rows of larger tensors, whose alignment alternates.
-UNSPECIALISED = ["size", "batch", "stream"]
+UNSPECIALISED = ["size", "batch", "rows", "stream"]
 UNALIGNED = ["cursor", "table", "measured", "first_bad"]
+
+
+@triton.jit
+def row_of(table, cursor, rows):
+    """(pointer to the cursor's row, its number, whether the table has it): one that it lacks is not read."""
+    k = tl.load(cursor)
+    there = tl.minimum(tl.maximum(k, 0), rows - 1)
+    return table + there * WIDTH, there, there == k
 
 
 @triton.jit
@@ -42,9 +50,9 @@ def used(coefficient, like):
 
 
 @triton.jit
-def term(total, value, coefficient):
-    """total + coefficient·value, left out where the coefficient is 0, whatever the value holds."""
-    return tl.fma(tl.where(used(coefficient, value), value, 0.0), coefficient, total)
+def kept(value, coefficient):
+    """The value, or 0 where its coefficient is 0: so a term is left out of a sum, whatever the value holds."""
+    return tl.where(used(coefficient, value), value, 0.0)
 
 
 @triton.jit
@@ -54,18 +62,27 @@ def load(pointers, mask):
 
 
 @triton.jit
-def prediction(row, x, m, guide):
-    """p·x + q·m, m after guidance (guide: None or values)."""
-    if guide is not None:
-        m = tl.fma(m - guide, tl.zeros_like(m) + tl.load(row + GUIDANCE), guide)
-    return term(term(tl.zeros_like(x), x, tl.load(row + P)), m, tl.load(row + Q))
-
-
-@triton.jit
 def clamp(value, low, high):
     """Between low and high; NaN stays."""
     value = tl.where(value < low, low, value)
     return tl.where(value > high, high, value)
+
+
+@triton.jit
+def prediction(row, x, m, guide):
+    """(h_0 = clamp(p·x + q·m, low, high), the same before the clamp, whether there is one), m after guidance (guide: None
+    or values). p = 0 and q = 1, which leave m as it is, are the most frequent: a branch passes by the two products."""
+    if guide is not None:
+        m = tl.fma(m - guide, tl.zeros_like(m) + tl.load(row + GUIDANCE), guide)
+    p, q, low, high = tl.load(row + P), tl.load(row + Q), tl.load(row + LOW), tl.load(row + HIGH)
+    raw = m
+    if (p != 0) | (q != 1):
+        raw = tl.fma(kept(m, q), q, kept(x, p) * p)
+    h0 = raw
+    bounded = (low > float("-inf")) | (high < float("inf"))
+    if bounded:
+        h0 = clamp(raw, low, high)
+    return h0, raw, bounded
 
 
 @triton.jit
@@ -89,15 +106,19 @@ def exp(u):
 
 
 @triton.jit
-def note_bad(first_bad, first, batch, k, extreme, QUADS: tl.constexpr, SAMPLES: tl.constexpr):
-    """first_bad ← min(itself, k) for the samples where `extreme` ≥ 0 is infinite or NaN: the largest bits tell."""
-    bits = extreme.to(tl.int32, bitcast=True)
+def largest(value, QUADS: tl.constexpr, SAMPLES: tl.constexpr):
+    """The largest bits of |value|, of a program's one sample or of each: from 0x7F800000 on, one is infinite or NaN."""
+    bits = tl.abs(value).to(tl.int32, bitcast=True)
+    return tl.max(bits, axis=0) if SAMPLES == 1 else tl.max(tl.reshape(bits, [SAMPLES, 4 * QUADS]), axis=1)
+
+
+@triton.jit
+def note_bad(first_bad, first, batch, k, worst, SAMPLES: tl.constexpr):
+    """first_bad ← min(itself, k) for the samples whose largest bits are an infinity's or NaN's."""
     if SAMPLES == 1:
-        worst = tl.max(bits, axis=0)
         if (worst >= 0x7F800000) & (first < batch):
             tl.atomic_min(first_bad + first, k, sem="relaxed")
     else:
-        worst = tl.max(tl.reshape(bits, [SAMPLES, 4 * QUADS]), axis=1)
         sample = first + tl.arange(0, SAMPLES)
         rows = tl.broadcast_to(k, worst.shape)
         there = (worst >= 0x7F800000) & (sample < batch)
@@ -108,6 +129,7 @@ def note_bad(first_bad, first, batch, k, extreme, QUADS: tl.constexpr, SAMPLES: 
 def step_kernel(
     out,  # [B, D] float32, contiguous, written: the state after the row; may be x
     table,  # [rows, WIDTH] float32, contiguous
+    rows,
     cursor,  # [3] int64: the row, the first sample's number, the seed
     stream,  # the stream of the noise; None: none is drawn
     x,  # [B, D] float32, contiguous: the state before the row
@@ -129,8 +151,7 @@ def step_kernel(
     GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,  # tiles.cut
 ):  # fmt: skip
     at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
-    k = tl.load(cursor)
-    row = table + k * WIDTH
+    row, k, exists = row_of(table, cursor, rows)
 
     # x and m are read at once, without waiting for the table: a row that uses neither is rare
     state = load(tiles.pointers(x, at), at.inside)
@@ -147,27 +168,50 @@ def step_kernel(
         quad, quad_row = tiles.quads_of(at.start, QUADS, SAMPLES)
         noise = philox.normals(cursor, quad, quad_row, at.first, stream)
 
-    total = term(tl.zeros_like(state), state, tl.load(row + A))
-    if base is not None:
-        e = tl.load(row + E)
-        total = tl.fma(load(tiles.pointers(base, at), at.inside & used(e, state)), e, total)
-
-    # measured factors are not compared with 0: they are a sample's, not the row's
+    # The factors. Those that are measured are not compared with 0: they are a sample's, not the row's.
+    a = tl.where(exists, tl.load(row + A), float("nan"))
+    omits = a == 0
     if measured is not None:
         measured_b = tiles.per_sample(measured, at, batch, 2, SAMPLES)
         measured_c = tiles.per_sample(measured + 1, at, batch, 2, SAMPLES)
-
     if m.value is not None:
-        raw = prediction(row, state, output, uncond)
-        low, high = tl.load(row + LOW), tl.load(row + HIGH)
-        h0 = clamp(raw, low, high)
-        if first_bad is not None:
-            # where it is clamped, what it was before
-            lower, upper = tl.broadcast_to(low, raw.shape), tl.broadcast_to(high, raw.shape)
-            extreme = tl.where((lower > float("-inf")) | (upper < float("inf")), tl.abs(raw), 0.0)
+        h0, raw, bounded = prediction(row, state, output, uncond)
         if pushed is not None:
             tl.store(tiles.pointers(pushed, at), h0, mask=at.inside)
-        total = tl.fma(h0, measured_b, total) if measured is not None else term(total, h0, tl.load(row + B0))
+        if first_bad is not None:
+            unclamped = tl.zeros_like(largest(raw, QUADS, SAMPLES))
+            if bounded:
+                unclamped = largest(raw, QUADS, SAMPLES)
+        if measured is not None:
+            b0 = measured_b
+        else:
+            b0 = tl.load(row + B0)
+            omits = omits | (b0 == 0)
+    if noise is not None:
+        if measured is not None:
+            c = measured_c
+        elif v.value is not None:
+            slope = tl.load(row + LOG_SLOPE)
+            fraction = load(tiles.addresses(v, at, INNER, SAMPLES), at.inside & used(slope, state))
+            c = exp(tl.fma(fraction, slope, tl.load(row + LOG_MID)))
+        else:
+            c = tl.load(row + C)
+            omits = omits | (c == 0)
+
+    part = state
+    drawn = noise
+    if omits:
+        part = kept(state, a)
+        if (m.value is not None) & (measured is None):
+            h0 = kept(h0, b0)
+        if (noise is not None) & (measured is None) & (v.value is None):
+            drawn = kept(noise, c)
+    total = part * a
+    if base is not None:
+        e = tl.load(row + E)
+        total = tl.fma(load(tiles.pointers(base, at), at.inside & used(e, state)), e, total)
+    if m.value is not None:
+        total = tl.fma(h0, b0, total)
     for j in tl.static_range(len(history)):
         earlier = tiles.pointers(history[j], at)
         if (measured is not None) & (m.value is None) & (j == 0):
@@ -175,16 +219,8 @@ def step_kernel(
         else:
             b = tl.load(row + B0 + j + (m.value is not None))
             total = tl.fma(load(earlier, at.inside & used(b, state)), b, total)
-
     if noise is not None:
-        if measured is not None:
-            total = tl.fma(noise, measured_c, total)
-        elif v.value is not None:
-            slope = tl.load(row + LOG_SLOPE)
-            fraction = load(tiles.addresses(v, at, INNER, SAMPLES), at.inside & used(slope, state))
-            total = tl.fma(noise, exp(tl.fma(fraction, slope, tl.load(row + LOG_MID))), total)
-        else:
-            total = term(total, noise, tl.load(row + C))
+        total = tl.fma(drawn, c, total)
 
     if mask.value is not None:
         is_known = tl.load(tiles.addresses(mask, at, INNER, SAMPLES), mask=at.inside, other=0) != 0
@@ -193,14 +229,15 @@ def step_kernel(
         clean = load(tiles.addresses(known, at, INNER, SAMPLES), at.inside & used(alpha, state))
         level = clean * alpha
         if noise is not None:
-            level = term(level, noise, tl.load(row + KNOWN_SIGMA))
+            sigma = tl.load(row + KNOWN_SIGMA)
+            level = tl.fma(kept(noise, sigma), sigma, level)
         total = tl.where(is_known, level, total)
 
     if first_bad is not None:
-        size_of = tl.abs(total)
+        worst = largest(total, QUADS, SAMPLES)
         if m.value is not None:
-            size_of = tl.maximum(size_of, extreme, propagate_nan=tl.PropagateNan.ALL)
-        note_bad(first_bad, at.first, batch, k, size_of, QUADS, SAMPLES)
+            worst = tl.maximum(worst, unclamped)
+        note_bad(first_bad, at.first, batch, k, worst, SAMPLES)
     if net_input.value is not None:
         scaled = total * tl.load(row + NEXT_SCALE)
         there = tiles.addresses(net_input, at, INNER, SAMPLES)
@@ -248,10 +285,12 @@ def step(
         seen, inner = tiles.view(value, shape, inner)
         views.append(seen)
     of_m, of_guide, of_v, of_known, of_mask, target = views
-    tiling = tiles.cut(len(out), out.numel() // len(out))
+    # many operands would take more registers than a thread has
+    read = sum(value is not None for value in (x, m, guide, v, base, z, known, mask, *history))
+    tiling = tiles.cut(len(out), out.numel() // len(out), tiles.QUADS if read <= 6 else tiles.QUADS // 2)
     tiles.launch(
         step_kernel, tiling.grid, out,
-        out, table, cursor, None if z is not None else stream, tiles.dense(x, shape), of_m, of_guide, of_v,
+        out, table, len(table), cursor, None if z is not None else stream, tiles.dense(x, shape), of_m, of_guide, of_v,
         tiles.dense(base, shape), tiles.dense(z, shape), history, None if measured is None else measured.contiguous(),
         of_known, of_mask, pushed, target, first_bad, INNER=inner or 1, **tiling.arguments,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import philox, tiles
 from .fill import cut_signs
-from .reduce import LOSS, RMS, SUM, UNALIGNED, UNSPECIALISED, cut_blocks, finish, halve, keep_sums
+from .reduce import LOSS, RMS, SUM, UNALIGNED, UNSPECIALISED, cut_blocks, finish, halve, keep_sums, squares
 from .step import load
 
 
@@ -39,8 +39,7 @@ def dsm_kernel(
     scaled = clean * tiles.per_sample(r, at, batch, 1, SAMPLES)
     difference = prediction - tl.fma(noise, tiles.per_sample(w, at, batch, 1, SAMPLES), scaled)
     tl.store(tiles.pointers(error, at), difference, mask=at.inside)
-    wide = difference.to(tl.float64)
-    keep_sums(sums, wide * wide, at, batch, blocks, QUADS, SAMPLES)
+    keep_sums(sums, squares(difference, at.inside), at, batch, blocks, 1, QUADS, SAMPLES)
 
 
 def dsm_loss(
@@ -91,7 +90,7 @@ def dot_kernel(
     else:
         quad, row = tiles.quads_of(at.start, QUADS, SAMPLES)
         v = philox.normals(cursor, quad, row, at.first, stream)
-    keep_sums(sums, u.to(tl.float64) * v.to(tl.float64), at, batch, blocks, QUADS, SAMPLES)
+    keep_sums(sums, u.to(tl.float64) * v.to(tl.float64), at, batch, blocks, 1, QUADS, SAMPLES)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
@@ -181,8 +180,8 @@ def rk_kernel(
     tl.store(tiles.pointers(after, at), new, mask=at.inside)
     size_of = tl.maximum(tl.abs(before), tl.abs(new), propagate_nan=tl.PropagateNan.ALL)
     tolerance = tl.fma(size_of, rtol, atol)
-    ratio = tl.div_rn(error, tolerance).to(tl.float64)
-    keep_sums(sums, ratio * ratio, at, batch, blocks, QUADS, SAMPLES)
+    ratio = tl.div_rn(error, tolerance)
+    keep_sums(sums, squares(ratio, at.inside), at, batch, blocks, 1, QUADS, SAMPLES)
 
 
 def rk_error(

@@ -431,6 +431,18 @@ def test_signatures_are_the_references():
         assert str(ours) == str(theirs), name
 
 
+@pytest.mark.parametrize("k", [-1, 4, 2**40])
+def test_a_row_that_the_table_lacks_leaves_nan(k):
+    """It is not read: what lies before and behind the table is finite."""
+    room = torch.ones((6, len(table.COLUMNS)), device=DEVICE)
+    x = torch.randn(2, 300, device=DEVICE)
+    out, measured = torch.zeros_like(x), torch.zeros((2, 2), device=DEVICE)
+    kernels.step(out, room[1:5], cursor(k).to(DEVICE), 1, x, x)
+    assert bool(out.isnan().all())
+    kernels.measure_langevin(measured, room[1:5], cursor(k).to(DEVICE), 1, False, x, x)
+    assert bool(measured.isnan().all())
+
+
 def test_streams_are_apart():
     """A sample's noise depends on stream, draw, sample and seed, and on nothing else of the batch."""
     whole, part = torch.full((4, 5), NAN).to(DEVICE), torch.full((2, 5), NAN).to(DEVICE)
