@@ -114,35 +114,74 @@ def measure_langevin(
     kept: Tensor | None = None,
 ) -> None:
     """measured [B, 2] ← (δ, √(2δ)) (fastdiff.execution.reference.measure_langevin)."""
+    tiles.call(_measure_langevin, (measured, table, cursor, x, m, guide, z, kept), stream, batch)
+
+
+def _measure_langevin(
+    measured: Tensor,
+    table: Tensor,
+    cursor: Tensor,
+    x: Tensor,
+    m: Tensor,
+    guide: Tensor | None,
+    z: Tensor | None,
+    kept: Tensor | None,
+    stream: int | None,
+    batch: bool,
+) -> tiles.Prepared:
     if z is None and stream is None:
         raise ValueError("measure_langevin needs noise: pass z or a stream, both are None")
     tiles.check_state(table, cursor=cursor, measured=measured)
     tiles.check_column(len(x), measured=measured)
     tiles.check_same(x.shape, kept=kept)
     if x.numel() == 0:
-        measured.zero_()
-        return
-    (of_m, inner), count = tiles.view(m, x.shape, None), len(x)
-    of_guide, inner = tiles.view(guide, x.shape, inner)
-    tiling, blocks = cut_blocks(count, x.numel() // len(x))
-    sums = x.new_empty((2 * count, blocks), dtype=torch.float64)
-    tiles.launch(
-        measure_kernel, tiling.grid, x, sums, table, len(table), cursor, None if z is not None else stream,
-        tiles.dense(x, x.shape), of_m, of_guide, tiles.dense(z, x.shape), kept,
-        blocks=blocks, INNER=inner or 1, **tiling.arguments,
+        return tiles.Prepared(lambda measured, *_: measured.zero_(), None)
+    shape, count = x.shape, len(x)
+    seen, inner = tiles.view(m, shape, None)
+    seen_guide, inner = tiles.view(guide, shape, inner)
+    copied, copied_guide = seen.copies(m), seen_guide.copies(guide)
+    tiling, blocks = cut_blocks(count, x.numel() // count)
+    measure = tiles.Launch(
+        measure_kernel, tiling.grid, ("sums", "table", "cursor", "x", "m", "guide", "z", "kept"),
+        rows=len(table), stream=None if z is not None else stream, m=seen._replace(value=None),
+        guide=seen_guide._replace(value=None), z=None, kept=None, blocks=blocks, INNER=inner or 1, **tiling.arguments,
     )  # fmt: skip
-    sums = fold(sums)
-    half, pitch = count * sums.shape[1], sums.shape[1]
+    folded, length = fold(2 * count, blocks)
+    half, pitch = count * length, length
     if batch:
-        norms = finish(sums, sums.new_empty(2 * count), ROOT.value).view(2, count)
+        norms_of = finish(2 * count, length, ROOT.value)
+        half, pitch, means = count, 0, None
         if count > 4 * BLOCK_QUADS:
-            parts = norms.new_empty((2, -(-count // (4 * BLOCK_QUADS))))
-            tile = {"LENGTH": 4 * BLOCK_QUADS, "ROWS": 1}
-            tiles.launch(sum_kernel, parts.shape, parts, norms, parts, None, 2, count, 1, MODE=SUM.value, **tile)
-            norms = fold(parts)
-        sums, half, pitch = norms, norms.shape[1], 0
-    tile = rows_of(sums.shape[1])
-    tiles.launch(
-        delta_kernel, (-(-count // tile["ROWS"]),), x,
-        measured, table, len(table), cursor, sums, count, sums.shape[1], half, pitch, count, ROOT_EACH=not batch, **tile,
+            half = -(-count // (4 * BLOCK_QUADS))
+            means = tiles.Launch(
+                sum_kernel, (2, half), ("values", "out"),
+                weight=None, rows=2, length=count, numel=1, MODE=SUM.value, LENGTH=4 * BLOCK_QUADS, ROWS=1,
+            )  # fmt: skip
+        folded_norms, half = fold(2, half)
+        length = half
+    tile = rows_of(length)
+    delta = tiles.Launch(
+        delta_kernel, (-(-count // tile["ROWS"]),), ("measured", "table", "cursor", "sums"),
+        rows=len(table), batch=count, length=length, half=half, pitch=pitch, divisor=count, ROOT_EACH=not batch, **tile,
     )  # fmt: skip
+
+    def run(
+        measured: Tensor, table: Tensor, cursor: Tensor, x: Tensor, m: Tensor, guide: Tensor | None, z: Tensor | None,
+        kept: Tensor | None,
+    ) -> None:  # fmt: skip
+        sums = x.new_empty((2 * count, blocks), dtype=torch.float64)
+        m = tiles.dense(m, shape) if copied else m
+        guide = tiles.dense(guide, shape) if copied_guide else guide
+        measure(sums, table, cursor, x.contiguous(), m, guide, tiles.dense(z, shape), kept)
+        sums = folded(sums)
+        if batch:
+            norms = sums.new_empty((2, count))
+            norms_of.run(sums, norms)
+            if means is not None:
+                parts = norms.new_empty(means.grid)
+                means(norms, parts)
+                norms = parts
+            sums = folded_norms(norms)
+        delta(measured, table, cursor, sums)
+
+    return tiles.Prepared(run, delta)

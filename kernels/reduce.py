@@ -6,6 +6,8 @@ block sums the same way. No float atomics: the bits depend on neither the number
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -114,26 +116,39 @@ def rows_of(length: int) -> dict[str, int]:
     return {"LENGTH": width, "ROWS": max(1, 1024 // width)}
 
 
-def fold(sums: Tensor) -> Tensor:
-    """float64 [rows, length] → [rows, at most MOST_SUMS] with the same tree sums."""
-    while sums.shape[1] > MOST_SUMS:
-        apart = (1 << (sums.shape[1] - 1).bit_length()) // FOLD
-        out = sums.new_empty((len(sums), apart))
+def fold(rows: int, length: int) -> tuple[Callable[[Tensor], Tensor], int]:
+    """What makes float64 [rows, length] shorter rows with the same tree sums, and their length, at most MOST_SUMS."""
+    launches = []
+    while length > MOST_SUMS:
+        apart = (1 << (length - 1).bit_length()) // FOLD
         width = min(64, apart)
-        grid = (apart // width, len(sums))
-        tiles.launch(fold_kernel, grid, out, sums, out, sums.shape[1], apart, PARTS=FOLD, LENGTH=width)
-        sums = out
-    return sums
+        grid, slots = (apart // width, rows), ("values", "out")
+        launch = tiles.Launch(fold_kernel, grid, slots, length=length, apart=apart, PARTS=FOLD, LENGTH=width)
+        launches.append((launch, (rows, apart)))
+        length = apart
+
+    def run(sums: Tensor) -> Tensor:
+        for launch, shape in launches:
+            values, sums = sums, sums.new_empty(shape)
+            launch(values, sums)
+        return sums
+
+    return run, length
 
 
-def finish(sums: Tensor, out: Tensor, mode: int, weight: Tensor | None = None, numel: int = 1) -> Tensor:
-    """out [rows] ← what the mode makes of the tree over each sample's block sums [rows, blocks]."""
-    sums = fold(sums)
-    rows, length = sums.shape
+def finish(rows: int, length: int, mode: int, numel: int = 1) -> tiles.Prepared:
+    """(sums [rows, length], out [rows], weight or None) -> None: out ← what the mode makes of the tree over each row."""
+    folded, length = fold(rows, length)
     tile = rows_of(length)
-    grid = (-(-rows // tile["ROWS"]), 1)
-    tiles.launch(sum_kernel, grid, out, sums, out, weight, rows, length, numel, MODE=mode, **tile)
-    return out
+    launch = tiles.Launch(
+        sum_kernel, (-(-rows // tile["ROWS"]), 1), ("values", "out", "weight"),
+        weight=None, rows=rows, length=length, numel=numel, MODE=mode, **tile,
+    )  # fmt: skip
+
+    def run(sums: Tensor, out: Tensor, weight: Tensor | None = None) -> None:
+        launch(folded(sums), out, weight)
+
+    return tiles.Prepared(run, launch)
 
 
 def cut_blocks(batch: int, numel: int) -> tuple[tiles.Tiling, int]:

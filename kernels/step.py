@@ -265,46 +265,89 @@ def step(
     first_bad: Tensor | None = None,
 ) -> None:
     """One row of a table (fastdiff.execution.reference.step), into `out`, which may be x."""
-    if out.numel() == 0:
-        return
-    shape, inner = out.shape, None
-    tiles.check_state(out, table=table, cursor=cursor)
-    tiles.check_same(shape, pushed=pushed, net_input=net_input)
-    tiles.check_column(len(out), measured=measured, first_bad=first_bad)
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, got {mask.dtype}")
-    # operands without a use are left out, so that no kernel is compiled for them
-    guide = guide if m is not None else None
-    pushed = pushed if m is not None else None
-    v = v if measured is None and (z is not None or stream is not None) else None
-    known = known if mask is not None else None
-    history = tuple(tiles.dense(h, shape) for h in (history or ())[: 4 - (m is not None)])
+    tensors = out, table, cursor, x, m, guide, v, base, z, measured, known, mask, pushed, net_input, first_bad
+    tiles.call(_step, (*tensors, *(history or ())), stream)
 
-    views = []
-    for value in (m, guide, v, known, mask, net_input):
-        seen, inner = tiles.view(value, shape, inner)
-        views.append(seen)
-    of_m, of_guide, of_v, of_known, of_mask, target = views
+
+# the kernel's tensors in the order in which `step` gives them; the history follows
+SLOTS = (
+    "out", "table", "cursor", "x", "m", "guide", "v", "base", "z", "measured", "known", "mask", "pushed", "net_input",
+    "first_bad",
+)  # fmt: skip
+
+
+def _step(*tensors_and_stream: Any) -> tiles.Prepared:
+    """`step`; on operands that must be copied for the kernel, for this once."""
+    *tensors, stream = tensors_and_stream
+    given = dict(zip(SLOTS, tensors))
+    out, table, m = given["out"], given["table"], given["m"]
+    if out.numel() == 0:
+        return tiles.Prepared(lambda *_: None, None)
+    shape = out.shape
+    tiles.check_state(out, table=table, cursor=given["cursor"])
+    tiles.check_same(shape, pushed=given["pushed"], net_input=given["net_input"])
+    tiles.check_column(len(out), measured=given["measured"], first_bad=given["first_bad"])
+    if given["mask"] is not None and given["mask"].dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {given['mask'].dtype}")
+    # operands without a use are left out, so that no kernel is compiled for them
+    if m is None:
+        given |= {"guide": None, "pushed": None}
+    if given["measured"] is not None or (given["z"] is None and stream is None):
+        given["v"] = None
+    if given["mask"] is None:
+        given["known"] = None
+    history = tuple(tensors[len(SLOTS) : len(SLOTS) + 4 - (m is not None)])
+
+    views, inner, placed = {}, None, dict(given)
+    for name in ("m", "guide", "v", "known", "mask", "net_input"):
+        view, inner = tiles.view(given[name], shape, inner)
+        views[name], placed[name] = view._replace(value=None), view.value
+    placed |= {name: tiles.dense(given[name], shape) for name in ("x", "base", "z")}
+    placed["measured"] = None if given["measured"] is None else given["measured"].contiguous()
+    earlier = tuple(tiles.dense(value, shape) for value in history)
+
     # many operands would take more registers than a thread has
-    read = sum(value is not None for value in (x, m, guide, v, base, z, known, mask, *history))
-    tiling = tiles.cut(len(out), out.numel() // len(out), tiles.QUADS if read <= 6 else tiles.QUADS // 2)
-    tiles.launch(
-        step_kernel, tiling.grid, out,
-        out, table, len(table), cursor, None if z is not None else stream, tiles.dense(x, shape), of_m, of_guide, of_v,
-        tiles.dense(base, shape), tiles.dense(z, shape), history, None if measured is None else measured.contiguous(),
-        of_known, of_mask, pushed, target, first_bad, INNER=inner or 1, **tiling.arguments,
+    read = [given[name] for name in ("x", "m", "guide", "v", "base", "z", "known", "mask")]
+    few = len(history) + sum(value is not None for value in read) <= 6
+    tiling = tiles.cut(len(out), out.numel() // len(out), tiles.QUADS if few else tiles.QUADS // 2)
+    slots = [name if value is not None else None for name, value in given.items()]
+    absent = dict.fromkeys(("base", "z", "measured", "pushed", "first_bad"))
+    launch = tiles.Launch(
+        step_kernel, tiling.grid, [*slots, "history"], **absent, **views, rows=len(table),
+        stream=None if given["z"] is not None else stream, INNER=inner or 1, **tiling.arguments,
     )  # fmt: skip
-    # a net_input that the kernel cannot address was copied, and the copy written
-    if net_input is not None and target.value.data_ptr() != net_input.data_ptr():
-        net_input.copy_(target.value)
+    pairs = [*zip(given.values(), placed.values()), *zip(history, earlier)]
+    if all(mine is None or mine.data_ptr() == theirs.data_ptr() for theirs, mine in pairs):
+        last = len(SLOTS) + len(history)
+        return tiles.Prepared(lambda *now: launch(*now[: len(SLOTS)], now[len(SLOTS) : last]), launch)
+
+    def run(*_: Tensor) -> None:
+        launch(*placed.values(), earlier)
+        if given["net_input"] is not None and placed["net_input"].data_ptr() != given["net_input"].data_ptr():
+            given["net_input"].copy_(placed["net_input"])
+
+    return tiles.Prepared(run, None)
 
 
 def prepare_step(
     out: Tensor, table: Tensor, stream: int | None, x: Tensor, **operands: Any
 ) -> Callable[[Tensor, Tensor | None, Tensor | None], None]:
     """(cursor, m, v) -> None: `step` on operands that stay the same (fastdiff.execution.reference.prepare_step)."""
+    history = tuple(operands.pop("history", None) or ())
+    given = {"out": out, "table": table, "x": x, **operands}
+    launches: dict[Any, tiles.Launch] = {}
 
     def run(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
-        step(out, table, cursor, stream, x, m, v=v, **operands)
+        key = tiles.facts(cursor), tiles.facts(m), tiles.facts(v)
+        launch = launches.get(key)
+        if launch is not None:
+            launch(cursor, m, v)
+            return
+        now = {**given, "cursor": cursor, "m": m, "v": v}
+        tensors = [now.get(name) for name in SLOTS]
+        prepared = _step(*tensors, *history, stream)
+        prepared.run(*tensors, *history)
+        if prepared.last is not None and prepared.last.start is not None:
+            launches[key] = prepared.last.fixed(("cursor", "m", "v"), [*tensors, history])
 
     return run
