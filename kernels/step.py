@@ -176,12 +176,12 @@ def step_kernel(
         measured_c = tiles.per_sample(measured + 1, at, batch, 2, SAMPLES)
     if m.value is not None:
         h0, raw, bounded = prediction(row, state, output, uncond)
-        if pushed is not None:
-            tl.store(tiles.pointers(pushed, at), h0, mask=at.inside)
         if first_bad is not None:
             unclamped = tl.zeros_like(largest(raw, QUADS, SAMPLES))
             if bounded:
                 unclamped = largest(raw, QUADS, SAMPLES)
+        if pushed is not None:
+            tl.store(tiles.pointers(pushed, at), h0, mask=at.inside)
         if measured is not None:
             b0 = measured_b
         else:

@@ -132,12 +132,12 @@ def test_instructions_and_registers_stay_what_they_were_measured_to_be(lines):
 
 
 def test_sums_exchange_halves(lines):
-    """A block of 1024 numbers: its threads have two each after one exchange through shared memory, then five shuffles."""
-    for name, registers in (("dot_kernel", 80), ("dsm_kernel", 96), ("measure_kernel", 96)):
+    """A block of 1024 numbers: one exchange through shared memory (Triton 3.6: two or three), then five sums of 64 bits by
+    shuffles, each for one number of a thread."""
+    for name, sums, barriers in (("dot_kernel", 1, 1), ("dsm_kernel", 1, 7), ("measure_kernel", 2, 1)):
         line = of(lines, kernel=name, target="sm_90")[0]
-        assert line["barriers"] <= 1, line
-        assert line["shuffles"] <= 16, line
-        assert line["registers"] <= registers, line
+        assert line["shuffles"] <= 10 * sums, line
+        assert line["barriers"] <= barriers, line
 
 
 SPILL = """
