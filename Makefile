@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/fastdiff demo --out out
 
 test: $(READY)
-	$(BIN)/python -m pytest tests -n 2
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -36,9 +36,10 @@ $(VENV)/.peers: benchmarks/peers.txt $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps -r benchmarks/peers.txt
 	touch $(VENV)/.peers
 
-# on a CUDA machine, whose own python3 has torch: the GPU's tests and benchmarks, under ten minutes; installs nothing
+# on a CUDA machine, whose own python3 has torch: the GPU's tests and benchmarks, under ten minutes, with a verdict; installs
+# nothing. ONLY=bits,tests names parts, OUT= a folder for results and log, COMMIT= the commit where there is no repository
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py$(if $(OUT), --out "$(OUT)")$(if $(COMMIT), --commit "$(COMMIT)")$(if $(ONLY), --only "$(ONLY)")
 
 # the C++ code under the address and undefined-behaviour sanitizers
 SANITIZED = $(CURDIR)/build/sanitize/libfastdiff.so

@@ -7,6 +7,7 @@ instruction set is one source file, compiled with flags of its own. ninja compil
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 import shlex
@@ -40,14 +41,24 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     )
 
 
-def write_build(folder: Path, library: Path, compiler: str, extra: str) -> None:
-    """A build.ninja that makes `library` from csrc/."""
+def units() -> dict[str, str]:
+    """The files of csrc/ that are compiled, with the flags of each; fastdiff.cpp is told which sources these are."""
     files = sorted((ROOT / "csrc").glob("*.[ch]*"))
     sources = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
+    return {**SOURCES, "fastdiff": f'-DFASTDIFF_SOURCES=\\"{sources}\\"'}
+
+
+def flags_of(extra: str) -> str:
+    """The flags of every file and of the linker."""
+    return f"{extra} {FLAGS}"  # the later one wins
+
+
+def write_build(folder: Path, library: Path, compiler: str, extra: str) -> None:
+    """A build.ninja that makes `library` from csrc/."""
     escape = lambda path: str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
     lines = [
         f"cxx = {compiler}",
-        f"flags = {extra} {FLAGS}",  # the later one wins
+        f"flags = {flags_of(extra)}",
         "rule compile",
         "  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -56,8 +67,7 @@ def write_build(folder: Path, library: Path, compiler: str, extra: str) -> None:
         "  command = $cxx $flags -shared $in -o $out -lm",
     ]
     objects = []
-    named = f'-DFASTDIFF_SOURCES=\\"{sources}\\"'
-    for name, isa in {**SOURCES, "fastdiff": named}.items():
+    for name, isa in units().items():
         objects.append(escape(folder / f"{name}.o"))
         lines += [f"build {objects[-1]}: compile {escape(ROOT / 'csrc' / name)}.cpp", f"  isa = {isa}"]
     lines += [f"build {escape(library)}: link {' '.join(objects)}", ""]
@@ -72,8 +82,16 @@ def compile_library(folder: Path, library: Path, extra: str = "") -> None:
         raise FileNotFoundError(f"no C++ compiler ({compiler or 'g++, clang++ or c++'})")
     write_build(folder, library, compiler, extra)
     found = shutil.which("ninja")
-    command = [found] if found else [sys.executable, "-m", "ninja"]
-    subprocess.run([*command, "-C", str(folder)], check=True, stdout=sys.stderr)
+    if found or importlib.util.find_spec("ninja"):
+        command = [found] if found else [sys.executable, "-m", "ninja"]
+        subprocess.run([*command, "-C", str(folder)], check=True, stdout=sys.stderr)
+        return
+    flags, objects = shlex.split(f"{compiler} {flags_of(extra)}"), []
+    for name, isa in units().items():  # as on a machine where nothing is to be installed (benchmarks/gpu.py)
+        objects.append(str(folder / f"{name}.o"))
+        source = str(ROOT / "csrc" / f"{name}.cpp")
+        subprocess.run([*flags, *shlex.split(isa), "-c", source, "-o", objects[-1]], check=True, stdout=sys.stderr)
+    subprocess.run([*flags, "-shared", *objects, "-o", str(library), "-lm"], check=True, stdout=sys.stderr)
 
 
 class Build(build_ext):

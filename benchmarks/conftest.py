@@ -9,9 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import gpu
+import predictions
+import provenance
 import pytest
 import torch
-from recorder import RESULTS, Recorder, Unsaveable, shown
+from recorder import Recorder, shown
 
 BEGAN = time.monotonic()
 
@@ -27,18 +30,20 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "takes(seconds): at most, for --minutes")
+    for name, part in gpu.PARTS.items():
+        config.addinivalue_line("markers", f"{name}: {part.title} (gpu.py)")
     device = torch.device(config.getoption("device"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(
             f"--device {device}: there is no CUDA device here; --quick tries its benchmarks on a CPU"
         )
     config.gpu = device.type == "cuda" or config.getoption("quick")
-    config.recorder = Recorder(device, config.getoption("commit"))
-    config.folder = config.getoption("out") or (RESULTS if config.getoption("save_results") else None)
+    config.recorder = Recorder(device, config.getoption("commit"), config.getoption("quick"))
+    config.folder = config.getoption("out") or (provenance.RESULTS if config.getoption("save_results") else None)
     if config.folder:
         try:
-            config.recorder.refuse_unclean(config.folder)
-        except Unsaveable as error:  # now, and not after a quarter of an hour
+            provenance.refuse_unclean(config.folder, config.recorder.commit)
+        except provenance.Unsaveable as error:  # now, and not after a quarter of an hour
             raise pytest.UsageError(str(error)) from None
 
 
@@ -59,7 +64,7 @@ def pytest_report_header(config):
 def pytest_runtest_setup(item):
     takes, left = item.get_closest_marker("takes"), 60 * item.config.getoption("minutes") + BEGAN - time.monotonic()
     if takes and takes.args[0] > left:
-        pytest.skip(f"left out for want of time: it may take {takes.args[0]} s, {max(left, 0):.0f} s are left")
+        pytest.skip(f"{gpu.OF_TIME}: it may take {takes.args[0]} s, {max(left, 0):.0f} s are left")
 
 
 def pytest_runtest_teardown(item):
@@ -70,6 +75,19 @@ def pytest_runtest_teardown(item):
 @pytest.fixture(scope="session")
 def recorder(request):
     return request.config.recorder
+
+
+@pytest.fixture(autouse=True)
+def _compared(request, record_property):
+    """What a test is the first to measure of a GPU, beside what was predicted of it (gpu.py prints it)."""
+    config, rows = request.config, request.config.recorder.rows
+    before = len(rows)
+    yield
+    if config.gpu:
+        known = predictions.beside(config.recorder.name, rows[:before])
+        for key, line in predictions.beside(config.recorder.name, rows[before:]).items():
+            if key not in known:
+                record_property("predicted", line)
 
 
 @pytest.fixture(autouse=True)

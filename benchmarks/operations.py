@@ -16,6 +16,7 @@ from fastdiff.execution.noise import PERTURBATION, PROBES, SAMPLER
 from fastdiff.table import COLUMNS
 
 A, B, C = 0.9, 0.1, 0.3
+GAIN = 0.05
 # Dormand and Prince's weights, and their difference from the embedded method's
 WEIGHTS = (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0)
 ERRORS = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
@@ -53,9 +54,11 @@ def tensors(n: int, device: torch.device, samples: int) -> Tensors:
     t = {name: torch.randn(samples, each, generator=generator, device=device) for name in drawn}
     t["trained"].requires_grad_()
     t |= {name: torch.empty_like(t["x"]) for name in ("out", "noise", "theirs")} | {"half": t["m"].bfloat16()}
-    t |= {"net_input": torch.empty_like(t["half"]), "cursor": ops.cursor(0, 0, 0, device)}
+    t |= {"net_input": torch.empty_like(t["half"]), "wide_input": torch.empty_like(t["x"])}
+    t["cursor"] = ops.cursor(0, 0, 0, device)
     usual = {"q": 1.0, "low": -math.inf, "high": math.inf, "next_scale": 1.0, "guidance": 1.0}
-    rows = {"table": {"a": A, "b0": B, "c": C}, "langevin": {"a": 1.0, "gain": 0.05, "cap": math.inf}}
+    rows = {"table": {"a": A, "b0": B, "c": C}, "noiseless": {"a": A, "b0": B}}
+    rows["langevin"] = {"a": 1.0, "gain": GAIN, "cap": math.inf}
     for name, columns in rows.items():
         t[name] = torch.tensor([[{**usual, **columns}.get(column, 0.0) for column in COLUMNS]], device=device)
     t |= {"measured": torch.empty(samples, 2, device=device), "first_bad": torch.full((samples,), 9, device=device)}
@@ -67,10 +70,12 @@ def tensors(n: int, device: torch.device, samples: int) -> Tensors:
     return t
 
 
-def step(m: str, *written: str) -> Ours:
+def step(m: str, *written: str, noise: bool = True, net_input: str = "net_input") -> Ours:
     def ours(k: ModuleType, t: Tensors) -> Outputs:
-        k.step(t["out"], t["table"], t["cursor"], SAMPLER, t["x"], t[m], **{name: t[name] for name in written})
-        return (t["out"], *(t[name] for name in written))
+        table, stream = (t["table"], SAMPLER) if noise else (t["noiseless"], None)
+        results = {name: t[net_input if name == "net_input" else name] for name in written}
+        k.step(t["out"], table, t["cursor"], stream, t["x"], t[m], **results)
+        return (t["out"], *results.values())
 
     return ours
 
@@ -87,6 +92,16 @@ def affine_mixed(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
 def affine_flagged(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     after, narrow = affine_mixed(x, m)
     return after, narrow, after.isfinite().all(1)
+
+
+def affine_wide(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    after = affine(x, m)
+    return after, after.clone(), after.isfinite().all(1)
+
+
+def affine_noiseless(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    after = A * x + B * m.float()
+    return after, after.bfloat16(), after.isfinite().all(1)
 
 
 def preallocated(k: ModuleType, t: Tensors) -> Outputs:
@@ -150,8 +165,18 @@ def langevin(k: ModuleType, t: Tensors) -> Outputs:
 
 def eager_langevin(x: Tensor, m: Tensor) -> Tensor:
     z = torch.randn_like(x)
-    delta = 0.05 * (z.norm(dim=1).mean() / m.norm(dim=1).mean()) ** 2
+    delta = GAIN * (z.norm(dim=1).mean() / m.norm(dim=1).mean()) ** 2
     return x + delta * m + (2 * delta).sqrt() * z
+
+
+def measure(k: ModuleType, t: Tensors) -> Outputs:
+    k.measure_langevin(t["measured"], t["langevin"], t["cursor"], SAMPLER, False, t["x"], t["m"])
+    return (t["measured"],)
+
+
+def eager_measure(m: Tensor) -> Tensor:
+    delta = GAIN * (torch.randn_like(m).norm(dim=1) / m.norm(dim=1)) ** 2
+    return torch.stack((delta, (2 * delta).sqrt()), 1)
 
 
 def probe_dot(kind: str, again: bool = False) -> Ours:
@@ -162,6 +187,10 @@ def probe_dot(kind: str, again: bool = False) -> Ours:
         return (k.probe_dot(t["x"], t["cursor"], PROBES, kind, None if again else t["noise"]),)
 
     return ours
+
+
+def dot(kind: str) -> Ours:
+    return lambda k, t: (k.probe_dot(t["x"], t["cursor"], PROBES, kind),)
 
 
 def dormand_prince(x: Tensor, h: Tensor, *stages: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,13 +235,22 @@ OPS = (
     Op("timestep_embedding", 4, lambda k, t: (k.timestep_embedding(t["times"], t["frequencies"], 1000.0, 128, "sin_cos"),),
        "times frequencies", embedding, noiseless=1e-6),
 )  # fmt: skip
+# what else was predicted of a GPU (predictions.py)
+OTHERS = (
+    Op("step, float32 network", 16, step("m", "net_input", "first_bad", net_input="wide_input"), "x m", affine_wide),
+    Op("step without noise, bf16 network", 12, step("half", "net_input", "first_bad", noise=False), "x half",
+       affine_noiseless, noiseless=1e-6),
+    Op("probe_dot alone, normal", 4, dot("normal"), "x", lambda x: (torch.randn_like(x) * x).sum(1)),
+    Op("probe_dot alone, rademacher", 4, dot("rademacher"), "x", lambda x: (signs(x) * x).sum(1)),
+    Op("measure_langevin alone", 8, measure, "m", eager_measure),
+)  # fmt: skip
 
 
 def check_bits(op: Op, module: ModuleType, t: Tensors, oracle: ModuleType, on_cpu: Tensors) -> None:
     """Refuse the operation a number unless its results are the oracle's to the bit; the tensors may be the same."""
 
     def results(run: Ours, k: ModuleType, where: Tensors) -> list[Tensor]:
-        for name in ("out", "net_input", "noise"):
+        for name in ("out", "net_input", "wide_input", "noise", "measured"):
             where[name].fill_(math.nan)
         return [value.to("cpu", copy=True) for value in run(k, where)]
 
@@ -228,7 +266,10 @@ def first(results: Tensor | Outputs) -> Tensor:
 
 def check_meaning(op: Op, ours: Callable[[], Any], name: str, theirs: Callable[[], Any]) -> None:
     """Refuse an opponent a number that computes something else: its result differs by its own noise, which is 0 on the mean."""
-    a, b = (first(value).double().clone() for value in (ours(), theirs()))
+    mine = first(ours())
+    a = mine.double().clone()
+    mine.fill_(math.nan)  # so that theirs, which may be in the same memory, is not ours again
+    b = first(theirs()).double()
     apart = b - a
     # 5 standard errors; float32's roundings
     alike = apart.mean().abs() <= 5 * apart.std() / apart.numel() ** 0.5 + 1e-5 * a.abs().mean()

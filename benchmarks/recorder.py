@@ -1,7 +1,4 @@
-"""What every benchmark of either device does with its measurements: take them in turns, make ratios of neighbours, write a CSV.
-
-Figures are those of commits: nothing is saved in benchmarks/results while the sources differ from their commit.
-"""
+"""What every benchmark does with its measurements: take them in turns, make ratios of neighbours, write a CSV."""
 
 import csv
 import functools
@@ -10,9 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,15 +16,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import provenance
 import torch
 from cases import CPU, Clock, clock
 
 from fastdiff.execution import cuda_graph
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-# what the figures depend on
-MEASURED = ("fastdiff", "kernels", "csrc", "setup.py", "benchmarks", ":!benchmarks/results")
 # One row a measurement. `ours` and `theirs` are medians in the unit that `metric` names; the ratios are theirs by ours.
 COLUMNS = (
     "device", "threads", "group", "case", "opponent", "n", "metric", "ours", "theirs", "ratio_p20", "ratio_p50", "ratio_p80",
@@ -41,17 +33,23 @@ Run = Callable[[], object]
 T = TypeVar("T")
 
 
-class Unsaveable(RuntimeError):
-    """These figures belong to no commit."""
+def is_cuda(device: torch.device) -> bool:
+    """Whether measurements are a GPU's."""
+    return device.type == "cuda"
 
 
 class Recorder:
-    """The rows of one device. `commit`: of the sources, where git cannot tell it."""
+    """The rows of one device.
 
-    def __init__(self, device: torch.device = CPU, commit: str = "") -> None:
-        self.cuda = device.type == "cuda"
-        self.name = re.sub(r"[^\w.-]+", "-", torch.cuda.get_device_name(device) if self.cuda else _processor())
-        self.commit = commit or _git("describe", "--always") + ("-dirty" if _changed() else "")
+    commit  of the sources, as git names it unless it is given
+    quick   the numbers are of a try, and never in the file of the device's results
+    """
+
+    def __init__(self, device: torch.device = CPU, commit: str = "", quick: bool = False) -> None:
+        self.cuda = is_cuda(device)
+        name = torch.cuda.get_device_name(device) if self.cuda else _processor()
+        self.name = re.sub(r"[^\w.-]+", "-", name) + ("-quick" if quick else "")
+        self.commit = commit or provenance.commit()
         self.rows: list[Row] = []
 
     def row(
@@ -80,31 +78,22 @@ class Recorder:
         opponents = [name for name in times if name != "ours"]
         return {name: self.row(group, case, n, metric, times["ours"], name, times[name]) for name in opponents}
 
-    def save(self, folder: Path = RESULTS) -> Path:
-        """The rows in <folder>/<device>.csv, in the place of what the file had of the same measurements."""
-        self.refuse_unclean(folder)
+    def save(self, folder: Path) -> Path:
+        """The rows in <folder>/<device>.csv, in the place of what was there of the same measurements, or else in the
+        repository's results: rows of what was not measured now are kept."""
+        provenance.refuse_unclean(folder, self.commit)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.csv"
-        rows = [*(read(path) if path.exists() else []), *self.rows]
+        known = next((p for p in (path, provenance.RESULTS / path.name) if p.exists()), None)
+        rows = [*(read(known) if known else []), *self.rows]
         latest = {tuple(str(row[name]) for name in KEY): row for row in rows}
-        with path.open("w", newline="", encoding="utf-8") as file:
+        whole = path.with_suffix(".part")  # who is cut off while it writes leaves the file of before
+        with whole.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(latest.values())
+        whole.replace(path)
         return path
-
-    def refuse_unclean(self, folder: Path = RESULTS) -> None:
-        """Raises Unsaveable where figures in the repository's folder of results would belong to no commit."""
-        if folder.resolve() != RESULTS:
-            return
-        says, changed = "benchmarks/results holds figures of commits only, and", _changed()
-        if changed:
-            names = ", ".join([*changed[:3], *([f"{len(changed) - 3} more"] if len(changed) > 3 else [])])
-            raise Unsaveable(
-                f"{says} {names} differ from the last commit: commit them first, or run without saving there"
-            )
-        if not self.commit:
-            raise Unsaveable(f"{says} git knows none here: name --commit")
 
 
 def shown(row: Row) -> str:
@@ -119,18 +108,6 @@ def shown(row: Row) -> str:
 def read(path: Path) -> list[dict[str, str]]:
     """The rows of a results file."""
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-
-
-def _git(*arguments: str) -> str:
-    found = shutil.which("git")
-    return (
-        subprocess.run([found, *arguments], cwd=ROOT, capture_output=True, text=True).stdout.rstrip() if found else ""
-    )
-
-
-def _changed() -> list[str]:
-    """The files on which figures depend and that differ from the last commit."""
-    return [line[3:] for line in _git("status", "--porcelain", "--", *MEASURED).splitlines()]
 
 
 def _processor() -> str:
@@ -167,7 +144,7 @@ class Stopwatch:
     """Microseconds: of a GPU by its own events, of whole runs and of a CPU by `clock`."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+        self.cuda = is_cuda(device)
         self.settle = functools.partial(torch.cuda.synchronize, device) if self.cuda else lambda: None
 
     def whole(self, run: Run, calls: int = 1) -> float:

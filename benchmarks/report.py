@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from peers import PEERS
-from recorder import RESULTS, ROOT, read
+from provenance import RESULTS, ROOT
+from recorder import read
 
 README, TABLES = ROOT / "README.md", ROOT / "docs" / "RESULTS.md"
 PICTURE = ROOT / "docs" / "pictures" / "speeds.png"

@@ -9,7 +9,9 @@ that the shipped samplers make: the runner runs each, with operations that note 
 Registers and shared memory come from the compiler. instructions_per_element is the number of SASS instructions that a program
 runs whose row has the usual coefficients (the fewest from the entry to the EXIT that ends a program: what rows rarely need,
 and the IEEE square root's slow path, are branched past), divided by the elements of a thread; on AMD, of all instructions to
-s_endpgm. approximations: PTX instructions that are not IEEE's (on AMD not counted).
+s_endpgm. approximations: operations that need not be IEEE's, as PTX or LLVM's flags say. contracted: float operations that may
+be fused, as PTX or LLVM's flags say; on sm_80 and sm_90 (later ones pack two operations in one) also what the machine code has
+more or less of them than the PTX.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from compiled import Driver
 from triton.backends.compiler import GPUTarget
 
 import fastdiff
@@ -46,7 +49,7 @@ TARGETS = {
 }
 FIELDS = (
     "kernel", "variant", "target", "registers", "spills", "shared_bytes", "instructions_per_element",
-    "loads_128", "stores_128", "loads_32", "stores_32", "shuffles", "barriers", "approximations",
+    "loads_128", "stores_128", "loads_32", "stores_32", "shuffles", "barriers", "approximations", "contracted",
 )  # fmt: skip
 # What rarely runs is compiled for two targets only, to save a quarter of the time
 RARE = (
@@ -167,36 +170,18 @@ def variants() -> dict[tuple[str, str], Callable[[Any], None]]:
     }
 
 
-class _Driver:
-    """Stands where the CUDA driver would: it only says which GPU is meant."""
-
-    def __init__(self) -> None:
-        self.name = next(iter(TARGETS))
-
-    def get_current_device(self) -> int:
-        return list(TARGETS).index(self.name)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.name]
-
-
 def compile_variant(name: tuple[str, str], targets: list[str]) -> list[dict[str, Any]]:
     """One variant's launches, compiled for each target and read."""
-    driver = _Driver()
-    triton.runtime.driver.set_active(driver)
     lines: list[dict[str, Any]] = []
 
     def launch(kernel: Any, grid: tuple[int, ...], like: torch.Tensor, *args: Any, **meta: Any) -> None:
         compiled = kernel.warmup(*args, grid=grid, **meta, num_warps=WARPS, enable_fp_fusion=False)
         elements = 4 * meta.get("GROUPS", 1) * meta["QUADS"] * meta["SAMPLES"] if "QUADS" in meta else 0
         elements = elements or math.prod(meta.get(key, 1) for key in ("LENGTH", "ROWS", "PARTS", "WIDTH"))
-        read = _read_sass if TARGETS[driver.name].backend == "cuda" else _read_amd
-        threads = WARPS * TARGETS[driver.name].warp_size
+        read = _read_sass if TARGETS[target].backend == "cuda" else _read_amd
+        threads = WARPS * TARGETS[target].warp_size
         variant = name[1] if name[0] == "step" else ", ".join(name)
-        label = {"kernel": kernel.fn.__name__, "variant": variant, "target": driver.name}
+        label = {"kernel": kernel.fn.__name__, "variant": variant, "target": target}
         lines.append({**label, "shared_bytes": compiled.metadata.shared, **read(compiled, elements / threads)})
 
     tiles = kernels.tiles
@@ -204,7 +189,8 @@ def compile_variant(name: tuple[str, str], targets: list[str]) -> list[dict[str,
     tiles.launch = launch
     try:
         call = variants()[name]
-        for driver.name in targets:
+        for target in targets:
+            triton.runtime.driver.set_active(Driver(TARGETS[target]))
             call(kernels)
     finally:
         tiles.launch = original
@@ -219,7 +205,10 @@ def _read_sass(compiled: Any, per_thread: float) -> dict[str, Any]:
         command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([\w.]+)(.*);", text, re.MULTILINE)
-    count = Counter(name for _, _, name, _ in lines)
+    names = [name for _, _, name, _ in lines]
+    count = Counter(names)
+    # subroutines, if any, stand behind the last EXIT
+    main = max(i for i, name in enumerate(names) if name == "EXIT") + 1
     spilled = sum(n for name, n in count.items() if name.startswith(("STL", "LDL")))
     stack = int(re.search(r"STACK:(\d+)", text)[1])
     return {
@@ -233,6 +222,7 @@ def _read_sass(compiled: Any, per_thread: float) -> dict[str, Any]:
         "shuffles": sum(n for name, n in count.items() if name.startswith("SHFL")),
         "barriers": sum(n for name, n in count.items() if name.startswith("BAR")),
         "approximations": len(re.findall(r"\.(?:approx|full|ftz)\.", compiled.asm["ptx"])),
+        "contracted": _contracted(compiled, Counter(names[:main])),
     }
 
 
@@ -241,9 +231,8 @@ def _fewest(lines: list[tuple[str, str, str, str]]) -> int:
 
     lines: (address, predicate or "", instruction, operands)."""
     place = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
-    left = [math.inf] * (
-        len(lines) + 1
-    )  # from each instruction on; the kernels have no loops: branches go forward only
+    # from each instruction on; the kernels have no loops: branches go forward only
+    left = [math.inf] * (len(lines) + 1)
     for i, (_, predicate, name, operands) in reversed(list(enumerate(lines))):
         if name.startswith("BRA"):
             onward = left[place[int(re.findall(r"0x([0-9a-f]+)", operands)[-1], 16)]]
@@ -255,6 +244,26 @@ def _fewest(lines: list[tuple[str, str, str, str]]) -> int:
         else:
             left[i] = 1 + (0 if name.startswith("EXIT") and not predicate else left[i + 1])
     return int(left[0])
+
+
+def _contracted(compiled: Any, count: Counter[str]) -> int:
+    code = compiled.asm["ptx"]
+    ptx = lambda operation: len(re.findall(rf"\b{operation}\b", code))  # noqa: E731
+    unrounded = len(re.findall(r"\b(?:add|sub|mul|mad|fma)\.(?!rn\.)(?:\w+\.)*f(?:32|64)\b", code))
+    if compiled.metadata.target.arch >= 100:
+        return unrounded
+    root, quotient = ptx("sqrt.rn.f32"), ptx("div.rn.f32")  # each a short sequence
+    wide_root, wide_quotient = ptx("sqrt.rn.f64"), ptx("div.rn.f64")
+    expected = {
+        "FFMA": ptx("fma.rn.f32") + 2 * root + 5 * quotient + wide_quotient,
+        "FMUL": ptx("mul.rn.f32") + 2 * root,
+        "FADD": ptx("add.rn.f32") + ptx("sub.rn.f32"),
+        "DFMA": ptx("fma.rn.f64") + 5 * wide_root + 7 * wide_quotient,
+        "DMUL": ptx("mul.rn.f64") + 3 * wide_root + wide_quotient,
+        "DADD": sum(ptx(f"{name}.f64") for name in ("add.rn", "sub.rn", "abs", "neg")),  # the last two add 0
+    }
+    found = {name: sum(n for full, n in count.items() if full.partition(".")[0] == name) for name in expected}
+    return unrounded + sum(abs(found[name] - expected[name]) for name in expected)
 
 
 def _wide(count: Counter[str], name: str, width: str) -> int:
@@ -276,7 +285,10 @@ def _read_amd(compiled: Any, per_thread: float) -> dict[str, Any]:
         "stores_32": count["global_store_dword"] + count["buffer_store_dword"],
         "shuffles": text.count("dpp"),
         "barriers": count["s_barrier"],
-        "approximations": 0,
+        "approximations": len(
+            re.findall(r"= f(?:add|sub|mul|div) (?:\w+ )*?(?:fast|afn|arcp|reassoc)\b", compiled.asm["llir"])
+        ),
+        "contracted": len(re.findall(r"= f(?:add|sub|mul) (?:\w+ )*?(?:fast|contract)\b", compiled.asm["llir"])),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,7 +17,21 @@ with torch.device("meta"):  # which looks up once what makes tensors, and must f
     torch.empty(0)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--few", type=int, help="only so many cases of each test function")
+
+
+def pytest_collection_modifyitems(config, items):
+    few = config.getoption("few")
+    if few is not None:
+        count = Counter()
+        for item in list(items):
+            count[item.originalname] += 1
+            if count[item.originalname] > few:
+                items.remove(item)
+    items.sort(
+        key=lambda item: item.get_closest_marker("slow") is None
+    )  # first, so that no process ends with a long one
     if torch.cuda.is_available():
         return
     for item in items:

@@ -21,6 +21,7 @@ IMAGE_STEPS = 25  # the operands of the shipped samplers' steps: a new sampler m
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux"),
+    pytest.mark.xdist_group("aot"),  # all of them read what is compiled once
 ]
 
 
@@ -76,6 +77,11 @@ def test_nothing_spills(lines):
 def test_every_float_operation_is_ieees(lines):
     """No approximate square root or division, no flushing of subnormal numbers, which the interpreter could not show."""
     assert [line for line in lines if line["approximations"] != 0] == []
+
+
+def test_nothing_is_contracted(lines):
+    """A product and a sum are rounded one by one."""
+    assert [line for line in lines if line["contracted"] != 0] == []
 
 
 def test_few_steps_serve_all_samplers(lines):
@@ -145,7 +151,7 @@ import sys
 sys.path.insert(0, "tests")
 import torch, triton, aot
 from fastdiff import kernels
-triton.runtime.driver.set_active(aot._Driver())
+triton.runtime.driver.set_active(aot.Driver(aot.TARGETS["sm_90"]))
 out, cursor = torch.zeros(4096), torch.zeros(3, dtype=torch.int64)
 code = kernels.fill.normal_kernel.warmup(
     out, cursor, 1, 1024, 1, GROUPS=1, QUADS=1024, SAMPLES=1, WHOLE=True,

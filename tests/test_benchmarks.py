@@ -24,10 +24,13 @@ def bench(monkeypatch):
     import cases
     import counting
     import peers
+    import provenance
     import recorder
     import test_runs
 
-    return SimpleNamespace(cases=cases, counting=counting, peers=peers, recorder=recorder, runs=test_runs)
+    return SimpleNamespace(
+        cases=cases, counting=counting, peers=peers, provenance=provenance, recorder=recorder, runs=test_runs
+    )
 
 
 @pytest.fixture
@@ -126,7 +129,7 @@ def test_an_operation_of_other_bits_or_meaning_gets_no_number(bench):
 
     from fastdiff.execution import reference
 
-    for op in operations.OPS:
+    for op in (*operations.OPS, *operations.OTHERS):
         t = operations.tensors(1024, torch.device("cpu"), 8)
         operations.check_bits(op, reference, t, reference, t)
         ours = lambda op=op, t=t: op.ours(reference, t)  # noqa: E731
@@ -146,6 +149,9 @@ def test_an_operation_of_other_bits_or_meaning_gets_no_number(bench):
                 operations.check_bits(wrong._replace(ours=lambda k, t: (t["out"],)), reference, t, reference, t)
         with pytest.raises(AssertionError, match="computes something else"):
             operations.check_meaning(op, ours, "eager", lambda ours=ours: operations.first(ours()) + 1.0)
+        if op.name in ("step", "normal"):  # nor is what ours left there the opponent's
+            with pytest.raises(AssertionError, match="computes something else"):
+                operations.check_meaning(op, ours, "eager", lambda t=t: t["out"])
 
 
 def test_operations_reads_and_memory_are_counted(bench):
@@ -214,7 +220,10 @@ def test_the_mixture_is_exact(bench):
     assert torch.allclose(exact_eps(x, t), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_results_of_other_measurements_are_kept(bench, rows, tmp_path):
+def test_results_of_other_measurements_are_kept(bench, rows, tmp_path, monkeypatch):
+    """Those of the same file, or else of the repository's: a run of some parts into an empty folder loses no others."""
+    committed, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
+    monkeypatch.setattr(bench.provenance, "RESULTS", committed)
     rows.row("ops", "step", 8, "us", [1.0, 2.0, 4.0], "eager", [2.0, 6.0, 4.0])
     path = rows.save(tmp_path)
     later = bench.recorder.Recorder(commit="abc")
@@ -222,26 +231,49 @@ def test_results_of_other_measurements_are_kept(bench, rows, tmp_path):
     later.save(tmp_path)
     found = [(r["group"], r["ours"], r["theirs"], r["ratio_p50"]) for r in bench.recorder.read(path)]
     assert found == [("ops", "2", "4", "2.0"), ("a case", "0", "13", "")]
-    latest = bench.recorder.Recorder(commit="abc")
+    committed.mkdir()
+    path.rename(committed / path.name)
+    latest = bench.recorder.Recorder(commit="def")
     latest.row("ops", "step", 8, "us", [1.0, 1.0], "eager", [3.0, 3.0])
-    latest.save(tmp_path)
-    assert [(r["group"], r["ratio_p50"]) for r in bench.recorder.read(path)] == [("ops", "3.0"), ("a case", "")]
+    path = latest.save(elsewhere)
+    found = [(r["group"], r["ratio_p50"], r["commit"]) for r in bench.recorder.read(path)]
+    assert found == [("ops", "3.0", "def"), ("a case", "", "abc")]
+    assert len(bench.recorder.read(committed / path.name)) == 2
+    quick = bench.recorder.Recorder(commit="def", quick=True)  # numbers that mean nothing stand among no results
+    quick.row("ops", "step", 8, "us", [9.0])
+    assert quick.save(elsewhere) != path
+    assert [r["ours"] for r in bench.recorder.read(quick.save(elsewhere))] == ["9"]
 
 
-def test_results_come_from_commits_only(bench, rows, tmp_path, monkeypatch):
+def test_who_is_cut_off_while_it_saves_leaves_the_results_of_before(bench, rows, tmp_path, monkeypatch):
+    rows.row("ops", "step", 8, "us", [1.0], "eager")
+    before = rows.save(tmp_path).read_text()
+
+    def cut_off(writer, lines):
+        writer.writerow(next(iter(lines)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.recorder.csv.DictWriter, "writerows", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        rows.save(tmp_path)
+    assert next(tmp_path.glob("*.csv")).read_text() == before
+
+
+def test_results_come_from_commits_only(bench, tmp_path, monkeypatch):
     """A repository of one file, clean and then not; results alone may have changed."""
-    recorder, root = bench.recorder, tmp_path / "repository"
+    recorder, provenance, root = bench.recorder, bench.provenance, tmp_path / "repository"
     (root / "fastdiff").mkdir(parents=True)
     (root / "fastdiff" / "a.py").write_text("a = 1")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(root)]
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
         subprocess.run([*git, *arguments], check=True)
-    monkeypatch.setattr(recorder, "ROOT", root)
-    monkeypatch.setattr(recorder, "RESULTS", root / "benchmarks" / "results")
-    results = recorder.RESULTS
+    monkeypatch.setattr(provenance, "ROOT", root)
+    monkeypatch.setattr(provenance, "RESULTS", root / "benchmarks" / "results")
+    results = provenance.RESULTS
     rows = recorder.Recorder()
     rows.row("ops", "step", 8, "us", [1.0, 2.0], "eager", [2.0, 6.0])
     before = rows.save(results).read_text()
+    assert rows.commit
     assert rows.commit in before
     (root / "README.md").write_text("the new table")
     rows.save(results)
@@ -249,18 +281,23 @@ def test_results_come_from_commits_only(bench, rows, tmp_path, monkeypatch):
     (root / "fastdiff" / "a.py").write_text("a = 2")
     assert recorder.Recorder().commit == f"{rows.commit}-dirty"
     with pytest.raises(
-        recorder.Unsaveable, match=r"fastdiff/a.py differ.* commit: commit them first, or run without saving"
+        provenance.Unsaveable, match=r"fastdiff/a.py differ.* commit: commit them first, or run without saving"
     ):
         rows.save(results)
     assert rows.save(tmp_path / "elsewhere").exists()
     (root / "fastdiff" / "a.py").write_text("a = 1")
     (root / "fastdiff" / "new.py").write_text("b = 1")  # git does not know it
-    with pytest.raises(recorder.Unsaveable, match=r"new\.py"):
+    with pytest.raises(provenance.Unsaveable, match=r"new\.py"):
         rows.save(results)
     rows.commit = ""
     (root / "fastdiff" / "new.py").unlink()
-    with pytest.raises(recorder.Unsaveable, match="name --commit"):
+    with pytest.raises(provenance.Unsaveable, match="name --commit"):
         rows.save(results)
+    copy = root / "copy"  # without a repository of its own: that around it is not its commit
+    copy.mkdir()
+    monkeypatch.setattr(provenance, "ROOT", copy)
+    assert recorder.Recorder().commit == ""
+    assert recorder.Recorder(commit="abc").commit == "abc"
 
 
 def test_the_tables_mark_what_is_compared_by_statistics_alone(bench):

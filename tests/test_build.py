@@ -52,3 +52,30 @@ def test_a_compiler_that_fails_is_as_loud(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "NOT built" in done.stderr
     assert not list((tmp_path / "l").rglob("*.so"))
+
+
+def test_without_ninja_the_library_is_compiled_all_the_same(tmp_path, monkeypatch):
+    """The same files with the same flags, one after another."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    import setup
+
+    compiler, asked = tmp_path / "compiler", tmp_path / "asked"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {asked}\nwhile [ "$1" != -o ]; do shift; done\ntouch "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    library, found = tmp_path / "lib.so", setup.shutil.which
+    setup.compile_library(tmp_path / "with", library, "-g")
+    with_ninja = sorted(asked.read_text().splitlines())
+    asked.unlink()
+    library.unlink()
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None if name == "ninja" else found(name))
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
+    setup.compile_library(tmp_path / "with", library, "-g")
+    assert library.exists()
+    without = sorted(asked.read_text().splitlines())
+    assert len(without) == len(setup.SOURCES) + 1
+    kept = [
+        " ".join(word for word in line.split() if not word.startswith("-M") and ".o.d" not in word)
+        for line in with_ninja
+    ]
+    assert without == kept

@@ -17,4 +17,4 @@ class _Finder(MetaPathFinder):
 
 
 sys.path.insert(0, str(ROOT))
-sys.meta_path.append(_Finder())
+sys.meta_path.insert(0, _Finder())  # before those of a fastdiff that is installed

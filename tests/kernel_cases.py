@@ -1,7 +1,8 @@
 """The Triton kernels against fastdiff.execution.reference, bit for bit; run by test_triton.py in processes of its own.
 
-With TRITON_INTERPRET=1 (which must be set before anything imports triton) they run on CPU tensors; with
-FASTDIFF_KERNELS_DEVICE=cuda and no interpreter, compiled, on the GPU. The cases are the same.
+The cases are the same for kernels that are compiled for sm_90 and whose PTX runs on CPU tensors (-p compiled, tests/compiled.py),
+that Triton interprets on CPU tensors (TRITON_INTERPRET=1, which must be set before anything imports triton), and that run on the
+GPU (FASTDIFF_KERNELS_DEVICE=cuda).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 import inspect
 import itertools
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,13 @@ from step_cases import CURSOR, INF, NAN, PLAIN, STEP, copied, cursor, laid, pair
 
 import fastdiff
 from fastdiff import kernels, samplers, table
-from fastdiff.execution import noise
+from fastdiff.execution import cpu, noise
 from fastdiff.execution import reference as row
 
 DEVICE = torch.device(os.environ.get("FASTDIFF_KERNELS_DEVICE", "cpu"))
-INTERPRETED = DEVICE.type == "cpu"
+ON_HOST = DEVICE.type == "cpu"
+COMPILED = sys.modules.get("compiled")
+INTERPRETED = ON_HOST and COMPILED is None
 # Triton 3.6's interpreter rounds an fma twice: its bits are near, not equal
 FUSED = not INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
@@ -369,10 +373,30 @@ def test_timestep_embedding(order, channels):
     same(kernels.timestep_embedding(t.to(DEVICE), frequencies.to(DEVICE), 1.7, channels, order), expected)
 
 
-def test_a_batch_that_fills_the_grid(monkeypatch):
+@pytest.fixture
+def narrow_grid(monkeypatch):
+    """The grid's second dimension counts only two samples, but on a device, which has the time for more."""
+
+    def forget():  # Triton refuses a kernel whose constants have changed
+        for name in sys.modules if ON_HOST else ():
+            for function in vars(sys.modules[name]).values() if name.startswith("fastdiff.kernels.") else ():
+                if isinstance(function, triton.runtime.JITFunction):
+                    function.hash, function.used_global_vals = None, {}
+                    function.device_caches.clear()
+
+    forget()
+    with monkeypatch.context() as patch:
+        if ON_HOST:
+            patch.setattr(tiles, "SPAN", tl.constexpr(2))
+        yield
+    forget()
+
+
+@pytest.mark.usefixtures("narrow_grid")
+def test_a_batch_that_fills_the_grid():
     """More samples than a grid's second dimension counts, of which the last is not finite, and programs beyond them."""
-    if INTERPRETED:
-        monkeypatch.setattr(tiles, "SPAN", tl.constexpr(2))
+    # of the 33 million numbers of a device's grid, plain PyTorch would take half a minute; the library has its bits
+    oracle = row if ON_HOST or not cpu.available else cpu
     batch = tiles.SPAN.value + 1
     x, m, first, second, weight = operands((1025,), batch, 2, batch_numbers=3)
     measured = torch.stack((first, second), 1)
@@ -380,7 +404,7 @@ def test_a_batch_that_fills_the_grid(monkeypatch):
     matrix, out = table_of(a=0.9, q=1.0), torch.full_like(x, NAN)
     flags, ours = torch.full((2 * batch,), 9), torch.full_like(x, NAN).to(DEVICE)
     mine = flags.clone().to(DEVICE)
-    row.step(out, matrix, cursor(), 1, x, m, measured=measured, first_bad=flags[:batch])
+    oracle.step(out, matrix, cursor(), 1, x, m, measured=measured, first_bad=flags[:batch])
     kernels.step(
         ours, *on_device(matrix, cursor()), 1, *on_device(x, m), measured=measured.to(DEVICE), first_bad=mine[:batch]
     )
@@ -388,8 +412,8 @@ def test_a_batch_that_fills_the_grid(monkeypatch):
     same(mine, flags)
     assert flags[batch - 1] == CURSOR[0]
     noisy = on_device(x, first, second, cursor())
-    same(kernels.perturb(*noisy, 2), row.perturb(x, first, second, cursor(), 2))
-    expected = row.dsm_loss(m, x, first, second, weight, cursor(), 2)
+    same(kernels.perturb(*noisy, 2), oracle.perturb(x, first, second, cursor(), 2))
+    expected = oracle.dsm_loss(m, x, first, second, weight, cursor(), 2)
     for a, b in zip(kernels.dsm_loss(*on_device(m, x, first, second, weight, cursor()), 2), expected):
         same(a, b)
 
@@ -412,9 +436,8 @@ def test_offsets_pass_two_to_the_31(numel):
     """Without the memory: GROUPS only says how far the next program's elements are."""
     groups, whole = 2**20, numel % 4 == 0
     out = torch.zeros((3, 3, 4), dtype=torch.int64, device=DEVICE)
-    where[(3, 3)](
-        out, numel // 4 if whole else numel, 3, GROUPS=groups, QUADS=256, SAMPLES=1, WHOLE=whole, enable_fp_fusion=False
-    )
+    size = numel // 4 if whole else numel
+    tiles.launch(where, (3, 3), out, out, size, 3, GROUPS=groups, QUADS=256, SAMPLES=1, WHOLE=whole)
     for sample, block in itertools.product(range(3), range(3)):
         start = block * groups * 1024
         left = max(0, min(1024, numel - start))
@@ -424,7 +447,7 @@ def test_offsets_pass_two_to_the_31(numel):
 @pytest.mark.parametrize("layout", ["rows", "channels-last"])
 def test_an_operand_whose_samples_are_2_to_the_30_apart(tmp_path: Path, layout):
     apart, length = 2**30 + 16, 2**31 + 64
-    if INTERPRETED:  # a sparse file: no memory
+    if ON_HOST:  # a sparse file: no memory
         path = tmp_path / "m"
         with path.open("wb") as file:
             file.truncate(2 * length)
@@ -515,7 +538,7 @@ def turned(value):
     return room.view([value.shape[i] for i in axes]).permute(*axes).copy_(value)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="builds its operands on the CPU")
+@pytest.mark.skipif(not ON_HOST, reason="builds its operands on the CPU")
 @pytest.mark.parametrize(("name", "read", "run"), list(calls()), ids=lambda v: v if isinstance(v, str) else "")
 def test_operands_have_any_strides(name, read, run):
     wrote = {"step": lambda: torch.full((3, 3, 4, 5), NAN), "measure": lambda: torch.full((3, 2), NAN)}.get(name)
@@ -573,8 +596,35 @@ def test_products_and_sums_are_never_contracted():
         def __getitem__(self, grid):
             return lambda *args, **options: seen.update(options)
 
-    tiles.launch(Kernel(), (1,), torch.zeros(1))
+    inspect.unwrap(tiles.launch)(Kernel(), (1,), torch.zeros(1))
     assert seen["enable_fp_fusion"] is False
+
+
+if COMPILED:
+
+    @pytest.mark.parametrize("fault", [*COMPILED.FAULTS][1:])
+    def test_planted_faults_are_found(fault):
+        """What a compiler or a slip could do; unplanted, the same calls pass."""
+        many = {
+            "shape": (5, 3, 31, 12),
+            "m": "channels-last",
+            "net_input": "contiguous",
+            "first_bad": "finite",
+            "clip": (-0.7, 0.9),
+        }
+        half = {"m_dtype": torch.bfloat16, "net_dtype": torch.bfloat16}
+        x0, first, second, weight = operands((3, 11, 31), 4, 1, batch_numbers=3)
+
+        def calls():
+            run_step({**PLAIN, **many})
+            run_step({**PLAIN, **many, **half, "shape": (4, 130)})
+            expected = row.dsm_loss(x0, x0, first, second, weight, cursor(), 2)
+            for mine, theirs in zip(kernels.dsm_loss(x0, x0, first, second, weight, cursor(), 2), expected):
+                same(mine, theirs)
+
+        calls()
+        with COMPILED.planted(fault), pytest.raises(AssertionError):
+            calls()
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
