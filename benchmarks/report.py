@@ -104,6 +104,11 @@ def sections(group: str, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     """(title, text) of what RESULTS.md says of a group of one machine's rows."""
     if group == "ops":
         yield "Operations", operations(rows)
+    elif group == "launches":
+        yield (
+            "Launches of the Triton kernels, without a GPU",
+            plain(rows, ("case", "opponent", "ours", "theirs", "ratio_p50")),
+        )
     elif group in CHOOSING:
         yield CHOOSING[group], pivot(rows, ["problem; steps", "against"], ["ms", *CHOICES])
     elif group == "solvers":

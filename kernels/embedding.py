@@ -16,7 +16,7 @@ _ROUND = tl.constexpr(2.0**52)  # adding it to a smaller float64 and subtracting
 
 # Frequencies of a program, and times: chosen like tiles.QUADS.
 FREQUENCIES = 128
-TIMES = 8
+TIMES = 4
 
 
 @triton.jit(do_not_specialize=["count", "half"], do_not_specialize_on_alignment=["t", "frequencies"])
@@ -64,20 +64,29 @@ def embedding_kernel(
 
 def timestep_embedding(t: Tensor, frequencies: Tensor, scale: float, channels: int, order: str) -> Tensor:
     """Sines and cosines of (scale·t_i)·frequencies_k, [B, channels] (fastdiff.execution.reference.timestep_embedding)."""
-    out = t.new_empty((len(t), channels))
-    half = channels // 2
+    features: Tensor = tiles.call(_embedding, (t, frequencies), scale, channels, order)
+    return features
+
+
+def _embedding(t: Tensor, frequencies: Tensor, scale: float, channels: int, order: str) -> tiles.Prepared:
+    half, count = channels // 2, len(t)
     if frequencies.shape != (half,) or order not in ORDERS:
         raise ValueError(
             f"frequencies must be [{half}] and order one of {ORDERS}, got {tuple(frequencies.shape)} and {order!r}"
         )
-    tiles.check_column(len(t), t=t)
-    if out.numel() == 0 or half == 0:
-        return out.zero_()
+    tiles.check_column(count, t=t)
+    if count == 0 or half == 0:
+        return tiles.Prepared(lambda t, frequencies: t.new_zeros((count, channels)), None)
     width = min(FREQUENCIES, 1 << (half - 1).bit_length())
     rows = TIMES * FREQUENCIES // width
-    tiles.launch(
-        embedding_kernel, (-(-len(t) // rows), -(-half // width)), out,
-        out, t.contiguous(), frequencies.contiguous(), scale, len(t), half,
-        ORDER=ORDERS.index(order), ODD=channels % 2, WIDTH=width, ROWS=rows,
+    launch = tiles.Launch(
+        embedding_kernel, (-(-count // rows), -(-half // width)), ("out", "t", "frequencies"),
+        scale=scale, count=count, half=half, ORDER=ORDERS.index(order), ODD=channels % 2, WIDTH=width, ROWS=rows,
     )  # fmt: skip
-    return out
+
+    def run(t: Tensor, frequencies: Tensor) -> Tensor:
+        out = t.new_empty((count, channels))
+        launch(out, t.contiguous(), frequencies.contiguous())
+        return out
+
+    return tiles.Prepared(run, launch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,11 +35,17 @@ def normal_kernel(
 
 def normal(out: Tensor, cursor: Tensor, stream: int) -> None:
     """Fill out [B, *], contiguous, with standard normals (FDN1)."""
+    tiles.call(_fill, (out, cursor), stream, normal_kernel)
+
+
+def _fill(out: Tensor, cursor: Tensor, stream: int, kernel: Any) -> tiles.Prepared:
     tiles.check_state(out, cursor=cursor)
     if out.numel() == 0:
-        return
-    tiling = tiles.cut(len(out), out.numel() // len(out))
-    tiles.launch(normal_kernel, tiling.grid, out, out, cursor, stream, **tiling.arguments)
+        return tiles.Prepared(lambda out, cursor: None, None)
+    count, numel = len(out), out.numel() // len(out)
+    tiling = tiles.cut(count, numel) if kernel is normal_kernel else cut_signs(count, numel)
+    launch = tiles.Launch(kernel, tiling.grid, ("out", "cursor"), stream=stream, **tiling.arguments)
+    return tiles.Prepared(launch, launch)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
@@ -59,11 +67,7 @@ def rademacher_kernel(
 
 def rademacher(out: Tensor, cursor: Tensor, stream: int) -> None:
     """Fill out [B, *], contiguous, with ±1."""
-    tiles.check_state(out, cursor=cursor)
-    if out.numel() == 0:
-        return
-    tiling = cut_signs(len(out), out.numel() // len(out))
-    tiles.launch(rademacher_kernel, tiling.grid, out, out, cursor, stream, **tiling.arguments)
+    tiles.call(_fill, (out, cursor), stream, rademacher_kernel)
 
 
 def cut_signs(batch: int, numel: int) -> tiles.Tiling:
@@ -95,12 +99,22 @@ def perturb_kernel(
 
 def perturb(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor, stream: int) -> Tensor:
     """x_t = alpha_i·x0 + sigma_i·ε for x0 [B, *] and alpha, sigma [B]."""
-    out = x0.new_empty(x0.shape)
-    tiles.check_state(out, cursor=cursor)
+    noisy: Tensor = tiles.call(_perturb, (x0, alpha, sigma, cursor), stream)
+    return noisy
+
+
+def _perturb(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor, stream: int) -> tiles.Prepared:
+    tiles.check_state(x0.new_empty(x0.shape), cursor=cursor)
     tiles.check_column(len(x0), alpha=alpha, sigma=sigma)
-    if out.numel() == 0:
+    if x0.numel() == 0:
+        return tiles.Prepared(lambda x0, *_: x0.new_empty(x0.shape), None)
+    tiling = tiles.cut(len(x0), x0.numel() // len(x0))
+    slots = "out", "x0", "alpha", "sigma", "cursor"
+    launch = tiles.Launch(perturb_kernel, tiling.grid, slots, stream=stream, **tiling.arguments)
+
+    def run(x0: Tensor, alpha: Tensor, sigma: Tensor, cursor: Tensor) -> Tensor:
+        out = x0.new_empty(x0.shape)
+        launch(out, x0.contiguous(), alpha.contiguous(), sigma.contiguous(), cursor)
         return out
-    tiling = tiles.cut(len(out), out.numel() // len(out))
-    x0, alpha, sigma = (value.contiguous() for value in (x0, alpha, sigma))
-    tiles.launch(perturb_kernel, tiling.grid, out, out, x0, alpha, sigma, cursor, stream, **tiling.arguments)
-    return out
+
+    return tiles.Prepared(run, launch)

@@ -20,15 +20,17 @@ from .reduce import (
     halve,
     keep_sums,
     rows_of,
+    squares,
     sum_kernel,
 )
-from .step import CAP, GAIN, HIGH, LOW, WIDTH, clamp, load, prediction
+from .step import CAP, GAIN, load, prediction, row_of
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def measure_kernel(
     sums,  # [2, B, blocks] float64, written: block sums of z² and of h_0²
     table,  # [rows, WIDTH] float32, contiguous
+    rows,
     cursor,  # [3] int64: the row, the first sample's number, the seed
     stream,  # the stream of the noise; None if z is given
     x,  # [B, D] float32, contiguous: the state
@@ -43,13 +45,13 @@ def measure_kernel(
     GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,  # tiles.cut
 ):  # fmt: skip
     at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
-    row = table + tl.load(cursor) * WIDTH
+    row, _, _ = row_of(table, cursor, rows)
     state = load(tiles.pointers(x, at), at.inside)
     output = load(tiles.addresses(m, at, INNER, SAMPLES), at.inside)
     uncond = None
     if guide.value is not None:
         uncond = load(tiles.addresses(guide, at, INNER, SAMPLES), at.inside)
-    h = clamp(prediction(row, state, output, uncond), tl.load(row + LOW), tl.load(row + HIGH)).to(tl.float64)
+    h, _, _ = prediction(row, state, output, uncond)
     if z is not None:
         noise = load(tiles.pointers(z, at), at.inside)
     else:
@@ -57,15 +59,16 @@ def measure_kernel(
         noise = philox.normals(cursor, quad, quad_row, at.first, stream)
     if kept is not None:
         tl.store(tiles.pointers(kept, at), noise, mask=at.inside)
-    noise = noise.to(tl.float64)
-    keep_sums(sums, noise * noise, at, batch, blocks, QUADS, SAMPLES)
-    keep_sums(sums + batch.to(tl.int64) * blocks, h * h, at, batch, blocks, QUADS, SAMPLES)
+    # both sums at once, side by side: they share what the exchanges between threads cost
+    both = tl.permute(tl.join(squares(noise, at.inside), squares(h, at.inside)), (1, 0))
+    keep_sums(sums, tl.reshape(both, [8 * QUADS * SAMPLES]), at, batch, blocks, 2, QUADS, SAMPLES)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def delta_kernel(
     measured,  # [B, 2] float32 or float64, contiguous, written: (δ, √(2δ))
     table,  # [rows, WIDTH] float32, contiguous
+    rows,
     cursor,  # [3] int64: the row, the first sample's number, the seed
     sums,  # float64: partial sums of z² or of its norms at [sample · pitch + i], those of h_0 `half` numbers further on
     batch,  # B
@@ -87,9 +90,10 @@ def delta_kernel(
     else:
         count = tl.broadcast_to(divisor, noise.shape).to(tl.float64)
         noise, score = noise / count, score / count
-    coefficients = table + tl.load(cursor) * WIDTH
+    coefficients, _, exists = row_of(table, cursor, rows)
+    gain = tl.where(exists, tl.load(coefficients + GAIN), float("nan"))
     ratio = noise / tl.where(score > 0, score, 1.0)
-    delta = tl.broadcast_to(tl.load(coefficients + GAIN).to(tl.float64), ratio.shape) * (ratio * ratio)
+    delta = tl.broadcast_to(gain.to(tl.float64), ratio.shape) * (ratio * ratio)
     cap = tl.broadcast_to(tl.load(coefficients + CAP).to(tl.float64), ratio.shape)
     delta = tl.where(delta > cap, cap, delta)
     delta = tl.where(score > 0, delta, 0.0)
@@ -110,35 +114,74 @@ def measure_langevin(
     kept: Tensor | None = None,
 ) -> None:
     """measured [B, 2] ← (δ, √(2δ)) (fastdiff.execution.reference.measure_langevin)."""
+    tiles.call(_measure_langevin, (measured, table, cursor, x, m, guide, z, kept), stream, batch)
+
+
+def _measure_langevin(
+    measured: Tensor,
+    table: Tensor,
+    cursor: Tensor,
+    x: Tensor,
+    m: Tensor,
+    guide: Tensor | None,
+    z: Tensor | None,
+    kept: Tensor | None,
+    stream: int | None,
+    batch: bool,
+) -> tiles.Prepared:
     if z is None and stream is None:
         raise ValueError("measure_langevin needs noise: pass z or a stream, both are None")
     tiles.check_state(table, cursor=cursor, measured=measured)
     tiles.check_column(len(x), measured=measured)
     tiles.check_same(x.shape, kept=kept)
     if x.numel() == 0:
-        measured.zero_()
-        return
-    (of_m, inner), count = tiles.view(m, x.shape, None), len(x)
-    of_guide, inner = tiles.view(guide, x.shape, inner)
-    tiling, blocks = cut_blocks(count, x.numel() // len(x))
-    sums = x.new_empty((2 * count, blocks), dtype=torch.float64)
-    tiles.launch(
-        measure_kernel, tiling.grid, x, sums, table, cursor, None if z is not None else stream,
-        tiles.dense(x, x.shape), of_m, of_guide, tiles.dense(z, x.shape), kept,
-        blocks=blocks, INNER=inner or 1, **tiling.arguments,
+        return tiles.Prepared(lambda measured, *_: measured.zero_(), None)
+    shape, count = x.shape, len(x)
+    seen, inner = tiles.view(m, shape, None)
+    seen_guide, inner = tiles.view(guide, shape, inner)
+    copied, copied_guide = seen.copies(m), seen_guide.copies(guide)
+    tiling, blocks = cut_blocks(count, x.numel() // count)
+    measure = tiles.Launch(
+        measure_kernel, tiling.grid, ("sums", "table", "cursor", "x", "m", "guide", "z", "kept"),
+        rows=len(table), stream=None if z is not None else stream, m=seen._replace(value=None),
+        guide=seen_guide._replace(value=None), z=None, kept=None, blocks=blocks, INNER=inner or 1, **tiling.arguments,
     )  # fmt: skip
-    sums = fold(sums)
-    half, pitch = count * sums.shape[1], sums.shape[1]
+    folded, length = fold(2 * count, blocks)
+    half, pitch = count * length, length
     if batch:
-        norms = finish(sums, sums.new_empty(2 * count), ROOT.value).view(2, count)
+        norms_of = finish(2 * count, length, ROOT.value)
+        half, pitch, means = count, 0, None
         if count > 4 * BLOCK_QUADS:
-            parts = norms.new_empty((2, -(-count // (4 * BLOCK_QUADS))))
-            tile = {"LENGTH": 4 * BLOCK_QUADS, "ROWS": 1}
-            tiles.launch(sum_kernel, parts.shape, parts, norms, parts, None, 2, count, 1, MODE=SUM.value, **tile)
-            norms = fold(parts)
-        sums, half, pitch = norms, norms.shape[1], 0
-    tile = rows_of(sums.shape[1])
-    tiles.launch(
-        delta_kernel, (-(-count // tile["ROWS"]),), x,
-        measured, table, cursor, sums, count, sums.shape[1], half, pitch, count, ROOT_EACH=not batch, **tile,
+            half = -(-count // (4 * BLOCK_QUADS))
+            means = tiles.Launch(
+                sum_kernel, (2, half), ("values", "out"),
+                weight=None, rows=2, length=count, numel=1, MODE=SUM.value, LENGTH=4 * BLOCK_QUADS, ROWS=1,
+            )  # fmt: skip
+        folded_norms, half = fold(2, half)
+        length = half
+    tile = rows_of(length)
+    delta = tiles.Launch(
+        delta_kernel, (-(-count // tile["ROWS"]),), ("measured", "table", "cursor", "sums"),
+        rows=len(table), batch=count, length=length, half=half, pitch=pitch, divisor=count, ROOT_EACH=not batch, **tile,
     )  # fmt: skip
+
+    def run(
+        measured: Tensor, table: Tensor, cursor: Tensor, x: Tensor, m: Tensor, guide: Tensor | None, z: Tensor | None,
+        kept: Tensor | None,
+    ) -> None:  # fmt: skip
+        sums = x.new_empty((2 * count, blocks), dtype=torch.float64)
+        m = tiles.dense(m, shape) if copied else m
+        guide = tiles.dense(guide, shape) if copied_guide else guide
+        measure(sums, table, cursor, x.contiguous(), m, guide, tiles.dense(z, shape), kept)
+        sums = folded(sums)
+        if batch:
+            norms = sums.new_empty((2, count))
+            norms_of.run(sums, norms)
+            if means is not None:
+                parts = norms.new_empty(means.grid)
+                means(norms, parts)
+                norms = parts
+            sums = folded_norms(norms)
+        delta(measured, table, cursor, sums)
+
+    return tiles.Prepared(run, delta)

@@ -6,6 +6,8 @@ block sums the same way. No float atomics: the bits depend on neither the number
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,28 +25,44 @@ FOLD = 16
 SUM, ROOT, LOSS, RMS = (tl.constexpr(i) for i in range(4))
 
 # Not worth a compilation for each of their alignments (see step.py)
-UNSPECIALISED = [*STEP_UNSPECIALISED, "rows", "length", "blocks", "numel", "half", "pitch", "divisor", "apart"]
+UNSPECIALISED = [*STEP_UNSPECIALISED, "length", "blocks", "numel", "half", "pitch", "divisor", "apart"]
 UNALIGNED = [*STEP_UNALIGNED, "sums", "values", "weight", "h", "r", "w"]
 
 
 @triton.jit
 def halve(values, ROWS: tl.constexpr, LENGTH: tl.constexpr):
-    """[ROWS·LENGTH] → [ROWS]: each row's halves are added until one number is left; each sum has exactly two terms."""
+    """[ROWS·LENGTH] → [ROWS]: each row's halves are added until one number is left; each sum has exactly two terms.
+
+    To split a tensor's last axis the compiler brings both halves into one thread, which leaves every thread fewer numbers;
+    a sum over an axis leaves copies in all threads that took part. So split while a warp has a number for each lane."""
     n: tl.constexpr = LENGTH.bit_length() - 1
-    left = tl.reshape(values, [ROWS, LENGTH])
+    left = values
     for i in tl.static_range(n):
-        left = tl.sum(tl.reshape(left, [ROWS, 2, LENGTH >> (i + 1)]), axis=1)
+        left = tl.reshape(left, [ROWS, 2, LENGTH >> (i + 1)])
+        if ROWS * (LENGTH >> (i + 1)) >= 32:
+            first, second = tl.split(tl.permute(left, (0, 2, 1)))
+            left = first + second
+        else:
+            left = tl.sum(left, axis=1)
     return tl.reshape(left, [ROWS])
 
 
 @triton.jit
-def keep_sums(sums, values, at, batch, blocks, QUADS: tl.constexpr, SAMPLES: tl.constexpr):
-    """sums[sample, block] ← the tree sum of each of a program's rows."""
-    total = halve(tl.where(at.inside, values, 0.0), SAMPLES, 4 * QUADS)
-    sample = tl.arange(0, SAMPLES)
+def squares(values, inside):
+    """The squares of float32 values in float64, 0 outside."""
+    wide = tl.where(inside, values, 0.0).to(tl.float64)
+    return wide * wide
+
+
+@triton.jit
+def keep_sums(sums, values, at, batch, blocks, SUMS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr):
+    """sums[k, sample, block] ← the tree sum of each of a program's rows; values [SUMS · elements], 0 beyond a sample."""
+    total = halve(values, SUMS * SAMPLES, 4 * QUADS)
+    e = tl.arange(0, SUMS * SAMPLES)
+    sample = e % SAMPLES
     exists = sample < tl.minimum(batch - at.first, SAMPLES).to(tl.int32)
-    block = at.start // (4 * QUADS)
-    tl.store(sums + at.first * blocks + sample * blocks + block, total, mask=exists)
+    first = at.first + (e // SAMPLES) * batch.to(tl.int64)
+    tl.store(sums + first * blocks + sample * blocks + at.start // (4 * QUADS), total, mask=exists)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
@@ -98,26 +116,39 @@ def rows_of(length: int) -> dict[str, int]:
     return {"LENGTH": width, "ROWS": max(1, 1024 // width)}
 
 
-def fold(sums: Tensor) -> Tensor:
-    """float64 [rows, length] → [rows, at most MOST_SUMS] with the same tree sums."""
-    while sums.shape[1] > MOST_SUMS:
-        apart = (1 << (sums.shape[1] - 1).bit_length()) // FOLD
-        out = sums.new_empty((len(sums), apart))
-        width = min(256, apart)
-        grid = (apart // width, len(sums))
-        tiles.launch(fold_kernel, grid, out, sums, out, sums.shape[1], apart, PARTS=FOLD, LENGTH=width)
-        sums = out
-    return sums
+def fold(rows: int, length: int) -> tuple[Callable[[Tensor], Tensor], int]:
+    """What makes float64 [rows, length] shorter rows with the same tree sums, and their length, at most MOST_SUMS."""
+    launches = []
+    while length > MOST_SUMS:
+        apart = (1 << (length - 1).bit_length()) // FOLD
+        width = min(64, apart)
+        grid, slots = (apart // width, rows), ("values", "out")
+        launch = tiles.Launch(fold_kernel, grid, slots, length=length, apart=apart, PARTS=FOLD, LENGTH=width)
+        launches.append((launch, (rows, apart)))
+        length = apart
+
+    def run(sums: Tensor) -> Tensor:
+        for launch, shape in launches:
+            values, sums = sums, sums.new_empty(shape)
+            launch(values, sums)
+        return sums
+
+    return run, length
 
 
-def finish(sums: Tensor, out: Tensor, mode: int, weight: Tensor | None = None, numel: int = 1) -> Tensor:
-    """out [rows] ← what the mode makes of the tree over each sample's block sums [rows, blocks]."""
-    sums = fold(sums)
-    rows, length = sums.shape
+def finish(rows: int, length: int, mode: int, numel: int = 1) -> tiles.Prepared:
+    """(sums [rows, length], out [rows], weight or None) -> None: out ← what the mode makes of the tree over each row."""
+    folded, length = fold(rows, length)
     tile = rows_of(length)
-    grid = (-(-rows // tile["ROWS"]), 1)
-    tiles.launch(sum_kernel, grid, out, sums, out, weight, rows, length, numel, MODE=mode, **tile)
-    return out
+    launch = tiles.Launch(
+        sum_kernel, (-(-rows // tile["ROWS"]), 1), ("values", "out", "weight"),
+        weight=None, rows=rows, length=length, numel=numel, MODE=mode, **tile,
+    )  # fmt: skip
+
+    def run(sums: Tensor, out: Tensor, weight: Tensor | None = None) -> None:
+        launch(folded(sums), out, weight)
+
+    return tiles.Prepared(run, launch)
 
 
 def cut_blocks(batch: int, numel: int) -> tuple[tiles.Tiling, int]:

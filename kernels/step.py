@@ -30,8 +30,16 @@ A, E, B0, C, P, Q, LOW, HIGH, NEXT_SCALE, GUIDANCE, LOG_SLOPE, LOG_MID, KNOWN_AL
 WIDTH = tl.constexpr(len(COLUMNS))
 
 # Not worth a compilation each: numbers of the state's shape, and rows of larger tensors, whose alignment alternates.
-UNSPECIALISED = ["size", "batch", "stream"]
+UNSPECIALISED = ["size", "batch", "rows", "stream"]
 UNALIGNED = ["cursor", "table", "measured", "first_bad"]
+
+
+@triton.jit
+def row_of(table, cursor, rows):
+    """(pointer to the cursor's row, its number, whether the table has it): one that it lacks is not read."""
+    k = tl.load(cursor)
+    there = tl.minimum(tl.maximum(k, 0), rows - 1)
+    return table + there * WIDTH, there, there == k
 
 
 @triton.jit
@@ -42,9 +50,9 @@ def used(coefficient, like):
 
 
 @triton.jit
-def term(total, value, coefficient):
-    """total + coefficient·value, left out where the coefficient is 0, whatever the value holds."""
-    return tl.fma(tl.where(used(coefficient, value), value, 0.0), coefficient, total)
+def kept(value, coefficient):
+    """The value, or 0 where its coefficient is 0: so a term is left out of a sum, whatever the value holds."""
+    return tl.where(used(coefficient, value), value, 0.0)
 
 
 @triton.jit
@@ -54,18 +62,27 @@ def load(pointers, mask):
 
 
 @triton.jit
-def prediction(row, x, m, guide):
-    """p·x + q·m, m after guidance (guide: None or values)."""
-    if guide is not None:
-        m = tl.fma(m - guide, tl.zeros_like(m) + tl.load(row + GUIDANCE), guide)
-    return term(term(tl.zeros_like(x), x, tl.load(row + P)), m, tl.load(row + Q))
-
-
-@triton.jit
 def clamp(value, low, high):
     """Between low and high; NaN stays."""
     value = tl.where(value < low, low, value)
     return tl.where(value > high, high, value)
+
+
+@triton.jit
+def prediction(row, x, m, guide):
+    """(h_0 = clamp(p·x + q·m, low, high), the same before the clamp, whether there is one), m after guidance (guide: None
+    or values). p = 0 and q = 1, which leave m as it is, are the most frequent: a branch passes by the two products."""
+    if guide is not None:
+        m = tl.fma(m - guide, tl.zeros_like(m) + tl.load(row + GUIDANCE), guide)
+    p, q, low, high = tl.load(row + P), tl.load(row + Q), tl.load(row + LOW), tl.load(row + HIGH)
+    raw = m
+    if (p != 0) | (q != 1):
+        raw = tl.fma(kept(m, q), q, kept(x, p) * p)
+    h0 = raw
+    bounded = (low > float("-inf")) | (high < float("inf"))
+    if bounded:
+        h0 = clamp(raw, low, high)
+    return h0, raw, bounded
 
 
 @triton.jit
@@ -89,15 +106,19 @@ def exp(u):
 
 
 @triton.jit
-def note_bad(first_bad, first, batch, k, extreme, QUADS: tl.constexpr, SAMPLES: tl.constexpr):
-    """first_bad ← min(itself, k) for the samples where `extreme` ≥ 0 is infinite or NaN: the largest bits tell."""
-    bits = extreme.to(tl.int32, bitcast=True)
+def largest(value, QUADS: tl.constexpr, SAMPLES: tl.constexpr):
+    """The largest bits of |value|, of a program's one sample or of each: from 0x7F800000 on, one is infinite or NaN."""
+    bits = tl.abs(value).to(tl.int32, bitcast=True)
+    return tl.max(bits, axis=0) if SAMPLES == 1 else tl.max(tl.reshape(bits, [SAMPLES, 4 * QUADS]), axis=1)
+
+
+@triton.jit
+def note_bad(first_bad, first, batch, k, worst, SAMPLES: tl.constexpr):
+    """first_bad ← min(itself, k) for the samples whose largest bits are an infinity's or NaN's."""
     if SAMPLES == 1:
-        worst = tl.max(bits, axis=0)
         if (worst >= 0x7F800000) & (first < batch):
             tl.atomic_min(first_bad + first, k, sem="relaxed")
     else:
-        worst = tl.max(tl.reshape(bits, [SAMPLES, 4 * QUADS]), axis=1)
         sample = first + tl.arange(0, SAMPLES)
         rows = tl.broadcast_to(k, worst.shape)
         there = (worst >= 0x7F800000) & (sample < batch)
@@ -108,6 +129,7 @@ def note_bad(first_bad, first, batch, k, extreme, QUADS: tl.constexpr, SAMPLES: 
 def step_kernel(
     out,  # [B, D] float32, contiguous, written: the state after the row; may be x
     table,  # [rows, WIDTH] float32, contiguous
+    rows,
     cursor,  # [3] int64: the row, the first sample's number, the seed
     stream,  # the stream of the noise; None: none is drawn
     x,  # [B, D] float32, contiguous: the state before the row
@@ -129,8 +151,7 @@ def step_kernel(
     GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr, WHOLE: tl.constexpr,  # tiles.cut
 ):  # fmt: skip
     at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
-    k = tl.load(cursor)
-    row = table + k * WIDTH
+    row, k, exists = row_of(table, cursor, rows)
 
     # x and m are read at once, without waiting for the table: a row that uses neither is rare
     state = load(tiles.pointers(x, at), at.inside)
@@ -147,27 +168,50 @@ def step_kernel(
         quad, quad_row = tiles.quads_of(at.start, QUADS, SAMPLES)
         noise = philox.normals(cursor, quad, quad_row, at.first, stream)
 
-    total = term(tl.zeros_like(state), state, tl.load(row + A))
-    if base is not None:
-        e = tl.load(row + E)
-        total = tl.fma(load(tiles.pointers(base, at), at.inside & used(e, state)), e, total)
-
-    # measured factors are not compared with 0: they are a sample's, not the row's
+    # The factors. Those that are measured are not compared with 0: they are a sample's, not the row's.
+    a = tl.where(exists, tl.load(row + A), float("nan"))
+    omits = a == 0
     if measured is not None:
         measured_b = tiles.per_sample(measured, at, batch, 2, SAMPLES)
         measured_c = tiles.per_sample(measured + 1, at, batch, 2, SAMPLES)
-
     if m.value is not None:
-        raw = prediction(row, state, output, uncond)
-        low, high = tl.load(row + LOW), tl.load(row + HIGH)
-        h0 = clamp(raw, low, high)
+        h0, raw, bounded = prediction(row, state, output, uncond)
         if first_bad is not None:
-            # where it is clamped, what it was before
-            lower, upper = tl.broadcast_to(low, raw.shape), tl.broadcast_to(high, raw.shape)
-            extreme = tl.where((lower > float("-inf")) | (upper < float("inf")), tl.abs(raw), 0.0)
+            unclamped = tl.zeros_like(largest(raw, QUADS, SAMPLES))
+            if bounded:
+                unclamped = largest(raw, QUADS, SAMPLES)
         if pushed is not None:
             tl.store(tiles.pointers(pushed, at), h0, mask=at.inside)
-        total = tl.fma(h0, measured_b, total) if measured is not None else term(total, h0, tl.load(row + B0))
+        if measured is not None:
+            b0 = measured_b
+        else:
+            b0 = tl.load(row + B0)
+            omits = omits | (b0 == 0)
+    if noise is not None:
+        if measured is not None:
+            c = measured_c
+        elif v.value is not None:
+            slope = tl.load(row + LOG_SLOPE)
+            fraction = load(tiles.addresses(v, at, INNER, SAMPLES), at.inside & used(slope, state))
+            c = exp(tl.fma(fraction, slope, tl.load(row + LOG_MID)))
+        else:
+            c = tl.load(row + C)
+            omits = omits | (c == 0)
+
+    part = state
+    drawn = noise
+    if omits:
+        part = kept(state, a)
+        if (m.value is not None) & (measured is None):
+            h0 = kept(h0, b0)
+        if (noise is not None) & (measured is None) & (v.value is None):
+            drawn = kept(noise, c)
+    total = part * a
+    if base is not None:
+        e = tl.load(row + E)
+        total = tl.fma(load(tiles.pointers(base, at), at.inside & used(e, state)), e, total)
+    if m.value is not None:
+        total = tl.fma(h0, b0, total)
     for j in tl.static_range(len(history)):
         earlier = tiles.pointers(history[j], at)
         if (measured is not None) & (m.value is None) & (j == 0):
@@ -175,16 +219,8 @@ def step_kernel(
         else:
             b = tl.load(row + B0 + j + (m.value is not None))
             total = tl.fma(load(earlier, at.inside & used(b, state)), b, total)
-
     if noise is not None:
-        if measured is not None:
-            total = tl.fma(noise, measured_c, total)
-        elif v.value is not None:
-            slope = tl.load(row + LOG_SLOPE)
-            fraction = load(tiles.addresses(v, at, INNER, SAMPLES), at.inside & used(slope, state))
-            total = tl.fma(noise, exp(tl.fma(fraction, slope, tl.load(row + LOG_MID))), total)
-        else:
-            total = term(total, noise, tl.load(row + C))
+        total = tl.fma(drawn, c, total)
 
     if mask.value is not None:
         is_known = tl.load(tiles.addresses(mask, at, INNER, SAMPLES), mask=at.inside, other=0) != 0
@@ -193,14 +229,15 @@ def step_kernel(
         clean = load(tiles.addresses(known, at, INNER, SAMPLES), at.inside & used(alpha, state))
         level = clean * alpha
         if noise is not None:
-            level = term(level, noise, tl.load(row + KNOWN_SIGMA))
+            sigma = tl.load(row + KNOWN_SIGMA)
+            level = tl.fma(kept(noise, sigma), sigma, level)
         total = tl.where(is_known, level, total)
 
     if first_bad is not None:
-        size_of = tl.abs(total)
+        worst = largest(total, QUADS, SAMPLES)
         if m.value is not None:
-            size_of = tl.maximum(size_of, extreme, propagate_nan=tl.PropagateNan.ALL)
-        note_bad(first_bad, at.first, batch, k, size_of, QUADS, SAMPLES)
+            worst = tl.maximum(worst, unclamped)
+        note_bad(first_bad, at.first, batch, k, worst, SAMPLES)
     if net_input.value is not None:
         scaled = total * tl.load(row + NEXT_SCALE)
         there = tiles.addresses(net_input, at, INNER, SAMPLES)
@@ -228,44 +265,89 @@ def step(
     first_bad: Tensor | None = None,
 ) -> None:
     """One row of a table (fastdiff.execution.reference.step), into `out`, which may be x."""
-    if out.numel() == 0:
-        return
-    shape, inner = out.shape, None
-    tiles.check_state(out, table=table, cursor=cursor)
-    tiles.check_same(shape, pushed=pushed, net_input=net_input)
-    tiles.check_column(len(out), measured=measured, first_bad=first_bad)
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, got {mask.dtype}")
-    # operands without a use are left out, so that no kernel is compiled for them
-    guide = guide if m is not None else None
-    pushed = pushed if m is not None else None
-    v = v if measured is None and (z is not None or stream is not None) else None
-    known = known if mask is not None else None
-    history = tuple(tiles.dense(h, shape) for h in (history or ())[: 4 - (m is not None)])
+    tensors = out, table, cursor, x, m, guide, v, base, z, measured, known, mask, pushed, net_input, first_bad
+    tiles.call(_step, (*tensors, *(history or ())), stream)
 
-    views = []
-    for value in (m, guide, v, known, mask, net_input):
-        seen, inner = tiles.view(value, shape, inner)
-        views.append(seen)
-    of_m, of_guide, of_v, of_known, of_mask, target = views
-    tiling = tiles.cut(len(out), out.numel() // len(out))
-    tiles.launch(
-        step_kernel, tiling.grid, out,
-        out, table, cursor, None if z is not None else stream, tiles.dense(x, shape), of_m, of_guide, of_v,
-        tiles.dense(base, shape), tiles.dense(z, shape), history, None if measured is None else measured.contiguous(),
-        of_known, of_mask, pushed, target, first_bad, INNER=inner or 1, **tiling.arguments,
+
+# the kernel's tensors in the order in which `step` gives them; the history follows
+SLOTS = (
+    "out", "table", "cursor", "x", "m", "guide", "v", "base", "z", "measured", "known", "mask", "pushed", "net_input",
+    "first_bad",
+)  # fmt: skip
+
+
+def _step(*tensors_and_stream: Any) -> tiles.Prepared:
+    """`step`; on operands that must be copied for the kernel, for this once."""
+    *tensors, stream = tensors_and_stream
+    given = dict(zip(SLOTS, tensors))
+    out, table, m = given["out"], given["table"], given["m"]
+    if out.numel() == 0:
+        return tiles.Prepared(lambda *_: None, None)
+    shape = out.shape
+    tiles.check_state(out, table=table, cursor=given["cursor"])
+    tiles.check_same(shape, pushed=given["pushed"], net_input=given["net_input"])
+    tiles.check_column(len(out), measured=given["measured"], first_bad=given["first_bad"])
+    if given["mask"] is not None and given["mask"].dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {given['mask'].dtype}")
+    # operands without a use are left out, so that no kernel is compiled for them
+    if m is None:
+        given |= {"guide": None, "pushed": None}
+    if given["measured"] is not None or (given["z"] is None and stream is None):
+        given["v"] = None
+    if given["mask"] is None:
+        given["known"] = None
+    history = tuple(tensors[len(SLOTS) : len(SLOTS) + 4 - (m is not None)])
+
+    views, inner, placed = {}, None, dict(given)
+    for name in ("m", "guide", "v", "known", "mask", "net_input"):
+        view, inner = tiles.view(given[name], shape, inner)
+        views[name], placed[name] = view._replace(value=None), view.value
+    placed |= {name: tiles.dense(given[name], shape) for name in ("x", "base", "z")}
+    placed["measured"] = None if given["measured"] is None else given["measured"].contiguous()
+    earlier = tuple(tiles.dense(value, shape) for value in history)
+
+    # many operands would take more registers than a thread has
+    read = [given[name] for name in ("x", "m", "guide", "v", "base", "z", "known", "mask")]
+    few = len(history) + sum(value is not None for value in read) <= 6
+    tiling = tiles.cut(len(out), out.numel() // len(out), tiles.QUADS if few else tiles.QUADS // 2)
+    slots = [name if value is not None else None for name, value in given.items()]
+    absent = dict.fromkeys(("base", "z", "measured", "pushed", "first_bad"))
+    launch = tiles.Launch(
+        step_kernel, tiling.grid, [*slots, "history"], **absent, **views, rows=len(table),
+        stream=None if given["z"] is not None else stream, INNER=inner or 1, **tiling.arguments,
     )  # fmt: skip
-    # a net_input that the kernel cannot address was copied, and the copy written
-    if net_input is not None and target.value.data_ptr() != net_input.data_ptr():
-        net_input.copy_(target.value)
+    pairs = [*zip(given.values(), placed.values()), *zip(history, earlier)]
+    if all(mine is None or mine.data_ptr() == theirs.data_ptr() for theirs, mine in pairs):
+        last = len(SLOTS) + len(history)
+        return tiles.Prepared(lambda *now: launch(*now[: len(SLOTS)], now[len(SLOTS) : last]), launch)
+
+    def run(*_: Tensor) -> None:
+        launch(*placed.values(), earlier)
+        if given["net_input"] is not None and placed["net_input"].data_ptr() != given["net_input"].data_ptr():
+            given["net_input"].copy_(placed["net_input"])
+
+    return tiles.Prepared(run, None)
 
 
 def prepare_step(
     out: Tensor, table: Tensor, stream: int | None, x: Tensor, **operands: Any
 ) -> Callable[[Tensor, Tensor | None, Tensor | None], None]:
     """(cursor, m, v) -> None: `step` on operands that stay the same (fastdiff.execution.reference.prepare_step)."""
+    history = tuple(operands.pop("history", None) or ())
+    given = {"out": out, "table": table, "x": x, **operands}
+    launches: dict[Any, tiles.Launch] = {}
 
     def run(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
-        step(out, table, cursor, stream, x, m, v=v, **operands)
+        key = tiles.facts(cursor), tiles.facts(m), tiles.facts(v)
+        launch = launches.get(key)
+        if launch is not None:
+            launch(cursor, m, v)
+            return
+        now = {**given, "cursor": cursor, "m": m, "v": v}
+        tensors = [now.get(name) for name in SLOTS]
+        prepared = _step(*tensors, *history, stream)
+        prepared.run(*tensors, *history)
+        if prepared.last is not None and prepared.last.start is not None:
+            launches[key] = prepared.last.fixed(("cursor", "m", "v"), [*tensors, history])
 
     return run

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from . import philox, tiles
 from .fill import cut_signs
-from .reduce import LOSS, RMS, SUM, UNALIGNED, UNSPECIALISED, cut_blocks, finish, halve, keep_sums
+from .reduce import LOSS, RMS, SUM, UNALIGNED, UNSPECIALISED, cut_blocks, finish, halve, keep_sums, squares
 from .step import load
 
 
@@ -39,28 +41,44 @@ def dsm_kernel(
     scaled = clean * tiles.per_sample(r, at, batch, 1, SAMPLES)
     difference = prediction - tl.fma(noise, tiles.per_sample(w, at, batch, 1, SAMPLES), scaled)
     tl.store(tiles.pointers(error, at), difference, mask=at.inside)
-    wide = difference.to(tl.float64)
-    keep_sums(sums, wide * wide, at, batch, blocks, QUADS, SAMPLES)
+    keep_sums(sums, squares(difference, at.inside), at, batch, blocks, 1, QUADS, SAMPLES)
 
 
 def dsm_loss(
     output: Tensor, x0: Tensor, r: Tensor, w: Tensor, weight: Tensor, cursor: Tensor, stream: int
 ) -> tuple[Tensor, Tensor]:
     """Each sample's weighted mean squared error, and the error itself (fastdiff.execution.reference.dsm_loss)."""
-    loss, error = x0.new_empty(x0.shape[:1]), x0.new_empty(x0.shape)
-    tiles.check_state(error, cursor=cursor)
-    tiles.check_column(len(x0), r=r, w=w, weight=weight)
+    loss_and_error: tuple[Tensor, Tensor] = tiles.call(_dsm_loss, (output, x0, r, w, weight, cursor), stream)
+    return loss_and_error
+
+
+def _dsm_loss(
+    output: Tensor, x0: Tensor, r: Tensor, w: Tensor, weight: Tensor, cursor: Tensor, stream: int
+) -> tiles.Prepared:
+    shape, count = x0.shape, len(x0)
+    tiles.check_state(x0.new_empty(shape), cursor=cursor)
+    tiles.check_column(count, r=r, w=w, weight=weight)
     if x0.numel() == 0:
-        return weight.to(x0.dtype) * 0, error
-    numel = x0.numel() // len(x0)
-    tiling, blocks = cut_blocks(len(x0), numel)
-    of_output, inner = tiles.view(output, x0.shape, None)
-    sums = x0.new_empty((len(x0), blocks), dtype=torch.float64)
-    tiles.launch(
-        dsm_kernel, tiling.grid, x0, error, sums, of_output, tiles.dense(x0, x0.shape), r.contiguous(), w.contiguous(),
-        cursor, stream, blocks=blocks, INNER=inner or 1, **tiling.arguments,
+        return tiles.Prepared(lambda _, x0, *rest: (rest[2].to(x0.dtype) * 0, x0.new_empty(shape)), None)
+    numel = x0.numel() // count
+    tiling, blocks = cut_blocks(count, numel)
+    seen, inner = tiles.view(output, shape, None)
+    copied = seen.copies(output)
+    launch = tiles.Launch(
+        dsm_kernel, tiling.grid, ("error", "sums", "output", "x0", "r", "w", "cursor"),
+        output=seen._replace(value=None), stream=stream, blocks=blocks, INNER=inner or 1, **tiling.arguments,
     )  # fmt: skip
-    return finish(sums, loss, LOSS.value, weight.contiguous(), numel), error
+    finished = finish(count, blocks, LOSS.value, numel)
+
+    def run(output: Tensor, x0: Tensor, r: Tensor, w: Tensor, weight: Tensor, cursor: Tensor) -> tuple[Tensor, Tensor]:
+        loss, error = x0.new_empty(count), x0.new_empty(shape)
+        sums = x0.new_empty((count, blocks), dtype=torch.float64)
+        output = tiles.dense(output, shape) if copied else output
+        launch(error, sums, output, x0.contiguous(), r.contiguous(), w.contiguous(), cursor)
+        finished.run(sums, loss, weight.contiguous())
+        return loss, error
+
+    return tiles.Prepared(run, finished.last)
 
 
 def dsm_loss_backward(grad: Tensor, error: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,7 +109,7 @@ def dot_kernel(
     else:
         quad, row = tiles.quads_of(at.start, QUADS, SAMPLES)
         v = philox.normals(cursor, quad, row, at.first, stream)
-    keep_sums(sums, u.to(tl.float64) * v.to(tl.float64), at, batch, blocks, QUADS, SAMPLES)
+    keep_sums(sums, u.to(tl.float64) * v.to(tl.float64), at, batch, blocks, 1, QUADS, SAMPLES)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
@@ -130,26 +148,36 @@ def _signed(value, word, at, remaining, group: tl.constexpr, QUADS: tl.constexpr
 
 def probe_dot(value: Tensor, cursor: Tensor, stream: int, kind: str, probe: Tensor | None = None) -> Tensor:
     """⟨v, value⟩ of each sample, float64 [B]: v is `probe`, or drawn anew (fastdiff.execution.reference.probe_dot)."""
-    out = value.new_empty(value.shape[:1], dtype=torch.float64)
+    dots: Tensor = tiles.call(_probe_dot, (value, cursor, probe), stream, kind)
+    return dots
+
+
+def _probe_dot(value: Tensor, cursor: Tensor, probe: Tensor | None, stream: int, kind: str) -> tiles.Prepared:
     if probe is None and kind not in ("rademacher", "normal"):
         raise ValueError(f"kind must be 'rademacher' or 'normal', got {kind!r}")
+    shape, count = value.shape, len(value)
     if value.numel() == 0:
-        return out.zero_()
-    numel = value.numel() // len(value)
-    tiling, blocks = cut_blocks(len(value), numel)
-    value, probe = value.contiguous(), tiles.dense(probe, value.shape)
-    sums = out.new_empty((len(value), blocks))
+        return tiles.Prepared(lambda value, *_: value.new_zeros(count, dtype=torch.float64), None)
+    numel = value.numel() // count
+    tiling, blocks = cut_blocks(count, numel)
     if probe is None and kind == "rademacher":
-        tiling = cut_signs(len(value), numel)
-        tiles.launch(
-            signed_sum_kernel, tiling.grid, value, sums, value, cursor, stream, blocks=blocks, **tiling.arguments
-        )
+        kernel, tiling, slots = signed_sum_kernel, cut_signs(count, numel), ("sums", "value", "cursor")
+        launch = tiles.Launch(kernel, tiling.grid, slots, stream=stream, blocks=blocks, **tiling.arguments)
     else:
-        tiles.launch(
-            dot_kernel, tiling.grid, value,
-            sums, value, probe, cursor, stream, blocks=blocks, **tiling.arguments,
-        )  # fmt: skip
-    return finish(sums, out, SUM.value)
+        slots = "sums", "value", "cursor", "probe"
+        launch = tiles.Launch(
+            dot_kernel, tiling.grid, slots, probe=None, stream=stream, blocks=blocks, **tiling.arguments
+        )
+    finished = finish(count, blocks, SUM.value)
+
+    def run(value: Tensor, cursor: Tensor, probe: Tensor | None) -> Tensor:
+        sums = value.new_empty((count, blocks), dtype=torch.float64)
+        out = value.new_empty(count, dtype=torch.float64)
+        launch(sums, value.contiguous(), cursor, tiles.dense(probe, shape))
+        finished.run(sums, out)
+        return out
+
+    return tiles.Prepared(run, finished.last)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
@@ -181,29 +209,45 @@ def rk_kernel(
     tl.store(tiles.pointers(after, at), new, mask=at.inside)
     size_of = tl.maximum(tl.abs(before), tl.abs(new), propagate_nan=tl.PropagateNan.ALL)
     tolerance = tl.fma(size_of, rtol, atol)
-    ratio = tl.div_rn(error, tolerance).to(tl.float64)
-    keep_sums(sums, ratio * ratio, at, batch, blocks, QUADS, SAMPLES)
+    ratio = tl.div_rn(error, tolerance)
+    keep_sums(sums, squares(ratio, at.inside), at, batch, blocks, 1, QUADS, SAMPLES)
 
 
 def rk_error(
     x: Tensor, stages: Sequence[Tensor], h: Tensor, b: Sequence[float], e: Sequence[float], rtol: float, atol: float
 ) -> tuple[Tensor, Tensor]:
     """The Runge–Kutta combination and each sample's error (fastdiff.execution.reference.rk_error)."""
-    after, error = x.new_empty(x.shape), x.new_empty(x.shape[:1])
-    tiles.check_state(after)
-    tiles.check_column(len(x), h=h)
     if not len(stages) == len(b) == len(e):
         raise ValueError(f"b and e must have one weight for each of {len(stages)} stages, got {len(b)} and {len(e)}")
+    used = [bj != 0 or ej != 0 for bj, ej in zip(b, e)]
+    tensors = x, h, *itertools.compress(stages, used)
+    weights, errors = tuple(itertools.compress(b, used)), tuple(itertools.compress(e, used))
+    after_and_error: tuple[Tensor, Tensor] = tiles.call(_rk_error, tensors, weights, errors, rtol, atol)
+    return after_and_error
+
+
+def _rk_error(x: Tensor, h: Tensor, *stages_and_others: Any) -> tiles.Prepared:
+    *stages, weights, errors, rtol, atol = stages_and_others
+    shape, count = x.shape, len(x)
+    tiles.check_state(x.new_empty(shape))
+    tiles.check_column(count, h=h)
     if x.numel() == 0:
-        return after, error.zero_()
-    numel = x.numel() // len(x)
-    tiling, blocks = cut_blocks(len(x), numel)
-    sums = x.new_empty((len(x), blocks), dtype=torch.float64)
-    used = [(k, bj, ej) for k, bj, ej in zip(stages, b, e) if bj != 0 or ej != 0]
-    weights, errors = tuple(bj for _, bj, _ in used), tuple(ej for _, _, ej in used)
-    tiles.launch(
-        rk_kernel, tiling.grid, x, after, sums, tiles.dense(x, x.shape), h.contiguous(),
-        tuple(tiles.dense(k, x.shape) for k, _, _ in used), rtol, atol,
-        blocks=blocks, WEIGHTS=weights, ERRORS=errors, **tiling.arguments,
+        return tiles.Prepared(lambda x, *_: (x.new_empty(shape), x.new_zeros(count)), None)
+    numel = x.numel() // count
+    tiling, blocks = cut_blocks(count, numel)
+    launch = tiles.Launch(
+        rk_kernel, tiling.grid, ("after", "sums", "x", "h", "stages"),
+        rtol=rtol, atol=atol, blocks=blocks, WEIGHTS=weights, ERRORS=errors, **tiling.arguments,
     )  # fmt: skip
-    return after, finish(sums, error, RMS.value, None, numel)
+    finished = finish(count, blocks, RMS.value, numel)
+    copied = any(tiles.dense(k, shape) is not k for k in stages)
+
+    def run(x: Tensor, h: Tensor, *stages: Tensor) -> tuple[Tensor, Tensor]:
+        after, error = x.new_empty(shape), x.new_empty(count)
+        sums = x.new_empty((count, blocks), dtype=torch.float64)
+        stages = tuple([tiles.dense(k, shape) for k in stages]) if copied else stages
+        launch(after, sums, x.contiguous(), h.contiguous(), stages)
+        finished.run(sums, error)
+        return after, error
+
+    return tiles.Prepared(run, finished.last)

@@ -8,9 +8,10 @@ is a 64-bit scalar of the program; elements add 32-bit offsets to it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Chosen from compiled SASS (128-bit accesses, no spills, about 40 registers: tests/aot.py), not yet measured on a
-# GPU: 1024 elements a program, 8 a thread.
+# Chosen from compiled SASS (128-bit accesses, no spills, some 80 registers: tests/aot.py), not yet measured on a GPU: 1024
+# elements a program, 16 a thread of a GPU whose warps have 32. With 8 a thread a step has a sixth more instructions, a sum a
+# quarter, and as many elements' loads are under way.
 QUADS = 256
-WARPS = 4
+WARPS = 2
 
 # How many samples the grid's second dimension counts, of the 65,535 that it could: the third goes on from there
 SPAN = tl.constexpr(32768)
@@ -111,8 +113,10 @@ def addresses(view, at, INNER: tl.constexpr, SAMPLES: tl.constexpr):
         if view.inner is None:
             there = there + at.start + at.j
         else:
-            i = (at.start.to(tl.int32) + at.j).to(tl.uint32)
-            there = there + ((i // INNER).to(tl.int32) * view.outer + (i % INNER).to(tl.int32) * view.inner)
+            # the remainder i % INNER is i − (i // INNER)·INNER
+            i = at.start.to(tl.int32) + at.j
+            whole = (i.to(tl.uint32) // INNER).to(tl.int32)
+            there = there + (i * view.inner + whole * (view.outer - INNER * view.inner))
         if SAMPLES > 1:
             there = there + at.row.to(tl.int64) * view.sample
     return there
@@ -169,6 +173,10 @@ class View(NamedTuple):
     sample: int | None = None
     outer: int | None = None
     inner: int | None = None
+
+    def copies(self, operand: Tensor | None) -> bool:
+        """Whether what is addressed is a copy of the operand."""
+        return self.value is not None and operand is not None and self.value.data_ptr() != operand.data_ptr()
 
 
 def view(value: Tensor | None, shape: Sequence[int], inner: int | None) -> tuple[View, int | None]:
@@ -256,8 +264,116 @@ def check_column(batch: int, **columns: Tensor | None) -> None:
             raise ValueError(f"{name} must have one entry for each of {batch} samples, got shape {tuple(value.shape)}")
 
 
-def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **meta: Any) -> None:
-    """Run a kernel on the device of `like`, on torch's current stream. enable_fp_fusion=False: the compiler must not fuse a
-    product and a sum, which would round once where the reference rounds twice."""
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **meta: Any) -> Any:
+    """Run a kernel on the device of `like`, on torch's current stream; returns what Triton compiled for it, or None: then the
+    next launch goes through this function, too. enable_fp_fusion=False: the compiler must not fuse a product and a sum, which
+    would round once where the reference rounds twice."""
     with torch.cuda.device_of(like):
-        kernel[grid](*args, **meta, num_warps=WARPS, enable_fp_fusion=False)
+        return kernel[grid](*args, **meta, num_warps=WARPS, enable_fp_fusion=False)
+
+
+class Launch:
+    """A launch that is made again and again: only the tensors of its `slots` change, and of them nothing that `facts` tells.
+
+    The first goes through `launch`. If that answers with a compiled kernel (Triton's interpreter has none), the next put the
+    tensors' addresses among the arguments and start it: Triton does not look at the arguments and their types again, which
+    takes longer than most kernels run.
+
+    slots: the arguments that tensors are given for, in their order; None: what is given there is not used.
+    arguments: the others, by name; a View without its tensor, or None, for slots that may be given None."""
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], slots: Sequence[str | None], **arguments: Any) -> None:
+        self.kernel, self.grid, self.slots, self.arguments = kernel, grid, slots, arguments
+        self.start: Callable[..., None] | None = None  # the compiled kernel
+
+    def __call__(self, *tensors: Any) -> None:
+        """Launch on these tensors, one (or a tuple of them) for each slot, all on the device of the first."""
+        if self.start is None:
+            self._first(tensors)
+            return
+        values, device, driver = self._filled(tensors), self.device, triton.runtime.driver.active
+        if driver.get_current_device() == device:
+            self.start(*values, stream=driver.get_current_stream(device))
+        else:
+            with torch.cuda.device(device):
+                self.start(*values, stream=driver.get_current_stream(device))
+
+    def fixed(self, slots: Sequence[str], tensors: Sequence[Any]) -> Launch:
+        """A started launch on these tensors, of which those of the slots still change. What the others hold may change, too,
+        but not where they are."""
+        fewer = copy.copy(self)
+        fewer.values, fewer.slots = self._filled(tensors), slots
+        fewer.kept = [tensor for slot, tensor in zip(self.slots, tensors) if slot not in slots]
+        place = {slot: pair for slot, *pair in zip(self.slots, self.places, self.strides)}
+        fewer.places, fewer.strides = zip(*(place.get(slot, (None, None)) for slot in slots))
+        return fewer
+
+    def _first(self, tensors: Sequence[Any]) -> None:
+        names, filled = list(self.kernel.arg_names), dict(self.arguments)
+        given = {slot: tensor for slot, tensor in zip(self.slots, tensors) if slot is not None and tensor is not None}
+        views = {slot: filled[slot] for slot in given if isinstance(filled.get(slot), View)}
+        filled |= given | {slot: view._replace(value=given[slot]) for slot, view in views.items()}
+        meta = {name: filled[name] for name in names if name.isupper()}
+        compiled = launch(self.kernel, self.grid, tensors[0], *(filled[n] for n in names if n not in meta), **meta)
+        if hasattr(compiled, "__getitem__"):
+            self.device, self.values = tensors[0].get_device(), [_address(filled[name]) for name in names]
+            self.places = [names.index(slot) if slot in given else None for slot in self.slots]
+            # of a View; () of a tuple of tensors
+            strides = {slot: () if isinstance(given[slot], tuple) else None for slot in given}
+            strides |= {slot: view[1:] for slot, view in views.items()}
+            self.strides = [strides.get(slot) for slot in self.slots]
+            # called with all arguments in their order, it also calls the hooks of profilers
+            self.start = compiled[(*self.grid, 1, 1)[:3]]
+
+    def _filled(self, tensors: Sequence[Any]) -> list[Any]:
+        """The kernel's arguments with these tensors' addresses."""
+        values = self.values.copy()
+        for place, strides, value in zip(self.places, self.strides, tensors):
+            if place is not None:
+                if strides is None:
+                    values[place] = value.data_ptr()
+                elif strides:
+                    values[place] = (value.data_ptr(), *strides)
+                else:
+                    values[place] = _address(value)
+        return values
+
+
+def _address(value: Any) -> Any:
+    """An argument as a compiled kernel takes it: in a tensor's place its address."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return tuple(map(_address, value)) if isinstance(value, tuple) else value
+
+
+def facts(value: Tensor | None) -> Any:
+    """What a launch is prepared and compiled for of a tensor: all but its address, and whether that allows wide accesses."""
+    if value is None:
+        return None
+    strides = value.is_contiguous() or value.stride()
+    return value.dtype, value.shape, strides, value.get_device(), value.data_ptr() & 15 == 0
+
+
+class Prepared(NamedTuple):
+    """An operation for tensors of certain facts. It keeps none of them, or is not to be kept itself (no `last`)."""
+
+    run: Callable[..., Any]
+    last: Launch | None  # of its launches
+
+
+_PREPARED: dict[Any, Prepared] = {}
+MOST_PREPARED = 256
+
+
+def call(prepare: Callable[..., Prepared], tensors: Sequence[Tensor | None], *others: Any) -> Any:
+    """prepare(*tensors, *others).run(*tensors), prepared once for all tensors of the same facts: if its launches go past
+    Triton's own look at their arguments. Else it is prepared anew."""
+    key = prepare, others, *map(facts, tensors)
+    prepared = _PREPARED.get(key)
+    if prepared is None or prepared.last is None or prepared.last.start is None:
+        prepared = prepare(*tensors, *others)
+        if len(_PREPARED) >= MOST_PREPARED:
+            _PREPARED.clear()
+        if prepared.last is not None:
+            _PREPARED[key] = prepared
+    return prepared.run(*tensors)

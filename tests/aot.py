@@ -6,11 +6,12 @@ The kernels are called as the library calls them, on small CPU tensors, but with
 which GPU it is: so what is compiled is what a launch there would compile. The `step` variants are those of the tables
 that the shipped samplers make: the runner runs each, with operations that note what they were given.
 
-Registers and shared memory come from the compiler. instructions_per_element is the number of SASS instructions to the
-main path's last EXIT (the IEEE square root's slow path is a subroutine behind it; the branches into it are counted),
-divided by the elements of a thread; on AMD, of all instructions to s_endpgm. approximations: operations that
-need not be IEEE's, as PTX or LLVM's flags say. contracted: float operations that may be fused, as PTX or LLVM's flags say; on
-sm_80 and sm_90 (later ones pack two operations in one) also what the machine code has more or less of them than the PTX.
+Registers and shared memory come from the compiler. instructions_per_element is the number of SASS instructions that a program
+runs whose row has the usual coefficients (the fewest from the entry to the EXIT that ends a program: what rows rarely need,
+and the IEEE square root's slow path, are branched past), divided by the elements of a thread; on AMD, of all instructions to
+s_endpgm. approximations: operations that need not be IEEE's, as PTX or LLVM's flags say. contracted: float operations that may
+be fused, as PTX or LLVM's flags say; on sm_80 and sm_90 (later ones pack two operations in one) also what the machine code has
+more or less of them than the PTX.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ TARGETS = {
 }
 FIELDS = (
     "kernel", "variant", "target", "registers", "spills", "shared_bytes", "instructions_per_element",
-    "loads_128", "stores_128", "loads_32", "stores_32", "approximations", "contracted",
+    "loads_128", "stores_128", "loads_32", "stores_32", "shuffles", "barriers", "approximations", "contracted",
 )  # fmt: skip
 # What rarely runs is compiled for two targets only, to save a quarter of the time
 RARE = (
@@ -203,7 +204,8 @@ def _read_sass(compiled: Any, per_thread: float) -> dict[str, Any]:
         file.flush()
         command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+).*;", text, re.MULTILINE)
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([\w.]+)(.*);", text, re.MULTILINE)
+    names = [name for _, _, name, _ in lines]
     count = Counter(names)
     # subroutines, if any, stand behind the last EXIT
     main = max(i for i, name in enumerate(names) if name == "EXIT") + 1
@@ -212,14 +214,36 @@ def _read_sass(compiled: Any, per_thread: float) -> dict[str, Any]:
     return {
         "registers": int(re.search(r"REG:(\d+)", text)[1]),
         "spills": spilled + stack,
-        "instructions_per_element": round(main / per_thread, 1),
+        "instructions_per_element": round(_fewest(lines) / per_thread, 1),
         "loads_128": _wide(count, "LDG", "128"),
         "stores_128": _wide(count, "STG", "128"),
         "loads_32": sum(n for name, n in count.items() if re.fullmatch(r"LDG\.E(\.CONSTANT)?", name)),
         "stores_32": count["STG.E"],
+        "shuffles": sum(n for name, n in count.items() if name.startswith("SHFL")),
+        "barriers": sum(n for name, n in count.items() if name.startswith("BAR")),
         "approximations": len(re.findall(r"\.(?:approx|full|ftz)\.", compiled.asm["ptx"])),
         "contracted": _contracted(compiled, Counter(names[:main])),
     }
+
+
+def _fewest(lines: list[tuple[str, str, str, str]]) -> int:
+    """How many instructions the shortest way from the first to an unconditional EXIT has, without a call.
+
+    lines: (address, predicate or "", instruction, operands)."""
+    place = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
+    # from each instruction on; the kernels have no loops: branches go forward only
+    left = [math.inf] * (len(lines) + 1)
+    for i, (_, predicate, name, operands) in reversed(list(enumerate(lines))):
+        if name.startswith("BRA"):
+            onward = left[place[int(re.findall(r"0x([0-9a-f]+)", operands)[-1], 16)]]
+            if predicate or re.search(r"\bU?P\d", operands):
+                onward = min(onward, left[i + 1])
+            left[i] = 1 + onward
+        elif name.startswith(("CALL", "RET")):
+            left[i] = math.inf
+        else:
+            left[i] = 1 + (0 if name.startswith("EXIT") and not predicate else left[i + 1])
+    return int(left[0])
 
 
 def _contracted(compiled: Any, count: Counter[str]) -> int:
@@ -259,6 +283,8 @@ def _read_amd(compiled: Any, per_thread: float) -> dict[str, Any]:
         "stores_128": count["global_store_dwordx4"] + count["buffer_store_dwordx4"],
         "loads_32": count["global_load_dword"] + count["buffer_load_dword"],
         "stores_32": count["global_store_dword"] + count["buffer_store_dword"],
+        "shuffles": text.count("dpp"),
+        "barriers": count["s_barrier"],
         "approximations": len(
             re.findall(r"= f(?:add|sub|mul|div) (?:\w+ )*?(?:fast|afn|arcp|reassoc)\b", compiled.asm["llir"])
         ),

@@ -123,6 +123,29 @@ def test_step_in_programs_of_the_size_that_runs(shape, monkeypatch):
     run_step(PLAIN | {"shape": shape, "base": True, "first_bad": "infinite state", "m": "channels-last"})
 
 
+@pytest.mark.parametrize(
+    "other", [{}, {"v": "sliced channels-last", "base": True}, {"history": 2, "others": "permuted"}]
+)
+def test_a_prepared_step_is_the_step(other):
+    """Row after row: whatever a network answers with, and what the fixed operands hold by then."""
+    case = PLAIN | {"shape": (2, 3, 8, 8), "net_input": "channels-last", "first_bad": "finite", **other}
+    matrix, stream, read, written = step_case(case)
+    fixed, ours = copied(read, DEVICE), copied(written, DEVICE)
+    operands = {name: value for name, value in (fixed | ours).items() if name not in ("out", "x", "m", "v")}
+    prepared = kernels.prepare_step(ours["out"], matrix.to(DEVICE), stream, fixed["x"], **operands)
+    for seed, layout in enumerate(("contiguous", "channels-last", "permuted", "odd offset", "contiguous")):
+        _, _, now, _ = step_case(case, seed)
+        m, v = laid(now["m"], layout), now.get("v")
+        for name in ("x", "base"):
+            if now[name] is not None:
+                fixed[name].copy_(now[name])
+                read[name].copy_(now[name])
+        prepared(cursor().to(DEVICE), *on_device(m), *on_device(v))
+        row.step(**written, **read | {"m": m, "v": v}, table=matrix, cursor=cursor(), stream=stream)
+        for name in written:
+            same(ours[name], written[name])
+
+
 @pytest.mark.parametrize("shape", [(5,), (0, 3), (4, 0), (0,)])
 def test_step_of_scalars_and_of_nothing(shape):
     g = torch.Generator().manual_seed(0)
@@ -271,7 +294,7 @@ def test_sums_of_very_many_blocks(length, monkeypatch):
     monkeypatch.setattr(reduce, "MOST_SUMS", 256 if length < 5000 else 4096)
     values = torch.randn((2, length), dtype=torch.float64, generator=torch.Generator().manual_seed(length))
     out = torch.full((2,), NAN, dtype=torch.float64, device=DEVICE)
-    reduce.finish(values.to(DEVICE), out, reduce.SUM.value)
+    reduce.finish(*values.shape, reduce.SUM.value).run(values.to(DEVICE), out)
     same(out, row._halve(values))
 
 
@@ -452,6 +475,18 @@ def test_signatures_are_the_references():
             continue
         ours, theirs = inspect.signature(getattr(kernels, name)), inspect.signature(getattr(row, name))
         assert str(ours) == str(theirs), name
+
+
+@pytest.mark.parametrize("k", [-1, 4, 2**40])
+def test_a_row_that_the_table_lacks_leaves_nan(k):
+    """It is not read: what lies before and behind the table is finite."""
+    room = torch.ones((6, len(table.COLUMNS)), device=DEVICE)
+    x = torch.randn(2, 300, device=DEVICE)
+    out, measured = torch.zeros_like(x), torch.zeros((2, 2), device=DEVICE)
+    kernels.step(out, room[1:5], cursor(k).to(DEVICE), 1, x, x)
+    assert bool(out.isnan().all())
+    kernels.measure_langevin(measured, room[1:5], cursor(k).to(DEVICE), 1, False, x, x)
+    assert bool(measured.isnan().all())
 
 
 def test_streams_are_apart():

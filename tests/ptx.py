@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-THREADS = 128  # of a program
 WARP = 32
 PROGRAMS = 64  # that run together
 GARBAGE = 0xCD
@@ -240,10 +239,10 @@ class Access(NamedTuple):
 class Accesses(list[Access]):
     """What the threads of a launch did in one memory."""
 
-    def check(self, owner: int) -> None:
-        """Refuse a race: memory that one program writes and another touches, or that two of a program's groups of `owner`
-        threads touch with no barrier between, one of them writing. Two may write the same number, and atomic operations may
-        meet each other."""
+    def check(self, program: int, owner: int) -> None:
+        """Refuse a race: memory that one program, of so many threads, writes and another touches, or that two of a program's
+        groups of `owner` threads touch with no barrier between, one of them writing. Two may write the same number, and atomic
+        operations may meet each other."""
         if all(access.kind == "load" for access in self):
             return
         unit = min(8, *(access.size for access in self))  # bytes; accesses are aligned
@@ -260,7 +259,7 @@ class Accesses(list[Access]):
         )
         for writes, others in ((stores, (stores, loads, atomics)), (atomics, (loads,))):
             for touched in others:
-                _refuse_race(writes, touched, THREADS, False)
+                _refuse_race(writes, touched, program, False)
                 _refuse_race(writes, touched, owner, True)
 
 
@@ -316,19 +315,22 @@ class Memory:
 class Threads:
     """The state of programs that run together.
 
+    size    the threads of a program
     first   the first of them, by its number in the grid
     lane    each thread's number in them
     active  the threads that the branches so far have not sent ahead
     moment  barriers passed
     """
 
-    def __init__(self, memory: Memory, grid: Sequence[int], first: int, programs: int, shared_bytes: int) -> None:
-        self.memory, self.first, self.programs = memory, first, programs
-        self.lane = np.arange(programs * THREADS)
-        program = first + self.lane // THREADS
+    def __init__(
+        self, memory: Memory, size: int, grid: Sequence[int], first: int, programs: int, shared_bytes: int
+    ) -> None:
+        self.memory, self.size, self.first, self.programs = memory, size, first, programs
+        self.lane = np.arange(programs * size)
+        program = first + self.lane // size
         x, y, _ = grid
         self.special = {
-            "%tid.x": self.lane % THREADS,
+            "%tid.x": self.lane % size,
             "%ctaid.x": program % x, "%ctaid.y": program // x % y, "%ctaid.z": program // (x * y),
             **{f"%nctaid.{axis}": np.array([n]) for axis, n in zip("xyz", grid)},
         }  # fmt: skip
@@ -418,16 +420,16 @@ class Threads:
 
     def _note(self, kind: str, space: str, size: int, at: Array, lanes: Array, written: Array | None = None) -> None:
         if space == "shared":  # each program has its own
-            at = at + lanes // THREADS * self.shared.shape[1]
+            at = at + lanes // self.size * self.shared.shape[1]
             self.shared_accesses.append(Access(kind, size, at, lanes, self.moment, written))
         else:
-            lanes = lanes + self.first * THREADS
+            lanes = lanes + self.first * self.size
             self.memory.accesses.append(Access(kind, size, at, lanes, self.moment, written))
 
     def _shared_place(self, at: Array, size: int, lanes: Array) -> tuple[Array, Array]:
         if bool((at % size).any()) or bool((at + size > self.shared.shape[1]).any()):
             raise PtxError(f"an access of {size} bytes of shared memory is not aligned, or outside of it")
-        return (lanes // THREADS)[:, None], at[:, None] + np.arange(size)
+        return (lanes // self.size)[:, None], at[:, None] + np.arange(size)
 
     def _shared_bytes(self, at: Array, size: int, lanes: Array) -> Array:
         return self.shared[self._shared_place(at, size, lanes)]
@@ -438,7 +440,7 @@ class Threads:
             raise PtxError("a warp's threads exchange values while some of them are elsewhere")
 
     def barrier(self) -> None:
-        if bool((self.active.reshape(-1, THREADS) != self.active[::THREADS, None]).any()):
+        if bool((self.active.reshape(-1, self.size) != self.active[:: self.size, None]).any()):
             raise PtxError("a barrier that some of a program's threads do not reach")
         self.moment += 1
 
@@ -655,10 +657,12 @@ class Kernel:
     """A kernel's instructions, from its PTX.
 
     parameters  each one's type, as declared
+    threads     of a program
     """
 
     def __init__(self, ptx: str) -> None:
         head, _, body = ptx.partition("// %bb.0:")
+        self.threads = int(re.findall(r"^\s*\.reqntid (\d+)", head, re.MULTILINE)[0])
         self.parameters = re.findall(r"^\s*\.param\s+\.(\w+).*_param_\d+", head, re.MULTILINE)
         body = re.sub(
             r"//[^\n]*|^\s*\.loc[^\n]*$|^\$L__(?!BB)\w+:", "", body.partition("$L__func_end0")[0], flags=re.MULTILINE
@@ -713,11 +717,11 @@ class Kernel:
         memory, total = Memory(tensors), math.prod(grid)
         with np.errstate(all="ignore"):
             for first in reversed(range(0, total, PROGRAMS)):
-                threads = Threads(memory, grid, first, min(PROGRAMS, total - first), shared_bytes)
+                threads = Threads(memory, self.threads, grid, first, min(PROGRAMS, total - first), shared_bytes)
                 threads.special |= special
                 self._run(threads)
-                threads.shared_accesses.check(WARP)
-        memory.accesses.check(1)
+                threads.shared_accesses.check(self.threads, WARP)
+        memory.accesses.check(self.threads, 1)
 
     def _run(self, threads: Threads) -> None:
         for step, label in self.steps:
