@@ -179,11 +179,13 @@ def embedding(times: Tensor, frequencies: Tensor) -> Tensor:
 
 
 COMPILED = "torch.compile of eager"
-FLOOR = "memory floor (torch.add)"  # reads and writes what a step does, without the noise
+# parts of a step, below which it cannot be: what reads and writes as much without the noise, and the noise alone
+FLOOR, NOISE = "memory floor (torch.add)", "noise floor (normal)"
 OPS = (
     Op("step", 12, step("m"), "x m", affine, compiled=True, also={
         "eager, preallocated": preallocated,
         FLOOR: lambda k, t: (torch.add(t["x"], t["m"], alpha=B, out=t["theirs"]),),
+        NOISE: fill("normal", SAMPLER),
         "through torch.ops": lambda k, t: step("m")(torch.ops.fastdiff, t),
     }),
     Op("step, mixed", 12, step("half", "net_input"), "x half", affine_mixed, compiled=True),
@@ -247,6 +249,6 @@ def contestants(
     runs |= {name: (lambda run=run: run(module, t)) for name, run in op.also.items()}
     runs |= {name: op.torch_compile(t, **options) for name, options in compiled.items()}
     for name, run in runs.items():
-        if name != FLOOR:
+        if name not in (FLOOR, NOISE):
             check_meaning(op, runs["ours"], name, run)
     return runs

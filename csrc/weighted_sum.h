@@ -77,6 +77,31 @@ template <class S> struct WeightedSum {
 // Whether a tile is of one sample, and that one large enough for the loop below.
 inline bool in_one_loop(const Geometry& g, const Tile& tile) { return tile.samples == 1 && g.numel >= 16 * Vector::lanes; }
 
+// The 4·L·groups numbers from `at` on of the sum below; what is read and written a little later is asked for meanwhile.
+template <int count, int groups> inline __attribute__((always_inline)) void add_normals(
+    float* out, const float* const* values, const float* factors, float c, float* net_input, float scale, int at,
+    OneSample<Keep::four>& counters, const Source& source, Floats& bad) {
+    constexpr int L = Vector::lanes, kAhead = 512;
+    Words r[4 * groups];
+    Floats z[4 * groups];
+    for (int line = at + kAhead; line < at + kAhead + 4 * L * groups; line += 16) {
+        for (int j = 0; j < count; ++j) __builtin_prefetch(values[j] + line);
+        __builtin_prefetch(out + line, 1);
+        if (net_input) __builtin_prefetch(net_input + line, 1);
+    }
+    counters.next<groups>(source, r);
+    Normals::make<Keep::four, groups>(r, z);
+    for (int k = 0; k < 4 * groups; ++k, at += L) {
+        Floats total = Vector::multiply(Vector::load(values[0] + at), Vector::constant(factors[0]));
+        for (int j = 1; j < count; ++j)
+            total = Vector::fma_of_any(Vector::load(values[j] + at), Vector::constant(factors[j]), total);
+        total = Vector::fma_of_any(z[k], Vector::constant(c), total);
+        Vector::store(out + at, total);
+        bad = Vector::fma(total, Vector::constant(0.0f), bad);
+        if (net_input) Vector::store(net_input + at, Vector::multiply(total, Vector::constant(scale)));
+    }
+}
+
 // A sum of `count` terms and its last one, the noise, in one loop that never stores z: out = Σ factor·value + c·z. Returns
 // whether all of out is finite, and stores scale·out at net_input if that is not null.
 template <int count>
@@ -85,43 +110,28 @@ bool add_noise(
     const Cursor& cursor, const Source& source) {
     const int n = tile.n;
     const uint32_t quad = uint32_t(tile.element / 4), sample = cursor.first_sample + uint32_t(tile.sample);
-    constexpr int L = Vector::lanes, kAhead = 512;
-    const float *v0 = terms[0].value, *v1 = terms[count > 1 ? 1 : 0].value, *v2 = terms[count > 2 ? 2 : 0].value;
-    const float f0 = terms[0].factor, f1 = terms[count > 1 ? 1 : 0].factor, f2 = terms[count > 2 ? 2 : 0].factor;
+    constexpr int L = Vector::lanes;
+    const float* values[count];
+    float factors[count];
+    for (int j = 0; j < count; ++j) values[j] = terms[j].value, factors[j] = terms[j].factor;
     OneSample<Keep::four> counters(quad, sample, source);
-    Words r[4];
-    Floats bad = Vector::constant(0.0f), z[4];
+    Floats bad = Vector::constant(0.0f);
     int i = 0;
-    for (; i + 4 * L <= n; i += 4 * L) {
-        for (int line = 0; line < 4 * L; line += 16) {
-            __builtin_prefetch(v0 + i + kAhead + line);
-            if (count > 1) __builtin_prefetch(v1 + i + kAhead + line);
-            if (count > 2) __builtin_prefetch(v2 + i + kAhead + line);
-        }
-        counters.next(source, r);
-        Normals::make<Keep::four>(r, z);
-        for (int k = 0; k < 4; ++k) {
-            const int at = i + k * L;
-            Floats total = Vector::multiply(Vector::load(v0 + at), Vector::constant(f0));
-            if (count > 1) total = Vector::fma_of_any(Vector::load(v1 + at), Vector::constant(f1), total);
-            if (count > 2) total = Vector::fma_of_any(Vector::load(v2 + at), Vector::constant(f2), total);
-            total = Vector::fma_of_any(z[k], Vector::constant(c), total);
-            Vector::store(out + at, total);
-            bad = Vector::fma(total, Vector::constant(0.0f), bad);
-            if (net_input) Vector::store(net_input + at, Vector::multiply(total, Vector::constant(scale)));
-        }
-    }
+    for (; i + 4 * L * kGroups <= n; i += 4 * L * kGroups)
+        add_normals<count, kGroups>(out, values, factors, c, net_input, scale, i, counters, source, bad);
+    for (; i + 4 * L <= n; i += 4 * L)
+        add_normals<count, 1>(out, values, factors, c, net_input, scale, i, counters, source, bad);
     float sums[L], all = 0;
     Vector::store(sums, bad);
     for (int k = 0; k < L; ++k) all += sums[k];
     if (i < n) {
         float rest[4 * L];
-        counters.next(source, r);
+        Words r[4];
+        counters.next<1>(source, r);
         store_numbers<Normals, Keep::four>(r, rest);
         for (int k = 0; i < n; ++i, ++k) {
-            float total = v0[i] * f0;
-            if (count > 1) total = fma(v1[i], f1, total);
-            if (count > 2) total = fma(v2[i], f2, total);
+            float total = values[0][i] * factors[0];
+            for (int j = 1; j < count; ++j) total = fma(values[j][i], factors[j], total);
             out[i] = total = fma(rest[k], c, total);
             all += total * 0.0f;
             if (net_input) net_input[i] = total * scale;
