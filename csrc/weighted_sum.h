@@ -1,5 +1,7 @@
 // Σ factor·value over a tile, in the reference's order and roundings; whether a tile is finite.
 #pragma once
+#include <type_traits>
+
 #include "fill.h"
 
 // Tells the compiler that no turn of the next loop reads what another one writes: an operand may be the output itself, but
@@ -75,67 +77,67 @@ template <class S> struct WeightedSum {
 };
 
 // Whether a tile is of one sample, and that one large enough for the loop below.
-inline bool in_one_loop(const Geometry& g, const Tile& tile) { return tile.samples == 1 && g.numel >= 16 * Vector::lanes; }
+inline bool fits_one_loop(const Geometry& g, const Tile& tile) { return tile.samples == 1 && g.numel >= 16 * Vector::lanes; }
 
-// The 4·L·groups numbers from `at` on of the sum below; what is read and written a little later is asked for meanwhile.
-template <int count, int groups> inline __attribute__((always_inline)) void add_normals(
-    float* out, const float* const* values, const float* factors, float c, float* net_input, float scale, int at,
-    OneSample<Keep::four>& counters, const Source& source, Floats& bad) {
-    constexpr int L = Vector::lanes, kAhead = 512;
-    Words r[4 * groups];
-    Floats z[4 * groups];
-    for (int line = at + kAhead; line < at + kAhead + 4 * L * groups; line += 16) {
-        for (int j = 0; j < count; ++j) __builtin_prefetch(values[j] + line);
-        __builtin_prefetch(out + line, 1);
-        if (net_input) __builtin_prefetch(net_input + line, 1);
-    }
-    counters.next<groups>(source, r);
-    Normals::make<Keep::four, groups>(r, z);
-    for (int k = 0; k < 4 * groups; ++k, at += L) {
-        Floats total = Vector::multiply(Vector::load(values[0] + at), Vector::constant(factors[0]));
-        for (int j = 1; j < count; ++j)
-            total = Vector::fma_of_any(Vector::load(values[j] + at), Vector::constant(factors[j]), total);
-        total = Vector::fma_of_any(z[k], Vector::constant(c), total);
-        Vector::store(out + at, total);
-        bad = Vector::fma(total, Vector::constant(0.0f), bad);
-        if (net_input) Vector::store(net_input + at, Vector::multiply(total, Vector::constant(scale)));
-    }
-}
-
-// A sum of `count` terms and its last one, the noise, in one loop that never stores z: out = Σ factor·value + c·z. Returns
-// whether all of out is finite, and stores scale·out at net_input if that is not null.
-template <int count>
-bool add_noise(
-    float* out, const Term<float>* terms, float c, float* net_input, float scale, const Tile& tile,
-    const Cursor& cursor, const Source& source) {
+// out = Σ factor·value + c·z over a tile, in one loop, which never stores z; there is none if not `noisy`. Returns whether all
+// of out is finite, and stores scale·out at net_input if that is not null.
+template <int count, bool noisy> bool sum_in_one_loop(
+    float* out, const Term<float>* terms, float c, float* net_input, float scale, const Tile& tile, const Cursor& cursor,
+    const Source& source) {
+    constexpr int L = Vector::lanes, kAhead = 256, kLine = 16;
     const int n = tile.n;
-    const uint32_t quad = uint32_t(tile.element / 4), sample = cursor.first_sample + uint32_t(tile.sample);
-    constexpr int L = Vector::lanes;
     const float* values[count];
     float factors[count];
     for (int j = 0; j < count; ++j) values[j] = terms[j].value, factors[j] = terms[j].factor;
-    OneSample<Keep::four> counters(quad, sample, source);
+    OneSample<Keep::four> counters(uint32_t(tile.element / 4), cursor.first_sample + uint32_t(tile.sample), source);
     Floats bad = Vector::constant(0.0f);
+    // L numbers from i on
+    const auto put = [&](int i, Floats z) __attribute__((always_inline)) {
+        Floats total = Vector::multiply(Vector::load(values[0] + i), Vector::constant(factors[0]));
+        for (int j = 1; j < count; ++j)
+            total = Vector::fma_of_any(Vector::load(values[j] + i), Vector::constant(factors[j]), total);
+        if (noisy) total = Vector::fma_of_any(z, Vector::constant(c), total);
+        Vector::store(out + i, total);
+        bad = Vector::fma(total, Vector::constant(0.0f), bad);
+        if (net_input) Vector::store(net_input + i, Vector::multiply(total, Vector::constant(scale)));
+    };
+    // 4·L numbers from i on for each group; what is read and written a little later is asked for meanwhile
+    const auto block = [&](int i, auto number) __attribute__((always_inline)) {
+        constexpr int groups = decltype(number)::value;
+        Floats z[4 * groups] = {};
+        for (int at = i + kAhead; at < i + kAhead + 4 * L * groups; at += kLine) {
+            for (int j = 0; j < count; ++j) __builtin_prefetch(values[j] + at);
+            __builtin_prefetch(out + at, 1);
+            if (net_input) __builtin_prefetch(net_input + at, 1);
+        }
+        if constexpr (noisy) {
+            Words r[4 * groups];
+            counters.next<groups>(source, r);
+            Normals::make<Keep::four, groups>(r, z);
+        }
+        for (int k = 0; k < 4 * groups; ++k) put(i + k * L, z[k]);
+    };
     int i = 0;
-    for (; i + 4 * L * kGroups <= n; i += 4 * L * kGroups)
-        add_normals<count, kGroups>(out, values, factors, c, net_input, scale, i, counters, source, bad);
-    for (; i + 4 * L <= n; i += 4 * L)
-        add_normals<count, 1>(out, values, factors, c, net_input, scale, i, counters, source, bad);
-    float sums[L], all = 0;
-    Vector::store(sums, bad);
-    for (int k = 0; k < L; ++k) all += sums[k];
-    if (i < n) {
-        float rest[4 * L];
+    for (; i + 4 * L * kGroups <= n; i += 4 * L * kGroups) block(i, std::integral_constant<int, kGroups>());
+    for (; i + 4 * L <= n; i += 4 * L) block(i, std::integral_constant<int, 1>());
+    float rest[4 * L];
+    if (noisy && i < n) {
         Words r[4];
         counters.next<1>(source, r);
         store_numbers<Normals, Keep::four>(r, rest);
-        for (int k = 0; i < n; ++i, ++k) {
-            float total = values[0][i] * factors[0];
-            for (int j = 1; j < count; ++j) total = fma(values[j][i], factors[j], total);
-            out[i] = total = fma(rest[k], c, total);
-            all += total * 0.0f;
-            if (net_input) net_input[i] = total * scale;
-        }
+    }
+    const float* z = rest;
+    for (; i + L <= n; i += L, z += L) put(i, noisy ? Vector::load(z) : Floats());
+    float sums[L], all = 0;
+    Vector::store(sums, bad);
+    for (int k = 0; k < L; ++k) all += sums[k];
+    for (; i < n; ++i, ++z) {
+        float total = values[0][i] * factors[0];
+        for (int j = 1; j < count; ++j) total = fma(values[j][i], factors[j], total);
+        if (noisy) total = fma(*z, c, total);
+        out[i] = total;
+        all += total * 0.0f;
+        if (net_input) net_input[i] = total * scale;
     }
     return all == 0.0f;
 }
