@@ -3,6 +3,7 @@
 Their bits are the reference's, and an opponent's numbers mean the same, before anything is timed.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -80,6 +81,17 @@ def step(m: str, *written: str, noise: bool = True, net_input: str = "net_input"
     return ours
 
 
+@functools.lru_cache(maxsize=2)
+def _prepared(k: ModuleType, *operands: Any) -> Callable[..., None]:
+    return k.prepare_step(*operands)  # type: ignore[no-any-return]
+
+
+def prepared(k: ModuleType, t: Tensors) -> Outputs:
+    """As the loop asks for it: all that does not change from row to row is checked once."""
+    _prepared(k, t["out"], t["table"], SAMPLER, t["x"])(t["cursor"], t["m"], None)
+    return (t["out"],)
+
+
 def affine(x: Tensor, m: Tensor) -> Tensor:
     return A * x + B * m + C * torch.randn_like(x)
 
@@ -107,6 +119,10 @@ def affine_noiseless(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def preallocated(k: ModuleType, t: Tensors) -> Outputs:
     scaled = torch.mul(t["x"], A, out=t["theirs"])
     return (scaled.add_(t["m"], alpha=B).add_(t["noise"].normal_(), alpha=C),)
+
+
+def add(k: ModuleType, t: Tensors) -> Outputs:
+    return (torch.add(t["x"], t["m"], alpha=B, out=t["theirs"]),)
 
 
 def fill(name: str, stream: int) -> Ours:
@@ -208,16 +224,20 @@ def embedding(times: Tensor, frequencies: Tensor) -> Tensor:
 
 
 COMPILED = "torch.compile of eager"
-FLOOR = "memory floor (torch.add)"  # reads and writes what a step does, without the noise
+# parts of a step, below which it cannot be: what reads and writes as much without the noise, and the noise alone
+FLOOR, NOISE = "memory floor (torch.add)", "noise floor (normal)"
 OPS = (
     Op("step", 12, step("m"), "x m", affine, compiled=True, also={
         "eager, preallocated": preallocated,
-        FLOOR: lambda k, t: (torch.add(t["x"], t["m"], alpha=B, out=t["theirs"]),),
+        FLOOR: add,
         "through torch.ops": lambda k, t: step("m")(torch.ops.fastdiff, t),
     }),
     Op("step, mixed", 12, step("half", "net_input"), "x half", affine_mixed, compiled=True),
     # what the loop asks of a row: the state, the network's next input, the flag of what is not finite
     Op("step, bf16 network", 12, step("half", "net_input", "first_bad"), "x half", affine_flagged),
+    Op("step, prepared", 12, prepared, "x m", affine, also={
+        "eager, preallocated": preallocated, FLOOR: add, NOISE: fill("normal", SAMPLER),
+    }),
     Op("normal", 4, fill("normal", SAMPLER), "theirs", lambda out: torch.randn(out.shape, out=out), "torch.randn"),
     Op("rademacher", 4, fill("rademacher", PROBES), "x", signs),
     Op("perturb", 8, lambda k, t: (k.perturb(t["x"], t["r"], t["w"], t["cursor"], PERTURBATION),), "x r w", noisy),
@@ -288,6 +308,6 @@ def contestants(
     runs |= {name: (lambda run=run: run(module, t)) for name, run in op.also.items()}
     runs |= {name: op.torch_compile(t, **options) for name, options in compiled.items()}
     for name, run in runs.items():
-        if name != FLOOR:
+        if name not in (FLOOR, NOISE):
             check_meaning(op, runs["ours"], name, run)
     return runs

@@ -5,26 +5,31 @@
 
 namespace {
 
-template <class Kind, Keep keep>
-inline __attribute__((always_inline)) void store_numbers(const Words r[4], typename Kind::Number* out) {
-    Floats v[4];
-    Kind::template make<keep>(r, v);
-    for (int k = 0; k < int(keep); ++k) Vector::store(reinterpret_cast<float*>(out) + k * Vector::lanes, v[k]);
+template <class Kind, Keep keep, int groups = 1>
+inline __attribute__((always_inline)) void store_numbers(const Words* r, typename Kind::Number* out) {
+    Floats v[4 * groups];
+    Kind::template make<keep, groups>(r, v);
+#pragma GCC unroll 8
+    for (int k = 0; k < int(keep) * groups; ++k) Vector::store(reinterpret_cast<float*>(out) + k * Vector::lanes, v[k]);
 }
 
 // n numbers of one sample, from the counter `quad` on.
 template <class Kind> void fill_one(typename Kind::Number* out, int n, uint32_t quad, uint32_t sample, const Source& source) {
     constexpr int L = Vector::lanes;
     OneSample<Keep::four> counters(quad, sample, source);
-    Words r[4];
+    Words r[4 * kGroups];
     int i = 0;
+    for (; i + 4 * L * kGroups <= n; i += 4 * L * kGroups) {
+        counters.next<kGroups>(source, r);
+        store_numbers<Kind, Keep::four, kGroups>(r, out + i);
+    }
     for (; i + 4 * L <= n; i += 4 * L) {
-        counters.next(source, r);
+        counters.next<1>(source, r);
         store_numbers<Kind, Keep::four>(r, out + i);
     }
     if (i < n) {
         typename Kind::Number rest[4 * L];
-        counters.next(source, r);
+        counters.next<1>(source, r);
         store_numbers<Kind, Keep::four>(r, rest);
         memcpy(out + i, rest, size_t(n - i) * sizeof rest[0]);
     }

@@ -48,14 +48,19 @@ using Wide = Vector::Wide;
 using Words = Vector::Words;
 using Floats = Vector::Floats;
 
-inline __attribute__((always_inline)) void philox_rounds(
-    int first, Wide c0[2], Wide c1[2], Wide c2[2], Wide c3[2], const Source& source, Words r[4]) {
+// Groups of L counters whose numbers are made side by side: each operation waits for the one before it, and a processor looks
+// only so far ahead for others to do meanwhile.
+constexpr int kGroups = 2;
+
+// Rounds first … 9 of `groups` groups: two halves each of c0 … c3, the even lanes and the odd ones, to four vectors of words each.
+template <int groups> inline __attribute__((always_inline)) void philox_rounds(
+    int first, Wide* c0, Wide* c1, Wide* c2, Wide* c3, const Source& source, Words* r) {
     const Wide m0 = Vector::all64(kMultiplier[0]), m1 = Vector::all64(kMultiplier[1]);
 #pragma GCC unroll 10
     for (int round = first; round < 9; ++round) {
         const Words k0 = Vector::all(source.key[0][round]), k1 = Vector::all(source.key[1][round]);
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 8
+        for (int half = 0; half < 2 * groups; ++half) {
             const Wide p0 = Vector::multiply(c0[half], m0), p1 = Vector::multiply(c2[half], m1);
             c0[half] = Vector::exclusive_or(Vector::upper(p1), c1[half], k0);
             c1[half] = p1;
@@ -64,13 +69,17 @@ inline __attribute__((always_inline)) void philox_rounds(
         }
     }
     // the last round on interleaved lanes: half the exclusive ors
-    const Wide even0 = Vector::multiply(c0[0], m0), odd0 = Vector::multiply(c0[1], m0);
-    const Wide even1 = Vector::multiply(c2[0], m1), odd1 = Vector::multiply(c2[1], m1);
     const Words k0 = Vector::all(source.key[0][9]), k1 = Vector::all(source.key[1][9]);
-    r[0] = Vector::exclusive_or(Vector::interleave_upper(even1, odd1), Vector::interleave(c1[0], c1[1]), k0);
-    r[1] = Vector::interleave(even1, odd1);
-    r[2] = Vector::exclusive_or(Vector::interleave_upper(even0, odd0), Vector::interleave(c3[0], c3[1]), k1);
-    r[3] = Vector::interleave(even0, odd0);
+#pragma GCC unroll 4
+    for (int group = 0; group < groups; ++group, r += 4) {
+        const int even = 2 * group, odd = even + 1;
+        const Wide even0 = Vector::multiply(c0[even], m0), odd0 = Vector::multiply(c0[odd], m0);
+        const Wide even1 = Vector::multiply(c2[even], m1), odd1 = Vector::multiply(c2[odd], m1);
+        r[0] = Vector::exclusive_or(Vector::interleave_upper(even1, odd1), Vector::interleave(c1[even], c1[odd]), k0);
+        r[1] = Vector::interleave(even1, odd1);
+        r[2] = Vector::exclusive_or(Vector::interleave_upper(even0, odd0), Vector::interleave(c3[even], c3[odd]), k1);
+        r[3] = Vector::interleave(even0, odd0);
+    }
 }
 
 // The words of L counters, each with its own quad and sample, in the lanes' order.
@@ -78,7 +87,7 @@ inline __attribute__((always_inline)) void philox(Words quads, Words samples, co
     Wide c0[2] = {Wide(quads), Vector::upper(quads)}, c2[2] = {Wide(samples), Vector::upper(samples)};
     const Wide draw = Wide(Vector::all(source.draw)), stream = Wide(Vector::all(source.stream));
     Wide c1[2] = {draw, draw}, c3[2] = {stream, stream};
-    philox_rounds(0, c0, c1, c2, c3, source, r);
+    philox_rounds<1>(0, c0, c1, c2, c3, source, r);
 }
 
 // kMultiplier[0] * counter for the counters of the even lanes, and of the odd ones.
@@ -110,55 +119,78 @@ template <Keep keep> struct OneSample {
         second_c3 = uint32_t(second_p0);
     }
 
-    // The words of the next L counters.
-    inline __attribute__((always_inline)) void next(const Source& source, Words r[4]) {
+    // The words of the next `groups` groups.
+    template <int groups> inline __attribute__((always_inline)) void next(const Source& source, Words* r) {
         const Wide m1 = Vector::all64(kMultiplier[1]);
         const Wide step = Vector::all64(uint64_t(kMultiplier[0]) * Vector::lanes);
         const Words k1 = Vector::all(source.stream ^ source.key[1][0]);
         const Words second0 = Vector::all(first_c1 ^ source.key[0][1]);
         const Words second1 = Vector::all(uint32_t(second_p0 >> 32) ^ source.key[1][1]);
-        Wide c0[2], c1[2], c2[2], c3[2];
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            const Wide first_c2 = Vector::exclusive_or(Vector::upper(product[half]), k1);
+        Wide c0[2 * groups], c1[2 * groups], c2[2 * groups], c3[2 * groups];
+#pragma GCC unroll 8
+        for (int half = 0; half < 2 * groups; ++half) {
+            Wide& p0 = product[half % 2];
+            const Wide first_c2 = Vector::exclusive_or(Vector::upper(p0), k1);
             const Wide p1 = Vector::multiply(first_c2, m1);
             c0[half] = Vector::exclusive_or(Vector::upper(p1), second0);
             c1[half] = p1;
-            c2[half] = Vector::exclusive_or(product[half], second1);
+            c2[half] = Vector::exclusive_or(p0, second1);
             c3[half] = Wide(Vector::all(second_c3));
-            product[half] = Vector::add64(product[half], step);
+            p0 = Vector::add64(p0, step);
         }
-        philox_rounds(2, c0, c1, c2, c3, source, r);
+        philox_rounds<groups>(2, c0, c1, c2, c3, source, r);
     }
 };
 
-inline __attribute__((always_inline)) Floats horner(Floats x, const float* coefficients, int n) {
-    Floats p = Vector::constant(coefficients[0]);
+// The polynomial in x of n vectors.
+template <int n, int terms> inline __attribute__((always_inline)) void horner(
+    const Floats* x, const float (&coefficients)[terms], Floats* p) {
 #pragma GCC unroll 8
-    for (int i = 1; i < n; ++i) p = Vector::fma(p, x, Vector::constant(coefficients[i]));
-    return p;
+    for (int k = 0; k < n; ++k) p[k] = Vector::constant(coefficients[0]);
+#pragma GCC unroll 8
+    for (int i = 1; i < terms; ++i)
+#pragma GCC unroll 8
+        for (int k = 0; k < n; ++k) p[k] = Vector::fma(p[k], x[k], Vector::constant(coefficients[i]));
 }
 
-// sqrt(-2 ln u), u = (r/2 + 1/2) 2^-31
-inline __attribute__((always_inline)) Floats radius(Words r) {
+// sqrt(-2 ln u), u = (r/2 + 1/2) 2^-31, for the first of n pairs of words.
+template <int n> inline __attribute__((always_inline)) void radius(const Words* r, Floats* out) {
     const Words threshold = Vector::all(0x3F2AAAABu);
-    const Floats u = Vector::fma(
-        Vector::from_signed(Vector::template right<1>(r)), Vector::constant(0x1p-31f), Vector::constant(0x1p-32f));
-    const Words above = Vector::subtract(Vector::bits(u), threshold);
-    const Floats exponent = Vector::from_signed(Vector::template right_signed<23>(above));
-    const Words mantissa = Vector::add(Vector::both(above, Vector::all(0x007FFFFFu)), threshold);
-    const Floats f = Vector::subtract(Vector::bits(mantissa), Vector::constant(1.0f));
-    const Floats log = Vector::multiply(horner(f, kLog, 9), f);
-    return Vector::root(Vector::fma(exponent, Vector::constant(kMinusTwoLnTwo), log));
+    Floats exponent[n], f[n], p[n];
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) {
+        const Floats u = Vector::fma(
+            Vector::from_signed(Vector::template right<1>(r[2 * k])), Vector::constant(0x1p-31f), Vector::constant(0x1p-32f));
+        const Words above = Vector::subtract(Vector::bits(u), threshold);
+        exponent[k] = Vector::from_signed(Vector::template right_signed<23>(above));
+        const Words mantissa = Vector::add(Vector::both(above, Vector::all(0x007FFFFFu)), threshold);
+        f[k] = Vector::subtract(Vector::bits(mantissa), Vector::constant(1.0f));
+    }
+    horner<n>(f, kLog, p);
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) {
+        const Floats log = Vector::multiply(p[k], f[k]);
+        out[k] = Vector::root(Vector::fma(exponent[k], Vector::constant(kMinusTwoLnTwo), log));
+    }
 }
 
-// Cosine and sine of the angle that r names; a sign and an exchange take its two last bits.
-inline __attribute__((always_inline)) void circle(Words r, Floats& a, Floats& b) {
-    const Floats t = Vector::multiply(Vector::from_signed(r), Vector::constant(0x1p-32f));
-    const Floats s = Vector::multiply(t, t);
-    b = Vector::multiply(horner(s, kSin, 4), t);
-    a = Vector::bits(Vector::exclusive_or(Vector::bits(horner(s, kCos, 5)), Vector::template left<31>(r)));
-    Vector::swap(r, a, b);
+// Cosine and sine of the angles that the second of n pairs of words name; a sign and an exchange take their two last bits.
+template <int n> inline __attribute__((always_inline)) void circle(const Words* r, Floats* a, Floats* b) {
+    Floats t[n], s[n];
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) {
+        t[k] = Vector::multiply(Vector::from_signed(r[2 * k + 1]), Vector::constant(0x1p-32f));
+        s[k] = Vector::multiply(t[k], t[k]);
+    }
+    horner<n>(s, kSin, b);
+    horner<n>(s, kCos, a);
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) {
+        const Words word = r[2 * k + 1];
+        b[k] = Vector::multiply(b[k], t[k]);
+        a[k] = Vector::bits(Vector::exclusive_or(Vector::bits(a[k]), Vector::template left<31>(word)));
+        Vector::swap(word, a[k], b[k]);
+    }
 }
 
 // The four vectors of which a, b, c, d are the columns, in the order of `Order<Keep::four>`.
@@ -171,36 +203,43 @@ inline __attribute__((always_inline)) void transpose(Floats a, Floats b, Floats 
     out[3] = Vector::high_pairs(high_ab, high_cd);
 }
 
-// Two normals of each of L counters, from two words.
-inline __attribute__((always_inline)) void box_muller(Words even, Words odd, Floats& first, Floats& second) {
-    const Floats r = radius(even);
-    circle(odd, first, second);
-    first = Vector::multiply(r, first);
-    second = Vector::multiply(r, second);
+// Two normals of each lane of n pairs of words.
+template <int n> inline __attribute__((always_inline)) void box_muller(const Words* r, Floats* first, Floats* second) {
+    Floats length[n];
+    radius<n>(r, length);
+    circle<n>(r, first, second);
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) {
+        first[k] = Vector::multiply(length[k], first[k]);
+        second[k] = Vector::multiply(length[k], second[k]);
+    }
 }
 
-// What is made of L counters' words: vectors of numbers in the order in which they are stored, 4 / 2 / 1 of them.
+// What is made of groups' words: vectors of numbers in the order in which they are stored, 4 / 2 / 1 of them a group.
 struct Normals {
     using Number = float;
-    template <Keep keep> static inline __attribute__((always_inline)) void make(const Words r[4], Floats out[4]) {
-        Floats z0, z1, z2, z3;
-        box_muller(r[0], r[1], z0, z1);
-        if (keep == Keep::one) {
-            out[0] = z0;
-        } else if (keep == Keep::two) {
-            out[0] = Vector::low(z0, z1);
-            out[1] = Vector::high(z0, z1);
+    template <Keep keep, int groups> static inline __attribute__((always_inline)) void make(const Words* r, Floats* out) {
+        if constexpr (keep == Keep::four) {
+            Floats a[2 * groups], b[2 * groups];
+            box_muller<2 * groups>(r, a, b);
+#pragma GCC unroll 4
+            for (int k = 0; k < 2 * groups; k += 2) transpose(a[k], b[k], a[k + 1], b[k + 1], out + 2 * k);
         } else {
-            box_muller(r[2], r[3], z2, z3);
-            transpose(z0, z1, z2, z3, out);
+            static_assert(groups == 1, "several groups of whole counters only");
+            Floats a, b;
+            box_muller<1>(r, &a, &b);
+            out[0] = keep == Keep::one ? a : Vector::low(a, b);
+            if (keep == Keep::two) out[1] = Vector::high(a, b);
         }
     }
 };
 
 struct RawWords {
     using Number = uint32_t;
-    template <Keep keep> static inline __attribute__((always_inline)) void make(const Words r[4], Floats out[4]) {
-        transpose(Vector::bits(r[0]), Vector::bits(r[1]), Vector::bits(r[2]), Vector::bits(r[3]), out);
+    template <Keep keep, int groups> static inline __attribute__((always_inline)) void make(const Words* r, Floats* out) {
+#pragma GCC unroll 4
+        for (int g = 0; g < groups; ++g, r += 4, out += 4)
+            transpose(Vector::bits(r[0]), Vector::bits(r[1]), Vector::bits(r[2]), Vector::bits(r[3]), out);
     }
 };
 

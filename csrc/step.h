@@ -29,9 +29,9 @@ template <class S> void perturbed(
     const Source& source) {
     const S* clean = x0.read(tile.first, tile.n, buffers.clean);
     if constexpr (sizeof(S) == 4) {
-        if (in_one_loop(g, tile)) {
+        if (fits_one_loop(g, tile)) {
             const Term<S> term = {clean, first[tile.sample], nullptr};
-            add_noise<1>(out, &term, second[tile.sample], nullptr, 1, tile, cursor, source);
+            sum_in_one_loop<1, true>(out, &term, second[tile.sample], nullptr, 1, tile, cursor, source);
             return;
         }
     }
@@ -196,24 +196,9 @@ template <class S> int step(const int64_t* a) {
         for (int j = earlier ? 1 : 0, k = h0 || earlier ? 1 : 0; j < 4 && k < 4; ++j, ++k)
             if (history[j] && row.b[k] != S(0)) sum.add(history[j].read(tile.first, n, buffers.history[j]), row.b[k]);
         S* result = out.as<S>() + tile.first;
-        if constexpr (sizeof(S) == 4) {
-            if (noisy && !given_z && !v && !mask && in_one_loop(g, tile) && sum.count) {
-                if (sum.count > 3) {
-                    sum.run(result, n);
-                    sum.count = 0;
-                    sum.add_always(result, S(1));
-                }
-                const bool direct = net_input && net_input.dims == 0 && net_input.dtype == kFloat32;
-                const auto add = sum.count == 1 ? add_noise<1> : sum.count == 2 ? add_noise<2> : add_noise<3>;
-                const bool good = add(
-                    result, sum.terms, measured ? per_sample[2 * tile.sample + 1] : row.c,
-                    direct ? net_input.as<float>() + tile.first : nullptr, row.next_scale, tile, cursor, source);
-                if (first_bad && !good) flag(first_bad, result, tile, cursor.row);
-                if (net_input && !direct) write_scaled(net_input, tile, result, row.next_scale, buffers.net_input());
-                return;
-            }
-        }
-        const S* z = noisy ? noise(buffers.z, given_z, g, tile, cursor, source) : nullptr;
+        const bool one_loop = sizeof(S) == 4 && sum.count && !mask && !(noisy && v) && fits_one_loop(g, tile);
+        const bool draws = one_loop && noisy && !given_z;  // in the loop
+        const S* z = noisy && !draws ? noise(buffers.z, given_z, g, tile, cursor, source) : nullptr;
         if (z && measured) {
             add_per_sample(sum, z, tile, per_sample + 1, 2, buffers.c);
         } else if (z && v) {
@@ -222,6 +207,25 @@ template <class S> int step(const int64_t* a) {
             sum.add_each(z, buffers.c);
         } else if (z) {
             sum.add(z, row.c);
+        }
+        if constexpr (sizeof(S) == 4) {
+            if (one_loop) {
+                if (sum.count > 3) {
+                    sum.run(result, n);
+                    sum.count = 0;
+                    sum.add_always(result, S(1));
+                }
+                const bool direct = net_input && net_input.dims == 0 && net_input.dtype == kFloat32;
+                constexpr decltype(&sum_in_one_loop<1, true>) run[2][3] = {
+                    {sum_in_one_loop<1, false>, sum_in_one_loop<2, false>, sum_in_one_loop<3, false>},
+                    {sum_in_one_loop<1, true>, sum_in_one_loop<2, true>, sum_in_one_loop<3, true>}};
+                const bool good = run[draws][sum.count - 1](
+                    result, sum.terms, measured ? per_sample[2 * tile.sample + 1] : row.c,
+                    direct ? net_input.as<float>() + tile.first : nullptr, row.next_scale, tile, cursor, source);
+                if (first_bad && !good) flag(first_bad, result, tile, cursor.row);
+                if (net_input && !direct) write_scaled(net_input, tile, result, row.next_scale, buffers.net_input());
+                return;
+            }
         }
         sum.run(result, n);
         if (mask) {

@@ -1,5 +1,7 @@
 // Σ factor·value over a tile, in the reference's order and roundings; whether a tile is finite.
 #pragma once
+#include <type_traits>
+
 #include "fill.h"
 
 // Tells the compiler that no turn of the next loop reads what another one writes: an operand may be the output itself, but
@@ -75,57 +77,67 @@ template <class S> struct WeightedSum {
 };
 
 // Whether a tile is of one sample, and that one large enough for the loop below.
-inline bool in_one_loop(const Geometry& g, const Tile& tile) { return tile.samples == 1 && g.numel >= 16 * Vector::lanes; }
+inline bool fits_one_loop(const Geometry& g, const Tile& tile) { return tile.samples == 1 && g.numel >= 16 * Vector::lanes; }
 
-// A sum of `count` terms and its last one, the noise, in one loop that never stores z: out = Σ factor·value + c·z. Returns
-// whether all of out is finite, and stores scale·out at net_input if that is not null.
-template <int count>
-bool add_noise(
-    float* out, const Term<float>* terms, float c, float* net_input, float scale, const Tile& tile,
-    const Cursor& cursor, const Source& source) {
+// out = Σ factor·value + c·z over a tile, in one loop, which never stores z; there is none if not `noisy`. Returns whether all
+// of out is finite, and stores scale·out at net_input if that is not null.
+template <int count, bool noisy> bool sum_in_one_loop(
+    float* out, const Term<float>* terms, float c, float* net_input, float scale, const Tile& tile, const Cursor& cursor,
+    const Source& source) {
+    constexpr int L = Vector::lanes, kAhead = 256, kLine = 16;
     const int n = tile.n;
-    const uint32_t quad = uint32_t(tile.element / 4), sample = cursor.first_sample + uint32_t(tile.sample);
-    constexpr int L = Vector::lanes, kAhead = 512;
-    const float *v0 = terms[0].value, *v1 = terms[count > 1 ? 1 : 0].value, *v2 = terms[count > 2 ? 2 : 0].value;
-    const float f0 = terms[0].factor, f1 = terms[count > 1 ? 1 : 0].factor, f2 = terms[count > 2 ? 2 : 0].factor;
-    OneSample<Keep::four> counters(quad, sample, source);
-    Words r[4];
-    Floats bad = Vector::constant(0.0f), z[4];
+    const float* values[count];
+    float factors[count];
+    for (int j = 0; j < count; ++j) values[j] = terms[j].value, factors[j] = terms[j].factor;
+    OneSample<Keep::four> counters(uint32_t(tile.element / 4), cursor.first_sample + uint32_t(tile.sample), source);
+    Floats bad = Vector::constant(0.0f);
+    // L numbers from i on
+    const auto put = [&](int i, Floats z) __attribute__((always_inline)) {
+        Floats total = Vector::multiply(Vector::load(values[0] + i), Vector::constant(factors[0]));
+        for (int j = 1; j < count; ++j)
+            total = Vector::fma_of_any(Vector::load(values[j] + i), Vector::constant(factors[j]), total);
+        if (noisy) total = Vector::fma_of_any(z, Vector::constant(c), total);
+        Vector::store(out + i, total);
+        bad = Vector::fma(total, Vector::constant(0.0f), bad);
+        if (net_input) Vector::store(net_input + i, Vector::multiply(total, Vector::constant(scale)));
+    };
+    // 4·L numbers from i on for each group; what is read and written a little later is asked for meanwhile
+    const auto block = [&](int i, auto number) __attribute__((always_inline)) {
+        constexpr int groups = decltype(number)::value;
+        Floats z[4 * groups] = {};
+        for (int at = i + kAhead; at < i + kAhead + 4 * L * groups; at += kLine) {
+            for (int j = 0; j < count; ++j) __builtin_prefetch(values[j] + at);
+            __builtin_prefetch(out + at, 1);
+            if (net_input) __builtin_prefetch(net_input + at, 1);
+        }
+        if constexpr (noisy) {
+            Words r[4 * groups];
+            counters.next<groups>(source, r);
+            Normals::make<Keep::four, groups>(r, z);
+        }
+        for (int k = 0; k < 4 * groups; ++k) put(i + k * L, z[k]);
+    };
     int i = 0;
-    for (; i + 4 * L <= n; i += 4 * L) {
-        for (int line = 0; line < 4 * L; line += 16) {
-            __builtin_prefetch(v0 + i + kAhead + line);
-            if (count > 1) __builtin_prefetch(v1 + i + kAhead + line);
-            if (count > 2) __builtin_prefetch(v2 + i + kAhead + line);
-        }
-        counters.next(source, r);
-        Normals::make<Keep::four>(r, z);
-        for (int k = 0; k < 4; ++k) {
-            const int at = i + k * L;
-            Floats total = Vector::multiply(Vector::load(v0 + at), Vector::constant(f0));
-            if (count > 1) total = Vector::fma_of_any(Vector::load(v1 + at), Vector::constant(f1), total);
-            if (count > 2) total = Vector::fma_of_any(Vector::load(v2 + at), Vector::constant(f2), total);
-            total = Vector::fma_of_any(z[k], Vector::constant(c), total);
-            Vector::store(out + at, total);
-            bad = Vector::fma(total, Vector::constant(0.0f), bad);
-            if (net_input) Vector::store(net_input + at, Vector::multiply(total, Vector::constant(scale)));
-        }
+    for (; i + 4 * L * kGroups <= n; i += 4 * L * kGroups) block(i, std::integral_constant<int, kGroups>());
+    for (; i + 4 * L <= n; i += 4 * L) block(i, std::integral_constant<int, 1>());
+    float rest[4 * L];
+    if (noisy && i < n) {
+        Words r[4];
+        counters.next<1>(source, r);
+        store_numbers<Normals, Keep::four>(r, rest);
     }
+    const float* z = rest;
+    for (; i + L <= n; i += L, z += L) put(i, noisy ? Vector::load(z) : Floats());
     float sums[L], all = 0;
     Vector::store(sums, bad);
     for (int k = 0; k < L; ++k) all += sums[k];
-    if (i < n) {
-        float rest[4 * L];
-        counters.next(source, r);
-        store_numbers<Normals, Keep::four>(r, rest);
-        for (int k = 0; i < n; ++i, ++k) {
-            float total = v0[i] * f0;
-            if (count > 1) total = fma(v1[i], f1, total);
-            if (count > 2) total = fma(v2[i], f2, total);
-            out[i] = total = fma(rest[k], c, total);
-            all += total * 0.0f;
-            if (net_input) net_input[i] = total * scale;
-        }
+    for (; i < n; ++i, ++z) {
+        float total = values[0][i] * factors[0];
+        for (int j = 1; j < count; ++j) total = fma(values[j][i], factors[j], total);
+        if (noisy) total = fma(*z, c, total);
+        out[i] = total;
+        all += total * 0.0f;
+        if (net_input) net_input[i] = total * scale;
     }
     return all == 0.0f;
 }

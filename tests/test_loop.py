@@ -10,6 +10,7 @@ import pytest
 import torch
 from runs import LEARNED, one_of_each_kind
 from step_cases import dispatched
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 from watching import Unsafe, Watch
 
@@ -134,6 +135,21 @@ def test_what_a_network_does_to_its_input_tensor_is_gone_with_the_call(operation
     for other in results[1:]:
         for ours, theirs in zip(results[0], other):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("operations", [cpu, reference], ids=["cpu", "reference"])
+def test_the_memory_of_a_networks_output_is_free_before_the_next_call(operations):
+    rows, x, outputs = table(12), torch.randn(3, 4, 6), []
+
+    def network(given, *_):
+        assert all(storage.expired() for storage in outputs)
+        output = given * -0.5
+        outputs.append(StorageWeakRef(output.untyped_storage()))
+        return output, None
+
+    for _ in loop_on(rows, operations, x).run(network, None, 0, x):
+        pass
+    assert len(outputs) == rows.calls
 
 
 @pytest.mark.parametrize("operations", [cpu, reference], ids=["cpu", "reference"])

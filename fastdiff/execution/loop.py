@@ -169,6 +169,7 @@ class Loop:
                 m = row(plan, network, cond, cursor, features, noise(k) if noise is not None and plan.draws else None)
                 if k in finishing:
                     self.finish(k, plan, m)
+                del m  # so that the next output may take its memory, which is still in the cache
                 if every and first_bad is not None:
                     raise_if_bad(self.table, first_bad, first_sample)
                 yield self.buffers[plan.out]

@@ -126,10 +126,10 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
 
 
 def check_finite(name: str, x: Tensor) -> None:
-    """One sum; the culprit is located only when that fails (a sum of large finite numbers may overflow)."""
+    """One sum, of float32 or wider; the culprit is located only when that fails (a sum of large finite numbers may overflow)."""
     if x.is_complex():
         x = torch.view_as_real(x.resolve_conj())
-    if x.is_floating_point() and not math.isfinite(x.detach().sum(dtype=torch.float64)):
+    if x.is_floating_point() and not math.isfinite(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))):
         bad = torch.nonzero(~x.isfinite())
         if len(bad):
             index = tuple(bad[0].tolist())
