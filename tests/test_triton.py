@@ -38,7 +38,7 @@ def outcomes(folder, **environment):
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "--tb=short",
          "-W", "ignore:fastdiff runs on plain PyTorch:RuntimeWarning"],
-        cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True, timeout=900,
+        cwd=ROOT, env={**inherited, "XDG_CACHE_HOME": str(folder), **environment}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     results = {}
     for case in ET.parse(report).iter("testcase") if report.exists() else ():
