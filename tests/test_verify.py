@@ -37,6 +37,11 @@ def python(code, library=None, **environment):
     )
 
 
+class Pointwise(torch.nn.Module):
+    def forward(self, x, t):
+        return x.clamp(-2, 2) / -2
+
+
 # --- the compiled library --------------------------------------------------------------------------------------------
 
 
@@ -216,9 +221,9 @@ def test_large_samples_are_compared_in_part():
     columns = {"alpha": torch.empty(2), "sigma": torch.empty(2)}
     question = verify.Question.like("perturb", {"x0": torch.empty(shape), **columns, "cursor": cursor, "stream": 0})
     right = verify.right_answers(question)
-    assert right[0]["the result"].shape == (1, verify.PART)
+    assert right[0]["the result"].shape == (2, verify.PART)
     assert verify.difference(question, cpu.perturb, verify.HOST, right) == ""
-    assert "1 of 65536" in verify.difference(question, nudged(cpu.perturb), verify.HOST, right)
+    assert "1 of 131072" in verify.difference(question, nudged(cpu.perturb), verify.HOST, right)
     too_large = torch.empty(1).expand(1, verify.MOST + 1)
     assert (
         verify.Question.like("probe_dot", {"value": too_large, "cursor": cursor, "stream": 0, "kind": "normal"}) is None
@@ -259,6 +264,26 @@ def test_kernels_with_faults(tmp_path):
     assert "skipped" not in ran.stdout
 
 
+@pytest.mark.gpu
+def test_a_device_is_asked_once(monkeypatch, tmp_path):
+    """Compiled kernels where they run: right, remembered, and not asked again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked, difference = [], verify.difference
+    monkeypatch.setattr(verify, "difference", lambda *args: asked.append(args) or difference(*args))
+    for turn in range(2):
+        monkeypatch.setattr(verify, "_right", {})
+        verify._memory.cache_clear()
+        for chosen in verify._chosen:
+            chosen.clear()
+        asked.clear()
+        options = {"shape": (3, 11), "num_samples": 4, "return_info": True}
+        x, info = fastdiff.sample(Pointwise(), "vp", 6, device="cuda", engine="eager", **options)
+        assert info.backend == "triton", info.why
+        assert torch.equal(x.cpu(), fastdiff.sample(Pointwise(), "vp", 6, backend="reference", **options)[0])
+        assert bool(asked) == (turn == 0)
+    verify._memory.cache_clear()
+
+
 def faulty_kernels():
     """The compiled library in the place of kernels, one number of a step off."""
     kernels = ModuleType("kernels")
@@ -270,11 +295,6 @@ def faulty_kernels():
         lambda cursor, m, v: kernels.step(out=out, table=table, cursor=cursor, stream=stream, x=x, m=m, v=v, **operands)
     )
     return kernels
-
-
-class Pointwise(torch.nn.Module):
-    def forward(self, x, t):
-        return x.clamp(-2, 2) / -2
 
 
 @pytest.fixture

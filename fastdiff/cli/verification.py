@@ -74,7 +74,8 @@ def questions() -> Iterator[tuple[Question, bool]]:
         for dtype in (torch.float32, torch.float64):
             network = (dtype, torch.bfloat16, torch.float16)[number % 3]
             for question in verify.questions(shape, dtype, network, LAYOUTS[number % len(LAYOUTS)]):
-                yield question._replace(rounds=3 if "table" in question.given else 1), dtype == torch.float64
+                rounds = 3 if "table" in question.given else 1
+                yield question._replace(samples=shape[0], rounds=rounds), dtype == torch.float64
 
 
 def report() -> tuple[str, bool]:

@@ -7,12 +7,12 @@ the second sample, and table rows that use all of their coefficients, clamp noth
     answers is the reference's, KNOWN.
 
     The Triton kernels are asked at the first call of an operation on a device with operands of those dtypes, sample shapes,
-    strides and alignments. The question has them too, in at most three samples: it runs the compiled kernel that the call
-    is about to run, and compiles no other. What was right is remembered on disk, for the device, its driver, the versions of
-    torch and Triton and the text of the kernels; what was not, until the process ends. For numbers of samples, streams and
-    cursors no kernel is compiled, so they are not asked about one by one. Not compared are numbers of a sample beyond PART,
-    sums over samples of more than MOST, bfloat16 results of Triton's interpreter, which truncates them, and anything of an
-    interpreter before Triton 3.9, which rounds an fma twice.
+    strides and alignments. The question has them too, in ENOUGH numbers: it runs the compiled kernel that the call is about
+    to run, and compiles no other. What was right is remembered on disk, for the device, its driver, the versions of torch
+    and Triton and the text of the kernels; what was not, until the process ends. No kernel is compiled for numbers of samples,
+    streams, cursors and tables, so none of them is a question of its own. Not compared are numbers of a sample beyond
+    PART, sums over samples of more than MOST, bfloat16 results of Triton's interpreter, which truncates them, and anything
+    of an interpreter before Triton 3.9, which rounds an fma twice.
 
 What differs, or does not compile or launch, ends in one warning with the numbers, and in plain PyTorch.
 """
@@ -53,12 +53,9 @@ _WRITTEN = ("out", "pushed", "net_input", "first_bad", "measured", "kept")
 BROKEN = (RuntimeError, OSError, ImportError, AttributeError, LookupError, AssertionError, subprocess.SubprocessError)
 LIBRARY_BROKEN = (*BROKEN, ValueError, TypeError, MemoryError)
 ELEMENTWISE = ("normal", "rademacher", "step", "perturb")  # numbers of which depend on no others of their sample
-PART = 2**16
-ENOUGH, ROUNDS = (
-    4096,
-    12,
-)  # numbers that a question asks for, unless that takes more rounds: a wrong constant shows in some
-MOST = 2**22  # or a sixteenth without the compiled library, where plain PyTorch has the right answers
+PART = 2**16  # of a longer sample; more than _PERIOD
+MOST = 2**22  # of a sample; a sixteenth without the compiled library, where plain PyTorch has the right answers
+ENOUGH, ROUNDS = 2048, 12  # numbers, if not in more rounds: one wrong last place in a hundred shows
 MANY = 4096  # kinds of calls that an operation keeps in mind
 
 # --- questions -------------------------------------------------------------------------------------------------------
@@ -76,8 +73,6 @@ _OPEN = {**_USED, "p": 0.0, "q": 1.0, "low": -np.inf, "high": np.inf, "next_scal
 _FEW = {**_OPEN, **dict.fromkeys(("a", "e", "b1", "b3", "c", "log_slope", "known_alpha"), 0.0), "p": -0.5, "q": 0.25}
 _TABLE = torch.from_numpy(np.array([[row[name] for name in COLUMNS] for row in (_USED, _OPEN, _FEW)]))
 _SEED = -(2**62) - 12345
-
-
 _OF_NO_SAMPLE = ("cursor", "table", "frequencies")  # tensors whose first axis is not the batch
 
 
@@ -94,19 +89,16 @@ class Question(NamedTuple):
     @classmethod
     def like(cls, operation: str, given: Mapping[str, Any]) -> Question | None:
         """The question for a call, or None where nothing can be compared, or not in bounded time."""
-        batched: list[Tensor] = []
-        for name, value in given.items():
-            if name not in _OF_NO_SAMPLE:
-                batched += [
-                    each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Tensor)
-                ]
+        values = [value for name, value in given.items() if name not in _OF_NO_SAMPLE]
+        values += [each for value in values if isinstance(value, (list, tuple)) for each in value]
+        batched = [value for value in values if isinstance(value, Tensor)]
         if not all(value.ndim for value in batched):
             return None
         numel, count = max((value[:1].numel(), len(value)) for value in batched)
         most = None if operation in ELEMENTWISE else MOST if cpu.available else MOST // 16
         if not numel or (most is not None and numel > most):
             return None
-        samples = max(3, ENOUGH // numel) if numel <= PART else 1
+        samples = max(3, ENOUGH // numel) if numel <= PART else min(count, 2)
         if given.get("batch") and count * numel <= MOST:  # a mean over the batch, which a kernel is compiled for
             samples = count
         if not all(_extends(value) for value in batched):
@@ -115,7 +107,7 @@ class Question(NamedTuple):
         return cls(operation, given, samples, count, rounds, PART if most is None and numel > PART else None)
 
     def operands(self, turn: int, device: torch.device | None) -> dict[str, Any]:
-        """Operands of one round on a device, with the strides and alignments of those given; None: contiguous, on the HOST,
+        """Operands of one round on a device, with the strides and alignments of those given; None: contiguous, on the CPU,
         and no more of them than is compared. What shares memory there does so here."""
         made: dict[Any, Tensor] = {}
         place = device or HOST
@@ -171,9 +163,8 @@ class Question(NamedTuple):
             return f"{value.dtype} {first} x {tuple(value.shape[1:])} {value.stride()} {value.data_ptr() % 16}"
 
         given = " ".join(f"{name}={said(name, value)}" for name, value in self.given.items() if value is not None)
-        return f"{given} of {self.part or 'all'}{f', {self.samples}' if self.given.get('batch') else ''}".replace(
-            "torch.", ""
-        )
+        batch = f", {self.samples} samples" if self.given.get("batch") else ""
+        return f"{given} of {self.part or 'all'}{batch}".replace("torch.", "")
 
 
 def _extends(value: Tensor) -> bool:
@@ -209,7 +200,7 @@ def _few_numbers(key: str, count: int, numel: int, dtype: torch.dtype) -> Tensor
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def answers(function: Callable[..., Any], operands: Mapping[str, Any]) -> dict[str, Tensor]:
+def answers(function: Operation, operands: Mapping[str, Any]) -> dict[str, Tensor]:
     """All that a call returns, and its operands after it, by name."""
     returned = function(**operands)
     results = returned if isinstance(returned, tuple) else (returned,)
@@ -392,6 +383,8 @@ def library_fault() -> str:
             return ""
     except LIBRARY_BROKEN:  # as the difference will say
         pass
+    finally:
+        _few_numbers.cache_clear()
     found = (
         difference(question, getattr(cpu, question.operation), HOST, right_answers(question), broken=LIBRARY_BROKEN)
         for question, _ in known()
