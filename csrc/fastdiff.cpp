@@ -39,6 +39,35 @@ int usable(Level* levels) {
     return n;
 }
 
+#if defined(__x86_64__)
+#define WORDS_(x) #x
+#define WORDS(x) WORDS_(x)
+#define USES(macro, name) if (WORDS(macro)[0] == '1' && !__builtin_cpu_supports(name)) return name
+#endif
+const char* lacking() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    USES(__SSE3__, "sse3");
+    USES(__SSSE3__, "ssse3");
+    USES(__SSE4_1__, "sse4.1");
+    USES(__SSE4_2__, "sse4.2");
+    USES(__POPCNT__, "popcnt");
+    USES(__AVX__, "avx");
+    USES(__FMA__, "fma");
+    USES(__FMA4__, "fma4");
+    USES(__XOP__, "xop");
+    USES(__BMI__, "bmi");
+    USES(__BMI2__, "bmi2");
+    USES(__AVX2__, "avx2");
+    USES(__AVX512F__, "avx512f");
+    USES(__AVX512DQ__, "avx512dq");
+    USES(__AVX512VL__, "avx512vl");
+    USES(__AVX512BW__, "avx512bw");
+    USES(__AVX512VBMI__, "avx512vbmi");
+#endif
+    return nullptr;
+}
+
 // Written by fastdiff_start without a barrier: by the first import, and by tests, while no other thread is in the library.
 Level current = {nullptr, nullptr};
 
@@ -60,8 +89,8 @@ const char* fastdiff_start(fastdiff_for parallel_for, const char* instruction_se
     return nullptr;
 }
 
-// Whether the compiler kept the tests for numbers that are not finite.
-int fastdiff_sees(double value) { return value * 0 != 0; }
+// An instruction set that the flags of the build (-march=native, say) let every file use and this processor lacks, or null.
+const char* fastdiff_lacks() { return lacking(); }
 
 // The sources that this library was built from (a hash of them).
 const char* fastdiff_sources() { return FASTDIFF_SOURCES; }

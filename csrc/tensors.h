@@ -7,10 +7,6 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
-#error "fastdiff cannot be compiled with -ffast-math or -ffinite-math-only: it looks for numbers that are not finite"
-#endif
-
 namespace {
 
 // A tile: at most this many elements of one sample, or as many whole samples as fit.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, DataError, DTypeError, GraphError, SolverError, warn
-from .execution import cuda_graph, graphs, monitor, ops, tensor_checks
+from .execution import cuda_graph, graphs, monitor, ops, tensor_checks, verify
 from .execution.adaptive import Solution
 from .execution.calls import answer, dtype_of, memory_format_of, owned, picked, takes_features, time_features
 from .execution.loop import Condition, Draw, Loop, network_times
@@ -157,7 +157,7 @@ def run_table(
                     if k == last:
                         result[lo:hi] = x
                 bar.update(len(group) if k >= 0 else 0)
-        used = loops.used()
+        used = ops.ran(request.device, *loops.used())
     return Result(result, states, table.calls * len(bounds), *used, table)
 
 
@@ -277,17 +277,19 @@ class _Loops(contextlib.ExitStack):
 
     def _fall_back(self, error: GraphError) -> None:
         """From here on, and for this network in later runs, eager loops."""
-        reason = f"the network cannot be captured as CUDA graphs ({error})"
-        if "out of memory" not in str(error):  # which a smaller batch need not meet
+        refused = verify.refusal(self.request.device)  # of which a warning has been given
+        reason = refused or f"the network cannot be captured as CUDA graphs ({error})"
+        if not refused and "out of memory" not in str(error):  # which a smaller batch need not meet
             graphs.refuse(self.request.model.net, reason)
         if self.request.engine == "graph":
             raise GraphError(f"{reason}: use engine='auto' or 'eager'") from error
         _, self.engine, self.why = self.request.resolve(reason)
-        warn(
-            f"{reason}, so its loop runs eagerly, slower where the network is small; engine='eager' does so without this "
-            "warning",
-            RuntimeWarning,
-        )
+        if not refused:
+            warn(
+                f"{reason}, so its loop runs eagerly, slower where the network is small; engine='eager' does so without this "
+                "warning",
+                RuntimeWarning,
+            )
 
 
 class _CallersNoise:
@@ -368,7 +370,8 @@ def run_adaptive(
         what="sample",
         denoise=denoise,
     )
-    return Result(solution.y, solution.states, solution.calls, *request.resolved, nfe=solution.nfe)
+    ran = ops.ran(request.device, *request.resolved)
+    return Result(solution.y, solution.states, solution.calls, *ran, nfe=solution.nfe)
 
 
 def follow(

@@ -33,7 +33,11 @@ def outcomes(folder, *options, **environment):
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "PYTEST_"))
     }
-    paths = {"PYTHONPATH": str(ROOT / "tests"), "TRITON_CACHE_DIR": str(ROOT / "build" / "triton")}
+    paths = {
+        "PYTHONPATH": str(ROOT / "tests"),
+        "TRITON_CACHE_DIR": str(ROOT / "build" / "triton"),
+        "XDG_CACHE_HOME": str(folder),
+    }
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "--tb=short",
          "-W", "ignore:fastdiff runs on plain PyTorch:RuntimeWarning", *options],

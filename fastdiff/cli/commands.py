@@ -305,10 +305,17 @@ def _plan(a: argparse.Namespace) -> None:
         table.plot(drawing)
 
 
-def _doctor(a: argparse.Namespace) -> None:
+def _doctor(a: argparse.Namespace) -> int:
     from ..execution import ops
 
+    if a.verify:
+        from .verification import report
+
+        text, right = report()
+        print(text)
+        return 0 if right else 1
     print(f"fastdiff {metadata.version('fastdiff')}\n{ops.doctor()}")
+    return 0
 
 
 def _data(a: argparse.Namespace, **options: Any) -> Data:
@@ -504,7 +511,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--all", action="store_true", help="every row, not the first and last")
     sub.add_argument("--plot", help="also draw the coefficients into this file")
 
-    command("doctor", _doctor, "Say which backend serves which operation on this machine, and why.")
+    sub = command("doctor", _doctor, "Say which backend serves which operation on this machine, and why.")
+    verify = "compare every backend with plain PyTorch, bit for bit, and print a report; 1 if anything differs"
+    sub.add_argument("--verify", action="store_true", help=verify)
     return parser
 
 

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,11 @@ def _load() -> tuple[Any, str, str]:
     if untrusted:
         return None, "", untrusted
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        library = _opened(LIBRARY)
         library.fastdiff_start.restype = ctypes.c_char_p
         library.fastdiff_sources.restype = ctypes.c_char_p
         library.fastdiff_run.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
-        library.fastdiff_sees.argtypes = (ctypes.c_double,)
+        library.fastdiff_lacks.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         return None, "", f"{LIBRARY.name} cannot be loaded: {error}"
     if NAMED and library.fastdiff_sources() != (_sources() or _installed()):
@@ -105,8 +106,9 @@ def _load() -> tuple[Any, str, str]:
             "",
             f"FASTDIFF_LIBRARY={str(LIBRARY)!r:.100} was built from other sources: unset it, or build it anew",
         )
-    if not library.fastdiff_sees(float("nan")):
-        return None, "", f"{LIBRARY.name} was compiled without numbers that are not finite (-ffast-math)"
+    lacking = library.fastdiff_lacks()
+    if lacking is not None:
+        return None, "", f"{LIBRARY.name} was compiled for processors with {lacking.decode()}, which this one lacks"
     try:
         name = _start(library, wanted)
     except (OSError, AttributeError) as error:
@@ -114,6 +116,20 @@ def _load() -> tuple[Any, str, str]:
     if name is None:
         raise ConfigError(f"FASTDIFF_INSTRUCTION_SET={wanted!r} is not supported by this processor: unset it")
     return library, name, ""
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    """The library, without what -ffast-math links into it: code that makes the thread which loads it flush subnormal numbers."""
+    flushed = flushes_subnormals()
+    library = ctypes.CDLL(str(path))
+    if flushes_subnormals() and not flushed:
+        torch.set_flush_denormal(False)
+    return library
+
+
+def flushes_subnormals() -> bool:
+    """Whether this thread takes subnormal numbers for 0."""
+    return sys.float_info.min / 2 == 0.0
 
 
 def _untrusted(path: Path) -> str:
@@ -144,7 +160,7 @@ def _sources() -> bytes | None:
 def _installed() -> bytes | None:
     """The hash of the sources of the package's own library."""
     try:
-        own = ctypes.CDLL(str(PACKAGED))
+        own = _opened(PACKAGED)
         own.fastdiff_sources.restype = ctypes.c_char_p
         return own.fastdiff_sources()  # type: ignore[no-any-return]
     except (OSError, AttributeError):
@@ -161,8 +177,8 @@ def _start(library: Any, instruction_set: str | None) -> str | None:
 
 
 _library, instruction_set, why = _load()
-available = _library is not None
-_run: Any = _library.fastdiff_run if available else None
+loaded = available = _library is not None  # available: and its answers are right (fastdiff.execution.verify)
+_run: Any = _library.fastdiff_run if loaded else None
 forked = False  # whether this process is a child that was forked after the import, and has none of torch's threads
 
 
@@ -170,7 +186,7 @@ def _be_alone() -> None:
     """After a fork: work on the caller's thread."""
     global forked
     forked = True
-    if available:
+    if loaded:
         _library.fastdiff_start(None, instruction_set.encode())
 
 
@@ -178,10 +194,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_be_alone)
 
 
+def refuse(reason: str) -> None:
+    """Leave the library alone from here on."""
+    global available, why
+    available, why = False, reason
+
+
 def use(name: str | None) -> bool:
     """Run on another of INSTRUCTION_SETS (None: the best). False, and nothing changes, if this processor lacks it."""
     global instruction_set
-    found = _start(_library, name) if available else None
+    found = _start(_library, name) if loaded else None
     instruction_set = found or instruction_set
     return found is not None
 
@@ -189,7 +211,7 @@ def use(name: str | None) -> bool:
 def is_fresh() -> bool:
     """Whether the library was built from csrc/ as it is now; True where csrc/ does not lie beside the package."""
     now = _sources()
-    return not available or now is None or bool(_library.fastdiff_sources() == now)
+    return not loaded or now is None or bool(_library.fastdiff_sources() == now)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ backend's functions, for callers that need neither autograd nor tracing.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .. import checks
 from ..errors import ConfigError, DeviceError, choose, names_keywords, warn
-from . import autograd, cpu, noise, reference, tensor_checks, torch_private
+from . import autograd, cpu, noise, reference, tensor_checks, torch_private, verify
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 ENGINES = ("auto", "eager", "graph")
@@ -53,12 +54,16 @@ def resolve(
     """
     choose("backend", backend, BACKENDS)
     choose("engine", engine, ENGINES)
-    fastest, obstacle = _serves(device, dtype)
-    if backend in obstacle:
+    used, obstacle = _serves(device, dtype)
+    requested = "" if backend == "auto" else f"backend={backend!r} was requested"
+    if backend == "triton" and verify.refusal(device):  # which has been warned of, in the midst of a run
+        used, requested = "reference", f"{requested}, but {obstacle.get(backend, '')}"
+    elif backend in obstacle:
         raise ConfigError(
             f"backend={backend!r} cannot run here: {obstacle[backend]}; use backend='auto' or 'reference'"
         )
-    used = fastest if backend == "auto" else backend
+    elif requested:
+        used = backend
     if uncaptured is None:
         unfit = {"reference": "the reference reads its row's number on the host"}
         unfit |= {"triton": "TRITON_INTERPRET=1 runs the kernels on the host"} if INTERPRETED else {}
@@ -72,12 +77,18 @@ def resolve(
         manner = f"its loop runs eagerly: {uncaptured}"
     else:
         loop, manner = "graph", "its rows replay as CUDA graphs"
-    if backend != "auto":
-        return used, loop, f"backend={backend!r} was requested; {manner}"
+    if requested:
+        return used, loop, f"{requested}; {manner}"
     if used == "reference":
         reasons = [f"not {name!r}: {reason}" for name, reason in obstacle.items()]
         return used, loop, "; ".join([*reasons, manner])
     return used, loop, f"{used!r} has fused kernels for {device.type} tensors; {manner}"
+
+
+def ran(device: torch.device, backend: str, engine: str, why: str) -> tuple[str, str, str]:
+    """What `resolve` said before a run; or, where kernels were refused in its midst, that plain PyTorch took their place."""
+    refused = verify.refusal(device) if backend == "triton" else ""
+    return ("reference", "eager", f"{why}; then plain PyTorch: {refused}") if refused else (backend, engine, why)
 
 
 def _serves(device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
@@ -86,13 +97,15 @@ def _serves(device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, st
     if device.type != "cpu":
         obstacle["cpu"] = f"it runs CPU tensors, not {device.type}"
     elif not cpu.available:
-        obstacle["cpu"] = f"the compiled library is missing ({cpu.why})"
+        obstacle["cpu"] = f"the compiled library is {'refused' if cpu.loaded else 'missing'} ({cpu.why})"
     if not HAS_TRITON:
         obstacle["triton"] = "triton is not installed"
     elif device.type != "cuda" and not INTERPRETED:
         obstacle["triton"] = f"it runs CUDA tensors, not {device.type} (or, for tests, any with TRITON_INTERPRET=1)"
     elif dtype == torch.float64:
         obstacle["triton"] = "its state is float32, not float64"
+    elif refusal := verify.refusal(device):
+        obstacle["triton"] = refusal
     return next((name for name in ("cpu", "triton") if name not in obstacle), "reference"), obstacle
 
 
@@ -102,9 +115,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
 
 def backend_module(name: str) -> ModuleType:
     """The module that implements every operation for a backend that `resolve` named."""
-    if name == "triton":
-        return importlib.import_module("fastdiff.kernels")  # a folder of its own (setup.py), which needs triton
-    return {"reference": reference, "cpu": cpu}[name]
+    return _proving() if name == "triton" else {"reference": reference, "cpu": cpu}[name]
+
+
+@functools.cache
+def _proving() -> ModuleType:
+    return verify.proving(kernels())
+
+
+def kernels() -> ModuleType:
+    """The Triton kernels themselves: a folder of their own (setup.py), which needs triton."""
+    return importlib.import_module("fastdiff.kernels")
 
 
 def doctor() -> str:
@@ -255,10 +276,12 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
+if cpu.available and (fault := verify.library_fault()):
+    cpu.refuse(f"{cpu.LIBRARY.name} gives wrong numbers: {fault}")
 if not cpu.available:
     warn(
-        f"fastdiff runs on plain PyTorch, several times slower: {cpu.why}; install it again with a C++ compiler "
-        "(g++ or clang++), and see `fastdiff doctor`",
+        f"fastdiff runs on plain PyTorch, several times slower: {cpu.why}; install it again with a C++ compiler (g++ or "
+        "clang++) and without CXXFLAGS, and see `fastdiff doctor --verify`",
         RuntimeWarning,
     )
 elif not cpu.is_fresh():

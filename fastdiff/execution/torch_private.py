@@ -5,11 +5,14 @@ CUDA builds alone have the last three, which are looked up when they are called.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
 # (a, b) -> whether two tensors share storage
 is_alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]
@@ -25,6 +28,13 @@ foreach_lerp_ = torch._foreach_lerp_
 def forward_mode_is_active() -> bool:
     """Whether the caller is within torch.autograd.forward_ad.dual_level()."""
     return bool(forward_ad._current_level >= 0)
+
+
+@contextlib.contextmanager
+def no_modes() -> Iterator[None]:
+    """A block in which tensors are real ones, whatever modes the caller is within."""
+    with torch._C.DisableTorchFunction(), _python_dispatch._disable_current_modes():
+        yield
 
 
 def is_fake(value: Any) -> bool:
