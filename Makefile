@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/fastdiff demo --out out
 
 test: $(READY)
-	$(BIN)/python -m pytest tests -n 2 --dist loadgroup
+	$(BIN)/python -m pytest tests -n 2
 
 check: $(READY)
 	$(BIN)/ruff check .

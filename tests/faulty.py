@@ -24,6 +24,7 @@ from fastdiff.execution import cpu, noise, ops, reference, verify
 
 step_module = importlib.import_module("fastdiff.kernels.step")
 kernels = ops.kernels()
+P, Q, LOW, HIGH = step_module.P, step_module.Q, step_module.LOW, step_module.HIGH
 
 
 @pytest.fixture(autouse=True)
@@ -76,9 +77,11 @@ def shifted_kernel(out, cursor, stream, size, batch, GROUPS: tl.constexpr, QUADS
 
 
 @triton.jit
-def rounded_twice(total, value, coefficient):
-    """step.term without its fma, as a compiler might contract or not."""
-    return total + tl.where(step_module.used(coefficient, value), value, 0.0) * coefficient
+def rounded_twice(row, x, m, guide):
+    """step.prediction without guidance and without its fma, as a compiler might contract or not."""
+    p, q, low, high = tl.load(row + P), tl.load(row + Q), tl.load(row + LOW), tl.load(row + HIGH)
+    raw = step_module.kept(m, q) * q + step_module.kept(x, p) * p
+    return step_module.clamp(raw, low, high), raw, (low > float("-inf")) | (high < float("inf"))
 
 
 def fails(error):
@@ -92,7 +95,7 @@ NO_CODE, NO_LAUNCH = triton.errors.TritonError("no such instruction"), RuntimeEr
 FAULTS = {
     "a constant": lambda m: m.setattr(philox, "_radius", wrong_radius),
     "a store": lambda m: m.setattr(fill, "normal_kernel", shifted_kernel),
-    "a fused product": lambda m: m.setattr(step_module, "term", rounded_twice),
+    "a fused product": lambda m: m.setattr(step_module, "prediction", rounded_twice),
     "a kernel that does not compile": lambda m: m.setattr(tiles, "launch", fails(NO_CODE)),
     "a kernel that does not launch": lambda m: m.setattr(tiles, "launch", fails(NO_LAUNCH)),
 }

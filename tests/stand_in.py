@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +66,9 @@ def pytest_configure(config):
     graphs.obstacle = lambda net, device, rows, noise, engine: (
         None if noise is None else "the noise comes from the caller"
     )
-    ops.backend_module = lambda name: dispatched()
+    operations = ModuleType("operations")
+    vars(operations).update(vars(dispatched()))
+    ops.backend_module = lambda name: operations
     gc.collect()
     gc.freeze()  # as each measurement collects first
 

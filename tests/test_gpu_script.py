@@ -27,7 +27,7 @@ OPERATIONS = {
     "step", "step, mixed", "step, bf16 network", "normal", "rademacher", "perturb", "dsm_loss", "perturb + dsm_loss + backward",
     "measured Langevin row", "probe_dot, rademacher", "probe_dot, normal", "rk_error", "timestep_embedding",
     "step, float32 network", "step without noise, bf16 network", "probe_dot alone, normal", "probe_dot alone, rademacher",
-    "measure_langevin alone",
+    "measure_langevin alone", "step, prepared",
 }  # fmt: skip
 NETWORKS = {"MLP 256x2x1x1 float32", "MLP 256x2x1x1 bfloat16", "analytic 64x3x32x32 float32"}
 NCU = """#!/bin/sh

@@ -44,7 +44,7 @@ def gpu(monkeypatch, driver):
     """kernels, driver, starts: what was started; through: the kernels that were launched by way of tiles.launch."""
     import triton
 
-    kernels = ops.backend_module("triton")
+    kernels = ops.kernels()
     tiles, starts, through = kernels.tiles, [], []
     for name, value in {"started": starts.append, "device": -1, "stream": 0}.items():
         monkeypatch.setattr(driver, name, value)

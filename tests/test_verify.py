@@ -3,6 +3,7 @@ all of them by `fastdiff doctor --verify`. Kernels with faults are in faulty.py.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -312,11 +313,11 @@ def test_refused_kernels_are_not_captured(fresh, monkeypatch):
     """They are asked in the warm-up; the capture then fails, and the run goes on eagerly, without a second warning."""
     capturing = []
 
-    def capture(warm, body, device, pool):
+    def capture(warm, bodies, device):
         warm()
         capturing.append(1)
         try:
-            body()
+            bodies[0]()
         except GraphError as error:
             raise GraphError(str(error)) from error
         finally:
@@ -328,6 +329,7 @@ def test_refused_kernels_are_not_captured(fresh, monkeypatch):
     monkeypatch.setattr(verify, "_capturing", lambda device: bool(capturing))
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(graphs, "obstacle", lambda net, device, *rest: known(net, torch.device("cuda"), *rest))
     monkeypatch.setattr(ops, "backend_module", lambda name: module)
     net = Pointwise()

@@ -72,7 +72,7 @@ _USED = {
     "cap": 0.11,
 }  # fmt: skip
 _OPEN = {**_USED, "p": 0.0, "q": 1.0, "low": -np.inf, "high": np.inf, "next_scale": 1.0, "guidance": 1.0, "cap": np.inf}
-_FEW = {**_OPEN, **dict.fromkeys(("a", "e", "b1", "b3", "c", "log_slope", "known_alpha"), 0.0), "p": -0.5, "q": 0.25}
+_FEW = {**_OPEN, **dict.fromkeys(("a", "e", "b1", "b3", "c", "log_slope", "known_alpha"), 0.0), "p": -0.55, "q": 0.23}
 _TABLE = torch.from_numpy(np.array([[row[name] for name in COLUMNS] for row in (_USED, _OPEN, _FEW)]))
 _SEED = -(2**62) - 12345
 _OF_NO_SAMPLE = ("cursor", "table", "frequencies")  # tensors whose first axis is not the batch
@@ -356,7 +356,7 @@ def questions(shape: tuple[int, ...], dtype: torch.dtype, network: torch.dtype, 
 
 # --- the compiled library --------------------------------------------------------------------------------------------
 
-KNOWN = 0x53595594  # the reference's (a test compares)
+KNOWN = 0x134DB37B  # the reference's (a test compares)
 
 
 def known() -> Iterator[tuple[Question, int]]:
