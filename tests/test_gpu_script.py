@@ -339,7 +339,12 @@ def test_make_passes_its_variables_on():
     ):
         environment = {name: value for name, value in os.environ.items() if name not in ("OUT", "COMMIT", "ONLY")}
         shown = subprocess.run(
-            ["make", "-n", "gpu", *variables], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+            ["make", "--no-print-directory", "-n", "gpu", *variables],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert shown.stdout.endswith(expected)
 
