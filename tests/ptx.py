@@ -670,8 +670,6 @@ class Kernel:
         self.steps: list[tuple[Step | None, str | None]] = []
         for text in re.findall(r"\$L__BB\w+:|[^;:{}\s](?:[^;{}]|\{[^}]*\})*(?=;)", body):
             self.steps.append(self._step(" ".join(text.split())))
-        labels = [label for step, label in self.steps if step is None]
-        self.last = labels[-1] if labels else None
 
     def _step(self, text: str) -> tuple[Step | None, str | None]:
         """A step and the label it goes to, or a label alone."""

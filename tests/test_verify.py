@@ -28,6 +28,8 @@ import setup
 ROOT = Path(__file__).parent.parent
 CHOSEN = cpu.instruction_set
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+CPUINFO = Path("/proc/cpuinfo")
+FMA4 = not CPUINFO.exists() or "fma4" in CPUINFO.read_text()
 
 
 def python(code, library=None, **environment):
@@ -153,7 +155,7 @@ def test_a_build_with_fast_math_gives_no_samples(fast_math):
 
 
 @pytest.mark.skipif(not X86, reason="names instruction sets of x86")
-@pytest.mark.skipif("fma4" in Path("/proc/cpuinfo").read_text(), reason="this processor has FMA4")
+@pytest.mark.skipif(FMA4, reason="this processor may have FMA4")
 def test_a_build_for_another_processor_is_refused_before_it_runs(tmp_path):
     """Of FMA4, which Intel never had and AMD has no more."""
     rest = "".join(
@@ -307,6 +309,29 @@ def fresh(monkeypatch, tmp_path):
     verify._memory.cache_clear()
     yield
     verify._memory.cache_clear()
+
+
+def test_each_kind_of_output_is_asked_about_once(fresh, monkeypatch):
+    """A kernel is compiled for layouts and alignments, which a network may change in the midst of a run."""
+    asked = []
+
+    def noting(kernels, name, called, kernel, args, kwargs):
+        m = args[5] if name == "step" else args[0]
+        asked.append((called, m.dtype, m.stride(), m.data_ptr() % 16))
+        return True
+
+    monkeypatch.setattr(verify, "_may_run", noting)
+    module = verify.proving(faulty_kernels())
+    x, m = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+    outputs = (
+        m, m.to(memory_format=torch.channels_last), torch.ones(1 + m.numel())[1:].view_as(m), m.bfloat16(),
+    )  # fmt: skip
+    step = module.prepare_step(x, torch.zeros(1, 19), None, x)
+    for _ in range(2):
+        for output in outputs:
+            step(torch.tensor([0, 0, 0]), output, None)
+            module.probe_dot(output, torch.tensor([0, 0, 0]), 3, "normal")
+    assert len(asked) == len(set(asked)) == 2 * len(outputs)
 
 
 def test_refused_kernels_are_not_captured(fresh, monkeypatch):

@@ -455,7 +455,7 @@ def _kind(values: Iterable[Any]) -> list[Any]:
     kind: list[Any] = []
     for value in values:
         if isinstance(value, Tensor):
-            kind += (value.device, value.dtype, value.shape, value.stride())
+            kind += (value.device, value.dtype, value.shape, value.stride(), value.data_ptr() % 16 == 0)
         elif isinstance(value, list):
             kind.append(tuple(_kind(value)))
         else:
@@ -479,21 +479,29 @@ def _asked_prepare_step(kernels: ModuleType) -> Operation:
     at_once, plain = prepared_step(kernels), _uncaptured(reference.step)
 
     def prepare_step(out: Tensor, table: Tensor, stream: int | None, x: Tensor, **operands: Any) -> Operation:
-        step: Operation | None = None
+        prepared = kernels.prepare_step(out, table, stream, x, **operands)
+        chosen: dict[Any, Operation] = {}  # what runs outputs of a kind
+
+        def in_its_place(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
+            plain(out, table, cursor, stream, x, m, v=v, **operands)
 
         def run(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
-            nonlocal step
+            kind = _output(m), _output(v)
+            step = chosen.get(kind)
             if step is None:
                 given = (out, table, cursor, stream, x, m)
-                if _may_run(kernels, "step", "prepare_step", at_once, given, {"v": v, **operands}) is False:
-                    step = lambda cursor, m, v: plain(out, table, cursor, stream, x, m, v=v, **operands)  # noqa: E731
-                else:
-                    step = kernels.prepare_step(out, table, stream, x, **operands)
+                may = _may_run(kernels, "step", "prepare_step", at_once, given, {"v": v, **operands})
+                step = chosen[kind] = in_its_place if may is False else prepared
             step(cursor, m, v)
 
         return run
 
     return prepare_step
+
+
+def _output(value: Tensor | None) -> Any:
+    """What of a network's output a kernel is compiled for; its shape is the state's."""
+    return None if value is None else (value.dtype, value.stride(), value.data_ptr() % 16 == 0)
 
 
 def _uncaptured(function: Operation) -> Operation:
