@@ -20,9 +20,11 @@ import argparse
 import concurrent.futures
 import csv
 import functools
+import itertools
 import math
 import multiprocessing
 import re
+import struct
 import subprocess
 import tempfile
 import types
@@ -56,8 +58,12 @@ RARE = (
     "batch means", "bf16 network", "given, 5e6 numbers", "usual, unchecked", "usual, 64 numbers", "usual, 1023 numbers",
 )  # fmt: skip
 RARE_TARGETS = ["sm_90", "gfx942"]
+_INSTRUCTION = 16  # bytes
 IMAGE = (3, 64, 64)  # a sample: 12 programs, all full
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "aot.csv"
+
+
+Instruction = tuple[str, str, str, str]  # address, predicate or "", name, operands
 
 
 class Operands(NamedTuple):
@@ -170,19 +176,38 @@ def variants() -> dict[tuple[str, str], Callable[[Any], None]]:
     }
 
 
-def compile_variant(name: tuple[str, str], targets: list[str]) -> list[dict[str, Any]]:
-    """One variant's launches, compiled for each target and read."""
-    lines: list[dict[str, Any]] = []
+def compile_variants(named: list[tuple[tuple[str, str], list[str]]]) -> list[list[dict[str, Any]]]:
+    """Each variant's launches, compiled for its targets and read."""
+    launches = [_launches(name, targets) for name, targets in named]
+    machine_code: dict[int, list[Instruction]] = {}  # by id of the compiled kernel
+    for target, gpu in TARGETS.items():
+        here = [compiled for of in launches for label, compiled, _ in of if label["target"] == target]
+        if gpu.backend == "cuda":
+            code = disassembled([compiled.asm["cubin"] for compiled in here], gpu.arch)
+            machine_code.update(zip(map(id, here), code))
+    return [
+        [
+            {**label, **read_sass(compiled, machine_code[id(compiled)], per_thread)}
+            if id(compiled) in machine_code
+            else {**label, **_read_amd(compiled, per_thread)}
+            for label, compiled, per_thread in of
+        ]
+        for of in launches
+    ]
+
+
+def _launches(name: tuple[str, str], targets: list[str]) -> list[tuple[dict[str, Any], Any, float]]:
+    """One variant's launches for each target: (what it is, the compiled kernel, elements of a thread)."""
+    found: list[tuple[dict[str, Any], Any, float]] = []
 
     def launch(kernel: Any, grid: tuple[int, ...], like: torch.Tensor, *args: Any, **meta: Any) -> None:
         compiled = kernel.warmup(*args, grid=grid, **meta, num_warps=WARPS, enable_fp_fusion=False)
         elements = 4 * meta.get("GROUPS", 1) * meta["QUADS"] * meta["SAMPLES"] if "QUADS" in meta else 0
         elements = elements or math.prod(meta.get(key, 1) for key in ("LENGTH", "ROWS", "PARTS", "WIDTH"))
-        read = _read_sass if TARGETS[target].backend == "cuda" else _read_amd
         threads = WARPS * TARGETS[target].warp_size
         variant = name[1] if name[0] == "step" else ", ".join(name)
         label = {"kernel": kernel.fn.__name__, "variant": variant, "target": target}
-        lines.append({**label, "shared_bytes": compiled.metadata.shared, **read(compiled, elements / threads)})
+        found.append(({**label, "shared_bytes": compiled.metadata.shared}, compiled, elements / threads))
 
     tiles = kernels.tiles
     WARPS, original = tiles.WARPS, tiles.launch
@@ -194,25 +219,50 @@ def compile_variant(name: tuple[str, str], targets: list[str]) -> list[dict[str,
             call(kernels)
     finally:
         tiles.launch = original
-    return lines
+    return found
 
 
-def _read_sass(compiled: Any, per_thread: float) -> dict[str, Any]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _tool(name: str, *arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def disassembled(cubins: list[bytes], arch: int) -> list[list[Instruction]]:
+    """The instructions of each, of which an address is that in all of them one behind another: starting the disassembler takes
+    longer than a kernel."""
+    texts = [_text(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(texts))
+        file.flush()
+        listing = _tool("nvdisasm", "--binary", f"SM{arch}", file.name)
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([\w.]+)(.*);", listing, re.MULTILINE)
+    ends = itertools.accumulate(len(text) // _INSTRUCTION for text in texts)
+    assert len(lines) == sum(map(len, texts)) // _INSTRUCTION
+    return [lines[end - len(text) // _INSTRUCTION : end] for end, text in zip(ends, texts)]
+
+
+def _text(elf: bytes) -> bytes:
+    """The machine code of a 64-bit ELF file with one kernel: its section .text.<name>."""
+    (table,), (size, count, names) = struct.unpack_from("<Q", elf, 40), struct.unpack_from("<HHH", elf, 58)
+    sections = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]
+    strings = sections[names][4]
+    (found,) = [(at, length) for name, *_, at, length in sections if elf.startswith(b".text.", strings + name)]
+    return elf[found[0] : found[0] + found[1]]
+
+
+def read_sass(compiled: Any, lines: list[Instruction], per_thread: float) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([\w.]+)(.*);", text, re.MULTILINE)
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
     names = [name for _, _, name, _ in lines]
     count = Counter(names)
     # subroutines, if any, stand behind the last EXIT
     main = max(i for i, name in enumerate(names) if name == "EXIT") + 1
     spilled = sum(n for name, n in count.items() if name.startswith(("STL", "LDL")))
-    stack = int(re.search(r"STACK:(\d+)", text)[1])
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])
     return {
-        "registers": int(re.search(r"REG:(\d+)", text)[1]),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spills": spilled + stack,
         "instructions_per_element": round(_fewest(lines) / per_thread, 1),
         "loads_128": _wide(count, "LDG", "128"),
@@ -226,10 +276,8 @@ def _read_sass(compiled: Any, per_thread: float) -> dict[str, Any]:
     }
 
 
-def _fewest(lines: list[tuple[str, str, str, str]]) -> int:
-    """How many instructions the shortest way from the first to an unconditional EXIT has, without a call.
-
-    lines: (address, predicate or "", instruction, operands)."""
+def _fewest(lines: list[Instruction]) -> int:
+    """How many instructions the shortest way from the first to an unconditional EXIT has, without a call."""
     place = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
     # from each instruction on; the kernels have no loops: branches go forward only
     left = [math.inf] * (len(lines) + 1)
@@ -294,12 +342,11 @@ def _read_amd(compiled: Any, per_thread: float) -> dict[str, Any]:
 
 def compile_all(processes: int = 2) -> list[dict[str, Any]]:
     """Every variant for its targets: {field: value} in the order of `variants`."""
-    names = list(variants())
+    named = [(name, RARE_TARGETS if name[1] in RARE else list(TARGETS)) for name in variants()]
     context = multiprocessing.get_context("spawn")
-    targets = [RARE_TARGETS if name[1] in RARE else list(TARGETS) for name in names]
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        done = list(pool.map(compile_variant, names, targets))
-    return [line for lines in done for line in lines]
+        parts = list(pool.map(compile_variants, [named[i::processes] for i in range(processes)]))
+    return [line for i in range(len(named)) for line in parts[i % processes][i // processes]]
 
 
 def main() -> None:

@@ -162,7 +162,7 @@ out, cursor = torch.zeros(4096), torch.zeros(3, dtype=torch.int64)
 code = kernels.fill.normal_kernel.warmup(
     out, cursor, 1, 1024, 1, GROUPS=1, QUADS=1024, SAMPLES=1, WHOLE=True,
     grid=(1,), num_warps=1, maxnreg=32, enable_fp_fusion=False)
-print(aot._read_sass(code, 128)["spills"])
+print(aot.read_sass(code, *aot.disassembled([code.asm["cubin"]], 90), 128)["spills"])
 """
 
 
