@@ -57,6 +57,7 @@ class _ToPtx(CUDABackend):  # type: ignore[misc]
 
 _kernels: dict[tuple[str, str], ptx.Kernel] = {}  # by the compilation's hash and the fault
 launches = 0
+bits = 0  # how many the cases have compared
 _fault = ""
 
 
@@ -133,4 +134,4 @@ def pytest_configure() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    terminalreporter.write_line(f"{len(_kernels)} compiled kernels ran in {launches} launches")
+    terminalreporter.write_line(f"{len(_kernels)} compiled kernels ran in {launches} launches; {bits} bits compared")
