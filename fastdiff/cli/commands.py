@@ -440,7 +440,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--train-steps", type=int, default=2000, help="training steps of each model (default: 2000)")
     sub.add_argument("--samples", type=int, default=400, help="samples from each sampler (default: 400)")
     sub.add_argument("--steps", type=int, default=1000, help="steps of a sampler, at most (default: 1000)")
-    sub.add_argument("--digits", type=int, default=200, help="digits whose likelihoods are computed (default: 200)")
+    sub.add_argument("--digits", type=int, default=200, help="digits to measure the likelihoods of (default: 200)")
     sub.add_argument("--workers", type=int, help="processes (default: one for each core)")
 
     sub = command("sample", _sample, "Draw samples from a trained model.", of_a_model, of_a_plan)

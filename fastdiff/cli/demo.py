@@ -79,7 +79,7 @@ def main(
 ) -> None:
     """Train, sample, measure and draw into `out`; ends with `out/report.md`.
 
-    steps    of a sampler, at most; digits: whose likelihoods are computed
+    steps    of a sampler, at most; digits: whose likelihoods are computed, and the most noises that solvers start from
     """
     began = time.perf_counter()
     training, held_out = halves()

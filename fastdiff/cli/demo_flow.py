@@ -27,7 +27,7 @@ Curve = list[tuple[float, float]]
 CHUNK = 50  # digits whose likelihoods are computed in one job
 PROBES, TOLERANCE = 2, 1e-3  # which changes a likelihood by less than its standard error
 PAIRS, STATES, FINE = 8, 12, 1e-4  # digits that are interpolated, how finely, and with which tolerance
-STARTS, CONVERGED = 64, 1e-6  # noises from which the solvers start, and the tolerance of what they are compared with
+STARTS, CONVERGED = 64, 1e-6  # noises for the solvers, at most, and the tolerance of what they are compared with
 TOLERANCES = (3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
 CALLS = (6, 8, 12, 18, 24, 36, 48)
 ONE_CALL: dict[str, samplers.Sampler] = {
@@ -55,6 +55,7 @@ class Findings:
 
     nats, bits  [digits] each; evaluations: the most that one took
     strip       [PAIRS, STATES, 64], whose ends are `apart` from the digits (RMS of pixels in [0, 1])
+    starts      from how many noises the solvers started
     curves      solver -> (network calls, RMS distance of its ends from the converged ones)
     """
 
@@ -63,6 +64,7 @@ class Findings:
     evaluations: int
     strip: Array
     apart: float
+    starts: int
     curves: dict[str, Curve]
 
 
@@ -72,21 +74,22 @@ def jobs(count: int) -> int:
 
 
 def run(pool: Executor, path: Path, digits: Data, count: int, progress: Any) -> Findings:
-    """All measurements, with the likelihoods of `count` digits, as jobs of the pool's processes.
+    """All measurements as jobs of the pool's processes: likelihoods of `count` digits, solvers from as many noises.
 
     Each puts a 1 into `progress` when it is done.
     """
     model = load(path)
     real = digits.dequantized(range(count), model.data_range)
+    starts = min(count, STARTS)
     pairs = digits.batch(range(2 * PAIRS), model.data_range)
     # the longest first
-    converged = pool.submit(_solve, path, ADAPTIVE, (CONVERGED,), progress)
+    converged = pool.submit(_solve, path, ADAPTIVE, (CONVERGED,), starts, progress)
     likelihoods = [
         [pool.submit(_likelihoods, path, x[k : k + CHUNK].numpy(), k, digits.bins, progress) for k in range(0, count, CHUNK)]
         for x in (real, shuffled(real))
     ]  # fmt: skip
-    solving = {ADAPTIVE: pool.submit(_solve, path, ADAPTIVE, TOLERANCES, progress)}
-    solving |= {name: pool.submit(_solve, path, name, CALLS, progress) for name in FIXED}
+    solving = {ADAPTIVE: pool.submit(_solve, path, ADAPTIVE, TOLERANCES, starts, progress)}
+    solving |= {name: pool.submit(_solve, path, name, CALLS, starts, progress) for name in FIXED}
     between = pool.submit(_between, path, pairs.numpy(), progress)
     likelihood = [np.concatenate([job.result() for job in jobs], 1) for jobs in likelihoods]
     best = converged.result()[0][1]
@@ -98,6 +101,7 @@ def run(pool: Executor, path: Path, digits: Data, count: int, progress: Any) -> 
         evaluations=int(max(values[2].max() for values in likelihood)),
         strip=strip,
         apart=_rms(ends, pictures.unit(pairs.numpy(), model.data_range).reshape(ends.shape)),
+        starts=starts,
         curves={name: [(calls, _rms(x, best)) for calls, x in job.result()] for name, job in solving.items()},
     )
 
@@ -157,8 +161,8 @@ def report(findings: Findings) -> list[str]:
         "![interpolation](interpolation.png)",
         "",
         f"RMS distance of the samples of each solver from the converged solution of the flow (rk45 with tolerance "
-        f"{CONVERGED:g}) from the same {STARTS} starts, numbers in [−1, 1], by network calls. All use Karras's levels from T "
-        "to t_min, where `ode` and DPM-Solver-1 equal DDIM:",
+        f"{CONVERGED:g}) from the same {findings.starts} starts, numbers in [−1, 1], by network calls. All use Karras's levels "
+        "from T to t_min, where `ode` and DPM-Solver-1 equal DDIM:",
         "",
         "| solver | 6 | 12 | 24 | 48 |",
         "|---|---|---|---|---|",
@@ -190,8 +194,8 @@ def _between(path: Path, x: Array, progress: Any) -> Array:
     return states.transpose(0, 1).flatten(2).numpy()
 
 
-def _solve(path: Path, name: str, settings: Sequence[float], progress: Any) -> list[tuple[float, Array]]:
-    """(network calls, ends) of one solver with so many calls, or such tolerances (in a worker process)."""
+def _solve(path: Path, name: str, settings: Sequence[float], starts: int, progress: Any) -> list[tuple[float, Array]]:
+    """(network calls, ends [starts, *]) of one solver with so many calls, or such tolerances (in a worker process)."""
     model, ends = load(path), []
     sigma_hats = [
         float(model.process.sigma(t) / model.process.alpha(t)) for t in (model.process.T, model.process.t_min)
@@ -204,7 +208,7 @@ def _solve(path: Path, name: str, settings: Sequence[float], progress: Any) -> l
             # Karras's grid without its last level, 0: every solver ends where the converged solution does
             levels = grids.sigmas(grids.karras(*sigma_hats, int(setting) // a_step + 1)[:-1])
             options = {"sampler": FIXED[name], "grid": levels}
-        x, info = sample(model, num_samples=STARTS, seed=3, progress=False, return_info=True, **options)
+        x, info = sample(model, num_samples=starts, seed=3, progress=False, return_info=True, **options)
         calls = info.network_calls if info.nfe is None else float(info.nfe.double().mean())
         ends.append((calls, x.numpy()))
     progress.put(1)
