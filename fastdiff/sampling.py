@@ -183,8 +183,9 @@ def sample(
                   the solver's variable)
     backend       "auto": the device's fused kernels where there are any ("cpu": compiled, "triton": GPU), else "reference",
                   plain PyTorch; all make the same bits. `fastdiff doctor` says what there is
-    engine        "auto": rows replay as CUDA graphs where they can be captured and that is faster, which a first run finds out,
-                  else run eagerly (`return_info` says why). The samples are the same.
+    device        where a callable without parameters runs; a model runs where its parameters are (`model.net.to("cuda")`)
+    engine        "eager", "graph", or "auto": rows replay as CUDA graphs where they can be captured and that is faster, which a
+                  first run finds out, else run eagerly (`return_info` says why). The samples are the same.
                   Captured graphs are cached for each module. In-place updates of parameters are seen; Python side effects
                   are not replayed: a network that counts its calls wants "eager", and after a change of an attribute call
                   fastdiff.graphs.clear()

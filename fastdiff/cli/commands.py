@@ -52,10 +52,12 @@ def _run(argv: list[str] | None) -> int:
     from .. import files
     from ..errors import FastdiffError, one_line
 
+    as_before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: _said_of(str(message), arguments)  # who types has no line of code
     try:
         return arguments.run(arguments) or 0
     except FastdiffError as error:
-        print(f"fastdiff {arguments.command}: {_in_options(str(error), arguments)}", file=sys.stderr)
+        sys.stderr.write(_said_of(str(error), arguments))
         return 2
     except (OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
@@ -67,6 +69,8 @@ def _run(argv: list[str] | None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = as_before
 
 
 def _nobody_reads() -> bool:
@@ -77,6 +81,10 @@ def _nobody_reads() -> bool:
         return bool(poll.poll(0))
     except (AttributeError, OSError, TypeError, ValueError):  # no poll on this system, no output, no file behind it
         return False
+
+
+def _said_of(message: str, arguments: argparse.Namespace) -> str:
+    return f"fastdiff {arguments.command}: {_in_options(message, arguments)}\n"
 
 
 def _in_options(message: str, arguments: argparse.Namespace) -> str:
@@ -107,9 +115,8 @@ def _sample(a: argparse.Namespace) -> None:
 
     from .. import files
     from ..sampling import sample
-    from ..training import load
 
-    model = load(a.model, net=_made(a.net))
+    model = _model(a)
     cond = None if a.cond is None else _array(a.cond, model)
     count = a.num_samples if a.num_samples is not None else 16 if cond is None else len(cond)
     if a.labels is not None or model.num_classes:
@@ -126,9 +133,9 @@ def _sample(a: argparse.Namespace) -> None:
     )  # fmt: skip
     if out.suffix == ".npy":
         with files.replacing(out) as handle:
-            np.save(handle, x.numpy())
+            np.save(handle, x.cpu().numpy())
     else:
-        pictures.image(out, x.numpy(), model.data_range)
+        pictures.image(out, x.cpu().numpy(), model.data_range)
     units = f"in data_range {model.data_range}" if model.standardize is None else "in the units of the data"
     print(
         f"{tuple(x.shape)} samples in {files.shown(out)}, {units}: {info.network_calls} network calls, "
@@ -141,6 +148,7 @@ def _train(a: argparse.Namespace) -> int:
 
     from .. import checks
     from ..errors import ConfigError
+    from ..execution import tensor_checks
     from ..model import ScoreModel
     from ..networks import build
     from ..planning import processes
@@ -166,6 +174,7 @@ def _train(a: argparse.Namespace) -> int:
     with torch.random.fork_rng(devices=[]):  # the first weights are of the seed too
         torch.manual_seed(checks.integer("seed", a.seed, 0, 2**64 - 1))
         net = build(options) if a.net is None else _made(a.net)
+    net.to(tensor_checks.device_of(a.device))
     # images in the usual ranges; vectors stay in their own units
     data_range = None if len(data.shape) == 1 else (0.0, 1.0) if a.sde == "ve" else (-1.0, 1.0)
     model = ScoreModel(net, processes.get(a.sde), a.prediction, data_shape=data.shape, data_range=data_range)
@@ -263,10 +272,9 @@ def _said(steps: int) -> Callable[[int, float], None] | None:
 
 def _likelihood(a: argparse.Namespace) -> None:
     out = None if a.out is None else _writable("--out", a.out, (".npz",))
-    from ..training import load
     from . import likelihood_report
 
-    model, data = load(a.model, net=_made(a.net)), _data(a)
+    model, data = _model(a), _data(a)
     if a.labels is not None:
         data = replace(data, labels=_labels(a, model, len(data)), num_classes=None, class_names=())
     report = likelihood_report.likelihood(
@@ -280,9 +288,8 @@ def _likelihood(a: argparse.Namespace) -> None:
 
 def _check(a: argparse.Namespace) -> int:
     from ..conventions import check
-    from ..training import load
 
-    model, data = load(a.model, net=_made(a.net)), _data(a)
+    model, data = _model(a), _data(a)
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="likelier than what was said|nothing that was tried"
@@ -332,11 +339,23 @@ def _data(a: argparse.Namespace, **options: Any) -> Data:
     )
 
 
+def _model(a: argparse.Namespace) -> ScoreModel:
+    """The trained model, on the device."""
+    from ..execution import tensor_checks
+    from ..training import load
+
+    device = tensor_checks.device_of(a.device)
+    model = load(a.model, net=_made(a.net))
+    model.net.to(device)
+    return model
+
+
 def _labels(a: argparse.Namespace, model: ScoreModel, count: int) -> Tensor:
     """The labels of --labels, in turn, for so many samples."""
     import torch
 
     from ..errors import ConfigError
+    from ..execution.calls import device_of
 
     if not model.num_classes:
         raise ConfigError(
@@ -349,7 +368,8 @@ def _labels(a: argparse.Namespace, model: ScoreModel, count: int) -> Tensor:
     words = [word.strip() for word in a.labels.split(",")]
     if not all(word.isascii() and word.isdecimal() and int(word[:9]) < model.num_classes for word in words):
         raise ConfigError(f"--labels must be whole numbers {allowed}, got {a.labels!r:.40}")
-    return torch.tensor([int(words[i % len(words)]) for i in range(count)])
+    labels = [int(words[i % len(words)]) for i in range(count)]
+    return torch.tensor(labels, device=device_of(None, None, model.net))
 
 
 def _clip(value: str | None) -> Any:
@@ -371,9 +391,9 @@ def _array(value: str, model: ScoreModel) -> Tensor:
 
     from .. import files
     from ..data.readers import read_array
-    from ..execution.calls import dtype_of
+    from ..execution.calls import device_of, dtype_of
 
-    array = torch.from_numpy(read_array(files.path("--cond", value)))
+    array = torch.from_numpy(read_array(files.path("--cond", value))).to(device_of(None, None, model.net))
     return array.to(dtype_of(model.net, torch.float32)) if array.is_floating_point() else array
 
 
@@ -405,7 +425,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    of_a_model = argparse.ArgumentParser(add_help=False)  # options of the commands that run a trained model
+    of_a_device = argparse.ArgumentParser(add_help=False)
+    of_a_device.add_argument("--device", default="cpu", help="where the network runs: cpu (default), cuda or cuda:1")
+    of_a_model = argparse.ArgumentParser(
+        add_help=False, parents=[of_a_device]
+    )  # options of the commands that run a trained model
     of_a_model.add_argument("model", help="a shipped name such as digits-ve, a checkpoint file or a training directory")
     net = "module:factory or file.py:factory, which makes a network of your own"
     of_a_model.add_argument("--net", help=f"{net}, for checkpoints of one")
@@ -454,7 +478,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--clip", help="data: clamp the samples to the data's range; --clip=-1,1: the predictions of x0")
     sub.add_argument("--out", default="samples.npy", help="a .npy array or a .png picture (default: samples.npy)")
 
-    sub = command("train", _train, "Train a model on arrays, IDX files, a folder of images, or 'digits'.", of_data)
+    sub = command(
+        "train", _train, "Train a model on arrays, IDX files, a folder of images, or 'digits'.", of_a_device, of_data
+    )
     sub.add_argument("data", help=data)
     sub.add_argument("--out", required=True, help="checkpoint directory; an unfinished run there is resumed")
     sub.add_argument("--labels", help="a .npy or IDX file of class numbers 0 … (default: the data's own)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import checks, files
 from ..errors import ConfigError, DataError, ShapeError
+from ..execution.calls import device_of
 from ..likelihood import LogLikelihood, bits_per_dim, log_likelihood
 from ..model import ScoreModel
 from ..training import Data
@@ -78,8 +79,12 @@ def likelihood(
         raise ShapeError(
             f"--cond must have {len(data)} entries, one for each of the data, got shape {tuple(cond.shape)}"
         )
-    cond = None if cond is None else cond[indices.start : indices.stop]
-    result = log_likelihood(model, x, trace=trace, probes=probes, cond=cond, seed=seed, first_sample=first, **options)
+    device = device_of(None, None, model.net)
+    cond = None if cond is None else cond[indices.start : indices.stop].to(device)
+    result = log_likelihood(
+        model, x.to(device), trace=trace, probes=probes, cond=cond, seed=seed, first_sample=first, **options
+    )
+    result = LogLikelihood(**{each.name: getattr(result, each.name).cpu() for each in fields(LogLikelihood)})
     bits = None if data.bins is None else bits_per_dim(result, model.data_range, data.bins)
     if trace == "exact":
         accuracy = "exact: no probes"

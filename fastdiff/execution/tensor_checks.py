@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checks, files
+from .. import checks
 from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError, short
 from . import torch_private
 
@@ -37,7 +37,11 @@ def device_of(device: torch.device | str | None) -> torch.device:
         if place.type != "meta":
             place = torch.empty(0, device=place).device
     except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError) as error:
-        raise DeviceError(f"device={short(device)} cannot be used here: {files.reason(error)}") from error
+        seen = torch.cuda.device_count()
+        raise DeviceError(
+            f"device={short(device)} cannot be used here: it must be 'cpu', or 'cuda' where torch sees such a device, of which "
+            f"it sees {seen or 'none'} here"
+        ) from error
     if place.type == "meta":
         raise DeviceError("device='meta' holds no data: use 'cpu' or 'cuda'")
     return place
