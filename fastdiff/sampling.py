@@ -364,7 +364,7 @@ def _dtypes(dtype: torch.dtype | None, x_init: Any) -> tuple[torch.dtype, torch.
         tensor_checks.check_floating("x_init", x_init)
     result = dtype if dtype is not None else torch.float32 if x_init is None else x_init.dtype
     if not any(result is known for known in tensor_checks.DTYPES):
-        raise DTypeError(f"dtype must be float16, bfloat16, float32 or float64, got {short(dtype)}")
+        raise DTypeError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {short(dtype)}")
     return result, torch.float64 if result == torch.float64 else torch.float32
 
 
