@@ -139,7 +139,7 @@ def _sample(a: argparse.Namespace) -> None:
     units = f"in data_range {model.data_range}" if model.standardize is None else "in the units of the data"
     print(
         f"{tuple(x.shape)} samples in {files.shown(out)}, {units}: {info.network_calls} network calls, "
-        f"{info.seconds:.1f} s, seed {info.seed}"
+        f"{info.seconds:.1f} s, seed {info.seed}, backend {info.backend}"
     )
 
 
