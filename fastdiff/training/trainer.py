@@ -284,7 +284,10 @@ class _State:
             self._give_buffers_back()
             return False
         self.adam.param_groups[0]["lr"] = rate
-        self.adam.step()
+        # up to torch 2.11 Adam counts its steps in a tensor of the default device, which may hold no data
+        elsewhere = torch.get_default_device().type != "cpu"
+        with torch.device("cpu") if elsewhere else contextlib.nullcontext():
+            self.adam.step()
         with torch.no_grad():
             for p, weight in self.rounded:
                 p.copy_(weight)
