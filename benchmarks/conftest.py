@@ -43,6 +43,7 @@ def pytest_configure(config):
     if config.folder:
         try:
             provenance.refuse_unclean(config.folder, config.recorder.commit)
+            provenance.refuse_another(config.folder, config.recorder.commit)
         except provenance.Unsaveable as error:  # now, and not after a quarter of an hour
             raise pytest.UsageError(str(error)) from None
 

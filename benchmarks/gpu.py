@@ -109,7 +109,7 @@ class Outcome:
         elif code not in (0, 1, 5):
             self.state, self.why = "FAILED", f"its process ended with {code}"
         elif code == 1 or self.failed:
-            self.state = "FAILED"
+            self.state, self.why = "FAILED", "" if self.failed else f"its process ended with {code}"
         elif len(self.passed) < least and not (least == 1 and self.skipped):
             self.state, self.why = "FAILED", f"{len(self.passed)} checks ran, of at least {least}"
         elif self.passed:
@@ -262,7 +262,8 @@ def run(command: Sequence[str], seconds: float, say: Callable[[str], None], **en
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits within a driver is left behind
+            process.wait(GRACE)
         reader.join(1)
         if not reader.is_alive():  # else something that left the group still has the pipe
             process.stdout.close()
@@ -284,7 +285,7 @@ def build(say: Callable[[str], None]) -> str:
 
 
 DESCRIBED = """
-import platform, sys, torch, triton
+import platform, sys, numpy, pytest, pytest_benchmark, safetensors, tqdm, torch, triton
 print(torch.cuda.get_device_name(sys.argv[1]), f"torch {torch.__version__}", f"triton {triton.__version__}", sep=", ", end="")
 print(f", Python {platform.python_version()}")
 """
@@ -317,6 +318,7 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
         )
     try:
         provenance.refuse_unclean(given.out or provenance.RESULTS, given.commit)
+        provenance.refuse_another(given.out or provenance.RESULTS, given.commit)
     except provenance.Unsaveable as error:
         parser.error(f"{error} (--out FOLDER)")
     asked = subprocess.run([sys.executable, "-c", DESCRIBED, given.device], capture_output=True, text=True)

@@ -35,6 +35,13 @@ def refuse_unclean(folder: Path, named: str) -> None:
         raise Unsaveable(f"{says} git knows none here: name --commit")
 
 
+def refuse_another(folder: Path, named: str) -> None:
+    """Raises Unsaveable where git knows that the sources are not those of the commit `named`; for the same folder."""
+    here = _git("rev-parse", "HEAD") if folder.resolve() == RESULTS else ""
+    if here and _git("rev-parse", "--verify", "--quiet", f"{named}^{{commit}}") != here:
+        raise Unsaveable(f"benchmarks/results: the sources are those of {here[:7]}, not of {named}")
+
+
 def _git(*arguments: str) -> str:
     found = shutil.which("git")
     # a repository around a copy without one of its own is not the copy's

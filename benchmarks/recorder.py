@@ -80,12 +80,13 @@ class Recorder:
 
     def save(self, folder: Path) -> Path:
         """The rows in <folder>/<device>.csv, in the place of what was there of the same measurements, or else in the
-        repository's results: rows of what was not measured now are kept."""
+        repository's results: rows of what was not measured now are kept, if they say what they measured."""
         provenance.refuse_unclean(folder, self.commit)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.csv"
         known = next((p for p in (path, provenance.RESULTS / path.name) if p.exists()), None)
-        rows = [*(read(known) if known else []), *self.rows]
+        before = [row for row in (read(known) if known else []) if None not in map(row.get, KEY)]
+        rows = [{name: row.get(name) or "" for name in COLUMNS} for row in before] + self.rows
         latest = {tuple(str(row[name]) for name in KEY): row for row in rows}
         whole = path.with_suffix(".part")  # who is cut off while it writes leaves the file of before
         with whole.open("w", newline="", encoding="utf-8") as file:

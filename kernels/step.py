@@ -274,6 +274,7 @@ SLOTS = (
     "out", "table", "cursor", "x", "m", "guide", "v", "base", "z", "measured", "known", "mask", "pushed", "net_input",
     "first_bad",
 )  # fmt: skip
+MOST_SUMMED = 4  # predictions, this row's among them: the columns b0, b1, b2, b3
 
 
 def _step(*tensors_and_stream: Any) -> tiles.Prepared:
@@ -296,7 +297,7 @@ def _step(*tensors_and_stream: Any) -> tiles.Prepared:
         given["v"] = None
     if given["mask"] is None:
         given["known"] = None
-    history = tuple(tensors[len(SLOTS) : len(SLOTS) + 4 - (m is not None)])
+    history = tuple(tensors[len(SLOTS) : len(SLOTS) + MOST_SUMMED - (m is not None)])
 
     views, inner, placed = {}, None, dict(given)
     for name in ("m", "guide", "v", "known", "mask", "net_input"):
@@ -348,6 +349,7 @@ def prepare_step(
         prepared = _step(*tensors, *history, stream)
         prepared.run(*tensors, *history)
         if prepared.last is not None and prepared.last.start is not None:
-            launches[key] = prepared.last.fixed(("cursor", "m", "v"), [*tensors, history])
+            read = history[: MOST_SUMMED - (m is not None)]
+            launches[key] = prepared.last.fixed(("cursor", "m", "v"), [*tensors, read])
 
     return run

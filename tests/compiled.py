@@ -50,6 +50,10 @@ class _ToPtx(CUDABackend):  # type: ignore[misc]
         super().__init__(target)
         self.binary_ext = "ptx"
 
+    def hash(self) -> str:
+        """Apart from what the whole compiler leaves in the same cache."""
+        return f"{super().hash()}, to PTX"
+
     def add_stages(self, stages: dict[str, Any], options: Any, language: Any) -> None:
         super().add_stages(stages, options, language)
         del stages["cubin"]

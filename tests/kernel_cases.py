@@ -433,7 +433,8 @@ def where(out, size, batch, GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: 
     program = tl.program_id(0) + tl.num_programs(0) * tl.program_id(1)
     tl.store(out + 4 * program, at.first)
     tl.store(out + 4 * program + 1, at.start)
-    tl.store(out + 4 * program + 2, tl.max(at.base + at.local, axis=0))
+    there = tiles.pointers(out, at).to(tl.int64) - out.to(tl.int64)
+    tl.store(out + 4 * program + 2, tl.max(there, axis=0) // 8)
     tl.store(out + 4 * program + 3, tl.sum(at.inside.to(tl.int32), axis=0).to(tl.int64))
 
 
@@ -631,6 +632,11 @@ if COMPILED:
         calls()
         with COMPILED.planted(fault), pytest.raises(AssertionError):
             calls()
+
+    def test_what_has_no_machine_code_is_apart_in_the_cache():
+        """A launch on a device of the same kind, which shares Triton's cache, would find no code to load."""
+        without = triton.compiler.make_backend(triton.runtime.driver.active.get_current_target())
+        assert without.hash() != super(type(without), without).hash()
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
 
 The threads of many programs (CTAs) go through the instructions together, one numpy array a register. Every float operation is
 one IEEE rounding, fma among them; an operation that ptxas may contract or approximate (`add.f32`, `.approx`, `.ftz`) is
-not known here, and so refused. Shared memory begins as garbage, later programs run before earlier ones, every access must
-be aligned and lie within the memory of an argument, and races are refused after each launch (`Accesses.check`).
+not known here, and so refused. Registers and shared memory begin as garbage, later programs run before earlier ones, every
+access must be aligned and lie within the memory of an argument, and races are refused after each launch (`Accesses.check`).
 
 Left to the hardware: that its square root and division are IEEE's, as their definitions say.
 Source: NVIDIA, "Parallel Thread Execution ISA", whose names of instructions and types stand here.
@@ -28,8 +28,9 @@ PROGRAMS = 64  # that run together
 GARBAGE = 0xCD
 
 Array = np.ndarray[Any, Any]
-# What a register holds until an instruction says otherwise
+# What the registers of each kind are, and what stands in one that a thread has not written
 HOLDS = {"p": np.dtype(bool), "rs": np.dtype("u2"), "r": np.dtype("u4"), "rd": np.dtype("u8")}
+UNWRITTEN = {t: np.full(t.itemsize, GARBAGE, np.uint8).view(f"u{t.itemsize}").astype(t) for t in HOLDS.values()}
 REGISTER = re.compile(r"%(p|rs|r|rd)\d+")
 NUMPY = {"s": "i", "u": "u", "b": "u", "f": "f"}  # kinds of types
 NAN32, NAN64 = np.uint32(0x7FFFFFFF), np.uint64(0x7FFFFFFFFFFFFFFF)  # the hardware's
@@ -104,7 +105,7 @@ def convert(bits: Array, rounding: str, to: str, source: str) -> Array:
     exact = floats in {(False, False), (True, True)} and not narrower
     if rounding != ("" if exact else "rn") and (rounding, to, source) != ("rmi", "f64", "f64"):
         raise PtxError(f"cvt {rounding} from {source} to {to} is not known here")
-    if floats == (False, True):
+    if floats == (False, True) or (to, source) == ("bf16", "f64"):  # by way of float32 it would be rounded twice
         raise PtxError(f"cvt from {source} to {to} is not known here")
     if rounding == "rmi":
         values = np.floor(values)
@@ -232,7 +233,7 @@ class Access(NamedTuple):
     size: int  # bytes of each thread
     first: Array  # of these bytes
     threads: Array
-    moment: int  # how many barriers came before
+    moments: Array  # how many barriers of its program came before, for each thread
     written: Array | None  # [threads, size] bytes, of a store
 
 
@@ -247,13 +248,13 @@ class Accesses(list[Access]):
             return
         unit = min(8, *(access.size for access in self))  # bytes; accesses are aligned
         parts: dict[str, list[Array]] = {"load": [], "store": [], "atomic": []}
-        for kind, size, first, threads, moment, written in self:
+        for kind, size, first, threads, moments, written in self:
             units = (first[:, None] // unit + np.arange(size // unit)).ravel()
-            who = np.repeat(threads, size // unit)
+            who, when = np.repeat(threads, size // unit), np.repeat(moments, size // unit)
             what = (
                 np.zeros(len(units), np.int64) if written is None else written.view(f"u{unit}").ravel().astype(np.int64)
             )
-            parts[kind].append(np.stack((units, who, np.full(len(units), moment), what)))
+            parts[kind].append(np.stack((units, who, when, what)))
         loads, stores, atomics = (
             np.concatenate([np.zeros((4, 0), np.int64), *part], axis=1) for part in parts.values()
         )
@@ -319,7 +320,7 @@ class Threads:
     first   the first of them, by its number in the grid
     lane    each thread's number in them
     active  the threads that the branches so far have not sent ahead
-    moment  barriers passed
+    passed  how many barriers each program has passed
     """
 
     def __init__(
@@ -340,7 +341,7 @@ class Threads:
         self.ahead: dict[str, Array] = {}  # threads that wait at a label
         self.shared = np.full((programs, -(-shared_bytes // 16) * 16), GARBAGE, np.uint8)
         self.shared_accesses = Accesses()
-        self.moment = 0
+        self.passed = np.zeros(programs, np.int64)
 
     def full(self, values: Array) -> Array:
         return np.broadcast_to(values, self.lane.shape)
@@ -367,7 +368,7 @@ class Threads:
         values = values if values.dtype == holds else values.astype(holds)
         mask = self.mask(guard)
         if mask is not None:
-            values = np.where(mask, values, self.registers.get(register, np.zeros(1, holds)))
+            values = np.where(mask, values, self.registers.get(register, UNWRITTEN[holds]))
         self.registers[register] = values
 
     def load(self, space: str, first: Array, size: int, count: int, guard: Array | None) -> Array:
@@ -419,12 +420,14 @@ class Threads:
         return np.broadcast_to(program, place.shape).reshape(shape), place.reshape(shape)
 
     def _note(self, kind: str, space: str, size: int, at: Array, lanes: Array, written: Array | None = None) -> None:
+        program = lanes // self.size
+        moments = self.passed[program]
         if space == "shared":  # each program has its own
-            at = at + lanes // self.size * self.shared.shape[1]
-            self.shared_accesses.append(Access(kind, size, at, lanes, self.moment, written))
+            at = at + program * self.shared.shape[1]
+            self.shared_accesses.append(Access(kind, size, at, lanes, moments, written))
         else:
             lanes = lanes + self.first * self.size
-            self.memory.accesses.append(Access(kind, size, at, lanes, self.moment, written))
+            self.memory.accesses.append(Access(kind, size, at, lanes, moments, written))
 
     def _shared_place(self, at: Array, size: int, lanes: Array) -> tuple[Array, Array]:
         if bool((at % size).any()) or bool((at + size > self.shared.shape[1]).any()):
@@ -440,9 +443,10 @@ class Threads:
             raise PtxError("a warp's threads exchange values while some of them are elsewhere")
 
     def barrier(self) -> None:
-        if bool((self.active.reshape(-1, self.size) != self.active[:: self.size, None]).any()):
+        there = self.active[:: self.size]
+        if bool((self.active.reshape(-1, self.size) != there[:, None]).any()):
             raise PtxError("a barrier that some of a program's threads do not reach")
-        self.moment += 1
+        self.passed += there
 
 
 # --- instructions ----------------------------------------------------------------------------------------------------
@@ -506,7 +510,8 @@ Guard = Callable[[Threads], Array | None]
 
 
 def _memory_instruction(name: str, operands: list[str], guard: Guard) -> Step | None:
-    moved = re.fullmatch(r"(ld|st)\.(global|shared)(?:\.v([24]))?\.[bsuf](\d+)", name)
+    # signed numbers that a load would widen with their sign are not known
+    moved = re.fullmatch(r"(ld|st)\.(global|shared)(?:\.v([24]))?\.(?:[bu]|[sf](?=32|64))(\d+)", name)
     if moved:
         kind, space, count, size = moved[1], moved[2], int(moved[3] or 1), int(moved[4]) // 8
         names, at = (

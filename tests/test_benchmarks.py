@@ -245,6 +245,16 @@ def test_results_of_other_measurements_are_kept(bench, rows, tmp_path, monkeypat
     assert [r["ours"] for r in bench.recorder.read(quick.save(elsewhere))] == ["9"]
 
 
+def test_a_results_file_of_other_columns_stops_no_measurement(bench, rows, tmp_path):
+    """What it says of columns that there are now is kept; a row that does not say what it measured is not."""
+    rows.row("ops", "step", 64, "us", [1.0])
+    path = tmp_path / f"{rows.name}.csv"
+    path.write_text("group,case,opponent,threads,n,metric,ours,color\nops,normal,,1,64,us,3,red\nops,perturb\n")
+    assert rows.save(tmp_path) == path
+    found = bench.recorder.read(path)
+    assert [(row["case"], row["ours"], row["commit"]) for row in found] == [("normal", "3", ""), ("step", "1", "abc")]
+
+
 def test_who_is_cut_off_while_it_saves_leaves_the_results_of_before(bench, rows, tmp_path, monkeypatch):
     rows.row("ops", "step", 8, "us", [1.0], "eager")
     before = rows.save(tmp_path).read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -284,6 +285,7 @@ def test_the_verdict_and_the_exit_code(gpu, monkeypatch, capsys, tmp_path):
         ("bits", [note(f"t::{k}") for k in range(6)], 0, "FAILED 6 checks ran, of at least 7"),
         ("kernels", [], 5, "FAILED 0 checks ran, of at least 200"),
         ("loops", [], 5, "FAILED 0 checks ran, of at least 1"),
+        ("loops", [], 1, "FAILED its process ended with 1"),
         ("loops", [note("t::a")], 4, "FAILED its process ended with 4"),
         ("loops", [note("t::a")], -11, "FAILED its process ended with -11"),
         ("loops", [note("t::a")], None, "CUT OFF after 220 s"),
@@ -322,6 +324,13 @@ def test_what_is_refused_before_anything_runs(gpu, monkeypatch, capsys, tmp_path
             gpu.main(arguments)
         assert refused.value.code == 2
         assert re.search(says, " ".join(capsys.readouterr().err.split()))
+    monkeypatch.setattr(gpu.provenance, "commit", lambda: "def")
+    monkeypatch.setattr(gpu.provenance, "_changed", lambda: [])
+    monkeypatch.setattr(gpu.provenance, "_git", lambda *arguments: "def" if "HEAD" in arguments else "")
+    with pytest.raises(SystemExit) as refused:
+        gpu.main(["--commit", "abc"])
+    assert refused.value.code == 2
+    assert "the sources are those of def, not of abc" in " ".join(capsys.readouterr().err.split())
     absent = SimpleNamespace(returncode=1, stdout="", stderr="a\nRuntimeError: no NVIDIA driver\n")
     monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=lambda *args, **kwargs: absent))
     with pytest.raises(SystemExit) as refused:
@@ -330,6 +339,17 @@ def test_what_is_refused_before_anything_runs(gpu, monkeypatch, capsys, tmp_path
     assert "--device cuda: RuntimeError: no NVIDIA driver; --device cpu --quick --out FOLDER" in capsys.readouterr().err
     assert not device.ran
     assert not list(tmp_path.iterdir())
+
+
+def test_what_python_lacks_is_said_before_anything_runs(gpu, tmp_path):
+    for name in ("pytest", "pytest_benchmark", "tqdm", "safetensors", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError({f'No module named {name}'!r})")
+        asked = subprocess.run(
+            [sys.executable, "-c", gpu.DESCRIBED, "cuda"], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert asked.stderr.splitlines()[-1] == f"ModuleNotFoundError: No module named {name}"
+        (tmp_path / f"{name}.py").unlink()
 
 
 def test_make_passes_its_variables_on():
@@ -400,6 +420,24 @@ def test_who_hangs_is_ended_with_all_that_it_started(gpu, monkeypatch, tmp_path)
     assert gone(started)
     assert gpu.run([sys.executable, "-c", "print('x'); raise SystemExit(7)"], 30, said.append) == 7
     assert said == ["here", "x"]
+
+
+def test_who_cannot_be_ended_is_left_behind(gpu, monkeypatch):
+    """A process that waits within a driver hears no signal."""
+
+    class Stuck:
+        pid, stdout = 2**30, io.StringIO()
+
+        def __init__(self, *args, **options):
+            pass
+
+        def wait(self, timeout=None):
+            assert timeout is not None
+            raise subprocess.TimeoutExpired("stuck", timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Stuck)
+    monkeypatch.setattr(gpu.os, "killpg", lambda *args: None)
+    assert gpu.run(["stuck"], 6.0, print) is None
 
 
 def test_the_verdict_is_said_by_who_is_told_to_end(tmp_path):
@@ -582,8 +620,8 @@ def test_predictions_stand_beside_measurements_and_are_none(gpu):
     assert predictions.KERNELS.keys() <= known
     rows = recorder.Recorder(commit="abc")
     large = predictions.LARGE
-    rows.row("gpu ops", "step, bf16 network", large, "us in a graph", [75.0], "eager", [300.0])
-    rows.row("gpu ops", "step, bf16 network", large, "us in a graph", [75.0], "another", [300.0])
+    rows.row("gpu ops", "step, bf16 network", large, "us in a graph", [72.0], "eager", [300.0])
+    rows.row("gpu ops", "step, bf16 network", large, "us in a graph", [72.0], "another", [300.0])
     rows.row("gpu ops", "step, bf16 network", large, "percent of copy", [81.0])
     rows.row("gpu ops", "step", 8192, "us in a graph", [2.0, 2.0], "eager", [9.0, 9.0])
     rows.row("gpu loops", predictions.UNET, 1024, "us per step", [200.0, 200.0], "eager loop", [900.0, 900.0])
@@ -593,14 +631,48 @@ def test_predictions_stand_beside_measurements_and_are_none(gpu):
         return [" ".join(line.split()) for line in predictions.beside(device, rows.rows).values()]
 
     assert found("NVIDIA-H100-80GB-HBM3") == [
-        f"step, bf16 network {large:,} us in a graph 75 within: predicted 71 to 76 (H100)",
-        f"step, bf16 network {large:,} percent of copy 81 below: predicted 88 to 94 (H100)",
+        f"step, bf16 network {large:,} us in a graph 72 within: predicted 70 to 73 (H100)",
+        f"step, bf16 network {large:,} percent of copy 81 below: predicted 92 to 96 (H100)",
         "step 8,192 us in a graph 2 below: predicted 2.3 to 3.2 (H100)",
         "demo U-Net 16x1x8x8 float32 1,024 x as fast as the eager loop 4.5 above: predicted 3 to 4 (H100)",
     ]
     assert found("NVIDIA-H200") == [
-        f"step, bf16 network {large:,} percent of copy 81 within: predicted 78 to 88 (H200)",
+        f"step, bf16 network {large:,} percent of copy 81 below: predicted 89 to 95 (H200)",
         "step 8,192 us in a graph 2 below: predicted 2.3 to 3.2 (H200)",
     ]
+    for other, card in (("NVIDIA-H100-PCIe", "H100"), ("NVIDIA-GH200-480GB", "H100"), ("NVIDIA-H200-NVL", "H200")):
+        assert all("predicted elsewhere" in line and f"({card})" in line for line in found(other))
     assert all("predicted elsewhere" in line for line in found("Tesla"))
     assert rows.rows == recorded
+
+
+def test_predictions_are_of_the_present_kernels(gpu):
+    """benchmarks/results/aot.csv has the instructions of ten of the thirteen."""
+    import predictions
+
+    with (ROOT / "benchmarks" / "results" / "aot.csv").open() as file:
+        rows = csv.DictReader(file)
+        counted = {row["variant"]: float(row["instructions_per_element"]) for row in reversed(list(rows))
+                   if row["target"] == "sm_90"}  # fmt: skip
+    variants = {
+        "step, bf16 network": "usual, bf16 network", "step, float32 network": "m+noise+net_input",
+        "normal": "normal, image", "rademacher": "rademacher, image", "perturb": "perturb, image",
+        "dsm_loss": "dsm_loss, image", "rk_error": "rk_error, Dormand-Prince",
+        "probe_dot alone, normal": "probe_dot, normal", "probe_dot alone, rademacher": "probe_dot, rademacher",
+        "measure_langevin alone": "measure_langevin, image",
+    }  # fmt: skip
+    for name, variant in variants.items():
+        assert math.isclose(predictions.KERNELS[name].instructions, counted[variant], rel_tol=0.03), name
+
+
+def test_predicted_shares_fall_with_the_load(gpu):
+    import predictions
+
+    loads = [k / 20 for k in range(60)]
+    shares = [predictions.share(load) for load in loads]
+    assert shares == sorted(shares, reverse=True)
+    assert {load: predictions.share(load) for load in predictions.SHARES} == predictions.SHARES
+    assert predictions.share(0.0) == predictions.SHARES[0.2]
+    light, heavy = (predictions.Kernel(count, 12).predicted("H100") for count in (48.2, 150.0))
+    assert light == ((70, 73), (93, 97))  # of 67 µs
+    assert heavy[1][1] < light[1][0]

@@ -63,7 +63,7 @@ def gpu(monkeypatch, driver):
 
 def tensors(seed=0):
     g = torch.Generator().manual_seed(seed)
-    names = ("out", "x", "m", "guide", "v", "base", "z", "pushed", "known", "h1", "h2")
+    names = ("out", "x", "m", "guide", "v", "base", "z", "pushed", "known", "h1", "h2", "h3", "h4")
     t = {name: torch.randn(SHAPE, generator=g) for name in names}
     t |= {"net_input": t["m"].bfloat16(), "mask": t["x"] > 0, "table": table_of(a=0.9, b0=0.1, c=0.3, q=1.0)}
     t |= {"cursor": torch.tensor([2, 0, seed]), "first_bad": torch.full((4,), 9), "measured": torch.ones(4, 2)}
@@ -163,6 +163,17 @@ def test_a_prepared_step_without_a_network_and_with_a_variance(gpu):
         by_triton, ours = (readable(start, t) for start in gpu.starts[-2:])
         assert ours == by_triton
     assert len(gpu.through) == 3
+
+
+@pytest.mark.parametrize("operand", [None, "m"])
+def test_a_prepared_step_leaves_out_earlier_predictions_that_the_table_has_no_factor_for(gpu, operand):
+    t = tensors()
+    history, m = [t[f"h{k}"] for k in (1, 2, 3, 4)], t.get(operand)
+    prepared = gpu.kernels.prepare_step(t["out"], t["table"], 1, t["x"], history=history)
+    for _ in range(2):
+        prepared(t["cursor"], m, None)
+    by_triton, ours = (readable(start, t) for start in gpu.starts)
+    assert ours == by_triton
 
 
 @pytest.mark.parametrize("operand", ["m", "base", "net_input"])

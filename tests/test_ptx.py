@@ -128,8 +128,17 @@ def test_threads_exchange_through_shared_memory_and_warps():
 """
     run(code, out, shared=512)
     assert out.tolist() == [128 * program + ((127 - thread) ^ 1) for program in range(2) for thread in range(128)]
-    with pytest.raises(ptx.PtxError, match="a race: two groups of threads, with no barrier"):
-        run(code.replace("bar.sync 0;", ""), out, shared=512)
+    leave = "setp.eq.u32 %p1, %r2, 1; @%p1 bra $L__BB0_1; bar.sync 0; $L__BB0_1:"  # one program, before its barrier
+    for barrier in ("", leave):
+        with pytest.raises(ptx.PtxError, match="a race: two groups of threads, with no barrier"):
+            run(code.replace("bar.sync 0;", barrier), out, shared=512)
+
+
+def test_a_register_that_is_not_written_is_garbage():
+    out = torch.zeros(256, dtype=torch.int32)
+    run("setp.lt.u32 %p1, %r1, 100; @%p1 mov.b32 %r4, 7; st.global.b32 [ %rd3 + 0 ], { %r4 };", out)
+    assert set(out[:100].tolist()) == {7}
+    assert 0 not in out
 
 
 @pytest.mark.parametrize(
@@ -137,6 +146,8 @@ def test_threads_exchange_through_shared_memory_and_warps():
     [
         ("add.f32 %r4, 0f3F800000, 0f3F800000;", "is not known here"),  # which ptxas may contract
         ("sqrt.approx.ftz.f32 %r4, 0f3F800000;", "is not known here"),
+        ("ld.global.s8 { %rs1 }, [ %rd1 + 0 ];", "is not known here"),  # which widens with the sign
+        ("cvt.rn.bf16.f64 %rs1, 0d3FF0000000000000;", "is not known here"),
         ("st.global.b32 [ %rd3 + 4 ], { %r1 };", "outside of every argument's memory"),
         ("st.global.b32 [ %rd3 + 2 ], { %r1 };", "is not aligned"),
         ("ld.global.v4.b32 { %r4, %r5, %r6, %r7 }, [ %rd3 + 0 ];", "is not aligned"),
