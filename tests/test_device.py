@@ -1,4 +1,4 @@
-"""What only a device shows of the graph engine: threads that capture at the same time, memory after a capture that failed.
+"""What only a device shows: threads that capture at the same time, memory after a capture that failed, the commands' --device.
 
 Each test runs on a CPU too, eagerly, where it shows that it asks for what it means.
 """
@@ -10,13 +10,15 @@ import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fastdiff
+from fastdiff.cli import commands
 from fastdiff.execution import graphs
-from fastdiff.networks import UNet
+from fastdiff.networks import MLP, UNet
 
 THREADS = 8
 
@@ -160,3 +162,23 @@ def test_a_large_network_that_cannot_be_captured_leaves_no_memory(device):
     del x
     graphs.clear()
     assert reserved(device) <= before + 2**25
+
+
+def test_commands_run_on_the_device(device, tmp_path):
+    """What they make there is near what Python makes here, where the network's sums are in another order."""
+    model = fastdiff.ScoreModel(opened(MLP((2,)), torch.device("cpu")), "vp", data_shape=(2,), data_range=(-1.0, 1.0))
+    fastdiff.save(model, tmp_path / "m.safetensors")
+    x = fastdiff.sample(model, steps=20, num_samples=4)
+    data, drawn, measured = tmp_path / "data.npy", tmp_path / "x.npy", tmp_path / "x.npz"
+    some = torch.linspace(-0.9, 0.9, 8).view(4, 2)
+    np.save(data, some.numpy())
+    of = [str(tmp_path / "m.safetensors"), "--device", str(device)]
+    assert commands.main(["sample", *of, "--steps", "20", "-n", "4", "--out", str(drawn)]) == 0
+    np.testing.assert_allclose(np.load(drawn), x, rtol=1e-3, atol=1e-3)
+    to_file = ["--range", "-1", "1", "--trace", "exact", "--out", str(measured)]
+    assert commands.main(["likelihood", *of, "--data", str(data), *to_file]) == 0
+    expected = fastdiff.log_likelihood(model, some, trace="exact")
+    np.testing.assert_allclose(np.load(measured)["nats"], expected.nats, rtol=1e-3, atol=1e-3)
+    run = ["--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "run"), *of[1:]]
+    assert commands.main(["train", str(data), *run]) == 0
+    assert fastdiff.load(tmp_path / "run").data_shape == (2,)
