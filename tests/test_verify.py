@@ -334,6 +334,44 @@ def test_each_kind_of_output_is_asked_about_once(fresh, monkeypatch):
     assert len(asked) == len(set(asked)) == 2 * len(outputs)
 
 
+def test_what_kernels_are_compiled_for_is_told_apart(fresh, monkeypatch):
+    asked = []
+    monkeypatch.setattr(verify, "_may_run", lambda kernels, name, *rest: asked.append(name) or True)
+    module = verify.proving(faulty_kernels())
+    x, column, cursor = torch.zeros(3, 4), torch.ones(3), torch.tensor([0, 0, 0])
+    misaligned = torch.zeros(13)[1:].view(3, 4)
+    for batch in (False, True):
+        module.measure_langevin(torch.zeros(3, 2), torch.zeros(1, 19), cursor, 1, batch, x, x)
+    for clean in (x, misaligned):
+        module.dsm_loss(x, clean, column, column, column, cursor, 1)
+    for stage in (x, x.bfloat16()):
+        module.rk_error(x, [x, stage], column, (0.5, 0.5), (0.1, 0.2), 1e-3, 1e-3)
+    assert [asked.count(name) for name in ("measure_langevin", "dsm_loss", "rk_error")] == [2, 2, 2]
+
+
+def test_the_launch_that_is_bound_is_asked(fresh):
+    """The second of a prepared step, and of every operation: what is bound by the first is what a run repeats."""
+    kernels, right = faulty_kernels(), cpu.prepare_step
+
+    def prepare_step(out, *rest, **operands):
+        step, calls = right(out, *rest, **operands), []
+
+        def run(cursor, m, v):
+            step(cursor, m, v)
+            calls.append(1)
+            if len(calls) > 1:
+                out.view(-1)[:1].add_(1.0)
+
+        return run
+
+    kernels.prepare_step = prepare_step
+    x, m = torch.zeros(2, 3, 40, 40), torch.ones(2, 3, 40, 40)
+    with pytest.warns(RuntimeWarning, match="the Triton kernels are not used on cpu .*step: 1 of "):
+        verify.proving(kernels).prepare_step(x, torch.zeros(1, 19), 1, x)(torch.tensor([0, 0, 0]), m, None)
+    question = verify.Question.like("normal", {"out": x, "cursor": torch.zeros(3, dtype=torch.int64), "stream": 1})
+    assert question.rounds >= 2
+
+
 def test_refused_kernels_are_not_captured(fresh, monkeypatch):
     """They are asked in the warm-up; the capture then fails, and the run goes on eagerly, without a second warning."""
     capturing = []
@@ -401,6 +439,12 @@ def test_doctor_says_what_is_wrong(monkeypatch, capsys):
     assert f"WRONG: cpu {CHOSEN}: perturb: 1 of" in "\n".join(lines)
     assert any(line.split()[:2] == ["perturb", "WRONG"] for line in lines)
     assert any(line.split()[:2] == ["step", "right"] for line in lines)
+    monkeypatch.undo()
+    monkeypatch.setattr(verification, "SHAPES", ((3, 5),))
+    for name, value in (("available", False), ("why", "libfastdiff.so gives wrong numbers")):
+        monkeypatch.setattr(cpu, name, value)
+    assert commands.main(["doctor", "--verify"]) == 1  # refused by questions that are not among these
+    assert "not all is right" in capsys.readouterr().out
 
 
 def test_doctor_without_a_library(monkeypatch, capsys):

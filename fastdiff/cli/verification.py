@@ -74,7 +74,7 @@ def questions() -> Iterator[tuple[Question, bool]]:
         for dtype in (torch.float32, torch.float64):
             network = (dtype, torch.bfloat16, torch.float16)[number % 3]
             for question in verify.questions(shape, dtype, network, LAYOUTS[number % len(LAYOUTS)]):
-                rounds = 3 if "table" in question.given else 1
+                rounds = 3 if "table" in question.given else 2
                 yield question._replace(samples=shape[0], rounds=rounds), dtype == torch.float64
 
 
@@ -108,7 +108,7 @@ def report() -> tuple[str, bool]:
     for operation in verify.OPERATIONS if found else ():
         verdicts = ["WRONG" if (each.name, operation) in wrong else "right" for each in found]
         table.append("".join([f"{operation:{width}}", *(f"{verdict:20}" for verdict in verdicts)]).rstrip())
-    all_right = not (wrong or graphs_wrong or plain_wrong or (cpu.LIBRARY.exists() and not cpu.loaded))
+    all_right = not (wrong or graphs_wrong or plain_wrong or (cpu.LIBRARY.exists() and not cpu.available))
     lines = [
         *machine(),
         "",

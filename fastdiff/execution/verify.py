@@ -85,7 +85,7 @@ class Question(NamedTuple):
     given: Mapping[str, Any]  # arguments, of whose tensors only dtypes, shapes, strides and alignments count
     samples: int  # in the question, of so many in the call
     batch: int
-    rounds: int  # how often it is asked, with other noise and table rows
+    rounds: int  # how often it is asked, with other noise and table rows; the second launch is bound by the first
     part: int | None  # how many numbers of each sample are compared; None: all
 
     @classmethod
@@ -105,7 +105,7 @@ class Question(NamedTuple):
             samples = count
         if not all(_extends(value) for value in batched):
             samples = min(samples, count)
-        rounds = max(len(_TABLE) if "table" in given else 1, min(ROUNDS, ENOUGH // (samples * numel)))
+        rounds = max(len(_TABLE) if "table" in given else 2, min(ROUNDS, ENOUGH // (samples * numel)))
         return cls(operation, given, samples, count, rounds, PART if most is None and numel > PART else None)
 
     def operands(self, turn: int, device: torch.device | None) -> dict[str, Any]:
@@ -134,16 +134,19 @@ class Question(NamedTuple):
         shape, strides, numel = (self._length(name, value), *value.shape[1:]), value.stride(), value[:1].numel()
         repeats = 0 in strides  # an axis of stride 0 repeats its first entry
         cut = None if as_given or self.part is None or numel <= self.part else self.part
+        offset = value.data_ptr() % 16 // value.element_size()
+        length = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+        if _overlap(shape, strides):  # as sliding windows do: the memory has the numbers, not the places
+            windows = _numbers(name, turn, 1, length, value.dtype, device).as_strided(shape, strides, offset)
+            return windows if as_given else (windows.flatten(1)[:, :cut] if cut else windows).contiguous()
         numbers = _numbers(name, turn, shape[0], numel if cut is None or repeats else cut, value.dtype, device)
         once = tuple(slice(None if stride else 1) for stride in strides)
         if repeats:
             numbers = numbers.view(shape)[once].expand(shape)
         if not as_given:
             return numbers.flatten(1)[:, :cut].contiguous() if cut else numbers.reshape(shape).contiguous()
-        offset = value.data_ptr() % 16 // value.element_size()
         if value.is_contiguous() and not offset:
             return numbers.view(shape)
-        length = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
         made = numbers.new_zeros(length).as_strided(shape, strides, offset)
         made[once].copy_(numbers.view(shape)[once])
         return made
@@ -174,6 +177,16 @@ def _extends(value: Tensor) -> bool:
         return True
     apart, span = value.stride(0), 1 + sum((n - 1) * stride for n, stride in zip(value.shape[1:], value.stride()[1:]))
     return (apart == 0 or apart >= span) if len(value) > 1 else apart == span == value[:1].numel()
+
+
+def _overlap(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether entries share memory, but for those that an axis of stride 0 repeats."""
+    span = 1
+    for stride, n in sorted((stride, n) for stride, n in zip(strides, shape) if stride and n > 1):
+        if stride < span:
+            return True
+        span += (n - 1) * stride
+    return False
 
 
 def _numbers(name: str, turn: int, count: int, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -446,8 +459,8 @@ def _asked(kernels: ModuleType, name: str) -> Operation:
 # Positions of the arguments that tell an operation's calls apart in one process, as far as its kernels are compiled for them;
 # to look at all would take longer than to prepare a launch. Of the operations that are not here all are looked at.
 _DECISIVE = {
-    "normal": (0,), "rademacher": (0,), "measure_langevin": (3, 5, 6, 7, 8, 9), "perturb": (0,), "dsm_loss": (0,),
-    "dsm_loss_backward": (1, 3), "timestep_embedding": (1, 3, 4), "probe_dot": (0, 3, 4), "rk_error": (0, 3),
+    "normal": (0,), "rademacher": (0,), "measure_langevin": (3, 4, 5, 6, 7, 8, 9), "perturb": (0,), "dsm_loss": (0, 1),
+    "dsm_loss_backward": (1, 3), "timestep_embedding": (1, 3, 4), "probe_dot": (0, 3, 4), "rk_error": (0, 1, 3),
 }  # fmt: skip
 
 
@@ -464,13 +477,20 @@ def _kind(values: Iterable[Any]) -> list[Any]:
 
 
 def prepared_step(kernels: ModuleType) -> Operation:
-    """`step` by way of prepare_step, as a loop calls it."""
+    """`step` by way of prepare_step, as a loop calls it; the second of two calls, as the first binds the launch of all
+    that follow."""
 
     def step(
         out: Tensor, table: Tensor, cursor: Tensor, stream: int | None, x: Tensor, m: Tensor | None = None,
         v: Tensor | None = None, **operands: Any
     ) -> None:  # fmt: skip
-        kernels.prepare_step(out, table, stream, x, **operands)(cursor, m, v)
+        run = kernels.prepare_step(out, table, stream, x, **operands)
+        written = [out, *(value for name in _WRITTEN if (value := operands.get(name)) is not None)]
+        before = [value.clone() for value in written]
+        run(cursor, m, v)
+        for value, content in zip(written, before):
+            value.copy_(content)
+        run(cursor, m, v)
 
     return step
 
@@ -508,7 +528,7 @@ def _uncaptured(function: Operation) -> Operation:
     """Plain PyTorch in the place of a refused kernel, which a graph would have captured."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if _capturing(args[0].device):
+        if _capturing(next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))):
             raise GraphError(
                 "plain PyTorch, which runs in the place of refused kernels, reads a row's number on the host"
             )
@@ -636,7 +656,10 @@ def _memory(kernels: ModuleType, device: torch.device) -> tuple[Path | None, str
     text = hashlib.sha256()
     for source in sorted(Path(str(kernels.__file__)).parent.glob("*.py")):
         text.update(source.read_bytes())
-    settings = [f"{name}={value!r}" for name, value in sorted(os.environ.items()) if name.startswith("TRITON_")]
+    settings = [
+        f"{name}={value!r}" for name, value in sorted(os.environ.items())
+        if name.startswith("TRITON_") and name not in ("TRITON_CACHE_DIR", "TRITON_HOME")  # a job may have its own
+    ]  # fmt: skip
     environment = "; ".join([f"fastdiff's kernels {text.hexdigest()[:16]}", *software(), hardware(device), *settings])
     name = f"kernels-{hashlib.sha256(environment.encode()).hexdigest()[:16]}.txt"
     folder = _folder()
