@@ -61,7 +61,7 @@ def _names(network: nn.Module) -> Callable[[str], str]:
 def part_with_graphs(net: Any) -> str | None:
     """The part of a network that torch.compile gave CUDA graphs of its own, in words, or None."""
     for path, part in reach(net):
-        if torch_private.compiles_to_graphs(part):
+        if not isinstance(part, type) and torch_private.compiles_to_graphs(part):
             return f"its part {path!r}" if path else "the network"
     return None
 
@@ -78,9 +78,9 @@ def reach(net: Any) -> Iterator[tuple[str, Any]]:
             continue
         seen[id(part)] = part
         yield path, part
-        if isinstance(part, FunctionType):
-            path, hops = "", hops + 1
-        if hops <= 3:  # functions name functions that name functions
+        if isinstance(part, (FunctionType, type)):
+            path, hops = "" if isinstance(part, FunctionType) else path, hops + 1
+        if hops <= 4:  # a class has functions that name functions that name functions
             for name, value in _held(part):
                 if not isinstance(value, ATOMS) and (
                     type(value) is not OrderedDict or value
