@@ -22,7 +22,7 @@ from fastdiff.kernels import fill, philox, sums, tiles
 
 import fastdiff
 from fastdiff.errors import GraphError
-from fastdiff.execution import cpu, noise, ops, reference, verify
+from fastdiff.execution import cpu, noise, ops, questions, reference, verify
 
 step_module = importlib.import_module("fastdiff.kernels.step")
 kernels = ops.kernels()
@@ -32,7 +32,7 @@ kernels = ops.kernels()
 def new_process(monkeypatch, tmp_path):
     """Nothing has been asked yet, and nothing is remembered. The interpreter's time goes by programs, whatever their size."""
     monkeypatch.setattr(tiles, "QUADS", 1024)
-    monkeypatch.setattr(verify, "ENOUGH", 1024)
+    monkeypatch.setattr(questions, "ENOUGH", 1024)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     forget()
     yield
@@ -134,7 +134,7 @@ def test_without_a_fault_the_kernels_run():
     samples, info = draw("triton")
     assert torch.equal(samples, right)
     assert info.backend == "triton"
-    assert not verify.refusal(verify.HOST)
+    assert not verify.refusal(questions.HOST)
 
 
 def test_a_fault_in_an_adaptive_run_and_in_a_likelihood(monkeypatch):
@@ -179,7 +179,7 @@ def test_a_fault_in_a_training_step(monkeypatch, tmp_path):
     monkeypatch.setitem(ops._SERVED, ("cpu", False), ops.backend_module("triton"))
     torch.manual_seed(1)
     assert all(torch.equal(a, b) for a, b in zip(loss(), right))
-    assert {text.partition(" ")[0] for text in verify._right[verify.HOST]} >= {
+    assert {text.partition(" ")[0] for text in verify._right[questions.HOST]} >= {
         "perturb",
         "dsm_loss",
         "dsm_loss_backward",
@@ -239,8 +239,8 @@ LAYOUTS = {
 def test_a_question_compiles_nothing_that_the_run_does_not_need(monkeypatch, layout):
     norm = "batch" if layout == "as it comes" else "sample"
     if "half" in layout:  # samples of which a part is compared
-        monkeypatch.setattr(verify, "PART", 16)
-        monkeypatch.setattr(verify, "_PERIOD", 11)
+        monkeypatch.setattr(questions, "PART", 16)
+        monkeypatch.setattr(questions, "_PERIOD", 11)
     asked, run, launch = set(), set(), tiles.launch
     asking = []
 
@@ -276,9 +276,9 @@ def test_windows_that_overlap_are_no_fault(monkeypatch):
     def model(x, t):
         return score(x, t).flatten(1)[:, :11].unfold(1, 8, 1)
 
-    for part, period in ((verify.PART, verify._PERIOD), (16, 11)):  # compared whole, and in part
-        monkeypatch.setattr(verify, "PART", part)
-        monkeypatch.setattr(verify, "_PERIOD", period)
+    for part, period in ((questions.PART, questions._PERIOD), (16, 11)):  # compared whole, and in part
+        monkeypatch.setattr(questions, "PART", part)
+        monkeypatch.setattr(questions, "_PERIOD", period)
         options = {"sde": "vp", "steps": 3, "shape": (4, 8), "num_samples": 4}
         samples, info = fastdiff.sample(model, backend="triton", return_info=True, **options)
         assert info.backend == "triton"
@@ -294,7 +294,7 @@ def test_arguments_that_are_refused_are_no_fault():
         module.perturb(x, one, one, ops.cursor(0, 0, 0), 2)
     with pytest.raises(TypeError):
         module.perturb(x)
-    assert not verify.refusal(verify.HOST)
+    assert not verify.refusal(questions.HOST)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -368,20 +368,20 @@ def test_what_was_wrong_is_not_remembered(monkeypatch, tmp_path):
 
 
 def test_other_kernels_or_settings_are_asked_again(monkeypatch, asked):
-    path, environment = verify._memory(kernels, verify.HOST)
+    path, environment = verify._memory(kernels, questions.HOST)
     for name, value in (("TRITON_DEFAULT_FP_FUSION", "1"), ("TRITON_INTERPRET", "true")):
         verify._memory.cache_clear()
         monkeypatch.setenv(name, value)
-        other, words = verify._memory(kernels, verify.HOST)
+        other, words = verify._memory(kernels, questions.HOST)
         assert other != path
         assert words != environment
 
 
 def test_where_triton_keeps_its_files_is_no_other_setting(monkeypatch):
-    path, _ = verify._memory(kernels, verify.HOST)
+    path, _ = verify._memory(kernels, questions.HOST)
     verify._memory.cache_clear()
     monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere/of/this/job")
-    assert verify._memory(kernels, verify.HOST)[0] == path
+    assert verify._memory(kernels, questions.HOST)[0] == path
 
 
 # --- captures --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from watching import Names
 import fastdiff
 from fastdiff.cli import commands, verification
 from fastdiff.errors import GraphError
-from fastdiff.execution import cpu, graphs, ops, reference, verify
+from fastdiff.execution import cpu, graphs, ops, questions, reference, verify
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import setup
@@ -195,8 +195,8 @@ def test_a_question_has_the_layouts_alignments_and_overlaps_of_the_call():
         "history": [torch.empty(1 + x.numel())[1:].view_as(x)], "known": torch.empty(1, 3, 4, 4).expand_as(x),
         "mask": torch.empty(5, 4, 4, 3, dtype=torch.bool).movedim(-1, 1), "first_bad": torch.empty(5, dtype=torch.int64),
     }  # fmt: skip
-    question = verify.Question.like("step", given)
-    made, plain = question.operands(0, verify.HOST), question.operands(0, None)
+    question = questions.Question.like("step", given)
+    made, plain = question.operands(0, questions.HOST), question.operands(0, None)
     assert made["out"] is made["x"]
     assert made["stream"] == 1
     assert made["table"].shape == (3, 19)
@@ -220,18 +220,19 @@ def test_a_question_has_the_layouts_alignments_and_overlaps_of_the_call():
 
 def test_large_samples_are_compared_in_part():
     cursor = torch.empty(3, dtype=torch.int64)
-    shape = (2, verify.PART + 100)
+    shape = (2, questions.PART + 100)
     columns = {"alpha": torch.empty(2), "sigma": torch.empty(2)}
-    question = verify.Question.like("perturb", {"x0": torch.empty(shape), **columns, "cursor": cursor, "stream": 0})
-    right = verify.right_answers(question)
-    assert right[0]["the result"].shape == (2, verify.PART)
-    assert verify.difference(question, cpu.perturb, verify.HOST, right) == ""
-    assert "1 of 131072" in verify.difference(question, nudged(cpu.perturb), verify.HOST, right)
-    too_large = torch.empty(1).expand(1, verify.MOST + 1)
+    question = questions.Question.like("perturb", {"x0": torch.empty(shape), **columns, "cursor": cursor, "stream": 0})
+    right = questions.right_answers(question)
+    assert right[0]["the result"].shape == (2, questions.PART)
+    assert questions.difference(question, cpu.perturb, questions.HOST, right) == ""
+    assert "1 of 131072" in questions.difference(question, nudged(cpu.perturb), questions.HOST, right)
+    too_large = torch.empty(1).expand(1, questions.MOST + 1)
     assert (
-        verify.Question.like("probe_dot", {"value": too_large, "cursor": cursor, "stream": 0, "kind": "normal"}) is None
+        questions.Question.like("probe_dot", {"value": too_large, "cursor": cursor, "stream": 0, "kind": "normal"})
+        is None
     )
-    assert verify.Question.like("normal", {"out": torch.empty(3, 0), "cursor": cursor, "stream": 0}) is None
+    assert questions.Question.like("normal", {"out": torch.empty(3, 0), "cursor": cursor, "stream": 0}) is None
 
 
 @pytest.mark.parametrize(
@@ -368,7 +369,7 @@ def test_the_launch_that_is_bound_is_asked(fresh):
     x, m = torch.zeros(2, 3, 40, 40), torch.ones(2, 3, 40, 40)
     with pytest.warns(RuntimeWarning, match="the Triton kernels are not used on cpu .*step: 1 of "):
         verify.proving(kernels).prepare_step(x, torch.zeros(1, 19), 1, x)(torch.tensor([0, 0, 0]), m, None)
-    question = verify.Question.like("normal", {"out": x, "cursor": torch.zeros(3, dtype=torch.int64), "stream": 1})
+    question = questions.Question.like("normal", {"out": x, "cursor": torch.zeros(3, dtype=torch.int64), "stream": 1})
     assert question.rounds >= 2
 
 
