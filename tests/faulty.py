@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import linecache
 import os
 import re
+import sys
 import warnings
 
 import pytest
@@ -20,18 +22,17 @@ from fastdiff.kernels import fill, philox, sums, tiles
 
 import fastdiff
 from fastdiff.errors import GraphError
-from fastdiff.execution import cpu, noise, ops, reference, verify
+from fastdiff.execution import cpu, noise, ops, questions, reference, verify
 
 step_module = importlib.import_module("fastdiff.kernels.step")
 kernels = ops.kernels()
-P, Q, LOW, HIGH = step_module.P, step_module.Q, step_module.LOW, step_module.HIGH
 
 
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch, tmp_path):
     """Nothing has been asked yet, and nothing is remembered. The interpreter's time goes by programs, whatever their size."""
     monkeypatch.setattr(tiles, "QUADS", 1024)
-    monkeypatch.setattr(verify, "ENOUGH", 1024)
+    monkeypatch.setattr(questions, "ENOUGH", 1024)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     forget()
     yield
@@ -49,39 +50,22 @@ def forget(folder=None):
         chosen.clear()
 
 
-@triton.jit
-def wrong_radius(r):
-    """philox._radius with another last place in one coefficient."""
-    u = tl.fma((r >> 1).to(tl.int32).to(tl.float32), 2.0**-31, 2.0**-32)
-    bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F2AAAAB) >> 23
-    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
-    p = tl.fma(f, -0.28112233, 0.30806395)
-    p = tl.fma(p, f, -0.279753)
-    p = tl.fma(p, f, 0.32825583)
-    p = tl.fma(p, f, -0.4002389)
-    p = tl.fma(p, f, 0.5001606)
-    p = tl.fma(p, f, -0.66666335)
-    p = tl.fma(p, f, 0.9999987)
-    p = tl.fma(p, f, -2.0)
-    return tl.sqrt_rn(tl.fma(exponent.to(tl.float32), -1.3862944, p * f))
+def edited(function, old, new):
+    """A kernel, or a function of one, with other words in its source."""
+    text = inspect.getsource(function.fn)
+    assert text.count(old) == 1, f"{old!r} does not stand once in\n{text}"
+    text, name = text.replace(old, new), f"<{function.fn.__name__}, edited>"
+    linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name  # where Triton looks for it
+    scope = dict(vars(sys.modules[function.fn.__module__]))
+    exec(compile(text, name, "exec"), scope)
+    return scope[function.fn.__name__]
 
 
-@triton.jit
-def shifted_kernel(out, cursor, stream, size, batch, GROUPS: tl.constexpr, QUADS: tl.constexpr, SAMPLES: tl.constexpr,
-                   WHOLE: tl.constexpr):  # fmt: skip
-    """fill.normal_kernel, each pair of neighbours stored the other way round."""
-    at = tiles.place(size, batch, GROUPS, QUADS, SAMPLES, WHOLE)
-    quad, row = tiles.quads_of(at.start, QUADS, SAMPLES)
-    tl.store(out + at.base + (at.local ^ 1), philox.normals(cursor, quad, row, at.first, stream), mask=at.inside)
-
-
-@triton.jit
-def rounded_twice(row, x, m, guide):
-    """step.prediction without guidance and without its fma, as a compiler might contract or not."""
-    p, q, low, high = tl.load(row + P), tl.load(row + Q), tl.load(row + LOW), tl.load(row + HIGH)
-    raw = step_module.kept(m, q) * q + step_module.kept(x, p) * p
-    return step_module.clamp(raw, low, high), raw, (low > float("-inf")) | (high < float("inf"))
+WRONG_RADIUS = edited(philox._radius, "0.9999986", "0.9999987")  # another last place in one coefficient
+SHIFTED = edited(fill.normal_kernel, "tiles.pointers(out, at)", "out + at.base + (at.local ^ 1)")
+ROUNDED_TWICE = edited(
+    step_module.prediction, "tl.fma(kept(m, q), q, kept(x, p) * p)", "kept(m, q) * q + kept(x, p) * p"
+)
 
 
 def fails(error):
@@ -93,9 +77,9 @@ def fails(error):
 
 NO_CODE, NO_LAUNCH = triton.errors.TritonError("no such instruction"), RuntimeError("invalid device function")
 FAULTS = {
-    "a constant": lambda m: m.setattr(philox, "_radius", wrong_radius),
-    "a store": lambda m: m.setattr(fill, "normal_kernel", shifted_kernel),
-    "a fused product": lambda m: m.setattr(step_module, "prediction", rounded_twice),
+    "a constant": lambda m: m.setattr(philox, "_radius", WRONG_RADIUS),
+    "a store": lambda m: m.setattr(fill, "normal_kernel", SHIFTED),
+    "a fused product": lambda m: m.setattr(step_module, "prediction", ROUNDED_TWICE),
     "a kernel that does not compile": lambda m: m.setattr(tiles, "launch", fails(NO_CODE)),
     "a kernel that does not launch": lambda m: m.setattr(tiles, "launch", fails(NO_LAUNCH)),
 }
@@ -150,7 +134,7 @@ def test_without_a_fault_the_kernels_run():
     samples, info = draw("triton")
     assert torch.equal(samples, right)
     assert info.backend == "triton"
-    assert not verify.refusal(verify.HOST)
+    assert not verify.refusal(questions.HOST)
 
 
 def test_a_fault_in_an_adaptive_run_and_in_a_likelihood(monkeypatch):
@@ -195,13 +179,13 @@ def test_a_fault_in_a_training_step(monkeypatch, tmp_path):
     monkeypatch.setitem(ops._SERVED, ("cpu", False), ops.backend_module("triton"))
     torch.manual_seed(1)
     assert all(torch.equal(a, b) for a, b in zip(loss(), right))
-    assert {text.partition(" ")[0] for text in verify._right[verify.HOST]} >= {
+    assert {text.partition(" ")[0] for text in verify._right[questions.HOST]} >= {
         "perturb",
         "dsm_loss",
         "dsm_loss_backward",
     }
     forget(tmp_path / "another")
-    monkeypatch.setattr(philox, "_radius", wrong_radius)
+    monkeypatch.setattr(philox, "_radius", WRONG_RADIUS)
     torch.manual_seed(1)
     with pytest.warns(RuntimeWarning, match="the Triton kernels are not used on cpu"):
         found = loss()
@@ -255,8 +239,8 @@ LAYOUTS = {
 def test_a_question_compiles_nothing_that_the_run_does_not_need(monkeypatch, layout):
     norm = "batch" if layout == "as it comes" else "sample"
     if "half" in layout:  # samples of which a part is compared
-        monkeypatch.setattr(verify, "PART", 16)
-        monkeypatch.setattr(verify, "_PERIOD", 11)
+        monkeypatch.setattr(questions, "PART", 16)
+        monkeypatch.setattr(questions, "_PERIOD", 11)
     asked, run, launch = set(), set(), tiles.launch
     asking = []
 
@@ -286,6 +270,21 @@ def test_a_question_compiles_nothing_that_the_run_does_not_need(monkeypatch, lay
     assert torch.equal(ours, fastdiff.sample(model, backend="reference", **options))
 
 
+def test_windows_that_overlap_are_no_fault(monkeypatch):
+    """Outputs whose entries share memory: what a question writes to one of them stands in others."""
+
+    def model(x, t):
+        return score(x, t).flatten(1)[:, :11].unfold(1, 8, 1)
+
+    for part, period in ((questions.PART, questions._PERIOD), (16, 11)):  # compared whole, and in part
+        monkeypatch.setattr(questions, "PART", part)
+        monkeypatch.setattr(questions, "_PERIOD", period)
+        options = {"sde": "vp", "steps": 3, "shape": (4, 8), "num_samples": 4}
+        samples, info = fastdiff.sample(model, backend="triton", return_info=True, **options)
+        assert info.backend == "triton"
+        assert torch.equal(samples, fastdiff.sample(model, backend="reference", **options))
+
+
 def test_arguments_that_are_refused_are_no_fault():
     module = ops.backend_module("triton")
     x, one = torch.zeros(3, 8), torch.ones(1)
@@ -295,7 +294,7 @@ def test_arguments_that_are_refused_are_no_fault():
         module.perturb(x, one, one, ops.cursor(0, 0, 0), 2)
     with pytest.raises(TypeError):
         module.perturb(x)
-    assert not verify.refusal(verify.HOST)
+    assert not verify.refusal(questions.HOST)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -369,13 +368,20 @@ def test_what_was_wrong_is_not_remembered(monkeypatch, tmp_path):
 
 
 def test_other_kernels_or_settings_are_asked_again(monkeypatch, asked):
-    path, environment = verify._memory(kernels, verify.HOST)
+    path, environment = verify._memory(kernels, questions.HOST)
     for name, value in (("TRITON_DEFAULT_FP_FUSION", "1"), ("TRITON_INTERPRET", "true")):
         verify._memory.cache_clear()
         monkeypatch.setenv(name, value)
-        other, words = verify._memory(kernels, verify.HOST)
+        other, words = verify._memory(kernels, questions.HOST)
         assert other != path
         assert words != environment
+
+
+def test_where_triton_keeps_its_files_is_no_other_setting(monkeypatch):
+    path, _ = verify._memory(kernels, questions.HOST)
+    verify._memory.cache_clear()
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere/of/this/job")
+    assert verify._memory(kernels, questions.HOST)[0] == path
 
 
 # --- captures --------------------------------------------------------------------------------------------------------
@@ -400,7 +406,7 @@ def test_plain_pytorch_in_the_place_of_kernels_is_not_captured(monkeypatch):
     assert torch.equal(out, expected)
     monkeypatch.setattr(verify, "_capturing", lambda device: True)
     with pytest.raises(GraphError, match="in the place of refused kernels"):
-        module.normal(out, ops.cursor(0, 0, 0), noise.PRIOR)
+        module.normal(out=out, cursor=ops.cursor(0, 0, 0), stream=noise.PRIOR)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step = module.prepare_step(out, torch.zeros(1, 19), None, out)

@@ -12,6 +12,7 @@ import functools
 import gc
 import threading
 import weakref
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -618,6 +619,137 @@ def closure(device):
         return x * -0.3 + last
 
     return network
+
+
+class Holding(Net):
+    """Adds a tenth of its last answer, which it keeps in a place of some kind."""
+
+    def __init__(self, device, kind):
+        super().__init__(device)
+        self.kind, self.place = kind, PLACES[kind](torch.zeros((), device=device))
+
+    def forward(self, x, t):
+        out = super().forward(x, t) + 0.1 * self.place.send(None)
+        self.place.send(out)
+        return out
+
+
+def in_turns(get, put):
+    """What `send(None)` gets from a place and the next `send` puts there."""
+    return SimpleNamespace(send=lambda value: get() if value is None else put(value))
+
+
+class Slotted:
+    __slots__ = ("__last",)  # whose name in the class is another
+
+    def __init__(self, last):
+        self.__last = last
+
+    def send(self, value):
+        if value is None:
+            return self.__last
+        self.__last = value
+        return None
+
+
+class Shared:
+    """A class as a place; each is another one."""
+
+    def __new__(cls, last):
+        class Place:
+            kept = last
+
+            @classmethod
+            def send(cls, value):
+                if value is None:
+                    return cls.kept
+                cls.kept = value
+                return None
+
+        return Place
+
+
+def in_a_deque(last):
+    kept = deque(maxlen=1)
+    return in_turns(lambda: kept[0] if kept else last, kept.append)
+
+
+def in_a_set(last):
+    kept = set()
+    return in_turns(lambda: next(iter(kept), last), lambda value: (kept.clear(), kept.add(value)))
+
+
+def in_a_long_list(last):
+    kept = [last] * 2000
+    return in_turns(lambda: kept[-1], functools.partial(kept.__setitem__, -1))
+
+
+class Parts(nn.ModuleList):
+    """A place in the last of many parts."""
+
+    def __init__(self, last):
+        super().__init__(nn.Identity() for _ in range(1500))
+        self[-1].kept = last
+
+    def send(self, value):
+        if value is None:
+            return self[-1].kept
+        self[-1].kept = value
+        return None
+
+
+def in_a_namespace(last):
+    kept = SimpleNamespace(last=last)
+    return in_turns(lambda: kept.last, functools.partial(setattr, kept, "last"))
+
+
+KEPT_GLOBALLY = None
+
+
+def in_a_global(last):
+    def put(value):
+        global KEPT_GLOBALLY
+        KEPT_GLOBALLY = value
+
+    return in_turns(lambda: last if KEPT_GLOBALLY is None else KEPT_GLOBALLY, put)
+
+
+PLACES = {
+    "slots": Slotted, "a class": Shared, "a deque": in_a_deque, "a set": in_a_set, "a long list": in_a_long_list,
+    "one of many parts": Parts, "a namespace": in_a_namespace, "a global": in_a_global,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_what_is_kept_is_found_and_put_back_wherever_it_is(captures, monkeypatch, kind):
+    monkeypatch.setitem(globals(), "KEPT_GLOBALLY", None)
+    with pytest.warns(RuntimeWarning, match="rebinds"):
+        ours = draw(Holding(captures.device, kind), place=captures.device)
+    monkeypatch.setitem(globals(), "KEPT_GLOBALLY", None)
+    assert torch.equal(ours, draw(Holding(captures.device, kind), engine="eager", place=captures.device))
+
+
+def test_what_a_generator_keeps_is_found(captures):
+    """(which nobody can put back)"""
+    last = torch.zeros((), device=captures.device)
+
+    def outputs():
+        out = last
+        while True:
+            x = yield out
+            out = x * -0.3 + 0.1 * out
+
+    class Sending(Net):
+        def __init__(self, device):
+            super().__init__(device)
+            self.outputs = outputs()
+            next(self.outputs)
+
+        def forward(self, x, t):
+            return self.outputs.send(x)
+
+    with pytest.warns(RuntimeWarning, match="rebinds"):
+        draw(Sending(captures.device), place=captures.device)
 
 
 KEEPING = {

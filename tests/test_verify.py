@@ -20,7 +20,7 @@ from watching import Names
 import fastdiff
 from fastdiff.cli import commands, verification
 from fastdiff.errors import GraphError
-from fastdiff.execution import cpu, graphs, ops, reference, verify
+from fastdiff.execution import cpu, graphs, ops, questions, reference, verify
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import setup
@@ -195,8 +195,8 @@ def test_a_question_has_the_layouts_alignments_and_overlaps_of_the_call():
         "history": [torch.empty(1 + x.numel())[1:].view_as(x)], "known": torch.empty(1, 3, 4, 4).expand_as(x),
         "mask": torch.empty(5, 4, 4, 3, dtype=torch.bool).movedim(-1, 1), "first_bad": torch.empty(5, dtype=torch.int64),
     }  # fmt: skip
-    question = verify.Question.like("step", given)
-    made, plain = question.operands(0, verify.HOST), question.operands(0, None)
+    question = questions.Question.like("step", given)
+    made, plain = question.operands(0, questions.HOST), question.operands(0, None)
     assert made["out"] is made["x"]
     assert made["stream"] == 1
     assert made["table"].shape == (3, 19)
@@ -220,18 +220,19 @@ def test_a_question_has_the_layouts_alignments_and_overlaps_of_the_call():
 
 def test_large_samples_are_compared_in_part():
     cursor = torch.empty(3, dtype=torch.int64)
-    shape = (2, verify.PART + 100)
+    shape = (2, questions.PART + 100)
     columns = {"alpha": torch.empty(2), "sigma": torch.empty(2)}
-    question = verify.Question.like("perturb", {"x0": torch.empty(shape), **columns, "cursor": cursor, "stream": 0})
-    right = verify.right_answers(question)
-    assert right[0]["the result"].shape == (2, verify.PART)
-    assert verify.difference(question, cpu.perturb, verify.HOST, right) == ""
-    assert "1 of 131072" in verify.difference(question, nudged(cpu.perturb), verify.HOST, right)
-    too_large = torch.empty(1).expand(1, verify.MOST + 1)
+    question = questions.Question.like("perturb", {"x0": torch.empty(shape), **columns, "cursor": cursor, "stream": 0})
+    right = questions.right_answers(question)
+    assert right[0]["the result"].shape == (2, questions.PART)
+    assert questions.difference(question, cpu.perturb, questions.HOST, right) == ""
+    assert "1 of 131072" in questions.difference(question, nudged(cpu.perturb), questions.HOST, right)
+    too_large = torch.empty(1).expand(1, questions.MOST + 1)
     assert (
-        verify.Question.like("probe_dot", {"value": too_large, "cursor": cursor, "stream": 0, "kind": "normal"}) is None
+        questions.Question.like("probe_dot", {"value": too_large, "cursor": cursor, "stream": 0, "kind": "normal"})
+        is None
     )
-    assert verify.Question.like("normal", {"out": torch.empty(3, 0), "cursor": cursor, "stream": 0}) is None
+    assert questions.Question.like("normal", {"out": torch.empty(3, 0), "cursor": cursor, "stream": 0}) is None
 
 
 @pytest.mark.parametrize(
@@ -334,6 +335,44 @@ def test_each_kind_of_output_is_asked_about_once(fresh, monkeypatch):
     assert len(asked) == len(set(asked)) == 2 * len(outputs)
 
 
+def test_what_kernels_are_compiled_for_is_told_apart(fresh, monkeypatch):
+    asked = []
+    monkeypatch.setattr(verify, "_may_run", lambda kernels, name, *rest: asked.append(name) or True)
+    module = verify.proving(faulty_kernels())
+    x, column, cursor = torch.zeros(3, 4), torch.ones(3), torch.tensor([0, 0, 0])
+    misaligned = torch.zeros(13)[1:].view(3, 4)
+    for batch in (False, True):
+        module.measure_langevin(torch.zeros(3, 2), torch.zeros(1, 19), cursor, 1, batch, x, x)
+    for clean in (x, misaligned):
+        module.dsm_loss(x, clean, column, column, column, cursor, 1)
+    for stage in (x, x.bfloat16()):
+        module.rk_error(x, [x, stage], column, (0.5, 0.5), (0.1, 0.2), 1e-3, 1e-3)
+    assert [asked.count(name) for name in ("measure_langevin", "dsm_loss", "rk_error")] == [2, 2, 2]
+
+
+def test_the_launch_that_is_bound_is_asked(fresh):
+    """The second of a prepared step, and of every operation: what is bound by the first is what a run repeats."""
+    kernels, right = faulty_kernels(), cpu.prepare_step
+
+    def prepare_step(out, *rest, **operands):
+        step, calls = right(out, *rest, **operands), []
+
+        def run(cursor, m, v):
+            step(cursor, m, v)
+            calls.append(1)
+            if len(calls) > 1:
+                out.view(-1)[:1].add_(1.0)
+
+        return run
+
+    kernels.prepare_step = prepare_step
+    x, m = torch.zeros(2, 3, 40, 40), torch.ones(2, 3, 40, 40)
+    with pytest.warns(RuntimeWarning, match="the Triton kernels are not used on cpu .*step: 1 of "):
+        verify.proving(kernels).prepare_step(x, torch.zeros(1, 19), 1, x)(torch.tensor([0, 0, 0]), m, None)
+    question = questions.Question.like("normal", {"out": x, "cursor": torch.zeros(3, dtype=torch.int64), "stream": 1})
+    assert question.rounds >= 2
+
+
 def test_refused_kernels_are_not_captured(fresh, monkeypatch):
     """They are asked in the warm-up; the capture then fails, and the run goes on eagerly, without a second warning."""
     capturing = []
@@ -401,6 +440,12 @@ def test_doctor_says_what_is_wrong(monkeypatch, capsys):
     assert f"WRONG: cpu {CHOSEN}: perturb: 1 of" in "\n".join(lines)
     assert any(line.split()[:2] == ["perturb", "WRONG"] for line in lines)
     assert any(line.split()[:2] == ["step", "right"] for line in lines)
+    monkeypatch.undo()
+    monkeypatch.setattr(verification, "SHAPES", ((3, 5),))
+    for name, value in (("available", False), ("why", "libfastdiff.so gives wrong numbers")):
+        monkeypatch.setattr(cpu, name, value)
+    assert commands.main(["doctor", "--verify"]) == 1  # refused by questions that are not among these
+    assert "not all is right" in capsys.readouterr().out
 
 
 def test_doctor_without_a_library(monkeypatch, capsys):

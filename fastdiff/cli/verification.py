@@ -15,7 +15,7 @@ import torch
 
 from ..errors import FastdiffError
 from ..execution import cpu, monitor, ops, reference, verify
-from ..execution.verify import HOST, LAYOUTS, Question
+from ..execution.questions import HOST, LAYOUTS, Question, difference, of_every_operation, right_answers
 from ..sampling import sample
 
 # samples of few numbers, of an odd and an even number, of less and of more than a block, a tile and a counter's signs
@@ -73,8 +73,8 @@ def questions() -> Iterator[tuple[Question, bool]]:
     for number, shape in enumerate(SHAPES):
         for dtype in (torch.float32, torch.float64):
             network = (dtype, torch.bfloat16, torch.float16)[number % 3]
-            for question in verify.questions(shape, dtype, network, LAYOUTS[number % len(LAYOUTS)]):
-                rounds = 3 if "table" in question.given else 1
+            for question in of_every_operation(shape, dtype, network, LAYOUTS[number % len(LAYOUTS)]):
+                rounds = 3 if "table" in question.given else 2
                 yield question._replace(samples=shape[0], rounds=rounds), dtype == torch.float64
 
 
@@ -87,15 +87,13 @@ def report() -> tuple[str, bool]:
     with warnings.catch_warnings(), monitor.bar(None, len(asked), "verify", "question") as bar:
         warnings.simplefilter("ignore")
         for question, wide in asked:
-            operation, right = question.operation, verify.right_answers(question)
+            operation, right = question.operation, right_answers(question)
             for each in found:
                 if (wide and not each.wide) or (each.name, operation) in wrong:
                     continue
                 if each.instruction_set is not None:
                     cpu.use(each.instruction_set)
-                told = verify.difference(
-                    question, each.functions[operation], each.device, right, each.left_out, each.broken
-                )
+                told = difference(question, each.functions[operation], each.device, right, each.left_out, each.broken)
                 answered += 1
                 if told:
                     wrong[each.name, operation] = told
@@ -108,7 +106,7 @@ def report() -> tuple[str, bool]:
     for operation in verify.OPERATIONS if found else ():
         verdicts = ["WRONG" if (each.name, operation) in wrong else "right" for each in found]
         table.append("".join([f"{operation:{width}}", *(f"{verdict:20}" for verdict in verdicts)]).rstrip())
-    all_right = not (wrong or graphs_wrong or plain_wrong or (cpu.LIBRARY.exists() and not cpu.loaded))
+    all_right = not (wrong or graphs_wrong or plain_wrong or (cpu.LIBRARY.exists() and not cpu.available))
     lines = [
         *machine(),
         "",

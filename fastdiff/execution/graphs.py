@@ -18,7 +18,6 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from types import CellType
 from typing import Any, NamedTuple
 
 import torch
@@ -159,33 +158,44 @@ def _fingerprint(net: Any) -> Any:
 
 
 class _Contents:
-    """The tensors that a network and its functions hold, where they lie, and in which containers."""
+    """The tensors that a network and its functions hold, where they lie, and what holds them."""
 
     def __init__(self, net: Any) -> None:
         reached = [part for _, part in modules.reach(net)]
         # held, so that no others come to their places
-        self.tensors = [part for part in reached if isinstance(part, Tensor)]
-        self.places = [_place(tensor) for tensor in self.tensors]
-        self.dicts = [(part, dict(part)) for part in reached if isinstance(part, dict)]
-        self.lists = [(part, list(part)) for part in reached if isinstance(part, list)]
-        cells = (part for part in reached if isinstance(part, CellType) and part != CellType())
-        self.cells = [(cell, cell.cell_contents) for cell in cells]
+        self.tensors = [(part, _place(part)) for part in reached if isinstance(part, Tensor)]
+        others = ((part, modules.entries(part)) for part in reached if not isinstance(part, Tensor))
+        self.holders = [(part, entries) for part, entries in others if entries is not None]
+
+    def have_moved(self) -> bool:
+        """Whether calls have put other tensors in their places, or these elsewhere."""
+        if any(_place(tensor) != place for tensor, place in self.tensors):
+            return True
+        return any(_places(now.get(name)) != _places(before.get(name)) for _, name, now, before in self._replaced())
 
     def put_back(self) -> None:
         """Undo what calls have put in their places; what a capture has, nobody has computed."""
-        for held, before in self.dicts:
-            for name in held.keys() | before.keys():
-                if _differ(held.get(name), before.get(name)):
-                    if name in before:
-                        held[name] = before[name]
-                    else:
-                        del held[name]
-        for items, before_ in self.lists:
-            if _differ(items, before_):
-                items[:] = before_
-        for cell, content in self.cells:
-            if cell == CellType() or _differ(cell.cell_contents, content):
-                cell.cell_contents = content
+        for part, name, now, before in list(self._replaced()):
+            if _tensors(now.get(name)) != _tensors(before.get(name)):
+                modules.put(part, name, before)
+
+    def _replaced(self) -> Iterator[tuple[Any, Any, dict[Any, Any], dict[Any, Any]]]:
+        """(holder, name, its entries now, those before), of each entry that is another one."""
+        for part, before in self.holders:
+            now = modules.entries(part) or {}
+            for name in before.keys() | now.keys():
+                if now.get(name) is not before.get(name):
+                    yield part, name, now, before
+
+
+def _tensors(value: Any) -> list[int]:
+    """Those that a value holds, by identity."""
+    return [id(part) for _, part in modules.reach(value) if isinstance(part, Tensor)]
+
+
+def _places(value: Any) -> list[Any]:
+    """Where they lie."""
+    return [_place(part) for _, part in modules.reach(value) if isinstance(part, Tensor)]
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -193,14 +203,6 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
         return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
     except (RuntimeError, ValueError):  # without storage
         return (id(tensor),)
-
-
-def _differ(now: Any, before: Any) -> bool:
-    """Whether two values hold different tensors."""
-    if now is before:
-        return False
-    tensors, others = ([id(part) for _, part in modules.reach(v) if isinstance(part, Tensor)] for v in (now, before))
-    return tensors != others
 
 
 class Timing(NamedTuple):
@@ -360,12 +362,15 @@ class GraphLoop(Loop):
             for _ in call():
                 pass
             steady, now = _Contents(net), _fingerprint(net)  # with caches that the first calls have filled
-            for _ in itertools.chain(call(), call()):
-                if _Contents(net).places != steady.places:
-                    raise GraphError(REBINDS)
             if self.graphs and now != self.fingerprint:
                 raise GraphError(REBINDS)
             self.fingerprint = now
+            for _ in itertools.chain(call(), call()):
+                refuse_moved()
+
+        def refuse_moved() -> None:
+            if steady.have_moved() or _fingerprint(net) != self.fingerprint:
+                raise GraphError(REBINDS)
 
         # casts of the weights as part of the graph: one that autocast had kept from before would be stale in a replay
         cast = torch.get_autocast_dtype(device.type)
@@ -379,8 +384,7 @@ class GraphLoop(Loop):
                     with torch.cuda.device(device):
                         torch.cuda.empty_cache()
                     graphs = capture(warm, bodies, device)
-                if _Contents(net).places != steady.places:
-                    raise GraphError(REBINDS)
+                refuse_moved()
             except BaseException:
                 before.put_back()  # the eager run is then the one that it would have been
                 self.graphs.clear()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections import OrderedDict, deque
+import threading
+import weakref
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, GeneratorType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,24 +61,26 @@ def _names(network: nn.Module) -> Callable[[str], str]:
 def part_with_graphs(net: Any) -> str | None:
     """The part of a network that torch.compile gave CUDA graphs of its own, in words, or None."""
     for path, part in reach(net):
-        if torch_private.compiles_to_graphs(part):
+        if not isinstance(part, type) and torch_private.compiles_to_graphs(part):
             return f"its part {path!r}" if path else "the network"
     return None
 
 
 def reach(net: Any) -> Iterator[tuple[str, Any]]:
-    """(path, object) of what a call of a network may touch, the nearest first: modules, objects, what they hold, what functions
-    close over and name, and tensors. Gives up on large containers, and after MANY objects."""
-    todo, seen = deque([("", net, 0)]), dict[int, Any]()
+    """(path, object) of what a call of a network may touch: all its modules, then the nearest first: objects, what they
+    and their classes hold, what functions close over and name, and tensors. Gives up on large containers, and after MANY
+    objects."""
+    parts = net.named_modules() if isinstance(net, nn.Module) else ()
+    todo, seen = deque([("", net, 0), *((path, part, 0) for path, part in parts)]), dict[int, Any]()
     while todo and len(seen) < MANY:
         path, part, hops = todo.popleft()
         if id(part) in seen:
             continue
         seen[id(part)] = part
         yield path, part
-        if isinstance(part, FunctionType):
-            path, hops = "", hops + 1
-        if hops <= 3:  # functions name functions that name functions
+        if isinstance(part, (FunctionType, type)):
+            path, hops = "" if isinstance(part, FunctionType) else path, hops + 1
+        if hops <= 4:  # a class has functions that name functions that name functions
             for name, value in _held(part):
                 if not isinstance(value, ATOMS) and (
                     type(value) is not OrderedDict or value
@@ -83,9 +88,59 @@ def reach(net: Any) -> Iterator[tuple[str, Any]]:
                     todo.append((f"{path}.{name}" if path and name else path or name, value, hops))
 
 
-MANY, LARGE = 20_000, 1_000
-ATOMS = (type(None), bool, int, float, complex, str, bytes, type, ModuleType)
+MANY, LARGE = 50_000, 1_000
+ATOMS = (type(None), bool, int, float, complex, str, bytes, ModuleType)
 INSIDE = {"_modules", "_parameters", "_buffers"}  # of a module, where its parts have their names
+# of the standard library, which hold what a network's author puts there
+HOLDERS = (SimpleNamespace, threading.local, UserDict, UserList, weakref.WeakKeyDictionary)
+
+
+def entries(part: Any) -> dict[Any, Any] | None:
+    """What a call may replace in an object, by name, place or identity: in a container, a cell, a class, slots, a
+    generator's frame, and of a module's globals those that a function names. None for other objects, whose __dict__ is
+    asked by itself."""
+    if isinstance(part, dict):
+        return dict(part)
+    if isinstance(part, (list, deque)):
+        return dict(enumerate(tuple(part)))
+    if isinstance(part, set):
+        return {id(value): value for value in tuple(part)}
+    if isinstance(part, CellType):
+        return {} if part == CellType() else {"cell_contents": part.cell_contents}
+    if isinstance(part, GeneratorType):
+        return {} if part.gi_frame is None else dict(part.gi_frame.f_locals)
+    if isinstance(part, FunctionType):
+        known = {} if _is_foreign(part) else part.__globals__
+        return {name: known[name] for name in part.__code__.co_names if name in known}
+    if isinstance(part, type):
+        return None if _is_foreign(part) else dict(vars(part))
+    kinds = [vars(kind) for kind in type(part).__mro__ if "__slots__" in vars(kind) and not _is_foreign(kind)]
+    found = {}
+    for name, slot in (item for kind in kinds for item in kind.items()):
+        if isinstance(slot, MemberDescriptorType):
+            with contextlib.suppress(AttributeError):  # nothing is there
+                found[name] = slot.__get__(part)
+    return found if kinds else None
+
+
+def put(part: Any, name: Any, values: dict[Any, Any]) -> None:
+    """Give an object that entry of `values`, or none where these have none."""
+    if isinstance(part, FunctionType):
+        part = part.__globals__
+    if isinstance(part, dict):
+        if name in values:
+            part[name] = values[name]
+        else:
+            part.pop(name, None)
+    elif isinstance(part, (list, deque, set)):
+        part.clear()
+        part.update(values.values()) if isinstance(part, set) else part.extend(values.values())
+    elif isinstance(part, GeneratorType):
+        pass  # nobody can
+    elif name in values:
+        setattr(part, name, values[name])
+    else:
+        delattr(part, name)
 
 
 def _held(part: Any) -> Iterable[tuple[str, Any]]:
@@ -97,8 +152,10 @@ def _held(part: Any) -> Iterable[tuple[str, Any]]:
         return [("" if key in INSIDE else str(key), value) for key, value in items]
     if isinstance(part, (list, tuple, set, deque)):
         return [(str(n), value) for n, value in enumerate(tuple(part))] if len(part) < LARGE else ()
-    if isinstance(part, CellType):
-        return [("", part.cell_contents)] if part != CellType() else ()
+    if isinstance(part, (CellType, GeneratorType)):
+        return [("", value) for value in (entries(part) or {}).values()]
+    if isinstance(part, type):
+        return (entries(part) or {}).items()
     if isinstance(part, MethodType):
         return [(part.__name__, part.__func__), ("", part.__self__)]
     if isinstance(part, functools.partial):
@@ -106,15 +163,12 @@ def _held(part: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(part, FunctionType):
         if torch_private.uncompiled(part) is not None:
             return [("", torch_private.uncompiled(part))]
-        code, known = part.__code__, {} if _is_foreign(part) else part.__globals__
-        named = [(name, known[name]) for name in code.co_names if name in known]
-        cells = () if _is_foreign(part) else zip(code.co_freevars, part.__closure__ or ())
-        return [*named, *cells, ("", part.__defaults__), ("", part.__kwdefaults__)]
-    if not isinstance(part, nn.Module) and _is_foreign(type(part)):
+        cells = () if _is_foreign(part) else zip(part.__code__.co_freevars, part.__closure__ or ())
+        return [*(entries(part) or {}).items(), *cells, ("", part.__defaults__), ("", part.__kwdefaults__)]
+    if not isinstance(part, (nn.Module, *HOLDERS)) and _is_foreign(type(part)):
         return ()
-    kinds = [vars(kind).items() for kind in type(part).__mro__ if not _is_foreign(kind)]
-    methods = [(name, value) for kind in kinds for name, value in kind if isinstance(value, FunctionType)]
-    return [("", getattr(part, "__dict__", None)), *methods]
+    kinds = [("", kind) for kind in type(part).__mro__]
+    return [("", getattr(part, "__dict__", None)), *(entries(part) or {}).items(), *kinds]
 
 
 def _is_foreign(thing: Any) -> bool:
