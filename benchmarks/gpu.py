@@ -297,7 +297,11 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="small numbers, to try the script without a device")
     parser.add_argument("--only", default=",".join(USUAL), help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--out", type=Path, help="the folder of <device>.csv and gpu.log (benchmarks/results)")
+    parser.add_argument(
+        "--out",
+        type=lambda given: Path(given).expanduser(),
+        help="the folder of <device>.csv and gpu.log (benchmarks/results)",
+    )
     parser.add_argument("--commit", default="", help="of the sources, where git cannot tell it")
     given, options = parser.parse_known_args(arguments)
     unknown = sorted({*given.only.split(",")} - {*PARTS})
@@ -324,8 +328,10 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     asked = subprocess.run([sys.executable, "-c", DESCRIBED, given.device], capture_output=True, text=True)
     if asked.returncode:
         reason = (asked.stderr.strip().splitlines() or ["?"])[-1]
+        if reason.startswith(("ModuleNotFoundError", "ImportError")):
+            parser.error(f"{sys.executable}: {reason}; another Python: make gpu PYTHON=.venv/bin/python")
         parser.error(
-            f"--device {given.device}: {reason}; --device cpu --quick --out FOLDER tries the script without one"
+            f"--device {given.device}: {reason}; --device cpu --quick --out FOLDER tries the script on a CPU, for no figures"
         )
     given.where = asked.stdout.strip()
     return given, options
