@@ -89,10 +89,9 @@ FACTORS = {
     **STEP,
     "dtype": [torch.float32],
     "shape": [
-        (batch, *sample)
-        for sample in [(1, 1, 1), (2, 1, 1), (1, 1, 127), (1, 28, 28), (3, 11, 31), (5, 5, 41), (1, 1, 1031), (4, 32, 32)]
-        for batch in ((1, 3) if sample in ((1, 28, 28), (3, 11, 31)) else (3,))
-    ] + [(2, 3, 1, 1), (5, 3, 1, 1)],
+        (3, 1, 1, 1), (3, 2, 1, 1), (2, 3, 1, 1), (5, 3, 1, 1), (3, 1, 1, 127), (3, 1, 28, 28), (1, 3, 11, 31), (3, 3, 11, 31),
+        (3, 5, 5, 41), (3, 4, 32, 32),
+    ],
     "x": ["contiguous", "odd offset", "permuted", "one for all"],
     "guide": LAYOUTS,
     "mask": (None, *LAYOUTS),
