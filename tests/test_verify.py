@@ -338,6 +338,30 @@ def test_each_kind_of_output_is_asked_about_once(fresh, monkeypatch):
     assert len(asked) == len(set(asked)) == 2 * len(outputs)
 
 
+def test_a_prepared_step_of_refused_kernels_goes_on_in_plain_pytorch(fresh):
+    """Its own answers were right; another operation's were not."""
+    kernels, stepped = faulty_kernels(), []
+    kernels.step = cpu.step
+    prepare = kernels.prepare_step
+
+    def prepare_step(*args, **operands):
+        run = prepare(*args, **operands)
+        return lambda *now: stepped.append(1) or run(*now)
+
+    kernels.prepare_step, kernels.normal = prepare_step, nudged(cpu.normal)
+    module = verify.proving(kernels)
+    x, cursor = torch.ones(2, 3), torch.tensor([0, 0, 0])
+    step = module.prepare_step(x, torch.ones(1, 19), None, x)
+    step(cursor, x.clone(), None)
+    stepped.clear()
+    step(cursor, x.clone(), None)
+    assert stepped == [1]
+    with pytest.warns(RuntimeWarning, match="the Triton kernels are not used on cpu"):
+        module.normal(x, cursor, 1)
+    step(cursor, x.clone(), None)
+    assert stepped == [1]
+
+
 def test_what_kernels_are_compiled_for_is_told_apart(fresh, monkeypatch):
     asked = []
     monkeypatch.setattr(verify, "_may_run", lambda kernels, name, *rest: asked.append(name) or True)

@@ -190,19 +190,25 @@ def _asked_prepare_step(kernels: ModuleType) -> Operation:
 
     def prepare_step(out: Tensor, table: Tensor, stream: int | None, x: Tensor, **operands: Any) -> Operation:
         prepared = kernels.prepare_step(out, table, stream, x, **operands)
-        chosen: dict[Any, Operation] = {}  # what runs outputs of a kind
+        asked = set[Any]()  # kinds of outputs that the kernel is right for
 
         def in_its_place(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
             plain(out, table, cursor, stream, x, m, v=v, **operands)
 
         def run(cursor: Tensor, m: Tensor | None, v: Tensor | None) -> None:
+            if _refused and out.device in _refused:  # by now, for an answer of another operation or output
+                in_its_place(cursor, m, v)
+                return
             kind = _output(m), _output(v)
-            step = chosen.get(kind)
-            if step is None:
+            if kind not in asked:
                 given = (out, table, cursor, stream, x, m)
                 may = _may_run(kernels, "step", "prepare_step", at_once, given, {"v": v, **operands})
-                step = chosen[kind] = in_its_place if may is False else prepared
-            step(cursor, m, v)
+                if may is False:
+                    in_its_place(cursor, m, v)
+                    return
+                if may is not None:
+                    asked.add(kind)
+            prepared(cursor, m, v)
 
         return run
 
