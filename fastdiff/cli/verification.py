@@ -106,22 +106,29 @@ def report() -> tuple[str, bool]:
     for operation in verify.OPERATIONS if found else ():
         verdicts = ["WRONG" if (each.name, operation) in wrong else "right" for each in found]
         table.append("".join([f"{operation:{width}}", *(f"{verdict:20}" for verdict in verdicts)]).rstrip())
-    all_right = not (wrong or graphs_wrong or plain_wrong or (cpu.LIBRARY.exists() and not cpu.available))
+    all_right = not (
+        wrong or graphs_wrong or plain_wrong or ((cpu.NAMED or cpu.LIBRARY.exists()) and not cpu.available)
+    )
+    if not all_right:
+        cure = "" if cpu.available else f"{cpu.way_out}, as plain PyTorch runs now; if that is no cure, "
+        verdict = f"not all is right: {cure}please report this"
+    elif answered:
+        verdict = "all that could be tried is right"
+    else:
+        verdict = f"no kernel could be asked, and plain PyTorch runs: {cpu.way_out}"
     lines = [
         *machine(),
         "",
         ops.doctor(),
         "",
-        *table,
-        "",
+        *([*table, ""] if table else []),
         f"plain PyTorch: {'WRONG: its answers are not those that it gave when fastdiff was written' if plain_wrong else 'right'}",
         f"graphs: {replayed}",
         *(f"WRONG: {name}: {told}" for (name, _), told in wrong.items()),
         *(f"not tried: {reason}" for reason in absent),
-        f"{answered} answers in {time.perf_counter() - began:.1f} s: "
-        + ("all that could be tried is right" if all_right else "not all is right: please report this"),
+        f"{answered} answers in {time.perf_counter() - began:.1f} s: {verdict}",
     ]
-    return "\n".join(lines), all_right
+    return "\n".join(lines), all_right and answered > 0
 
 
 def graphs() -> tuple[str, bool]:

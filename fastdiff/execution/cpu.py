@@ -76,19 +76,20 @@ _FAULTS = {
 _ORDERS = {"sin_cos": 0, "cos_sin": 1, "interleaved": 2}
 
 
+_SET = "FASTDIFF_INSTRUCTION_SET"
+_NAMED = f"FASTDIFF_LIBRARY={str(LIBRARY)!r:.100}"
+
+
 def _load() -> tuple[Any, str, str]:
     """The library, the name of its instruction set, and why there is none (None, "", why)."""
-    wanted = os.environ.get("FASTDIFF_INSTRUCTION_SET") or None
+    wanted = os.environ.get(_SET) or None
     if wanted is not None and wanted not in INSTRUCTION_SETS:
-        raise ConfigError(
-            f"FASTDIFF_INSTRUCTION_SET must be one of {', '.join(INSTRUCTION_SETS)}, or unset, got {wanted!r}"
-        )
+        return None, "", f"{_SET} must be one of {', '.join(INSTRUCTION_SETS)}, or unset, got {wanted!r:.40}"
+    if NAMED and not LIBRARY.is_file():
+        return None, "", f"{_NAMED} {'is no file' if LIBRARY.exists() else 'does not exist'}"
     if not LIBRARY.exists():
-        return (
-            None,
-            "",
-            f"{LIBRARY} does not exist: fastdiff was installed without a C++ compiler, or the compiler failed",
-        )
+        missing = f"{LIBRARY} does not exist: fastdiff was installed without a C++ compiler, or the compiler failed"
+        return None, "", missing
     untrusted = _untrusted(LIBRARY) if NAMED else ""
     if untrusted:
         return None, "", untrusted
@@ -99,13 +100,9 @@ def _load() -> tuple[Any, str, str]:
         library.fastdiff_run.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
         library.fastdiff_lacks.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
-        return None, "", f"{LIBRARY.name} cannot be loaded: {error}"
+        return None, "", f"{_NAMED if NAMED else LIBRARY.name} cannot be loaded: {error}"
     if NAMED and library.fastdiff_sources() != (_sources() or _installed()):
-        return (
-            None,
-            "",
-            f"FASTDIFF_LIBRARY={str(LIBRARY)!r:.100} was built from other sources: unset it, or build it anew",
-        )
+        return None, "", f"{_NAMED} was built from other sources"
     lacking = library.fastdiff_lacks()
     if lacking is not None:
         return None, "", f"{LIBRARY.name} was compiled for processors with {lacking.decode()}, which this one lacks"
@@ -114,7 +111,7 @@ def _load() -> tuple[Any, str, str]:
     except (OSError, AttributeError) as error:
         return None, "", f"torch_parallel_for is missing from libtorch_cpu.so (it needs torch >= 2.10): {error}"
     if name is None:
-        raise ConfigError(f"FASTDIFF_INSTRUCTION_SET={wanted!r} is not supported by this processor: unset it")
+        return None, "", f"{_SET}={wanted} names what this processor lacks"
     return library, name, ""
 
 
@@ -144,7 +141,7 @@ def _untrusted(path: Path) -> str:
         if status.st_uid not in trusted or (
             shared and (status.st_mode & 0o002 or status.st_gid not in (0, os.getgid()))
         ):
-            return f"FASTDIFF_LIBRARY={str(path)!r:.100} is not loaded, as others may write {str(place)!r:.100}: chmod go-w"
+            return f"{_NAMED} is not loaded, as others may write {str(place)!r:.100}"
     return ""
 
 
@@ -178,6 +175,13 @@ def _start(library: Any, instruction_set: str | None) -> str | None:
 
 _library, instruction_set, why = _load()
 loaded = available = _library is not None  # available: and its answers are right (fastdiff.execution.verify)
+way_out = (
+    f"unset {_SET}"
+    if why.startswith(_SET)
+    else "unset FASTDIFF_LIBRARY, or build it anew, without CXXFLAGS and where only you may write"
+    if NAMED
+    else "install it again with a C++ compiler (g++ or clang++) and without CXXFLAGS"
+)
 _run: Any = _library.fastdiff_run if loaded else None
 forked = False  # whether this process is a child that was forked after the import, and has none of torch's threads
 

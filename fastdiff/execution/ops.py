@@ -97,7 +97,7 @@ def _serves(device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, st
     if device.type != "cpu":
         obstacle["cpu"] = f"it runs CPU tensors, not {device.type}"
     elif not cpu.available:
-        obstacle["cpu"] = f"the compiled library is {'refused' if cpu.loaded else 'missing'} ({cpu.why})"
+        obstacle["cpu"] = f"the compiled library is {'refused' if cpu.loaded else 'not loaded'} ({cpu.why})"
     if not HAS_TRITON:
         obstacle["triton"] = "triton is not installed"
     elif device.type != "cuda" and not INTERPRETED:
@@ -280,8 +280,7 @@ if cpu.available and (fault := verify.library_fault()):
     cpu.refuse(f"{cpu.LIBRARY.name} gives wrong numbers: {fault}")
 if not cpu.available:
     warn(
-        f"fastdiff runs on plain PyTorch, several times slower: {cpu.why}; install it again with a C++ compiler (g++ or "
-        "clang++) and without CXXFLAGS, and see `fastdiff doctor --verify`",
+        f"fastdiff runs on plain PyTorch, several times slower: {cpu.why}; {cpu.way_out}, and see `fastdiff doctor --verify`",
         RuntimeWarning,
     )
 elif not cpu.is_fresh():
