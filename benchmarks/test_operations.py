@@ -70,7 +70,7 @@ def test_launching(benchmark, recorder, monkeypatch, case):
     from launching import Driver
 
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-    kernels, t, made = ops.backend_module("triton"), operations.tensors(4096, CPU, 64), []
+    kernels, t, made = ops.kernels(), operations.tensors(4096, CPU, 64), []
     launch = kernels.tiles.launch
 
     def noting(kernel, grid, like, *args, **meta):
