@@ -129,7 +129,10 @@ def sections(group: str, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
 
 
 def provenance(rows: Sequence[Row], path: Path) -> str:
-    at = ", ".join(dict.fromkeys(f"{r['commit'] or 'an unknown commit'} on {r['date']}" for r in rows))
+    days: dict[str, dict[str, None]] = {}
+    for r in rows:
+        days.setdefault(r["commit"] or "an unknown commit", {})[r["date"]] = None
+    at = ", ".join(f"{commit} on {' and '.join(dates)}" for commit, dates in days.items())
     versions = [(r["opponent"], r["version"]) for r in rows if r["version"]]
     packages = dict.fromkeys(f"{name} {version}" for name, version in versions if "Python" not in version)
     here = [version for _, version in versions if "Python" in version][:1]

@@ -566,18 +566,35 @@ def other_sources(path):
         (other_sources, "other sources"),
         (lambda path: path.write_bytes(b"no library"), "cannot be loaded"),
         (lambda path: path.unlink(), "does not exist"),
+        (lambda path: (path.unlink(), path.mkdir()), "is no file"),
         (
             lambda path: path.write_bytes(Path(torch.__file__).parent.joinpath("lib/libc10.so").read_bytes()),
             "cannot be",
         ),
     ],
-    ids=["writable", "folder", "sticky", "sources", "text", "absent", "stranger"],
+    ids=["writable", "folder", "sticky", "sources", "text", "absent", "a folder", "stranger"],
 )
 def test_a_named_library_that_cannot_be_trusted_is_left_out(tmp_path, change, word):
     shown = loaded_copy(tmp_path, change)
     assert shown.stdout.startswith("False"), shown
     assert word in shown.stdout
     assert "RuntimeWarning" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("avx1024", "must be one of plain, avx2, avx512"), ("avx512", "names what this processor lacks")]
+)
+def test_a_wrong_instruction_set_is_a_warning_and_plain_pytorch(name, why):
+    if cpu.use(name):
+        cpu.use(CHOSEN)
+        pytest.skip(f"this processor has {name}")
+    code = "import fastdiff; from fastdiff.execution import cpu; print(cpu.available)"
+    environment = {**os.environ, "FASTDIFF_INSTRUCTION_SET": name}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert shown.stdout == "False\n", shown
+    assert re.search(
+        f"RuntimeWarning: .*FASTDIFF_INSTRUCTION_SET.*{why}.*; unset FASTDIFF_INSTRUCTION_SET", shown.stderr
+    )
 
 
 def test_a_named_library_of_the_same_sources_is_taken(tmp_path):

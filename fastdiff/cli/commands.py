@@ -114,6 +114,7 @@ def _sample(a: argparse.Namespace) -> None:
     import numpy as np
 
     from .. import files
+    from ..execution.calls import device_of
     from ..sampling import sample
 
     model = _model(a)
@@ -129,7 +130,7 @@ def _sample(a: argparse.Namespace) -> None:
     x, info = sample(
         model, a.sde, a.steps, sampler=a.sampler, num_samples=count, seed=a.seed, first_sample=a.first_sample,
         batch_size=a.batch_size, grid=a.grid, clip=_clip(a.clip), t_min=a.t_min,
-        cond=cond, return_info=True,
+        cond=None if cond is None else cond.to(device_of(None, None, model.net)), return_info=True,
     )  # fmt: skip
     if out.suffix == ".npy":
         with files.replacing(out) as handle:
@@ -154,6 +155,7 @@ def _train(a: argparse.Namespace) -> int:
     from ..planning import processes
     from ..training import Data, train
 
+    device = tensor_checks.device_of(a.device)
     with warnings.catch_warnings():  # a guess of what the axes are is no way to begin a training
         warnings.filterwarnings("error", message=r"source \[.* is taken as", category=UserWarning)
         try:
@@ -174,7 +176,7 @@ def _train(a: argparse.Namespace) -> int:
     with torch.random.fork_rng(devices=[]):  # the first weights are of the seed too
         torch.manual_seed(checks.integer("seed", a.seed, 0, 2**64 - 1))
         net = build(options) if a.net is None else _made(a.net)
-    net.to(tensor_checks.device_of(a.device))
+    net.to(device)
     # images in the usual ranges; vectors stay in their own units
     data_range = None if len(data.shape) == 1 else (0.0, 1.0) if a.sde == "ve" else (-1.0, 1.0)
     model = ScoreModel(net, processes.get(a.sde), a.prediction, data_shape=data.shape, data_range=data_range)
@@ -355,7 +357,6 @@ def _labels(a: argparse.Namespace, model: ScoreModel, count: int) -> Tensor:
     import torch
 
     from ..errors import ConfigError
-    from ..execution.calls import device_of
 
     if not model.num_classes:
         raise ConfigError(
@@ -368,8 +369,7 @@ def _labels(a: argparse.Namespace, model: ScoreModel, count: int) -> Tensor:
     words = [word.strip() for word in a.labels.split(",")]
     if not all(word.isascii() and word.isdecimal() and int(word[:9]) < model.num_classes for word in words):
         raise ConfigError(f"--labels must be whole numbers {allowed}, got {a.labels!r:.40}")
-    labels = [int(words[i % len(words)]) for i in range(count)]
-    return torch.tensor(labels, device=device_of(None, None, model.net))
+    return torch.tensor([int(words[i % len(words)]) for i in range(count)])
 
 
 def _clip(value: str | None) -> Any:
@@ -391,9 +391,9 @@ def _array(value: str, model: ScoreModel) -> Tensor:
 
     from .. import files
     from ..data.readers import read_array
-    from ..execution.calls import device_of, dtype_of
+    from ..execution.calls import dtype_of
 
-    array = torch.from_numpy(read_array(files.path("--cond", value))).to(device_of(None, None, model.net))
+    array = torch.from_numpy(read_array(files.path("--cond", value)))
     return array.to(dtype_of(model.net, torch.float32)) if array.is_floating_point() else array
 
 
@@ -427,9 +427,8 @@ def _parser() -> argparse.ArgumentParser:
 
     of_a_device = argparse.ArgumentParser(add_help=False)
     of_a_device.add_argument("--device", default="cpu", help="where the network runs: cpu (default), cuda or cuda:1")
-    of_a_model = argparse.ArgumentParser(
-        add_help=False, parents=[of_a_device]
-    )  # options of the commands that run a trained model
+    # options of the commands that run a trained model
+    of_a_model = argparse.ArgumentParser(add_help=False, parents=[of_a_device])
     of_a_model.add_argument("model", help="a shipped name such as digits-ve, a checkpoint file or a training directory")
     net = "module:factory or file.py:factory, which makes a network of your own"
     of_a_model.add_argument("--net", help=f"{net}, for checkpoints of one")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, files
 from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError, short
 from . import torch_private
 
@@ -38,9 +38,10 @@ def device_of(device: torch.device | str | None) -> torch.device:
             place = torch.empty(0, device=place).device
     except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError) as error:
         seen = torch.cuda.device_count()
+        here = f"{seen} here: {files.reason(error)}" if seen else "none here"
         raise DeviceError(
             f"device={short(device)} cannot be used here: it must be 'cpu', or 'cuda' where torch sees such a device, of which "
-            f"it sees {seen or 'none'} here"
+            f"it sees {here}"
         ) from error
     if place.type == "meta":
         raise DeviceError("device='meta' holds no data: use 'cpu' or 'cuda'")
