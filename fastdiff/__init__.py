@@ -11,6 +11,7 @@ from .data import Data, dequantize, load_data
 from .execution import graphs
 from .execution.ops import normal
 from .likelihood import LogLikelihood, bits_per_dim, decode, encode, interpolate, log_likelihood
+from .losses import VariationalBound, vlb
 from .model import ScoreModel
 from .planning import grids, predictions, processes, samplers, schedules
 from .planning.plan import plan
@@ -47,6 +48,7 @@ __all__ = [
     "StepTable",
     "SubVP",
     "Training",
+    "VariationalBound",
     "bits_per_dim",
     "check",
     "decode",
@@ -73,4 +75,5 @@ __all__ = [
     "schedules",
     "train",
     "training",
+    "vlb",
 ]

@@ -20,6 +20,7 @@ from .execution.loop import Condition
 from .planning import chains, predictions, processes
 from .planning.processes import Pair
 
+LEARNED = ("learned", "learned_range")  # variances
 R = TypeVar("R")
 Array = NDArray[np.float64]
 
@@ -34,7 +35,8 @@ class ScoreModel(nn.Module):
                  "c_noise" (EDM's), or a function t [B] -> [B]. Default: "c_noise" for "edm"; on DDPM chains "index", the
                  steps from 0 as published networks count them, but "t" for "score" and for fastdiff's own networks; else "t"
     data_range   the range of its training data, and so of its samples (which are not clamped to it), default (−1, 1)
-    variance     "learned_range": the network returns twice the channels, the second half for the variance
+    variance     of ancestral steps: the network returns twice the channels, the second half v for it: "learned" log variance = v;
+                 "learned_range" between the bounds log β̃ and log β, share (v + 1)/2 (Nichol & Dhariwal 2021, eq. 15)
     num_classes  it was trained with labels 0 … num_classes − 1, which every call must then give, or, 0, without any; default the
                  network's own `num_classes`, where it has one. `train` sets it to what it trains with
     standardize  (mean, std), each a number or one for each of data_shape: the network sees (x − mean)/std. `sample`, `decode`
@@ -89,7 +91,7 @@ class ScoreModel(nn.Module):
             process=process, prediction=prediction, time_input=time_input, data_shape=tensor_checks.shape_of(data_shape),
             data_range=(-1.0, 1.0) if data_range is None else checks.pair("data_range", data_range),
             range_given=data_range is not None,
-            variance=None if variance is None else choose("variance", variance, ("learned_range",)),
+            variance=None if variance is None else choose("variance", variance, LEARNED),
             num_classes=None if num_classes is None else checks.integer("num_classes", num_classes, 0, 2**31 - 1),
             _taken=(net, taken),
         )  # fmt: skip
@@ -99,13 +101,17 @@ class ScoreModel(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """The network's output, as it is, at process times t [B] (or one for all), its input scaled and its time converted."""
+        return self.outputs(x, t, cond)[0]
+
+    def outputs(self, x: Tensor, t: Tensor, cond: Condition = None) -> tuple[Tensor, Tensor | None]:
+        """The network's output, and that for a learned variance, None where there is none."""
         t, cond = self.times(t, x), self.condition(cond, len(x))
         alpha, sigma = (self.process.alpha(t), self.process.sigma(t)) if self.process.linear else (None, None)
         if self.prediction == "edm":
             x = like(predictions.input_scale(self.prediction, self.process, alpha, sigma), x) * x
         time = predictions.network_time(self.time_input, self.process, t, alpha, sigma)
         time = time.round().long() if self.time_input == "index" else time
-        return answer(self.net, self.variance, x, time, None, cond)[0]
+        return answer(self.net, self.variance, x, time, None, cond)
 
     def predict(self, kind: str, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """The network's prediction as "score", "x0", "eps" or any other prediction at process times t [B] (or one)."""

@@ -250,7 +250,8 @@ def _describe(row: Row) -> list[str]:
         update = f"{_sum(terms[:2])} + δ·h0 + √(2δ)·z, δ = {row.measure.gain:.4g}·(|z|/|h0|)² per {row.measure.norm}"
     if row.log_variance is not None:
         low, high = (math.exp(v / 2) for v in row.log_variance)
-        update += f" + [{low:.4g} … {high:.4g}]·z"
+        # between -1 and 1 the network's second half is the log variance itself
+        update += " + exp(v/2)·z" if row.log_variance == (-1.0, 1.0) else f" + [{low:.4g} … {high:.4g}]·z"
     if row.raw != 0:
         update += f" {'−' if row.raw < 0 else '+'} {abs(row.raw):.5g}·net"
     if row.bounds is not None:

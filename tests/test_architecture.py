@@ -30,7 +30,7 @@ RULES = {
     "networks": BASE | {"execution"},
     "data": BASE | {"execution"},
     "model": MODEL - {"model"},
-    "losses": MODEL,
+    "losses": MODEL | {"data"},
     "mcmc": MODEL,
     "probability_flow": MODEL,
     "runs": RUN - {"runs"},

@@ -261,12 +261,39 @@ def test_likelihood_refuses_data_that_do_not_fit(data, words, tmp_path, capsys):
     assert not (tmp_path / "ll.npz").exists()
 
 
-@pytest.mark.parametrize("loss", fastdiff.losses.LOSSES)
-def test_every_loss_is_trained(loss, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(f"--loss {loss}" for loss in fastdiff.losses.LOSSES if loss not in fastdiff.losses.BOUNDED),
+        *("--loss vlb --sde ddpm", "--sde ddpm --variance learned", "--sde ddpm --loss vlb --variance learned_range"),
+        *(f"--weight {weight}" for weight in fastdiff.losses.weights.WEIGHTS),
+        *(f"--times {rule}" for rule in fastdiff.losses.times.TIMES),
+        *(f"--truncation {name}" for name in fastdiff.losses.times.TRUNCATIONS),
+    ],
+)
+def test_every_objective_is_trained_by_its_name(options, tmp_path, capsys):
     np.save(tmp_path / "data.npy", np.random.default_rng(0).uniform(-1, 1, (40, 2)))
     data, out = str(tmp_path / "data.npy"), str(tmp_path / "run")
-    assert commands.main(["train", data, "--out", out, "--steps", "2", "--batch-size", "8", "--loss", loss]) == 0
+    assert commands.main(["train", data, "--out", out, "--steps", "2", "--batch-size", "8", *options.split()]) == 0
     assert "step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ("--wieght p2", "did you mean --weight"),
+        ("--weight p-2", "did you mean 'p2'"),
+        ("--loss hybird", "did you mean 'hybrid'"),
+        ("--times importence", "did you mean 'importance'"),
+        ("--variance learned_rang --sde ddpm", "did you mean 'learned_range'"),
+        ("--variance learned_range", "is of the steps of a chain, and 'vp' is continuous: use 'ddpm'"),
+    ],
+)
+def test_a_wrong_flag_says_what_is_near(wrong, near, tmp_path, capsys):
+    arguments = ["train", "digits", "--out", str(tmp_path / "run"), "--steps", "1", "--network", "mlp", *wrong.split()]
+    assert commands.main(arguments) == 2
+    assert near in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_doctor_says_which_backend_serves_what():

@@ -48,7 +48,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> int:
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        sys.stderr.write(_unknown(arguments, unknown))
+        return 2
     from .. import files
     from ..errors import FastdiffError, one_line
 
@@ -71,6 +74,16 @@ def _run(argv: list[str] | None) -> int:
         return 130
     finally:
         warnings.formatwarning = as_before
+
+
+def _unknown(arguments: argparse.Namespace, unknown: list[str]) -> str:
+    """What to say of arguments that a command does not have."""
+    from ..errors import nearest, short
+
+    options = [f"--{name.replace('_', '-')}" for name in vars(arguments) if name not in ("run", "command")]
+    near = nearest(unknown[0].partition("=")[0], options)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return f"fastdiff {arguments.command}: no such argument, {short(unknown[0])}{hint}: see fastdiff {arguments.command} --help\n"
 
 
 def _nobody_reads() -> bool:
@@ -173,16 +186,22 @@ def _train(a: argparse.Namespace) -> int:
     elif data.labels is not None:
         print(f"fastdiff train: the labels of {a.data} are not used: --classes conditions on them", file=sys.stderr)
         data = Data(data.x, range=data.range, bins=data.bins)
+    if a.variance is not None:
+        options["out_channels"] = 2 * data.shape[0]
     with torch.random.fork_rng(devices=[]):  # the first weights are of the seed too
         torch.manual_seed(checks.integer("seed", a.seed, 0, 2**64 - 1))
         net = build(options) if a.net is None else _made(a.net)
     net.to(device)
     # images in the usual ranges; vectors stay in their own units
     data_range = None if len(data.shape) == 1 else (0.0, 1.0) if a.sde == "ve" else (-1.0, 1.0)
-    model = ScoreModel(net, processes.get(a.sde), a.prediction, data_shape=data.shape, data_range=data_range)
+    model = ScoreModel(
+        net, processes.get(a.sde), a.prediction, data_shape=data.shape, data_range=data_range, variance=a.variance
+    )
+    loss = a.loss or ("hybrid" if a.variance is not None else "simple" if a.weight is None else "dsm")
     with _signals() as received:
         done = train(
-            model, data, steps=a.steps, loss=a.loss, batch_size=a.batch_size, lr=a.lr, ema=a.ema, seed=a.seed,
+            model, data, steps=a.steps, loss=loss, weight=a.weight, times=a.times, truncation=a.truncation,
+            vlb_weight=a.vlb_weight, batch_size=a.batch_size, lr=a.lr, ema=a.ema, seed=a.seed,
             dequantize=a.dequantize, checkpoint=a.out, resume=not a.fresh, callback=_said(a.steps), stop=lambda: received,
         )  # fmt: skip
     print(f"{data!r}: step {done.steps} after {done.seconds:.0f} s; fastdiff.load({a.out!r}) gives the model")
@@ -490,7 +509,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--prediction", default="edm", help="what the network returns: score, eps, x0, v, … (default: edm)"
     )
-    sub.add_argument("--loss", default="simple", help="dsm, simple (default), likelihood, ism, ssm or ssm_vr")
+    sub.add_argument(
+        "--loss", help="dsm, simple, likelihood, dsm_vr, vlb, hybrid, ism, ssm or ssm_vr (default: simple; dsm with --weight; "
+        "hybrid with --variance)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--weight", help="λ(t): sigma2, g2, one, target, edm, min_snr, p2 or learned (default: the loss's)"
+    )
+    sub.add_argument(
+        "--times", default="stratified", help="stratified (default), uniform, importance, lognormal or second_moment"
+    )
+    sub.add_argument("--truncation", default="hard", help="near t = 0: hard (default), soft or clamp")
+    sub.add_argument("--variance", help="learned or learned_range, of a ddpm or ncsn chain (default: fixed)")
+    sub.add_argument("--vlb-weight", type=float, default=0.001, help="of the bound in loss hybrid (default: 0.001)")
     sub.add_argument("--batch-size", type=int, default=128, help="samples in a step, 1 to 10000000 (default: 128)")
     sub.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate, above 0 (default: 0.001)")
     sub.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, 0 to 1 (default: 0.999)")

@@ -10,19 +10,20 @@ from torch import Tensor
 from ..data import Data
 from ..execution import noise, ops
 from ..model import ScoreModel
+from .objective import Batch, Objective
 
 
 class Batches:
     """The clean data, times, noise cursor and labels of step n: a function of (seed, n)."""
 
-    def __init__(self, data: Data, model: ScoreModel, options: dict[str, Any]) -> None:
-        self.data, self.model, self.seed = data, model, options["seed"]
+    def __init__(self, data: Data, model: ScoreModel, objective: Objective, options: dict[str, Any]) -> None:
+        self.data, self.model, self.objective, self.seed = data, model, objective, options["seed"]
         self.size, self.dequantize = options["batch_size"], options["dequantize"]
         self.device = next(model.net.parameters()).device
         self.labels = data.labels if model.num_classes else None
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def __call__(self, step: int) -> Batch:
         index, own = self._indices(step), self.model.standardize is not None  # vectors in their own units
         data_range = self.data.range if own else self.model.data_range
         if self.dequantize:
@@ -32,14 +33,16 @@ class Batches:
         else:
             x0 = self.data.batch(index, data_range)
         x0 = self.model.standardized(x0).float()
-        # one time in each of B equal slices: uniform for every sample, and a quieter loss (Kingma et al. 2021, §I.1)
-        u = noise.uniform(self.size, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
-        u = (torch.arange(self.size, device=self.device) + u) / self.size
-        return (
+        # one number for each sample, and one for the step
+        u = noise.uniform(self.size + 1, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
+        u, of_step = u[:-1], u[-1]
+        if self.objective.times.stratified:
+            u = (torch.arange(self.size, device=self.device) + u) / self.size
+        return Batch(
             x0.to(self.device),
-            self.model.process.training_times(u.clamp(max=1 - 2**-24)),
             ops.cursor(step, 0, self.seed, self.device),
             None if self.labels is None else self.labels[index].to(self.device),
+            self.objective.draw(u, float(of_step) if self.objective.truncation == "soft" else 0.0),
         )
 
     def _indices(self, step: int) -> Tensor:

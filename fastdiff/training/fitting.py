@@ -21,11 +21,6 @@ def check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
         raise ConfigError(
             "dequantize=True needs data on discrete levels, got bins=None: give Data(..., bins=) or leave it out"
         )
-    if model.variance is not None:
-        raise ConfigError(
-            f"variance must be None to train in this version, got a model with variance={model.variance!r}: build the "
-            "ScoreModel without it"
-        )
 
 
 def classes(data: Data, model: ScoreModel) -> int | None:

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import networks
+from .. import losses, networks
 from ..errors import CheckpointMismatchError, ConfigError, CorruptCheckpointError, short, warn
 from ..execution import modules
 from ..execution.torch_private import foreach_lerp_
 from ..files import shown
 from ..planning.schedules import ema_decay
 from . import checkpoint as files
+from .objective import Objective
 
 # What may differ from one call to the next of a run; all else says which run it is.
 MAY_CHANGE = ("batch_size", "lr", "warmup", "decay", "grad_clip", "ema", "steps", "ema_rule", "warmup_start")
 # Options that files of earlier versions do not have, as they were then.
-LATER = {"ema_rule": "diffusers", "warmup_start": 1}
+LATER = {"ema_rule": "diffusers", "warmup_start": 1, "times": {"name": "stratified"}, "truncation": "hard"}
 EMA_RULES = ("diffusers", "score_sde", "constant")
 
 
@@ -33,7 +34,8 @@ class State:
     of an average, is smaller than the spacing of half-precision numbers.
     """
 
-    def __init__(self, net: nn.Module, lr: float, ema: float, ema_rule: str) -> None:
+    def __init__(self, net: nn.Module, objective: Objective, lr: float, ema: float, ema_rule: str) -> None:
+        self.objective = objective
         self.net, self.ema, self.ema_rule, self.step, self.updates = net, ema, ema_rule, 0, 0
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         if not self.parameters:
@@ -122,6 +124,7 @@ class State:
         tensors |= {"ema." + k: v for k, v in averaged.items() if v.dtype != plain[k].dtype}
         for index, moments in self.adam.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": v for k, v in moments.items()}
+        tensors |= {"objective." + k: v for k, v in self.objective.tensors().items()}
         skipped = {"skipped": self.step - self.updates} if self.step > self.updates else {}
         files.write(path, tensors, {"model": described, "step": self.step, **skipped, "options": options})
 
@@ -132,7 +135,7 @@ class State:
         """
         header, tensors = files.read(path, "")
         step, skipped = header.get("step"), header.get("skipped", 0)
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("net", "raw", "ema", "adam")}
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("net", "raw", "ema", "adam", "objective")}
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = value
@@ -163,6 +166,7 @@ class State:
                 "convert it, or give resume=False"
             )
         moments = self._moments(parts["adam"], path, step > skipped)
+        self.objective.load(parts["objective"], shown(path))
         if changed:
             warn(f"{shown(path)} goes on with {', '.join(changed)}")
         networks.adopt(self.net, net)
@@ -215,6 +219,9 @@ def _changed(
 ) -> list[str]:
     """What a run goes on with that was otherwise before; CheckpointMismatchError where it is another run."""
     before, now = {**LATER, **model, **was}, json.loads(json.dumps({**options, **described}))
+    if "weight" not in was and isinstance(was.get("loss"), str):  # which was then in the name of the loss
+        before["loss"], weight = losses.pair(was["loss"])
+        before["weight"] = None if weight is None else weight.config()
     for name, value in now.items():
         if name not in MAY_CHANGE and before.get(name) != value:
             raise CheckpointMismatchError(

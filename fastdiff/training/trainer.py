@@ -35,6 +35,7 @@ from ..model import ScoreModel
 from . import checkpoint as files
 from . import fitting
 from .batches import Batches
+from .objective import Objective
 from .state import EMA_RULES, State, rate
 
 # Steps in a row without a finite loss and gradient after which a run gives up.
@@ -65,6 +66,10 @@ def train(
     *,
     steps: int,
     loss: str = "dsm",
+    weight: Any = None,
+    times: Any = "stratified",
+    truncation: str = "hard",
+    vlb_weight: float = 0.001,
     probe: str | None = None,
     batch_size: int = 128,
     lr: float = 2e-4,
@@ -89,8 +94,15 @@ def train(
                   scaled from its range to the model's data_range; vectors without one are standardized, each column by its
                   mean and std, and stay in their own units. Its labels are the condition, as in ScoreModel, of a network
                   that takes one
-    loss          "dsm", "simple" or "likelihood"; without a transition density "ism", "ssm" or "ssm_vr", the last two with
-                  `probe` "rademacher" (default) or "normal" (fastdiff.losses.per_sample)
+    loss          what is matched: "dsm", "dsm_vr", the variational bound "vlb", or "hybrid" for a learned variance, with
+                  `vlb_weight` of the bound; "simple" and "likelihood" are "dsm" with weight "target" and "g2"; without a
+                  transition density "ism", "ssm" or "ssm_vr", the last two with `probe` "rademacher" (default) or "normal"
+                  (fastdiff.losses.per_sample)
+    weight        λ(t) of the squared error of ε: "sigma2" (default: 1), "g2", "one", "target", "edm", "min_snr", "p2", "learned",
+                  or an object of fastdiff.losses.weights, such as MinSNR(gamma=3)
+    times         "stratified" (default), "uniform", "importance" (∝ g²/σ²), "second_moment", "lognormal", or an object of
+                  fastdiff.losses.times, such as LogNormal(-0.4, 1.0)
+    truncation    near t = 0 of continuous processes: "hard" (default: t ≥ 1e-5), "soft" or "clamp" (fastdiff.losses.times.draw)
     lr, warmup    Adam (β 0.9, 0.999, ε 1e-8), linear warm-up over `warmup` steps, step n = 0, 1, … by
                   lr·min(1, (n + warmup_start)/warmup) (`warmup_start` 0 is score_sde's); `decay`: half a cosine to 0 at `steps`
     ema           θ' ← m θ' + (1 − m) θ at update n = 0, 1, …; `ema_rule` "diffusers": m = min(ema, (1 + n)/(10 + n)), 0 at n = 0;
@@ -109,7 +121,7 @@ def train(
     ten in a row are a DataError. Networks of float16 and bfloat16 are trained by float32 copies of their weights.
     """
     options, steps, checkpoint_every = _checked(
-        {"loss": loss, "batch_size": batch_size, "lr": lr, "warmup": warmup, "decay": decay, "grad_clip": grad_clip,
+        {"batch_size": batch_size, "lr": lr, "warmup": warmup, "decay": decay, "grad_clip": grad_clip,
          "ema": ema, "dequantize": dequantize, "seed": seed, "ema_rule": ema_rule, "warmup_start": warmup_start},
         steps, checkpoint_every,
     )  # fmt: skip
@@ -129,13 +141,13 @@ def train(
     vars(fitted).update(facts)
     described = files.describe(fitted)
     fitting.check_scale(source, fitted)
-    kind = losses.check(model, options["loss"], probe)
-    options |= {"probe": kind} if options["loss"] in losses.SLICED else {}
+    objective = Objective.of(fitted, source, options["dequantize"], loss, weight, times, truncation, probe, vlb_weight)
+    options |= objective.options()
     options |= {"data": source.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
     if checkpoint is not None:
         files.as_json(described)  # refuse before the first step what could not be saved after it
     with torch.inference_mode(False), torch.enable_grad(), _autocast(model.net), _directory(checkpoint) as folder:
-        state = State(model.net, options["lr"], options["ema"], options["ema_rule"])
+        state = State(model.net, objective, options["lr"], options["ema"], options["ema_rule"])
         if folder is not None and resume and (folder / files.FILE).exists():
             described = state.read(folder / files.FILE, options, described)
         vars(model).update(facts)
@@ -144,8 +156,9 @@ def train(
             modes = [(module, module.training) for module in model.modules()]
         try:
             with bar(progress, steps, "train", "step", first) as display:
-                recorded = _loop(state, Batches(source, model, options), options, steps, model, folder, checkpoint_every,
-                                 described, display, callback, stop)  # fmt: skip
+                batches = Batches(source, model, objective, options)
+                recorded = _loop(state, batches, options, steps, model, folder, checkpoint_every, described, display, callback,
+                                 stop)  # fmt: skip
             state.average_into(model.net)
         finally:
             with stepping(model.net):
@@ -171,19 +184,22 @@ def _loop(
     stop: Callable[[], object] | None,
 ) -> Tensor:
     """Every step from state.step to `steps`, or to where `stop` says so; their losses, NaN where a step was skipped."""
-    first, skipped, said = state.step, 0, False  # skipped: in a row, until now
+    objective, first, skipped, said = batches.objective, state.step, 0, False  # skipped: in a row, until now
     recorded = torch.full((max(steps - first, 0),), math.nan, dtype=torch.float32, device=batches.device)
     with stepping(model.net):
         model.net.train()
     for step in range(first, steps):
-        x0, t, cursor, cond = batches(step)
+        batch = batches(step)
         with stepping(model.net), _seeded((options["seed"] * 1_000_003 + step) % 2**63):
             state.keep_buffers()
-            value = losses.per_sample(model, x0, t, cursor, options["loss"], cond, options.get("probe")).mean()
+            values = objective.per_sample(batch, model)
+            value = objective.mean(values, batch.drawn)
             with losses.differentiating(options["loss"]):
                 taken = state.update(value, rate(step, steps, options), options["grad_clip"])
         if taken:
             recorded[step - first], skipped = value.detach(), 0
+            if objective.learns:
+                objective.observe(batch.drawn, values)
         else:
             skipped += 1
             if skipped == MOST_SKIPPED or (step + 1 == steps and skipped == steps - first):
@@ -303,7 +319,6 @@ def _checked(options: dict[str, Any], steps: Any, checkpoint_every: Any) -> tupl
     """The options as plain numbers, the steps, the interval; or a ConfigError."""
     grad_clip = options["grad_clip"]
     checked = {
-        "loss": choose("loss", options["loss"], losses.LOSSES),
         "batch_size": checks.integer("batch_size", options["batch_size"], 1, 10**7),
         "lr": checks.number("lr", options["lr"], 0, 1e6, above=True),
         "warmup": checks.integer("warmup", options["warmup"], 0, 10**9),

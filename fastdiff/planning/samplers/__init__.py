@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ...errors import choose
+from ...errors import ConfigError, choose
 from ..processes import Process, require_linear
 from .adaptive import Adaptive, AdaptiveSDE
 from .ancestral import DDIM, Ancestral
@@ -70,14 +70,18 @@ def get(sampler: object, process: Process) -> Sampler:
 
 
 def variance_of(sampler: object) -> str | None:
-    """ "learned_range" if a sampler, or a predictor-corrector's predictor, has the network give its variance."""
+    """ "learned" or "learned_range" if a sampler, or a predictor-corrector's predictor, has the network give its variance."""
     if isinstance(sampler, PredictorCorrector):
         return variance_of(sampler.predicting)
-    return "learned_range" if isinstance(sampler, Ancestral) and sampler.variance == "learned_range" else None
+    variance = sampler.variance if isinstance(sampler, Ancestral) else None
+    return variance if variance in ("learned", "learned_range") else None
 
 
 def with_variance(sampler: Sampler, variance: str) -> Sampler:
-    """The sampler with the model's `variance`, where it is ancestral and has none of its own."""
+    """The sampler with the model's `variance`, where it is ancestral and has none; refused where it has another."""
+    own = variance_of(sampler)
+    if own not in (None, variance):
+        raise ConfigError(f"variance={own!r} of the sampler is not what the model learned, {variance!r}: leave it out")
     if isinstance(sampler, PredictorCorrector) and sampler.predicting is not None:
         return replace(sampler, predictor=with_variance(sampler.predicting, variance))
     return (

@@ -19,9 +19,9 @@ class Ancestral(Sampler):
 
         x_s = (x_t + σ²_{t|s} score)/α_{t|s} + c z
 
-    variance  c²: "posterior" β̃ = σ²_{t|s} σ_s²/σ_t², "beta" σ²_{t|s}, or "learned_range" between them by a network with
-              twice the channels (Nichol & Dhariwal 2021, eq. 15), whose lower bound at σ_s = 0 is that of the step before;
-              None: the model's own, else "posterior"
+    variance  c²: "posterior" β̃ = σ²_{t|s} σ_s²/σ_t², "beta" σ²_{t|s}, or by a network with twice the channels "learned", or
+              "learned_range" between the two (Nichol & Dhariwal 2021, eq. 15), whose lower bound at σ_s = 0 is that of the
+              step before; None: the model's own, else "posterior"
     """
 
     variance: str | None = None
@@ -30,16 +30,23 @@ class Ancestral(Sampler):
 
     def __post_init__(self) -> None:
         if self.variance is not None:
-            choose("variance", self.variance, ("posterior", "beta", "learned_range"))
+            choose("variance", self.variance, ("posterior", "beta", "learned", "learned_range"))
 
     def predict(self, process: Process, grid: Grid) -> SolverRows:
         if all(math.isnan(step.posterior) and not math.isnan(step.var) for step in grid.steps):
             raise ConfigError(f"grid='score_sde' has no ancestral sampler for {process.name!r}: use another grid")
+        if self.variance == "learned" and not (process.discrete and all(s.level.t - s.next.t == 1 for s in grid.steps)):
+            raise ConfigError(
+                "variance='learned' is that of a chain's own steps: take all of them, or train with variance='learned_range', "
+                "or give the sampler variance='posterior'"
+            )
         rows: SolverRows = []
         low = -math.inf
         for step in grid.steps:
             c, bounds = 0.0, None
-            if self.variance == "learned_range":
+            if self.variance == "learned":
+                bounds = (-1.0, 1.0)  # between which share (v + 1)/2 is v itself
+            elif self.variance == "learned_range":
                 low = math.log(step.posterior) if step.posterior > 0 else low
                 bounds = (low, math.log(step.var)) if low > -math.inf else None
             else:

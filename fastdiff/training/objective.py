@@ -1,0 +1,119 @@
+"""What a training minimises: a loss, its weight, and the times at which it is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, losses
+from ..data import Data
+from ..errors import CheckpointMismatchError
+from ..execution.loop import Condition
+from ..losses import times as rules
+from ..losses import weights
+from ..model import ScoreModel
+
+
+class Batch(NamedTuple):
+    """Of one step: data in the network's units, the noise's cursor, conditions, the times."""
+
+    x0: Tensor
+    cursor: Tensor
+    cond: Condition
+    drawn: rules.Drawn
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """The loss of a batch. What a weight or a rule learns on the way is in `tensors`."""
+
+    model: ScoreModel
+    loss: str
+    weight: weights.Weight | None
+    times: rules.Times
+    truncation: str
+    probe: str
+    vlb_weight: float
+    levels: losses.Levels | None
+
+    @classmethod
+    def of(
+        cls, model: ScoreModel, data: Data, dequantize: bool, loss: str, weight: Any, times: Any, truncation: str,
+        probe: str | None, vlb_weight: float,
+    ) -> Objective:  # fmt: skip
+        """Checked against the model and the data."""
+        kind = losses.check(model, loss, probe, weight)
+        loss, chosen = losses.pair(loss, weight)
+        rule = rules.get(times, model.process)
+        rules.check(rule, truncation, model.process)
+        levels = None
+        if loss in losses.BOUNDED and data.bins is not None and not dequantize:
+            own = model.standardize is not None
+            levels = losses.levels_of(model, data.range if own else model.data_range, data.bins)  # type: ignore[arg-type]
+        return cls(model, loss, chosen, rule, truncation, kind, checks.number("vlb_weight", vlb_weight, 0), levels)
+
+    def options(self) -> dict[str, Any]:
+        """What says which run this is, as a checkpoint stores it."""
+        options: dict[str, Any] = {
+            "loss": self.loss,
+            "weight": None if self.weight is None else self.weight.config(),
+            "times": self.times.config(),
+            "truncation": self.truncation,
+        }
+        options |= {"probe": self.probe} if self.loss in losses.SLICED else {}
+        return options | ({"vlb_weight": self.vlb_weight} if self.loss == "hybrid" else {})
+
+    def draw(self, u: Tensor, of_step: float) -> rules.Drawn:
+        """The times of a batch by uniform numbers [B], and one of the step."""
+        return rules.draw(self.times, self.truncation, self.model.process, u, of_step)
+
+    def per_sample(self, batch: Batch, model: ScoreModel | None = None) -> Tensor:
+        """The loss of each sample, [B], without the rule's factor."""
+        return losses.per_sample(
+            model or self.model, batch.x0, batch.drawn.t, batch.cursor, self.loss, batch.cond,
+            self.probe if self.loss in losses.SLICED else None, weight=self.weight, vlb_weight=self.vlb_weight,
+            levels=self.levels,
+        )  # fmt: skip
+
+    @staticmethod
+    def mean(values: Tensor, drawn: rules.Drawn) -> Tensor:
+        """The estimate of the integral over all times by the values [B] at those that were drawn."""
+        return (values if drawn.factor is None else values * drawn.factor).mean()
+
+    @property
+    def learns(self) -> bool:
+        """Whether the weight or the rule depends on the losses so far."""
+        return isinstance(self.weight, weights.Learned) or isinstance(self.times, rules.SecondMoment)
+
+    def observe(self, drawn: rules.Drawn, values: Tensor) -> None:
+        """Learn from the losses [B] of a step that was taken."""
+        values = values.detach()
+        if isinstance(self.times, rules.SecondMoment):
+            self.times.observe(drawn.v, values)
+        if isinstance(self.weight, weights.Learned):
+            u = self.weight.uncertainty(self.model.process, drawn.t)
+            self.weight.observe(self.model.process, drawn.t, (values.double() - u) * u.exp())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it learned."""
+        learned: dict[str, Tensor] = {}
+        if isinstance(self.weight, weights.Learned):
+            learned["u"] = self.weight.u
+        if isinstance(self.times, rules.SecondMoment):
+            learned |= {"squares": self.times.squares, "seen": self.times.seen}
+        return learned
+
+    def load(self, tensors: dict[str, Tensor], name: str) -> None:
+        """Go on with what was learned before; CheckpointMismatchError, and nothing changed, unless it fits."""
+        own = self.tensors()
+        if own.keys() != tensors.keys() or any(
+            own[k].shape != tensors[k].shape or not bool(torch.isfinite(tensors[k]).all()) for k in own
+        ):
+            raise CheckpointMismatchError(
+                f"{name} lacks what the loss had learned, or has another's: choose another directory, or give resume=False"
+            )
+        for key, value in own.items():
+            value.copy_(tensors[key])
