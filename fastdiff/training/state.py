@@ -22,7 +22,7 @@ from . import checkpoint as files
 # What may differ from one call to the next of a run; all else says which run it is.
 MAY_CHANGE = ("batch_size", "lr", "warmup", "decay", "grad_clip", "ema", "steps", "ema_rule", "warmup_start")
 # Options that files of earlier versions do not have, as they were then.
-LATER = {"ema_rule": "diffusers", "warmup_start": 1}
+LATER = {"ema_rule": "diffusers", "warmup_start": 1, "cond_dropout": 0.0}
 EMA_RULES = ("diffusers", "score_sde", "constant")
 
 
