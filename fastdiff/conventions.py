@@ -16,7 +16,7 @@ from . import checks
 from .data import Data, load_data
 from .errors import ConfigError, DataError, ShapeError, names_keywords, short, warn
 from .execution import ops
-from .execution.calls import answer, device_of, dtype_of, like, picked
+from .execution.calls import answer, device_of, dtype_of, like, moved, picked
 from .execution.loop import Condition
 from .execution.modes import evaluating, leaves_no_trace
 from .execution.noise import PERTURBATION, permutation
@@ -148,7 +148,7 @@ def check(
                  for one without data_range
     num_samples  how many of the data, 2 or more; default enough for 8192 numbers, at least 16
     seed         of their choice and of the noise
-    cond         for all of the data, where the network takes one; default the data's labels
+    cond         for all of the data, where the network takes one; default the data's labels and conditions
     batch_size   samples in one network call, default chosen by size
 
     Asks the network some 100 times where what was said fits, else some 500 times.
@@ -232,8 +232,10 @@ class _Denoising:
         # drawn, as neighbours may be alike, and every second sample of one class
         order = permutation(len(data), seed=seed, draw=0)
         self.index, self.some = order[:count], order[: max(count, MOMENTS)]
-        if cond is None and data.labels is not None and model.takes.labels is not None and model.takes.classes != 0:
-            cond = data.labels
+        if cond is None:
+            taken = model.takes
+            labels = None if taken.labels is None or taken.classes == 0 else data.labels
+            cond = taken.joined(labels, data.cond if model.cond_shape else None)
         for value in cond.values() if isinstance(cond, dict) else (() if cond is None else (cond,)):
             if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != len(data):
                 raise ShapeError(
@@ -242,10 +244,7 @@ class _Denoising:
                 )
         self.cond = model.condition(picked(cond, self.index), count, looks=True)
         self.device, self.dtype = device_of(None, None, model.net), dtype_of(model.net, torch.float32)
-        if isinstance(self.cond, dict):
-            self.cond = {key: value.to(self.device) for key, value in self.cond.items()}
-        elif self.cond is not None:
-            self.cond = self.cond.to(self.device)
+        self.cond = moved(self.cond, self.device)
         self.found: dict[Convention, float] = {}
         self.failure: Exception | None = None  # of what was said, if the network raised
         self._asked: dict[Convention, dict[str, tuple[list[float], list[float]]]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import checks
 from .errors import ConfigError, ShapeError, choose, names_keywords, short
 from .execution import conditions, modules, tensor_checks
-from .execution.calls import answer, like
+from .execution.calls import answer, dtype_of, like
 from .execution.loop import Condition
 from .planning import chains, predictions, processes
 from .planning.processes import Pair
@@ -43,9 +43,18 @@ class ScoreModel(nn.Module):
                  and likelihoods are in the data's units all the same; latents, x_init, calls of the model and losses in the
                  network's. `train` sets it, and data_range, from data that are vectors, unless the model has either
 
+    cond_shape   it was trained with conditions of this shape, floats [B, *cond_shape] which every call must then give, or, (),
+                 without any; default the network's own `cond_shape`, where it has one. `train` sets it
+    standardize_cond  (mean, std), each a number or one for each entry of cond_shape's first axis (the numbers of a vector, the
+                 channels of a field): the network sees (cond − mean)/std. `train` sets it from the data. Conditions are in the
+                 data's units in every call and run
+    cond_dropout  the share of its training's samples whose labels and conditions were left out; `train` sets it. Above 0 a label
+                 `null_label` and a condition of NaN mean "none", for samples of the unconditional model
+
     cond, of a call or a run, an entry for each sample: a tensor is the network's third argument, or goes by keyword where its
-    forward has a condition's name (y, class_labels, labels, cond, context, …) at another place; a dict of tensors goes as
-    keywords, or, where the forward has none of its keys, as it is, the third argument. Else it is a ConfigError before any call.
+    forward has a condition's name (y, class_labels, labels, cond, context, …) at another place, class numbers to a label's name
+    and other tensors to another; a dict of tensors goes as keywords, or, where the forward has none of its keys, as it is, the
+    third argument. Else it is a ConfigError before any call.
     """
 
     fits_times: ClassVar[bool] = True  # whether a new network of fastdiff's takes the scale of this model's times
@@ -62,6 +71,9 @@ class ScoreModel(nn.Module):
         variance: str | None = None,
         num_classes: int | None = None,
         standardize: tuple[Any, Any] | None = None,
+        cond_shape: Sequence[int] | None = None,
+        standardize_cond: tuple[Any, Any] | None = None,
+        cond_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if not callable(net):
@@ -83,19 +95,37 @@ class ScoreModel(nn.Module):
         self.standardize: tuple[Array, Array] | None
         self.variance: str | None
         self.num_classes: int | None
+        self.cond_shape: tuple[int, ...] | None
+        self.standardize_cond: tuple[Array, Array] | None
+        self.cond_dropout: float
         self._taken: tuple[Any, conditions.Takes]
         taken = conditions.takes(net)
         if num_classes is None and taken.labels is not None:
             num_classes = taken.classes or None
+        if cond_shape is None:
+            cond_shape = taken.shape or None
         vars(self).update(  # past nn.Module's setattr, which is for tensors and modules and takes its time
             process=process, prediction=prediction, time_input=time_input, data_shape=tensor_checks.shape_of(data_shape),
             data_range=(-1.0, 1.0) if data_range is None else checks.pair("data_range", data_range),
             range_given=data_range is not None,
             variance=None if variance is None else choose("variance", variance, LEARNED),
             num_classes=None if num_classes is None else checks.integer("num_classes", num_classes, 0, 2**31 - 1),
+            cond_shape=None if cond_shape is None else _shape_of_conditions(cond_shape),
+            cond_dropout=checks.number("cond_dropout", cond_dropout, 0, 1, below=True),
             _taken=(net, taken),
         )  # fmt: skip
-        vars(self)["standardize"] = None if standardize is None else _moments(standardize, self.data_shape)
+        vars(self)["standardize"] = (
+            None if standardize is None else _moments("standardize", standardize, self.data_shape)
+        )
+        if standardize_cond is not None and not self.cond_shape:
+            raise ConfigError(
+                f"standardize_cond={short(standardize_cond, 40)} needs a model with conditions: give cond_shape= too"
+            )
+        vars(self)["standardize_cond"] = (
+            None
+            if standardize_cond is None
+            else _moments("standardize_cond", standardize_cond, (self.cond_shape or ())[:1])
+        )
         if self.fits_times and callable(fit_times):
             fit_times(predictions.time_steps(self.time_input, process))
 
@@ -191,21 +221,42 @@ class ScoreModel(nn.Module):
         looks  at the values of labels also where that would stall a device
         """
         taken = self.takes
-        if cond is None and not taken.needs and not self.num_classes:
+        if cond is None and not taken.needs and not self.num_classes and not self.cond_shape:
             return None
-        given = conditions.arranged(taken, cond)
-        if self.num_classes == 0 and given is not None:
-            raise ConfigError(
-                "cond must be None, as the model was trained without labels: leave cond out, or train it with labelled data"
-            )
+        given, by_name, null = conditions.arranged(taken, cond), isinstance(cond, dict), self.null_label
+        if given is not None and (self.num_classes == 0 or self.cond_shape == ()):
+            conditions.check_untrained(taken, given, self.num_classes, self.cond_shape)
         if self.num_classes:
-            conditions.check_labels(taken, given, count, self.num_classes, looks, isinstance(cond, dict))
-        return given
+            labels = conditions.check_labels(taken, given, count, self.num_classes, null, looks, by_name)
+        if not self.cond_shape:
+            return given
+        dropped = self.cond_dropout > 0
+        value = conditions.check_vectors(taken, given, count, self.cond_shape, dropped, looks, by_name)
+        if self.num_classes and null is not None:
+            conditions.check_together(labels, value, null, looks)
+        value = self._standardized_condition(value)
+        return type(given)({**given, str(taken.tensor): value}) if isinstance(given, dict) else value
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means none, of a model that was trained with labels and without (`cond_dropout`), else None."""
+        return (self.takes.classes or self.num_classes) if self.num_classes and self.cond_dropout else None
+
+    def _standardized_condition(self, cond: Tensor) -> Tensor:
+        """cond [B, *cond_shape] in the data's units, in the network's and in its precision: (cond − mean)/std."""
+        dtype = dtype_of(self.net, cond.dtype)
+        if self.standardize_cond is None:
+            return cond.to(dtype)
+        per_channel = (-1, *[1] * (cond.ndim - 2))
+        mean, std = (torch.from_numpy(values).to(cond.device).view(per_channel) for values in self.standardize_cond)
+        return ((cond.double() - mean) / std).to(dtype)
 
     def __repr__(self) -> str:
         net = modules.inner(self.net)
         extra = "" if self.variance is None else f", variance={self.variance!r}"
         extra += f", num_classes={self.num_classes}" if self.num_classes else ""
+        extra += f", cond_shape={self.cond_shape}" if self.cond_shape else ""
+        extra += f", cond_dropout={self.cond_dropout:g}" if self.cond_dropout else ""
         extra += "" if self.standardize is None else ", standardized"
         return (
             f"{type(self).__name__.lstrip('_')}({getattr(net, '__name__', type(net).__name__)}, {short(self.process, 90)}, "
@@ -224,16 +275,22 @@ class _Described(ScoreModel):
     fits_times = False
 
 
-def _moments(standardize: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """(mean, std) as float64 arrays of a sample's shape."""
+def _shape_of_conditions(cond_shape: Any) -> tuple[int, ...]:
+    if isinstance(cond_shape, str) or not isinstance(cond_shape, Iterable):
+        raise ConfigError(f"cond_shape must be the shape of one condition, such as (3,), got {short(cond_shape)}")
+    return tuple(checks.integer("cond_shape", n, 1, 2**31 - 1) for n in cond_shape)
+
+
+def _moments(name: str, standardize: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """(mean, std) as float64 arrays of this shape."""
     try:
         mean, std = (np.array(np.broadcast_to(np.asarray(v, np.float64), shape)) for v in standardize)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"standardize must be (mean, std), each a number or one for each of {shape}, got {standardize!r:.60}"
+            f"{name} must be (mean, std), each a number or one for each of {shape}, got {standardize!r:.60}"
         ) from error
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
-        raise ConfigError(f"standardize must be finite numbers (mean, std) with std > 0, got {standardize!r:.60}")
+        raise ConfigError(f"{name} must be finite numbers (mean, std) with std > 0, got {standardize!r:.60}")
     return mean, std
 
 

@@ -64,7 +64,8 @@ class Request:
         if self.x_init is not None:
             tensor_checks.check_tensor(self.start_name, self.x_init, self.shape, self.device, self.finite)
             object.__setattr__(self, "x_init", tensor_checks.resolved(self.x_init))
-        tensor_checks.check_condition(self.cond, self.count, self.device, self.finite)
+        finite = self.finite and not self.model.cond_shape  # of which the model looks for itself: NaN may mean "none"
+        tensor_checks.check_condition(self.cond, self.count, self.device, finite)
         cond = self.model.condition(tensor_checks.resolved(self.cond), self.count, looks=True)
         object.__setattr__(self, "cond", cond)
 

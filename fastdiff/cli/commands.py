@@ -127,14 +127,14 @@ def _sample(a: argparse.Namespace) -> None:
     import numpy as np
 
     from .. import files
-    from ..execution.calls import device_of
+    from ..execution.calls import device_of, moved
     from ..sampling import sample
 
     model = _model(a)
     cond = None if a.cond is None else _array(a.cond, model)
     count = a.num_samples if a.num_samples is not None else 16 if cond is None else len(cond)
-    if a.labels is not None or model.num_classes:
-        cond = _labels(a, model, count)
+    labels = _labels(a, model, count) if a.labels is not None or model.num_classes else None
+    cond = model.takes.joined(labels, cond)
     out = _writable("--out", a.out, (".npy", ".png"))
     if out.suffix == ".png":
         from . import pictures
@@ -143,7 +143,7 @@ def _sample(a: argparse.Namespace) -> None:
     x, info = sample(
         model, a.sde, a.steps, sampler=a.sampler, num_samples=count, seed=a.seed, first_sample=a.first_sample,
         batch_size=a.batch_size, grid=a.grid, clip=_clip(a.clip), t_min=a.t_min,
-        cond=None if cond is None else cond.to(device_of(None, None, model.net)), return_info=True,
+        cond=moved(cond, device_of(None, None, model.net)), return_info=True,
     )  # fmt: skip
     if out.suffix == ".npy":
         with files.replacing(out) as handle:
@@ -166,13 +166,13 @@ def _train(a: argparse.Namespace) -> int:
     from ..model import ScoreModel
     from ..networks import build
     from ..planning import processes
-    from ..training import Data, train
+    from ..training import train
 
     device = tensor_checks.device_of(a.device)
     with warnings.catch_warnings():  # a guess of what the axes are is no way to begin a training
         warnings.filterwarnings("error", message=r"source \[.* is taken as", category=UserWarning)
         try:
-            data = _data(a, labels=a.labels)
+            data = _data(a, labels=a.labels, cond=a.cond)
         except UserWarning as warning:
             raise ConfigError(str(warning)) from None
     network = a.network or ("mlp" if len(data.shape) == 1 else "unet")
@@ -185,7 +185,9 @@ def _train(a: argparse.Namespace) -> int:
         options["num_classes"] = data.num_classes
     elif data.labels is not None:
         print(f"fastdiff train: the labels of {a.data} are not used: --classes conditions on them", file=sys.stderr)
-        data = Data(data.x, range=data.range, bins=data.bins)
+        data = replace(data, labels=None, num_classes=None, class_names=())
+    if data.cond is not None:
+        options["cond_shape"] = list(data.cond.shape[1:])
     if a.variance is not None:
         options["out_channels"] = 2 * data.shape[0]
     with torch.random.fork_rng(devices=[]):  # the first weights are of the seed too
@@ -202,7 +204,8 @@ def _train(a: argparse.Namespace) -> int:
         done = train(
             model, data, steps=a.steps, loss=loss, weight=a.weight, times=a.times, truncation=a.truncation,
             vlb_weight=a.vlb_weight, batch_size=a.batch_size, lr=a.lr, ema=a.ema, seed=a.seed,
-            dequantize=a.dequantize, checkpoint=a.out, resume=not a.fresh, callback=_said(a.steps), stop=lambda: received,
+            dequantize=a.dequantize, cond_dropout=a.cond_dropout, checkpoint=a.out, resume=not a.fresh,
+            callback=_said(a.steps), stop=lambda: received,
         )  # fmt: skip
     print(f"{data!r}: step {done.steps} after {done.seconds:.0f} s; fastdiff.load({a.out!r}) gives the model")
     if not received:
@@ -298,9 +301,10 @@ def _likelihood(a: argparse.Namespace) -> None:
     model, data = _model(a), _data(a)
     if a.labels is not None:
         data = replace(data, labels=_labels(a, model, len(data)), num_classes=None, class_names=())
+    data, cond = _with_cond(a, model, data)
     report = likelihood_report.likelihood(
         model, data, a.num_samples, first_sample=a.first_sample, seed=a.seed, trace=a.trace, probes=a.probes, rtol=a.rtol,
-        atol=a.atol, t_min=a.t_min, batch_size=a.batch_size, cond=None if a.cond is None else _array(a.cond, model),
+        atol=a.atol, t_min=a.t_min, batch_size=a.batch_size, cond=cond,
     )  # fmt: skip
     if out is not None:
         report.save(out)
@@ -310,14 +314,14 @@ def _likelihood(a: argparse.Namespace) -> None:
 def _check(a: argparse.Namespace) -> int:
     from ..conventions import check
 
-    model, data = _model(a), _data(a)
+    model = _model(a)
+    data, cond = _with_cond(a, model, _data(a))
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="likelier than what was said|nothing that was tried"
         )  # the report says it
         found = check(
-            model, data, num_samples=a.num_samples, seed=a.seed,
-            cond=None if a.cond is None else _array(a.cond, model), batch_size=a.batch_size,
+            model, data, num_samples=a.num_samples, seed=a.seed, cond=cond, batch_size=a.batch_size,
         )  # fmt: skip
     print(f"{model!r}\n{data!r}\n{found}")
     return 0 if found.fits else 1
@@ -381,14 +385,24 @@ def _labels(a: argparse.Namespace, model: ScoreModel, count: int) -> Tensor:
         raise ConfigError(
             "--labels needs a model that was trained with labels (fastdiff train --classes): leave it out"
         )
-    top = model.num_classes - 1
+    top, none = model.num_classes - 1, model.null_label
     allowed = f"from 0 to {top}, which the model was trained with: {top} for all, or 0,{top} in turn"
-    if a.labels is None or a.cond is not None:
+    allowed += "" if none is None else f"; {none} is no label"
+    if a.labels is None or (a.cond is not None and not model.cond_shape):
         raise ConfigError(f"--labels, and not --cond, must say the labels {allowed}")
     words = [word.strip() for word in a.labels.split(",")]
-    if not all(word.isascii() and word.isdecimal() and int(word[:9]) < model.num_classes for word in words):
+    whole = all(word.isascii() and word.isdecimal() for word in words)
+    if not whole or not all(int(word[:9]) < model.num_classes or int(word[:9]) == none for word in words):
         raise ConfigError(f"--labels must be whole numbers {allowed}, got {a.labels!r:.40}")
     return torch.tensor([int(words[i % len(words)]) for i in range(count)])
+
+
+def _with_cond(a: argparse.Namespace, model: ScoreModel, data: Data) -> tuple[Data, Tensor | None]:
+    """--cond of the data: in them, where the model says what it was trained with, else as it is."""
+    cond = None if a.cond is None else _array(a.cond, model)
+    if cond is None or not model.cond_shape:
+        return data, cond
+    return replace(data, cond=cond), None
 
 
 def _clip(value: str | None) -> Any:
@@ -405,7 +419,7 @@ def _clip(value: str | None) -> Any:
 
 
 def _array(value: str, model: ScoreModel) -> Tensor:
-    """The array of --cond as a tensor, floats in the network's precision."""
+    """The array of --cond as a tensor; floats in the network's precision, unless the model sees to that."""
     import torch
 
     from .. import files
@@ -413,7 +427,9 @@ def _array(value: str, model: ScoreModel) -> Tensor:
     from ..execution.calls import dtype_of
 
     array = torch.from_numpy(read_array(files.path("--cond", value)))
-    return array.to(dtype_of(model.net, torch.float32)) if array.is_floating_point() else array
+    if model.cond_shape or not array.is_floating_point():
+        return array
+    return array.to(dtype_of(model.net, torch.float32))
 
 
 def _writable(option: str, value: str, suffixes: tuple[str, ...]) -> Path:
@@ -502,6 +518,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("data", help=data)
     sub.add_argument("--out", required=True, help="checkpoint directory; an unfinished run there is resumed")
     sub.add_argument("--labels", help="a .npy or IDX file of class numbers 0 … (default: the data's own)")
+    sub.add_argument(
+        "--cond", help="a .npy array of conditions, vectors or fields, an entry for each sample (default: the data's)"
+    )
     sub.add_argument("--sde", default="vp", help="the process: ve, vp (default), subvp, ou, edm, ddpm or ncsn")
     sub.add_argument("--steps", type=int, required=True, help="step at which the training ends, 1 to 1000000000")
     sub.add_argument("--network", choices=["unet", "mlp"], help="default: unet for images and signals, mlp for vectors")
@@ -527,6 +546,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, 0 to 1 (default: 0.999)")
     sub.add_argument("--seed", type=int, default=0, help="of the first weights and of all random numbers (default: 0)")
     sub.add_argument("--classes", action="store_true", help="condition on the data's labels")
+    sub.add_argument(
+        "--cond-dropout",
+        type=float,
+        default=0.0,
+        help="share of samples trained without labels and conditions (default: 0)",
+    )
     sub.add_argument("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
     sub.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import checks, files
 from ..errors import ConfigError, DataError, ShapeError
-from ..execution.calls import device_of
+from ..execution.calls import device_of, moved, picked
+from ..execution.loop import Condition
 from ..likelihood import LogLikelihood, bits_per_dim, log_likelihood
 from ..model import ScoreModel
 from ..training import Data
@@ -58,11 +59,11 @@ class Likelihood:
 
 def likelihood(
     model: ScoreModel, data: Data, num_samples: int, *, first_sample: int, seed: int, trace: str, probes: int,
-    cond: Tensor | None = None, **options: Any,
+    cond: Condition = None, **options: Any,
 ) -> Likelihood:  # fmt: skip
     """log p of at most `num_samples` of the data, from index `first_sample` on; the noise of sample i is that of (seed, i).
 
-    cond  an entry for each of the data; default the labels, for a model that was trained with them
+    cond  an entry for each of the data; default the labels and conditions, for a model that was trained with them
     """
     began = time.perf_counter()
     if data.shape != model.data_shape:
@@ -73,14 +74,15 @@ def likelihood(
     first = checks.integer("first_sample", first_sample, 0, len(data) - 1)
     indices = range(first, first + min(checks.integer("num_samples", num_samples, 1, 2**32 - 1), len(data) - first))
     x, units = _in_model_units(data, model, indices, checks.integer("seed", seed, 0, 2**64 - 1))
-    if cond is None:
-        cond = _labels(data, model)
-    if cond is not None and (cond.ndim == 0 or len(cond) != len(data)):
-        raise ShapeError(
-            f"--cond must have {len(data)} entries, one for each of the data, got shape {tuple(cond.shape)}"
-        )
     device = device_of(None, None, model.net)
-    cond = None if cond is None else cond[indices.start : indices.stop].to(device)
+    if cond is None:
+        cond = model.takes.joined(_labels(data, model), data.cond if model.cond_shape else None)
+    for value in cond.values() if isinstance(cond, dict) else () if cond is None else (cond,):
+        if value.ndim == 0 or len(value) != len(data):
+            raise ShapeError(
+                f"--cond must have {len(data)} entries, one for each of the data, got shape {tuple(value.shape)}"
+            )
+    cond = moved(picked(cond, slice(indices.start, indices.stop)), device)
     result = log_likelihood(
         model, x.to(device), trace=trace, probes=probes, cond=cond, seed=seed, first_sample=first, **options
     )

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Data:
-    """N samples in memory: `x` [N, *shape] in its raw dtype, with the range, levels and labels of its values.
+    """N samples in memory: `x` [N, *shape] in its raw dtype, with the range and levels of its values, labels and conditions.
 
     x: dense CPU tensor, uint8, float32 or float64, finite, at least one axis after N. Shares memory with the caller's
         tensor where that is contiguous; never written to.
@@ -44,6 +44,8 @@ class Data:
         Default for uint8 one level per integer, for floats None.
     num_classes: default the largest label + 1; `split` passes it on to both parts.
     class_names: one name per class, or empty.
+    cond: None, or a condition of each sample, [N, *cond_shape] with at least one axis after N: a tensor or array of float32 or
+        float64, finite, in units of its own. Vectors or fields; class numbers are `labels`, and there may be both.
 
     Errors: DataError (empty, not finite, out of range, between levels, a label out of range), ShapeError, DTypeError,
     DeviceError, ConfigError (`range`, `bins`, `num_classes`).
@@ -55,6 +57,7 @@ class Data:
     bins: int | None = None
     num_classes: int | None = None
     class_names: tuple[str, ...] = ()
+    cond: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         check_dense("x", self.x)
@@ -72,6 +75,8 @@ class Data:
         if self.labels is not None:
             self._set("labels", _checked_labels(self.labels, len(self)))
         self._set("num_classes", self._checked_classes())
+        if self.cond is not None:
+            self._set("cond", _checked_conditions(self.cond, len(self)))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -80,7 +85,7 @@ class Data:
     def _extremes(self) -> tuple[float, float]:
         lo, hi = (end.item() for end in self.x.aminmax())
         if not (math.isfinite(lo) and math.isfinite(hi)):  # aminmax propagates NaN
-            _check_finite(self.x)
+            _check_finite("x", self.x)
         return lo, hi
 
     @property
@@ -174,21 +179,26 @@ class Data:
         return tuple(self.x.shape[1:])
 
     def explain(self) -> str:
-        """One line: how many samples, their shape and dtype, the range and where it comes from, levels, classes."""
+        """One line: how many samples, their shape and dtype, the range and where it comes from, levels, classes, conditions."""
         lo, hi = self.range  # type: ignore[misc]
         whence = " (the data's minimum and maximum)" * (self.x.is_floating_point() and self.range == self._extremes)
         levels = "continuous values" if self.bins is None else f"{self.bins} levels"
         classes = "no labels" if self.labels is None else f"{self.num_classes} classes"
+        conditions = "" if self.cond is None else f", conditions of shape {list(self.cond.shape[1:])}"
         return (
             f"{len(self)} samples of shape {list(self.shape)} {_name(self.x.dtype)}, range {lo:g} to {hi:g}{whence}, "
-            f"{levels}, {classes}"
+            f"{levels}, {classes}{conditions}"
         )
 
     def fingerprint(self) -> str:
-        """A checksum of the values, their range and the labels, equal for equal data sets."""
+        """A checksum of the values, their range, the labels and the conditions, equal for equal data sets."""
         text = f"{tuple(self.x.shape)} {self.x.dtype} {self.range} {self.bins}"
         crc = zlib.crc32(self.x.contiguous().numpy().tobytes(), zlib.crc32(text.encode()))
-        return f"{crc if self.labels is None else zlib.crc32(self.labels.numpy().tobytes(), crc):08x}"
+        crc = crc if self.labels is None else zlib.crc32(self.labels.numpy().tobytes(), crc)
+        if self.cond is not None:
+            crc = zlib.crc32(f"cond {tuple(self.cond.shape)} {self.cond.dtype}".encode(), crc)
+            crc = zlib.crc32(self.cond.numpy().tobytes(), crc)
+        return f"{crc:08x}"
 
     def batch(
         self, indices: Sequence[int] | torch.Tensor, data_range: tuple[float, float], noise: torch.Tensor | None = None
@@ -258,7 +268,7 @@ class Data:
         check_samples("x", x)
         if tuple(x.shape[1:]) != self.shape or x.ndim == 0:
             raise ShapeError(f"x must have shape [B, {str(list(self.shape))[1:-1]}], got {list(x.shape)}")
-        _check_finite(x)
+        _check_finite("x", x)
         x, (lo, hi) = x.detach(), self._ends
         if self.bins is None:
             return _linear(x.clamp(a, b), (a, b), (lo, hi)).clamp(lo, hi).to(self.x.dtype)
@@ -269,7 +279,7 @@ class Data:
     def split(self, fraction: float, seed: int = 0) -> tuple[Data, Data]:
         """Two shuffled parts, the first with round(fraction · N) samples, both with the range, bins and classes of all.
 
-        The order comes from numpy's PCG64(seed) alone: no global generator is read or advanced. Both parts are
+        Labels and conditions stay with their samples. The order comes from numpy's PCG64(seed) alone: no global generator is read or advanced. Both parts are
         copies. Errors: ConfigError, or DataError where a part would be empty.
         """
         fraction = checks.number("fraction", fraction, 0, 1, above=True, below=True)
@@ -284,7 +294,8 @@ class Data:
         return self._part(order[:cut]), self._part(order[cut:])
 
     def _part(self, indices: torch.Tensor) -> Data:
-        return replace(self, x=self.x[indices], labels=None if self.labels is None else self.labels[indices])
+        labels, cond = (None if beside is None else beside[indices] for beside in (self.labels, self.cond))
+        return replace(self, x=self.x[indices], labels=labels, cond=cond)
 
 
 def _linear(x: torch.Tensor, source: tuple[float, float], target: tuple[float, float]) -> torch.Tensor:
@@ -343,6 +354,33 @@ def _checked_labels(labels: Any, count: int) -> torch.Tensor:
     return checked
 
 
+def _checked_conditions(cond: Any, count: int) -> torch.Tensor:
+    if isinstance(cond, np.ndarray):
+        kind = cond.dtype.name
+        cond = (
+            torch.from_numpy(np.array(cond, cond.dtype.newbyteorder("="))) if kind in ("float32", "float64") else cond
+        )
+    elif isinstance(cond, torch.Tensor):
+        check_dense("cond", cond)
+        check_device("cond", cond, CPU)
+        kind = _name(cond.dtype)
+    else:
+        raise DTypeError(f"cond must be a tensor or an array, got {type(cond).__name__}: use numpy.asarray")
+    if kind not in ("float32", "float64"):
+        raise DTypeError(
+            f"cond must be float32 or float64, got {kind}: convert it to float32, or give class numbers as labels="
+        )
+    if cond.ndim < 2 or cond.numel() == 0:
+        raise ShapeError(
+            f"cond must have shape [N, *cond_shape] with at least one axis after N, got {list(cond.shape)}: "
+            "use cond[:, None]"
+        )
+    if len(cond) != count:
+        raise DataError(f"cond must have length {count}, one per sample, got {len(cond)}")
+    _check_finite("cond", cond)
+    return cond.detach().as_subclass(torch.Tensor).contiguous()
+
+
 def _checked_indices(indices: Any, count: int) -> torch.Tensor:
     checked = _integers("indices", indices)
     outside = (checked < 0) | (checked >= count)
@@ -351,11 +389,11 @@ def _checked_indices(indices: Any, count: int) -> torch.Tensor:
     return checked
 
 
-def _check_finite(x: torch.Tensor) -> None:
+def _check_finite(argument: str, x: torch.Tensor) -> None:
     finite = x.isfinite()
     if not finite.all():
         index = _first(~finite)
-        raise DataError(f"x must be finite, got {x[index].item()} at index {list(index)}: drop that sample")
+        raise DataError(f"{argument} must be finite, got {x[index].item()} at index {list(index)}: drop that sample")
 
 
 def _first(mask: torch.Tensor) -> tuple[int, ...]:

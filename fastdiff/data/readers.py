@@ -45,8 +45,10 @@ def load_data(
     bins: int | None = None,
     channels: int | str | None = None,
     size: tuple[int, int] | None = None,
+    cond: Any = None,
 ) -> Data:
-    """A `Data` from an array or a file; `labels` (or a .npy or IDX file of them), `range`, `bins` replace the source's.
+    """A `Data` from an array or a file; `labels` (or a .npy or IDX file of them), `range`, `bins` and `cond` (a condition of each
+    sample, or a .npy file of them) replace the source's.
 
     source:
     - a tensor or numpy array [N, *shape]: uint8, float32 or float64. Its shape is left as it is. Read-only,
@@ -55,7 +57,7 @@ def load_data(
     - "digits": scikit-learn's 1797 digits [1, 8, 8], 17 levels 0 … 16, 10 classes (for a folder of that name give
       Path("digits"));
     - a .npy file, or a .npz: its array "x", "images", "data" or "x_train", else the only one with two axes or more;
-      labels from "y", "labels" or "y_train"; a warning names the arrays that are left out;
+      labels from "y", "labels" or "y_train", conditions from "cond"; a warning names the arrays that are left out;
     - an IDX file (MNIST's format), plain or gzipped: [N, H, W] becomes [N, 1, H, W]; int8 and int16 become float32,
       int32 float64; the labels-idx1 file beside an images-idx3 file is its labels;
     - a folder of pictures, at any depth and through links, in the order of their paths; other files and names that begin
@@ -72,7 +74,7 @@ def load_data(
     Errors: those of `Data`; DataError for a file that is missing, unreadable, truncated or ambiguous; ImportError where
     a source needs a package that is not installed.
     """
-    options = {"labels": labels, "range": range, "bins": bins, "channels": channels, "size": size}
+    options = {"labels": labels, "range": range, "bins": bins, "channels": channels, "size": size, "cond": cond}
     if isinstance(source, Data):
         for name, value in options.items():
             if value is not None:
@@ -80,6 +82,8 @@ def load_data(
         return source
     if isinstance(labels, (str, os.PathLike)):
         labels = _labels(files.path("labels", labels))
+    if isinstance(cond, (str, os.PathLike)):
+        cond = _conditions(files.path("cond", cond))
     raw = _read(source, labels is not None, channels, size)
     return Data(
         raw.x,
@@ -87,6 +91,7 @@ def load_data(
         raw.range if range is None else range,
         raw.bins if bins is None and range is None else bins,
         class_names=raw.class_names if labels is None else (),
+        cond=raw.cond if cond is None else cond,
     )
 
 
@@ -96,6 +101,7 @@ class _Raw(NamedTuple):
     range: tuple[float, float] | None = None
     bins: int | None = None
     class_names: tuple[str, ...] = ()
+    cond: np.ndarray | None = None
 
 
 def _read(source: Any, has_labels: bool, channels: Any, size: Any) -> _Raw:
@@ -127,8 +133,8 @@ def _read(source: Any, has_labels: bool, channels: Any, size: Any) -> _Raw:
             )
         return _digits(channels)
     if path.suffix.lower() in (".npy", ".npz"):
-        array, labels = _numpy_file(path, has_labels)
-        return _Raw(_arranged(_tensor(array), channels), labels)
+        array, labels, cond = _numpy_file(path, has_labels)
+        return _Raw(_arranged(_tensor(array), channels), labels, cond=cond)
     array = _idx_file(path)
     labels = None if has_labels else _idx_labels(path)
     return _Raw(_arranged(_tensor(array), 1 if array.ndim == 3 and channels is None else channels), labels)
@@ -141,6 +147,13 @@ def _labels(path: Path) -> np.ndarray:
             f"labels must be class numbers, or a .npy or IDX file of them, got {files.shown(path)}: no such file"
         )
     return _numpy_file(path, True)[0] if path.suffix.lower() == ".npy" else _idx_file(path)
+
+
+def _conditions(path: Path) -> np.ndarray:
+    """The conditions [N, *cond_shape] in a .npy file."""
+    if not os.path.isfile(path):
+        raise DataError(f"cond must be an array or a .npy file of one, got {files.shown(path)}: no such file")
+    return read_array(path)
 
 
 def _one_of(value: Any, valid: tuple[Any, ...]) -> bool:
@@ -204,12 +217,13 @@ def _opened(path: Path, what: str) -> Iterator[IO[bytes]]:
         raise DataError(f"source {files.shown(path.name)} cannot be read{what}: {files.reason(error)}") from error
 
 
-def _numpy_file(path: Path, has_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _numpy_file(path: Path, has_labels: bool) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """The array of a .npy or .npz file, and its labels and conditions."""
     with _opened(path, " as a numpy file without pickle") as stream:
         start = stream.read(4)
         stream.seek(0)
         if start[:2] != b"PK":
-            return _npy(stream, os.fstat(stream.fileno()).st_size), None
+            return _npy(stream, os.fstat(stream.fileno()).st_size), None, None
         with zipfile.ZipFile(stream) as archive:
             return _members(path, archive, has_labels)
 
@@ -258,7 +272,9 @@ def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         return _npy(stream, info.file_size)
 
 
-def _members(path: Path, archive: zipfile.ZipFile, has_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _members(
+    path: Path, archive: zipfile.ZipFile, has_labels: bool
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     infos = archive.infolist()
     names = [info.filename.removesuffix(".npy") for info in infos if info.filename.endswith(".npy")]
     if len(set(names)) != len(names):
@@ -272,6 +288,7 @@ def _members(path: Path, archive: zipfile.ZipFile, has_labels: bool) -> tuple[np
             axes[each] = len(_npy_header(stream)[0])
     if name is None:
         arrays = [each for each in names if axes[each] >= 2]
+        arrays = [each for each in arrays if each != "cond"] or arrays
         if len(arrays) != 1:
             listed = ", ".join(names) or "nothing"
             raise DataError(
@@ -281,16 +298,17 @@ def _members(path: Path, archive: zipfile.ZipFile, has_labels: bool) -> tuple[np
         name = arrays[0]
     beside = ("y", "labels", "y_train")
     labels = None if has_labels else _the_name(path, names, beside)
-    rest = [
-        each for each in names if each != name and axes[each] >= 1 and each not in (beside if has_labels else (labels,))
-    ]
+    cond = "cond" if "cond" in names and name != "cond" else None
+    taken = [each for each in (name, labels, cond) if each is not None]
+    rest = [each for each in names if axes[each] >= 1 and each not in (*taken, *(beside if has_labels else ()))]
     if rest:
         listed = ", ".join(rest)
-        taken = name if labels is None else f"{name} and {labels}"
         warn(
-            f"source {files.shown(path.name)}: only {taken} is taken, not {listed:.80}: pass labels= or another array itself"
+            f"source {files.shown(path.name)}: only {' and '.join(taken)} is taken, not {listed:.80}: pass labels= or another "
+            "array itself"
         )
-    return _member(archive, name), None if labels is None else _member(archive, labels)
+    beside_it = [None if each is None else _member(archive, each) for each in (labels, cond)]
+    return _member(archive, name), beside_it[0], beside_it[1]
 
 
 def _the_name(path: Path, names: list[str], candidates: tuple[str, ...]) -> str | None:

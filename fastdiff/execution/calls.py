@@ -89,6 +89,13 @@ def picked(cond: Condition, which: slice | Tensor) -> Condition:
     return None if cond is None else cond[which]
 
 
+def moved(cond: Condition, device: torch.device) -> Condition:
+    """A condition on this device."""
+    if isinstance(cond, dict):
+        return type(cond)({key: value.to(device) for key, value in cond.items()})
+    return None if cond is None else cond.to(device)
+
+
 def owned(cond: Condition) -> Condition:
     """A copy of a condition, which a network may change in place; what is expanded stays so, and takes no more memory."""
     if isinstance(cond, dict):

@@ -1,16 +1,18 @@
 """How a condition reaches a network: decided from the signature of its forward, and refused before any call.
 
-A tensor is the third argument, or goes by keyword where the network names its condition at another place; a dict goes as
-keywords, or, where the network takes none of them, as it is, the third argument.
+A tensor is the third argument, or goes by keyword where the network names its condition at another place; class numbers go where it
+names labels, and other tensors where it names any other condition. A dict goes as keywords, or, where the network takes none of them,
+as it is, the third argument.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +44,7 @@ class Takes:
     needs     what has no default
     any_name  whether it takes keywords of any name
     classes   how many classes it says that it has, 0 where it says that it has none, None where it says nothing
+    shape     of the condition that it says it takes, () where it says that it takes none, None where it says nothing
     arguments its signature
     """
 
@@ -50,6 +53,7 @@ class Takes:
     needs: frozenset[str]
     any_name: bool
     classes: int | None
+    shape: tuple[int, ...] | None
     arguments: tuple[inspect.Parameter, ...] | None
 
     @property
@@ -58,15 +62,24 @@ class Takes:
 
     @property
     def tensor(self) -> str | None:
-        """Where a tensor goes: to `third`, or to one of `names`; None where it has no place."""
-        if self.third in CONDITIONS or self.third in self.needs:
+        """Where a tensor that is not of class numbers goes: to `third`, or to one of `names`; None where it has no place."""
+        if self.third in self.needs or (self.third in CONDITIONS and self.third not in LABELS):
             return self.third
-        return next((name for name in CONDITIONS if name in self.names), self.third)
+        other = next((name for name in CONDITIONS if name in self.names), self.third)
+        none_but_labels = other in LABELS or (self.shape == () and bool(self.classes))
+        return self.third if self.third in LABELS and none_but_labels else other
 
     @property
     def labels(self) -> str | None:
         """Where class numbers go; None where they have no place."""
-        return next((name for name in LABELS if name in self.names or name == self.third), self.tensor)
+        other = None if self.shape else self.tensor
+        return next((name for name in LABELS if name in self.names or name == self.third), other)
+
+    def joined(self, labels: Tensor | None, cond: Tensor | None) -> Condition:
+        """Labels and a condition as a call takes them: either alone, or a dict of both."""
+        if labels is None or cond is None:
+            return cond if labels is None else labels
+        return {str(self.labels): labels, str(self.tensor): cond}
 
 
 def takes(net: Any) -> Takes:
@@ -79,7 +92,7 @@ def takes(net: Any) -> Takes:
     is_partial = bool(bound.args or bound.keywords)
     parameters = _parameters(functools.partial(forward, *bound.args, **bound.keywords) if is_partial else forward)
     if parameters is None:
-        return Takes("cond", NONE, NONE, True, _classes(net), None)
+        return Takes("cond", NONE, NONE, True, _classes(net), _shape(net), None)
     ordered = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     further = [*ordered[2:], *(p for p in parameters if p.kind is p.KEYWORD_ONLY)]
     rest = next((p for p in parameters if p.kind is p.VAR_POSITIONAL), None)
@@ -99,6 +112,7 @@ def takes(net: Any) -> Takes:
         frozenset(p.name for p in further if p.default is p.empty),
         any_name,
         _classes(net),
+        _shape(net),
         parameters,
     )
 
@@ -132,6 +146,10 @@ def arranged(taken: Takes, cond: Any) -> Condition:
         raise ConfigError(
             "cond must be None for a network without num_classes, got labels: build it with num_classes=, or leave cond out"
         )
+    if taken.shape == () and given & {*CONDITIONS} - {*LABELS}:
+        raise ConfigError(
+            "cond must hold no condition for a network without cond_shape: build it with cond_shape=, or leave cond out"
+        )
     missing = sorted(taken.needs - given)
     if missing:
         raise MissingConditionError(
@@ -141,22 +159,40 @@ def arranged(taken: Takes, cond: Any) -> Condition:
     return cond or None if type(cond) is dict else cond
 
 
-def check_labels(taken: Takes, cond: Condition, count: int, classes: int, looks: bool, by_name: bool) -> None:
-    """ConfigError, DTypeError, ShapeError or DataError unless a condition that `arranged` made has class numbers, integers
-    [count] from 0 to classes - 1.
+def check_untrained(taken: Takes, cond: Condition, classes: int | None, shape: tuple[int, ...] | None) -> None:
+    """ConfigError where a condition that `arranged` made holds labels, and the model was trained without (`classes` 0), or
+    another condition, and it was trained without (`shape` ())."""
+    if classes == 0 and (shape is None or _entry(taken, cond, taken.labels, LABELS, False)[0] is not None):
+        what = "hold no labels" if shape else "be None"
+        raise ConfigError(
+            f"cond must {what}, as the model was trained without labels: leave cond out, or train it with labelled data"
+        )
+    if shape == () and _entry(taken, cond, taken.tensor, (), False)[0] is not None:
+        what = "hold labels alone" if classes else "be None"
+        raise ConfigError(
+            f"cond must {what}, as the model was trained without conditions: leave them out, or train it with Data(x, cond=)"
+        )
 
+
+def check_labels(
+    taken: Takes, cond: Condition, count: int, classes: int, null: int | None, looks: bool, by_name: bool
+) -> Tensor:
+    """The class numbers of a condition that `arranged` made: integers [count] from 0 to classes - 1, or `null`; else
+    MissingConditionError, DTypeError, ShapeError or DataError.
+
+    null     the label that means none, where the model was trained with it
     looks    at the values also where that would stall a device
     by_name  whether the caller gave them in a dict
     """
-    argument, labels = "cond", cond if taken.labels == taken.third else None
-    if isinstance(cond, dict):
-        key = next((name for name in (taken.labels, *LABELS) if name in cond), None)
-        labels = None if key is None else cond[key]
-        argument = f"cond[{key!r}]" if by_name and key is not None else "cond"
+    labels, argument = _entry(taken, cond, taken.labels, LABELS, by_name)
     rule = f"the labels 0 to {classes - 1} that the model was trained with"
     if labels is None:
-        raise ConfigError(
-            f"cond must hold {rule}, got none: give one for each sample, such as cond=torch.randint({classes}, ({count},))"
+        none = "" if null is None else f", or {null}, which means no label"
+        example = f"cond=torch.randint({classes}, ({count},))"
+        if cond is not None:
+            example = f"cond={{{taken.labels!r}: labels, {taken.tensor!r}: …}}"
+        raise MissingConditionError(
+            f"cond must hold {rule}, got none: give one for each sample, such as {example}{none}"
         )
     if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
@@ -165,12 +201,84 @@ def check_labels(taken: Takes, cond: Condition, count: int, classes: int, looks:
         raise ShapeError(
             f"{argument} must hold {rule}, one for each of {count} samples, got shape {tuple(labels.shape)}"
         )
-    unseen = labels.is_meta or torch_private.functorch_is_active() or torch.compiler.is_compiling()
-    if unseen or not (looks or labels.device.type == "cpu") or not count:
-        return
+    if not _seen(labels, looks):
+        return labels
     low, high = (int(end) for end in labels.aminmax())
-    if low < 0 or high >= classes:
-        raise DataError(f"{argument} must hold {rule}, got {low} to {high}: give those, or train with more")
+    if low >= 0 and high < classes:
+        return labels
+    known = (labels >= 0) & (labels < classes)
+    if null is not None and bool((known | (labels == null)).all()):
+        return labels
+    way = "give those, or train with more"
+    if null is not None:
+        way = f"give those, or {null} for none"
+    elif high == taken.classes:  # the network's own
+        way = f"{high} means no label, which is trained with train(cond_dropout=)"
+    raise DataError(f"{argument} must hold {rule}, got {low} to {high}: {way}")
+
+
+def check_vectors(
+    taken: Takes, cond: Condition, count: int, shape: tuple[int, ...], null: bool, looks: bool, by_name: bool
+) -> Tensor:
+    """The numbers of a condition that `arranged` made: floats [count, *shape], finite, or with `null` also all NaN for a sample,
+    which means none; else MissingConditionError, DTypeError, ShapeError or DataError. Arguments as in `check_labels`."""
+    value, argument = _entry(taken, cond, taken.tensor, (), by_name)
+    rule = f"the conditions [{count}, {', '.join(map(str, shape))}] that the model was trained with"
+    none = ", or NaN for a sample without" if null else ""
+    if value is None:
+        example = "cond=tensor" if cond is None else f"cond={{{taken.labels!r}: labels, {taken.tensor!r}: tensor}}"
+        raise MissingConditionError(f"cond must hold {rule}, got none: give {example}{none}")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise DTypeError(f"{argument} must hold {rule}, floating numbers, got {got}: use .float()")
+    if value.shape != (count, *shape):
+        raise ShapeError(
+            f"{argument} must hold {rule}, got shape {tuple(value.shape)}: one for all is .expand({count}, …)"
+        )
+    if _seen(value, looks) and not math.isfinite(value.detach().sum(dtype=torch.float64)):
+        bad = ~value.isfinite()
+        if null:
+            bad &= ~without(value).view(-1, *[1] * (value.ndim - 1))
+        if len(where := torch.nonzero(bad)):
+            index = tuple(where[0].tolist())
+            way = ""
+            if value[index].isnan():
+                way = ": NaN in all numbers of a sample means none"
+                way += "" if null else ", which is trained with train(cond_dropout=)"
+            raise DataError(f"{argument} must be finite, got {value[index].item()} at index {index}{way}")
+    return value
+
+
+def check_together(labels: Tensor, cond: Tensor, null: int, looks: bool) -> None:
+    """DataError where a sample has a label and no condition, or the other way round: a training leaves out both."""
+    if not (_seen(labels, looks) and _seen(cond, looks)):
+        return
+    apart = (labels == null) != without(cond)
+    if bool(apart.any()):
+        index = int(apart.nonzero()[0])
+        raise DataError(
+            f"cond must leave out both label and condition of a sample, as its training did, or none, got one at index {index}: "
+            f"give label {null} with NaN"
+        )
+
+
+def without(cond: Tensor) -> Tensor:
+    """Which samples of cond [B, *] have no condition, [B]: those whose numbers are all NaN."""
+    return cond.isnan().flatten(1).all(1)
+
+
+def _entry(taken: Takes, cond: Condition, place: str | None, others: Sequence[str], by_name: bool) -> tuple[Any, str]:
+    """What a condition that `arranged` made has at a place, or at one of `others`, and what a message calls it."""
+    if not isinstance(cond, dict):
+        return (cond if place == taken.third else None), "cond"
+    key = next((name for name in (place, *others) if name in cond), None)
+    return (None if key is None else cond[key]), f"cond[{key!r}]" if by_name and key is not None else "cond"
+
+
+def _seen(value: Tensor, looks: bool) -> bool:
+    """Whether a tensor's values are there to be looked at, without stalling a device unless the caller `looks`."""
+    hidden = value.is_meta or torch_private.functorch_is_active() or torch.compiler.is_compiling()
+    return not hidden and (looks or value.device.type == "cpu") and value.numel() > 0
 
 
 def are_labels(cond: Any) -> bool:
@@ -186,6 +294,14 @@ def _classes(net: Any) -> int | None:
     if said is None:
         return 0
     return said if isinstance(said, int) and not isinstance(said, bool) else None
+
+
+def _shape(net: Any) -> tuple[int, ...] | None:
+    """A network's `cond_shape`."""
+    said = getattr(net, "cond_shape", False)
+    if said is None:
+        return ()
+    return tuple(said) if isinstance(said, (tuple, list)) and all(type(n) is int for n in said) else None
 
 
 _known: weakref.WeakKeyDictionary[types.FunctionType, tuple[inspect.Parameter, ...]] = weakref.WeakKeyDictionary()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 # The streams: noise for different purposes, which never share a counter.
-PRIOR, SAMPLER, PERTURBATION, PROBES, AUGMENTATION, DATA_ORDER, TIMES, ACCEPTANCE = range(8)
+PRIOR, SAMPLER, PERTURBATION, PROBES, AUGMENTATION, DATA_ORDER, TIMES, ACCEPTANCE, CONDITIONS = range(9)
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -193,7 +193,8 @@ def vlb(
         steps = checks.integer("steps", 1000 if steps is None else steps, 1, 10**6)
     device = device_of(None, None, model.net)
     clean, levels, given = _data(model, x, bins)
-    cond = model.condition(cond if cond is not None else given, len(clean), looks=True)
+    cond = given if cond is None else cond
+    model.condition(cond, len(clean), looks=True)  # refused before any call
     batch = max(1, PASS // max(math.prod(model.data_shape), 1))
     batch = batch if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
     times = _times(process, steps)
@@ -241,7 +242,8 @@ def _data(model: ScoreModel, x: Any, bins: int | None) -> tuple[Tensor, Levels |
         if x.shape != model.data_shape:
             raise ShapeError(f"x must have the model's data_shape {model.data_shape}, got samples of {x.shape}")
         own = model.standardize is not None
-        data_range, bins, given = x.range if own else model.data_range, x.bins, x.labels if model.num_classes else None
+        data_range, bins = x.range if own else model.data_range, x.bins
+        given = model.takes.joined(x.labels if model.num_classes else None, x.cond if model.cond_shape else None)
         values = x.batch(torch.arange(len(x)), data_range)  # type: ignore[arg-type]
     else:
         tensor_checks.check_samples("x", x)

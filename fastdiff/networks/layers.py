@@ -163,6 +163,24 @@ class Conditioning(nn.Module):
             ) from error
 
 
+class ConditionEmbedding(nn.Module):
+    """`embed(cond)` of conditions [B, *shape], and a learned `null` of its shape for samples without one: those whose numbers
+    are all NaN, and all samples where cond is None ([1, *null])."""
+
+    def __init__(self, embed: nn.Module, null: Sequence[int]) -> None:
+        super().__init__()
+        self.embed = embed
+        self.null = nn.Parameter(torch.zeros(tuple(null)))
+
+    def forward(self, cond: Tensor | None) -> Tensor:
+        if cond is None:
+            return self.null[None]
+        none = cond.isnan().flatten(1).all(1)
+        # no NaN enters a product, whose gradient would be one
+        embedded = self.embed(torch.where(none.view(-1, *[1] * (cond.ndim - 1)), 0, cond))
+        return torch.where(none.view(-1, *[1] * (embedded.ndim - 1)), self.null, embedded)
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """Wu & He 2018: the most groups that divide `channels`, of four channels or more each, at most 32."""
     groups = max(g for g in range(1, max(1, min(channels // 4, 32)) + 1) if channels % g == 0)
@@ -231,10 +249,10 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def check_call(net: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> None:
-    """Refuse arguments of `net(x, t, y)` by type, shape, dtype and device. Reads no values: no synchronisation."""
-    for name, value in (("x", x), ("t", t), ("y", y)):
-        if not isinstance(value, Tensor) and not (name == "y" and value is None):
+def check_call(net: nn.Module, x: Tensor, t: Tensor, y: Tensor | None, cond: Tensor | None) -> None:
+    """Refuse arguments of `net(x, t, y, cond=cond)` by type, shape, dtype and device. Reads no values: no synchronisation."""
+    for name, value in (("x", x), ("t", t), ("y", y), ("cond", cond)):
+        if not isinstance(value, Tensor) and not (name in ("y", "cond") and value is None):
             raise DTypeError(f"{name} must be a tensor, got {type(value).__name__}: use torch.as_tensor({name})")
     if tuple(x.shape[1:]) != net.shape or x.ndim == 0:
         raise ShapeError(
@@ -254,6 +272,8 @@ def check_call(net: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> None:
         )
     if y is not None and (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
         raise DTypeError(f"y must be an integer tensor of labels, got {y.dtype}: convert it with y.long()")
+    if cond is not None:
+        _check_condition(net, x, cond)
     for name, value in (("t", t), ("y", y)):
         if value is not None and value.shape != x.shape[:1]:
             raise ShapeError(
@@ -262,6 +282,24 @@ def check_call(net: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> None:
             )
         if value is not None and value.device != x.device:
             raise DeviceError(f"{name} must be on x's device, {x.device}, got {value.device}: use {name}.to(x.device)")
+
+
+def _check_condition(net: nn.Module, x: Tensor, cond: Tensor) -> None:
+    if net.cond_shape is None:
+        raise ConfigError(
+            f"cond must be None for a network without cond_shape, got {list(cond.shape)}: build it with cond_shape="
+            f"{tuple(cond.shape[1:])}, or leave cond out"
+        )
+    if cond.shape != (len(x), *net.cond_shape):
+        raise ShapeError(
+            f"cond must have shape [{len(x)}, {', '.join(map(str, net.cond_shape))}], got {list(cond.shape)}: "
+            f"one for all samples is cond.expand({len(x)}, …)"
+        )
+    dtype = net.out.weight.dtype
+    if cond.dtype != dtype and not (cond.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        raise DTypeError(f"cond must have the network's dtype, {dtype}, got {cond.dtype}: use cond.to({dtype})")
+    if cond.device != x.device:
+        raise DeviceError(f"cond must be on x's device, {x.device}, got {cond.device}: use cond.to({x.device})")
 
 
 def common_config(
@@ -278,6 +316,16 @@ def common_config(
         "dropout": checks.number("dropout", dropout, 0, 1, below=True),
         "out_channels": None if out_channels is None else checks.integer("out_channels", out_channels, 1, LARGEST),
     }
+
+
+def condition_config(cond_shape: Sequence[int] | None) -> dict[str, Any]:
+    """The shape of a network's conditions, checked; nothing where it takes none, as in files of earlier versions."""
+    if cond_shape is None:
+        return {}
+    sizes = integers("cond_shape", cond_shape, 1)
+    if not sizes:
+        raise ConfigError("cond_shape must have at least one axis, got (): write (1,) for one number, or None for none")
+    return {"cond_shape": list(sizes)}
 
 
 def integers(name: str, value: object, low: int) -> tuple[int, ...]:

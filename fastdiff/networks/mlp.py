@@ -11,9 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..errors import ConfigError
+from ..errors import ConfigError, choose
 from ..execution.modules import intercepted
-from .layers import LARGEST, Conditioning, TimeConditioned, check_call, common_config, integers, zeroed
+from .layers import (
+    LARGEST,
+    ConditionEmbedding,
+    Conditioning,
+    TimeConditioned,
+    check_call,
+    common_config,
+    condition_config,
+    integers,
+    zeroed,
+)
+
+COND_MODES = ("concat", "film")
 
 
 class MLP(TimeConditioned):
@@ -24,6 +36,10 @@ class MLP(TimeConditioned):
 
     shape           one sample's shape, any rank from one up
     num_classes     labels `y` [B] >= 0 and <= num_classes; num_classes means "no label", and so does `y=None` for all samples
+    cond_shape      conditions `cond` [B, *cond_shape], of any rank from one up and taken flat; NaN in all numbers of a sample
+                    means "no condition", for which a vector is learned, and so does `cond=None` for all samples
+    cond_mode       "concat": beside x at the first layer; "film": a scale and a shift of each layer, (1 + γ_i)(linear(h) +
+                    time_i(t)) + β_i, where γ and β are a two-layer perceptron of the condition (FiLM, Perez et al. 2018)
     time_embedding  "fourier", "sinusoidal" or "cos_sin" (see TimeEmbedding), `time_scale` 16 or 1000 unless given; a model of a
                     chain chooses one for its steps (`fit_times`)
     out_channels    replaces the leading axis of the result by a multiple of it (a learned variance: 2 * shape[0])
@@ -42,6 +58,8 @@ class MLP(TimeConditioned):
         time_scale: float | None = None,
         dropout: float = 0.0,
         out_channels: int | None = None,
+        cond_shape: Sequence[int] | None = None,
+        cond_mode: str = "concat",
     ) -> None:
         super().__init__()
         self.scale_given = time_scale is not None
@@ -53,14 +71,19 @@ class MLP(TimeConditioned):
             "hidden": checks.integer("hidden", hidden, 1, LARGEST),
             "layers": checks.integer("layers", layers, 1, LARGEST),
             **common_config(num_classes, time_embedding, time_scale, dropout, out_channels),
+            **condition_config(cond_shape),
         }
+        choose("cond_mode", cond_mode, COND_MODES)
+        if cond_shape is not None:
+            self.config["cond_mode"] = cond_mode
         leading = self.config["out_channels"] or self.shape[0]
         if leading % self.shape[0]:
             raise ConfigError(
                 f"out_channels must be None or a multiple of the sample's leading axis, {self.shape[0]}, got {out_channels}"
             )
         self.out_shape = (leading, *self.shape[1:])
-        self.num_classes = self.config["num_classes"]
+        self.num_classes, self.cond_mode = self.config["num_classes"], cond_mode
+        self.cond_shape = None if cond_shape is None else tuple(self.config["cond_shape"])
         width, depth, scale = self.config["hidden"], self.config["layers"], self.config["time_scale"]
         # one product gives the time's part of every hidden layer, so it is as wide as all of them together
         self.conditioning = Conditioning(depth * width, width, self.num_classes, time_embedding, scale)
@@ -68,18 +91,36 @@ class MLP(TimeConditioned):
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.dropout = nn.Dropout(self.config["dropout"]) if dropout else nn.Identity()
         self.out = zeroed(nn.Linear(width, math.prod(self.out_shape)))
+        if self.cond_shape is None:
+            return
+        numbers = math.prod(self.cond_shape)
+        if cond_mode == "concat":  # a product with (x, cond) is the sum of one with each
+            self.condition = ConditionEmbedding(nn.Sequential(nn.Flatten(), nn.Linear(numbers, width, False)), [width])
+        else:
+            layers_of = nn.Flatten(), nn.Linear(numbers, width), nn.SiLU(), nn.Linear(width, 2 * depth * width)
+            self.condition = ConditionEmbedding(nn.Sequential(*layers_of), [2 * depth * width])
 
     def time_features(self, t: Tensor) -> Tensor:
         return self.conditioning.of_time(t)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, features: Tensor | None = None) -> Tensor:
-        check_call(self, x, t, y)
-        h = x.flatten(1)
-        is_bias = (
-            features is not None and len(features) == 1 and y is None
-        )  # the same time, and no label, for all samples
-        for linear, time in zip(self.hidden, self.conditioning(t, y, features).chunk(len(self.hidden), dim=1)):
-            plain = is_bias and type(linear) is nn.Linear and not intercepted(linear)
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, features: Tensor | None = None, cond: Tensor | None = None
+    ) -> Tensor:
+        check_call(self, x, t, y, cond)
+        h, depth = x.flatten(1), len(self.hidden)
+        times = list(self.conditioning(t, y, features).chunk(depth, dim=1))
+        film: Sequence[Tensor | None] = [None] * depth
+        if self.cond_shape is not None and self.cond_mode == "film":
+            film = self.condition(cond).chunk(depth, dim=1)
+        elif self.cond_shape is not None:
+            times[0] = times[0] + self.condition(cond)
+        # the same time, and no label, for all samples
+        is_bias = features is not None and len(features) == 1 and y is None
+        for layer, (linear, time, scale_shift) in enumerate(zip(self.hidden, times, film)):
+            plain = is_bias and (layer > 0 or cond is None) and type(linear) is nn.Linear and not intercepted(linear)
             h = F.linear(h, linear.weight, linear.bias + time[0]) if plain else linear(h) + time
+            if scale_shift is not None:
+                scale, shift = scale_shift.chunk(2, dim=1)
+                h = torch.addcmul(shift, h, 1 + scale)
             h = self.dropout(F.silu(h, inplace=not torch.is_grad_enabled()))
         return self.out(h).view(len(x), *self.out_shape)

@@ -13,11 +13,13 @@ from ..errors import ConfigError, ShapeError
 from .layers import (
     CONVS,
     LARGEST,
+    ConditionEmbedding,
     Conditioning,
     ResidualBlock,
     TimeConditioned,
     check_call,
     common_config,
+    condition_config,
     group_norm,
     integers,
     zeroed,
@@ -37,6 +39,9 @@ class UNet(TimeConditioned):
     shape           one sample's shape, (C, *spatial), with one to three spatial axes
     attention       the levels (0 is the finest) whose blocks end in self-attention
     num_classes     labels `y` [B] >= 0 and <= num_classes; num_classes means "no label", and so does `y=None` for all samples
+    cond_shape      conditions `cond` [B, *cond_shape]: (n,), vectors, which enter every block's scale and shift with the time and
+                    the label (FiLM, Perez et al. 2018), or (C', *spatial), fields, which are further channels of the input; NaN
+                    in all numbers of a sample means "no condition", which is learned, and so does `cond=None` for all samples
     time_embedding  "sinusoidal", "cos_sin" or "fourier" (see TimeEmbedding), `time_scale` 1000 or 16 unless given; a model of a
                     chain chooses one for its steps (`fit_times`)
     out_channels    channels of the result, where they are not the sample's (a learned variance: 2 C)
@@ -57,6 +62,7 @@ class UNet(TimeConditioned):
         time_scale: float | None = None,
         dropout: float = 0.0,
         out_channels: int | None = None,
+        cond_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.scale_given = time_scale is not None
@@ -67,14 +73,26 @@ class UNet(TimeConditioned):
             "blocks": checks.integer("blocks", blocks, 1, LARGEST),
             "attention": list(integers("attention", attention, 0)),
             **common_config(num_classes, time_embedding, time_scale, dropout, out_channels),
+            **condition_config(cond_shape),
         }
         _check_levels(config["multipliers"], config["attention"])
         self.shape, self.num_classes = tuple(config["shape"]), config["num_classes"]
+        self.cond_shape = None if cond_shape is None else _condition_shape(config["cond_shape"], self.shape)
+        self.takes_vector = self.cond_shape is not None and len(self.cond_shape) == 1
         hidden = 2 * config["channels"]
         self.conditioning = Conditioning(hidden, hidden, self.num_classes, time_embedding, config["time_scale"])
         self._build([config["channels"] * m for m in config["multipliers"]])
         self.widths = [block.last.out_channels for block in self.modules() if isinstance(block, ResidualBlock)]
         self.modulation = nn.Linear(hidden, 2 * sum(self.widths))
+        if self.cond_shape is None:
+            return
+        if self.takes_vector:
+            embed = nn.Sequential(nn.Linear(self.cond_shape[0], hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+            self.condition = ConditionEmbedding(embed, [hidden])
+        else:  # a convolution of (x, cond) is the sum of one of each
+            rank, width = len(self.shape) - 1, config["channels"] * config["multipliers"][0]
+            embed = CONVS[rank](self.cond_shape[0], width, 3, 1, 1, bias=False)
+            self.condition = ConditionEmbedding(embed, [width, *[1] * rank])
 
     def _build(self, widths: list[int]) -> None:
         """The layers at levels of `widths` channels, finest first. Each list opens with what leads to its level."""
@@ -100,21 +118,26 @@ class UNet(TimeConditioned):
 
     def time_features(self, t: Tensor) -> Tensor:
         hidden = self.conditioning.of_time(t)
-        return hidden if self.num_classes is not None else self._modulations(hidden)
+        return hidden if self.num_classes is not None or self.takes_vector else self._modulations(hidden)
 
     def _modulations(self, hidden: Tensor) -> Tensor:
         # one product for the scales and shifts of all blocks, instead of a small one in each block
         return self.modulation(F.silu(hidden))  # type: ignore[no-any-return]
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, features: Tensor | None = None) -> Tensor:
-        check_call(self, x, t, y)
-        if features is None or self.num_classes is not None:
-            features = self._modulations(self.conditioning(t, y, features))
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, features: Tensor | None = None, cond: Tensor | None = None
+    ) -> Tensor:
+        check_call(self, x, t, y, cond)
+        if features is None or self.num_classes is not None or self.takes_vector:
+            hidden = self.conditioning(t, y, features)
+            features = self._modulations(hidden + self.condition(cond) if self.takes_vector else hidden)
         scales, shifts = features.expand(len(x), -1).chunk(2, dim=1)
         modulations = zip((1 + scales).split(self.widths, dim=1), shifts.split(self.widths, dim=1))
         h, levels = x, []
-        for enter, *blocks in self.down:
+        for level, (enter, *blocks) in enumerate(self.down):
             h, skips = enter(h), []
+            if level == 0 and self.cond_shape is not None and not self.takes_vector:
+                h = h + self.condition(cond)
             for block in blocks:
                 h = block(h, *next(modulations))
                 skips.append(h)
@@ -136,6 +159,15 @@ def _image_shape(shape: Sequence[int]) -> tuple[int, ...]:
             f"of one channel, or use the MLP for vectors"
         )
     return sizes
+
+
+def _condition_shape(sizes: Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(sizes) > 1 and tuple(sizes[1:]) != shape[1:]:
+        raise ShapeError(
+            f"cond_shape must be (n,), a vector, or {('C', *shape[1:])}, a field beside the sample {shape}, got {tuple(sizes)}: "
+            "interpolate the field to the sample's grid, or make it flat"
+        )
+    return tuple(sizes)
 
 
 def _check_levels(multipliers: list[int], attention: list[int]) -> None:

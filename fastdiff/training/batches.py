@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,18 +10,20 @@ from torch import Tensor
 
 from ..data import Data
 from ..execution import noise, ops
+from ..execution.loop import Condition
 from ..model import ScoreModel
 from .objective import Batch, Objective
 
 
 class Batches:
-    """The clean data, times, noise cursor and labels of step n: a function of (seed, n)."""
+    """The clean data, times, noise cursor and conditions of step n: a function of (seed, n)."""
 
     def __init__(self, data: Data, model: ScoreModel, objective: Objective, options: dict[str, Any]) -> None:
         self.data, self.model, self.objective, self.seed = data, model, objective, options["seed"]
         self.size, self.dequantize = options["batch_size"], options["dequantize"]
         self.device = next(model.net.parameters()).device
         self.labels = data.labels if model.num_classes else None
+        self.cond = data.cond if model.cond_shape else None
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def __call__(self, step: int) -> Batch:
@@ -41,9 +44,22 @@ class Batches:
         return Batch(
             x0.to(self.device),
             ops.cursor(step, 0, self.seed, self.device),
-            None if self.labels is None else self.labels[index].to(self.device),
+            self._conditions(index, step),
             self.objective.draw(u, float(of_step) if self.objective.truncation == "soft" else 0.0),
         )
+
+    def _conditions(self, index: Tensor, step: int) -> Condition:
+        """The labels and conditions of a step; with `cond_dropout` those of a sample are left out with that probability."""
+        labels, cond = (None if beside is None else beside[index] for beside in (self.labels, self.cond))
+        share = self.model.cond_dropout
+        if share and (labels is not None or cond is not None):
+            u = noise.uniform(self.size, (1,), stream=noise.CONDITIONS, seed=self.seed, draw=step)[:, 0]
+            if labels is not None:
+                labels = torch.where(u < share, self.model.null_label, labels)
+            if cond is not None:
+                cond = torch.where((u < share).view(-1, *[1] * (cond.ndim - 1)), math.nan, cond)
+        labels, cond = (None if beside is None else beside.to(self.device) for beside in (labels, cond))
+        return self.model.takes.joined(labels, cond)
 
     def _indices(self, step: int) -> Tensor:
         """Positions step·B … (step + 1)·B − 1 of an endless sequence of shuffled epochs."""

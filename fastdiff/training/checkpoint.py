@@ -80,7 +80,8 @@ def load(
         process = _process(config["process"], given, path)
         networks.adopt(network, config["net"])
         options = {name: config[name] for name in ("prediction", "time_input", "data_shape", "data_range", "variance")}
-        options |= {name: config.get(name) for name in ("num_classes", "standardize")}
+        options |= {name: config.get(name) for name in ("num_classes", "standardize", "cond_shape", "standardize_cond")}
+        options |= {"cond_dropout": config.get("cond_dropout", 0.0)}
         if not config.get("range_given", True):  # the default's numbers say nothing of the data
             del options["data_range"]
         model = ScoreModel(network, process, **options)
@@ -174,6 +175,13 @@ def describe(model: ScoreModel) -> dict[str, Any]:
         "variance": model.variance,
         **({} if model.num_classes is None else {"num_classes": model.num_classes}),
         **({} if model.standardize is None else {"standardize": [values.tolist() for values in model.standardize]}),
+        **({} if model.cond_shape is None else {"cond_shape": list(model.cond_shape)}),
+        **(
+            {}
+            if model.standardize_cond is None
+            else {"standardize_cond": [values.tolist() for values in model.standardize_cond]}
+        ),
+        **({"cond_dropout": model.cond_dropout} if model.cond_dropout else {}),
     }
 
 

@@ -1,15 +1,19 @@
-"""What a training learns of a model from its data: classes and units; and whether they fit one another."""
+"""What a training learns of a model from its data: conditions and units; and whether they fit one another."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..data import Data
 from ..errors import ConfigError, DataError, ShapeError, warn
-from ..execution import conditions
+from ..execution.calls import dtype_of
+from ..execution.conditions import Takes, arranged
+from ..execution.modes import evaluating
 from ..model import ScoreModel
 from ..planning.coverage import misfit
 
@@ -23,27 +27,116 @@ def check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
         )
 
 
-def classes(data: Data, model: ScoreModel) -> int | None:
-    """How many classes a training has: the data's, 0 where it leaves a network that takes labels without, None for one that takes
-    none."""
+def conditions(data: Data, model: ScoreModel, cond_dropout: float) -> dict[str, Any]:
+    """The facts of a model's conditions that a training sets, and refuses where data and network do not fit.
+
+    num_classes       the data's; 0 where it leaves a network that takes labels without; None for one that takes none
+    cond_shape        the data's; () where it leaves a network that takes another condition without; None for one that takes none
+    standardize_cond  of the data's conditions, unless the model has it
+    cond_dropout      as it is
+    """
     taken = model.takes
-    takes = taken.labels is not None and taken.classes != 0
-    if data.labels is None or data.num_classes is None or not takes:
-        if data.labels is not None:
-            warn(
-                f"the data have labels of {data.num_classes} classes, and the network takes none: build it with "
-                f"num_classes={data.num_classes}, or drop them, Data(data.x, range=data.range, bins=data.bins)"
-            )
-        if taken.needs:
-            raise ConfigError(f"the network takes {taken.shown:.80}, and train gives labels alone: give labelled data")
-        return 0 if takes else None
-    if taken.classes and data.num_classes > taken.classes:
+    to_labels, to_cond = None if taken.classes == 0 else taken.labels, None if taken.shape == () else taken.tensor
+    labels, cond = data.labels if to_labels else None, data.cond
+    if data.labels is not None and labels is None:
+        warn(
+            f"the data have labels of {data.num_classes} classes, and the network takes none: build it with "
+            f"num_classes={data.num_classes}, or drop them, Data(data.x, range=data.range, bins=data.bins)"
+        )
+    if cond is not None:
+        _check_conditions(data, taken, to_cond, labels)
+    missing = sorted(
+        taken.needs - ({to_labels} if labels is not None else set()) - ({to_cond} if cond is not None else set())
+    )
+    if missing:
+        raise ConfigError(
+            f"the network takes {taken.shown:.80}, and {missing[0]:.30} is not in the data: give labelled data, or Data(x, cond=)"
+        )
+    if labels is not None and taken.classes and (data.num_classes or 0) > taken.classes:
         raise DataError(
             f"data must have labels of at most num_classes={taken.classes} of the network, got {data.num_classes} classes: "
             f"build the network with num_classes={data.num_classes}"
         )
-    conditions.arranged(taken, data.labels[:1])
-    return data.num_classes
+    facts: dict[str, Any] = {
+        "num_classes": None if to_labels is None or (cond is not None and to_cond == to_labels) else 0,
+        "cond_shape": None if to_cond is None or to_cond == to_labels else (),
+        "standardize_cond": None,
+        "cond_dropout": cond_dropout,
+    }
+    if cond_dropout and labels is None and cond is None:
+        raise ConfigError(
+            f"cond_dropout={cond_dropout:g} leaves out conditions, and there are none: give data with labels or cond, or leave it "
+            "out"
+        )
+    if labels is not None:
+        facts["num_classes"] = data.num_classes
+    if cond is not None:
+        facts |= {
+            "cond_shape": tuple(cond.shape[1:]),
+            "standardize_cond": model.standardize_cond or _of_conditions(cond),
+        }
+    arranged(taken, taken.joined(None if labels is None else labels[:1], None if cond is None else cond[:1]))
+    return facts
+
+
+def check_null(model: ScoreModel) -> None:
+    """ConfigError unless the network answers samples without a condition, by finite numbers."""
+    place = next(model.net.parameters()).device
+    x = torch.zeros((1, *model.data_shape), dtype=dtype_of(model.net, torch.float32), device=place)
+    labels = None if model.null_label is None else torch.full((1,), model.null_label, device=place)
+    cond = torch.full((1, *model.cond_shape), math.nan, device=place) if model.cond_shape else None
+    none = (
+        f"label {model.null_label}"
+        if cond is None
+        else "NaN"
+        if labels is None
+        else f"label {model.null_label} and NaN"
+    )
+    cause, finite = None, False
+    with evaluating(model.net), torch.no_grad():
+        try:
+            t = model.process.training_times(torch.full((1,), 0.5, device=place))
+            finite = bool(model(x, t, model.takes.joined(labels, cond)).isfinite().all())
+        except (IndexError, RuntimeError) as error:
+            cause = error
+    if not finite:
+        raise ConfigError(
+            f"cond_dropout gives the network {none} where a condition is left out, and it has no finite answer: make a learned "
+            "vector of that in its forward, or use fastdiff.networks"
+        ) from cause
+
+
+def _check_conditions(data: Data, taken: Takes, to_cond: str | None, labels: Tensor | None) -> None:
+    shape = tuple(data.cond.shape[1:])  # type: ignore[union-attr]
+    without = "Data(x, labels, range=…, bins=…)"
+    if to_cond is None:
+        raise ConfigError(
+            f"the data have conditions of shape {shape}, and the network takes none: build it with cond_shape={shape}, or drop "
+            f"them, {without}"
+        )
+    if taken.shape and taken.shape != shape:
+        raise ShapeError(
+            f"data must have conditions of the network's cond_shape={taken.shape}, got {shape}: build it with that"
+        )
+    if labels is not None and taken.labels == to_cond:
+        raise ConfigError(
+            f"the data have labels and conditions, and the network takes one, {to_cond}: drop one of them, {without} or "
+            "Data(x, cond=…)"
+        )
+
+
+def _of_conditions(cond: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, std) of each number of conditions [N, C], of each channel of fields [N, C, *], 1 for one that is constant."""
+    flat = cond.movedim(1, -1).reshape(-1, cond.shape[1]).numpy()
+    mean, std = moments("cond", flat)
+    constant = np.flatnonzero(std == 0)
+    if len(constant) and len(cond) > 1:
+        warn(
+            f"the conditions' columns {', '.join(map(str, constant[:5]))}{', …' * (len(constant) > 5)} are constant, and say "
+            "nothing of a sample: leave them out of cond"
+        )
+    std[constant] = 1.0
+    return mean, std
 
 
 def units(data: Data, model: ScoreModel) -> dict[str, Any]:
@@ -57,7 +150,7 @@ def units(data: Data, model: ScoreModel) -> dict[str, Any]:
         low, high = data.range
         mean, std = np.full(data.shape, (low + high) / 2), np.full(data.shape, (high - low) / 2)
     else:
-        mean, std = moments(data.x.numpy())
+        mean, std = moments("x", data.x.numpy())
     constant = np.flatnonzero(std == 0)
     vary = std[std > 0]
     apart = f"{vary.min():.3g} to {vary.max():.3g}" if len(vary) and vary.max() > 100 * vary.min() else None
@@ -93,7 +186,7 @@ def check_scale(data: Data, model: ScoreModel) -> None:
         warn(said)
 
 
-def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def moments(name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each column's mean and standard deviation, float64, in an order of additions that no thread count changes."""
     pieces = [slice(start, start + 2**16) for start in range(0, len(x), 2**16)]
     low, high = x.min(0), x.max(0)
@@ -102,5 +195,5 @@ def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mean = np.where(low == high, low.astype(np.float64), mean)
         std = np.sqrt(sum(((x[piece] - mean) ** 2).sum(0) for piece in pieces) / len(x))
     if not (np.isfinite(mean) & np.isfinite(std)).all():
-        raise DataError("x must have a mean and a variance that float64 holds: scale the data")
+        raise DataError(f"{name} must have a mean and a variance that float64 holds: scale the data")
     return mean, std

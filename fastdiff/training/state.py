@@ -23,7 +23,9 @@ from .objective import Objective
 # What may differ from one call to the next of a run; all else says which run it is.
 MAY_CHANGE = ("batch_size", "lr", "warmup", "decay", "grad_clip", "ema", "steps", "ema_rule", "warmup_start")
 # Options that files of earlier versions do not have, as they were then.
-LATER = {"ema_rule": "diffusers", "warmup_start": 1, "times": {"name": "stratified"}, "truncation": "hard"}
+LATER = {
+    "ema_rule": "diffusers", "warmup_start": 1, "cond_dropout": 0.0, "times": {"name": "stratified"}, "truncation": "hard",
+}  # fmt: skip
 EMA_RULES = ("diffusers", "score_sde", "constant")
 
 

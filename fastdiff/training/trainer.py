@@ -87,13 +87,14 @@ def train(
     stop: Callable[[], object] | None = None,
     ema_rule: str = "diffusers",
     warmup_start: int = 1,
+    cond_dropout: float = 0.0,
 ) -> Training:
     """Train `model` in place up to step `steps`, and leave it with the averaged (EMA) weights, in evaluation mode.
 
     data          a Data, or a source of fastdiff.load_data: arrays, .npy, .npz, IDX files, folders of images, "digits";
                   scaled from its range to the model's data_range; vectors without one are standardized, each column by its
-                  mean and std, and stay in their own units. Its labels are the condition, as in ScoreModel, of a network
-                  that takes one
+                  mean and std, and stay in their own units. Its labels and its `cond` are the condition, as in ScoreModel, of
+                  a network that takes them; `cond` is standardized too
     loss          what is matched: "dsm", "dsm_vr", the variational bound "vlb", or "hybrid" for a learned variance, with
                   `vlb_weight` of the bound; "simple" and "likelihood" are "dsm" with weight "target" and "g2"; without a
                   transition density "ism", "ssm" or "ssm_vr", the last two with `probe` "rademacher" (default) or "normal"
@@ -108,6 +109,9 @@ def train(
     ema           θ' ← m θ' + (1 − m) θ at update n = 0, 1, …; `ema_rule` "diffusers": m = min(ema, (1 + n)/(10 + n)), 0 at n = 0;
                   "score_sde": from the initial weights, m = min(ema, (2 + n)/(11 + n)); "constant": from them, m = ema
     dequantize    add uniform noise of one bin to discrete data (Theis et al. 2016)
+    cond_dropout  the share of samples whose label becomes the model's `null_label` and whose condition becomes NaN, which means
+                  "none" to fastdiff's networks: so one network learns the conditional and the unconditional model (Ho &
+                  Salimans 2021), and may be asked for either
     seed          data, times, noise and dropout of step n are a function of (seed, n) alone, so a resumed run gives the
                   same weights as an uninterrupted one; torch's generator is as it was after each step
     checkpoint    a directory, written atomically every `checkpoint_every` steps and at the end; `fastdiff.load(directory)`
@@ -122,7 +126,8 @@ def train(
     """
     options, steps, checkpoint_every = _checked(
         {"batch_size": batch_size, "lr": lr, "warmup": warmup, "decay": decay, "grad_clip": grad_clip,
-         "ema": ema, "dequantize": dequantize, "seed": seed, "ema_rule": ema_rule, "warmup_start": warmup_start},
+         "ema": ema, "dequantize": dequantize, "seed": seed, "ema_rule": ema_rule, "warmup_start": warmup_start,
+         "cond_dropout": cond_dropout},
         steps, checkpoint_every,
     )  # fmt: skip
     resume = checks.flag("resume", resume)
@@ -136,11 +141,13 @@ def train(
     _check_tensors([*model.net.parameters(), *model.net.buffers()])
     source = load_data(data)
     fitting.check_data(source, model, options["dequantize"])
-    facts = {"num_classes": fitting.classes(source, model), **fitting.units(source, model)}
+    facts = {**fitting.conditions(source, model, options["cond_dropout"]), **fitting.units(source, model)}
     fitted = copy.copy(model)
     vars(fitted).update(facts)
     described = files.describe(fitted)
     fitting.check_scale(source, fitted)
+    if fitted.cond_dropout:
+        fitting.check_null(fitted)
     objective = Objective.of(fitted, source, options["dequantize"], loss, weight, times, truncation, probe, vlb_weight)
     options |= objective.options()
     options |= {"data": source.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
@@ -328,6 +335,7 @@ def _checked(options: dict[str, Any], steps: Any, checkpoint_every: Any) -> tupl
         "ema_rule": choose("ema_rule", options["ema_rule"], EMA_RULES),
         "warmup_start": checks.integer("warmup_start", options["warmup_start"], 0, 1),
         "dequantize": checks.flag("dequantize", options["dequantize"]),
+        "cond_dropout": checks.number("cond_dropout", options["cond_dropout"], 0, 1, below=True),
         "seed": checks.integer("seed", options["seed"], 0, 2**64 - 1),
     }
     return (
