@@ -161,6 +161,7 @@ def _train(a: argparse.Namespace) -> int:
     import torch
 
     from .. import checks
+    from ..data import LazyData
     from ..errors import ConfigError
     from ..execution import tensor_checks
     from ..model import ScoreModel
@@ -172,22 +173,23 @@ def _train(a: argparse.Namespace) -> int:
     with warnings.catch_warnings():  # a guess of what the axes are is no way to begin a training
         warnings.filterwarnings("error", message=r"source \[.* is taken as", category=UserWarning)
         try:
-            data = _data(a, labels=a.labels, cond=a.cond)
+            data = _data(a, labels=a.labels, cond=a.cond, lazy=a.lazy, workers=a.workers)
         except UserWarning as warning:
             raise ConfigError(str(warning)) from None
+    some = data.some if isinstance(data, LazyData) else data
     network = a.network or ("mlp" if len(data.shape) == 1 else "unet")
     options: dict[str, Any] = {"name": network, "shape": list(data.shape)}
     if a.net is not None and a.network is not None:
         raise ConfigError(f"--network {a.network} and --net {a.net} are two networks: give one of them")
     if a.classes:
-        if data.labels is None:
+        if some.labels is None:
             raise ConfigError(f"--classes needs labels, and {a.data} has none: leave it out")
-        options["num_classes"] = data.num_classes
-    elif data.labels is not None:
+        options["num_classes"] = some.num_classes
+    elif some.labels is not None and data is some:
         print(f"fastdiff train: the labels of {a.data} are not used: --classes conditions on them", file=sys.stderr)
         data = replace(data, labels=None, num_classes=None, class_names=())
-    if data.cond is not None:
-        options["cond_shape"] = list(data.cond.shape[1:])
+    if some.cond is not None:
+        options["cond_shape"] = list(some.cond.shape[1:])
     if a.variance is not None:
         options["out_channels"] = 2 * data.shape[0]
     with torch.random.fork_rng(devices=[]):  # the first weights are of the seed too
@@ -205,7 +207,8 @@ def _train(a: argparse.Namespace) -> int:
             model, data, steps=a.steps, loss=loss, weight=a.weight, times=a.times, truncation=a.truncation,
             vlb_weight=a.vlb_weight, batch_size=a.batch_size, lr=a.lr, ema=a.ema, seed=a.seed,
             dequantize=a.dequantize, cond_dropout=a.cond_dropout, checkpoint=a.out, resume=not a.fresh,
-            callback=_said(a.steps), stop=lambda: received, validation=_validation(a.validation),
+            callback=_said(a.steps), stop=lambda: received, augment=a.augment and a.augment.split(","),
+            validation=_validation(a.validation),
             evaluate=_drawn(a.out, a.samples, model) if a.samples else None, evaluate_every=a.evaluate_every,
             patience=a.patience, tensorboard=a.tensorboard,
         )  # fmt: skip
@@ -586,6 +589,11 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         help="share of samples trained without labels and conditions (default: 0)",
+    )
+    sub.add_argument("--augment", help="flip, flip_vertical or crop, or several, as in flip,crop")
+    sub.add_argument("--lazy", action="store_true", help="read a .npy file or pictures while training, not before")
+    sub.add_argument(
+        "--workers", type=int, default=0, help="processes that read pictures ahead, with --lazy (default: 0)"
     )
     sub.add_argument("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
     sub.add_argument("--fresh", action="store_true", help="start anew instead of resuming")

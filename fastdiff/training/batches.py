@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data import Data
+from ..data import Data, LazyData
+from ..data.augment import Augmentation
 from ..execution import noise, ops
 from ..execution.loop import Condition
-from ..losses.times import Drawn
 from ..model import ScoreModel
 from .objective import Batch, Objective
 
@@ -23,23 +24,46 @@ LAST_DRAW = 2**32 - 1  # no training has so many steps
 class Batches:
     """The clean data, times, noise cursor and conditions of step n: a function of (seed, n)."""
 
-    def __init__(self, data: Data, model: ScoreModel, objective: Objective, options: dict[str, Any]) -> None:
+    def __init__(
+        self, data: Data | LazyData, model: ScoreModel, objective: Objective, options: dict[str, Any],
+        augment: Sequence[Augmentation] = (),
+    ) -> None:  # fmt: skip
         self.data, self.model, self.objective, self.seed = data, model, objective, options["seed"]
-        self.size, self.dequantize = options["batch_size"], options["dequantize"]
+        self.size, self.dequantize, self.augment = options["batch_size"], options["dequantize"], augment
         self.device = next(model.net.parameters()).device
-        self.labels = data.labels if model.num_classes else None
-        self.cond = data.cond if model.cond_shape else None
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
+        self.ahead: tuple[int, Iterator[Data]] = (-1, iter(()))  # the step that the readers give next
 
     def __call__(self, step: int) -> Batch:
-        index = self._indices(step)
         # one number for each sample, and one for the step
         u = noise.uniform(self.size + 1, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
         u, of_step = u[:-1], u[-1]
         if self.objective.times.stratified:
             u = (torch.arange(self.size, device=self.device) + u) / self.size
         drawn = self.objective.draw(u, float(of_step) if self.objective.truncation == "soft" else 0.0)
-        return self._batch(index, step, 0, drawn, self._conditions(index, step))
+        if isinstance(self.data, LazyData):
+            data, index = self._read(step, self.data), torch.arange(self.size, device="cpu")
+        else:
+            data, index = self.data, self._indices(step)
+        x0, cond = self._clean(data, index, step, 0), self._beside(data, index)
+        if self.augment:
+            x0, cond = self._augmented(x0, cond, step)
+        return Batch(
+            x0.to(self.device), ops.cursor(step, 0, self.seed, self.device), self._conditions(*cond, step), drawn
+        )
+
+    def _read(self, step: int, data: LazyData) -> Data:
+        """The samples of a step, of which those of the next ones are being read."""
+        at, parts = self.ahead
+        if at != step:
+            parts = data.parts(self._indices(k) for k in itertools.count(step))
+        part = next(parts)
+        self.ahead = step + 1, parts
+        return part
+
+    def close(self) -> None:
+        """End the readers."""
+        self.ahead = (-1, iter(()))
 
     def whole(self) -> Iterator[Batch]:
         """All of the data once, in order, with times and noise that are the same at every call, and all of their conditions."""
@@ -47,23 +71,42 @@ class Batches:
             index = torch.arange(start, min(start + self.size, len(self.data)), device="cpu")
             u = (index.double() * GOLDEN) % 1  # even, whatever the data's order
             drawn = self.objective.draw(u.float().to(self.device), 0.0)
-            yield self._batch(index, LAST_DRAW, start, drawn, self._conditions(index, None))
+            x0, cond = self._clean(self.data, index, LAST_DRAW, start), self._beside(self.data, index)
+            cursor = ops.cursor(LAST_DRAW, start, self.seed, self.device)
+            yield Batch(x0.to(self.device), cursor, self._conditions(*cond, None), drawn)
 
-    def _batch(self, index: Tensor, draw: int, first: int, drawn: Drawn, cond: Condition) -> Batch:
+    def _clean(self, data: Data, index: Tensor, draw: int, first: int) -> Tensor:
+        """Samples in the network's units."""
         own = self.model.standardize is not None  # vectors in their own units
-        data_range = self.data.range if own else self.model.data_range
+        data_range = data.range if own else self.model.data_range
         if self.dequantize:
-            x0 = self.data.dequantized(index, data_range, seed=self.seed, draw=draw, first_sample=first)
-        elif own and self.data.bins is None:
-            x0 = self.data.x.index_select(0, index).double()
+            x0 = data.dequantized(index, data_range, seed=self.seed, draw=draw, first_sample=first)
+        elif own and data.bins is None:
+            x0 = data.x.index_select(0, index).double()
         else:
-            x0 = self.data.batch(index, data_range)
-        x0 = self.model.standardized(x0).float()
-        return Batch(x0.to(self.device), ops.cursor(draw, first, self.seed, self.device), cond, drawn)
+            x0 = data.batch(index, data_range)
+        return self.model.standardized(x0).float()
 
-    def _conditions(self, index: Tensor, step: int | None) -> Condition:
-        """The labels and conditions of a step; with `cond_dropout` those of a sample are left out with that probability."""
-        labels, cond = (None if beside is None else beside[index] for beside in (self.labels, self.cond))
+    def _beside(self, data: Data, index: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and conditions, where the model takes them."""
+        labels = data.labels[index] if self.model.num_classes and data.labels is not None else None
+        return labels, data.cond[index] if self.model.cond_shape and data.cond is not None else None
+
+    def _augmented(self, x0: Tensor, beside: tuple[Tensor | None, Tensor | None], step: int) -> Any:
+        """Samples after the augmentations, and fields beside them alike."""
+        labels, cond = beside
+        many = sum(each.numbers for each in self.augment)
+        u = noise.uniform(len(x0), (many,), stream=noise.AUGMENTATION, seed=self.seed, draw=step)
+        for each in self.augment:
+            mine, u = u[:, : each.numbers], u[:, each.numbers :]
+            x0 = each(x0, mine)
+            if cond is not None and cond.ndim > 2:
+                cond = each(cond, mine)
+        return x0, (labels, cond)
+
+    def _conditions(self, labels: Tensor | None, cond: Tensor | None, step: int | None) -> Condition:
+        """Labels and conditions as the network takes them; with `cond_dropout` those of a sample are left out with that
+        probability, but in no evaluation (step None)."""
         share = self.model.cond_dropout
         if share and step is not None and (labels is not None or cond is not None):
             u = noise.uniform(self.size, (1,), stream=noise.CONDITIONS, seed=self.seed, draw=step)[:, 0]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, losses
-from ..data import load_data
+from ..data import LazyData, load_data
+from ..data.augment import get as augment_of
 from ..errors import (
     CheckpointError,
     ConfigError,
@@ -80,6 +81,7 @@ def train(
     grad_clip: float | None = 1.0,
     ema: float = 0.999,
     dequantize: bool = False,
+    augment: Any = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1000,
@@ -98,7 +100,8 @@ def train(
 ) -> Training:
     """Train `model` in place up to step `steps`, and leave it with the averaged (EMA) weights, in evaluation mode.
 
-    data          a Data, or a source of fastdiff.load_data: arrays, .npy, .npz, IDX files, folders of images, "digits";
+    data          a Data, or a source of fastdiff.load_data: arrays, .npy, .npz, IDX files, folders of images, "digits"; for more
+                  than memory holds a LazyData or load_data(..., lazy=True);
                   scaled from its range to the model's data_range; vectors without one are standardized, each column by its
                   mean and std, and stay in their own units. Its labels and its `cond` are the condition, as in ScoreModel, of
                   a network that takes them; `cond` is standardized too
@@ -115,6 +118,8 @@ def train(
                   lr·min(1, (n + warmup_start)/warmup) (`warmup_start` 0 is score_sde's); `decay`: half a cosine to 0 at `steps`
     ema           θ' ← m θ' + (1 − m) θ at update n = 0, 1, …; `ema_rule` "diffusers": m = min(ema, (1 + n)/(10 + n)), 0 at n = 0;
                   "score_sde": from the initial weights, m = min(ema, (2 + n)/(11 + n)); "constant": from them, m = ema
+    augment       "flip", "flip_vertical", "crop", or objects of fastdiff.data.augment, in turn: random changes of each sample,
+                  made anew at each step
     dequantize    add uniform noise of one bin to discrete data (Theis et al. 2016)
     cond_dropout  the share of samples whose label becomes the model's `null_label` and whose condition becomes NaN, which means
                   "none" to fastdiff's networks: so one network learns the conditional and the unconditional model (Ho &
@@ -155,9 +160,13 @@ def train(
         )
     files.describe(model)
     _check_tensors([*model.net.parameters(), *model.net.buffers()])
-    source = load_data(data)
+    whole, held_out = load_data(data), None
+    source = whole.some if isinstance(whole, LazyData) else whole
     fitting.check_data(source, model, options["dequantize"])
-    source, held_out = (source, None) if validation is None else fitting.held_out(source, validation, model)
+    if validation is not None:
+        whole, held_out = fitting.held_out(whole, validation, model)
+        source = whole.some if isinstance(whole, LazyData) else whole
+    augmentations = augment_of(augment, model.data_shape)
     checks.function("evaluate", evaluate)
     evaluate_every = checks.integer("evaluate_every", evaluate_every, 1, 10**9)
     if patience is not None and held_out is None:
@@ -174,7 +183,8 @@ def train(
         fitting.check_null(fitted)
     objective = Objective.of(fitted, source, options["dequantize"], loss, weight, times, truncation, probe, vlb_weight)
     options |= objective.options()
-    options |= {"data": source.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
+    options |= {"augment": [each.config() for each in augmentations]} if augmentations else {}
+    options |= {"data": whole.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
     if checkpoint is not None:
         files.as_json(described)  # refuse before the first step what could not be saved after it
     with torch.inference_mode(False), torch.enable_grad(), _autocast(model.net), _directory(checkpoint) as folder:
@@ -193,9 +203,10 @@ def train(
             modes = [(module, module.training) for module in model.modules()]
         try:
             with bar(progress, steps, "train", "step", first) as display:
-                batches = Batches(source, model, objective, options)
+                batches = Batches(whole, model, objective, options, augmentations)
                 recorded = _loop(state, batches, options, steps, model, folder, checkpoint_every, described, display, callback,
                                  stop, watch)  # fmt: skip
+                batches.close()
             state.average_into(model.net)
         finally:
             with stepping(model.net):
