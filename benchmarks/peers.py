@@ -54,10 +54,11 @@ class Peer(NamedTuple):
     roundings: float = 0.0
 
 
-SCORE_SDE, SCORE_SDE_MODULES = "score_sde_pytorch", ("sampling", "sde_lib", "likelihood")
+SCORE_SDE, SCORE_SDE_MODULES = "score_sde_pytorch", ("sampling", "sde_lib", "likelihood", "losses", "models.ema")
 MODULES = {
     "diffusers": "diffusers", "k-diffusion": "k_diffusion.sampling", "azula": "azula.sample", "torchsde": "torchsde",
     "denoising-diffusion-pytorch": "denoising_diffusion_pytorch.denoising_diffusion_pytorch", SCORE_SDE: "sampling",
+    "accelerate": "accelerate", "ema_pytorch": "ema_pytorch",
 }  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def load(name: str) -> Any:
 
 def score_sde() -> list[Any]:
     """Its `sampling`, `sde_lib` and `likelihood`, from the checkout that SCORE_SDE_PYTORCH names."""
-    return [load(name) for name in SCORE_SDE_MODULES]
+    return [load(name) for name in SCORE_SDE_MODULES[:3]]
 
 
 def missing(opponent: str) -> str | None:

@@ -48,11 +48,12 @@ class State:
             group = self.groups.setdefault((weight.device, weight.dtype), ([], []))
             group[0].append(average)
             group[1].append(weight.detach())
+        self.modules = list(net.modules())
         self.buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
 
     def keep_buffers(self) -> None:
         """Copies of the buffers, such as running statistics, which a step changes before its loss is known."""
-        for module in self.net.modules():
+        for module in self.modules:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     was = self.buffers.get((module, name))
@@ -71,11 +72,14 @@ class State:
                 p.grad = p.grad.to_dense()
         for p, weight in self.rounded:
             weight.grad = None if p.grad is None else p.grad.float()
-        norm = nn.utils.clip_grad_norm_(self.weights, math.inf if grad_clip is None else grad_clip)
+        norm = nn.utils.get_total_norm([w.grad for w in self.weights if w.grad is not None])
         self.step += 1
-        if not math.isfinite(float(loss.detach() + norm.detach())):
+        total = float(loss.detach() + norm)  # one wait for the device
+        if not math.isfinite(total):
             self._give_buffers_back()
             return False
+        if grad_clip is not None:
+            nn.utils.clip_grads_with_norm_(self.weights, grad_clip, norm)
         self.adam.param_groups[0]["lr"] = rate
         # up to torch 2.11 Adam counts its steps in a tensor of the default device, which may hold no data
         elsewhere = torch.get_default_device().type != "cpu"
