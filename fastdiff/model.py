@@ -100,7 +100,9 @@ class ScoreModel(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """The network's output, as it is, at process times t [B] (or one for all), its input scaled and its time converted."""
         t, cond = self.times(t, x), self.condition(cond, len(x))
-        alpha, sigma = (self.process.alpha(t), self.process.sigma(t)) if self.process.linear else (None, None)
+        alpha = sigma = None
+        if self.process.linear and (self.prediction == "edm" or self.time_input not in ("t", "t*999")):
+            alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         if self.prediction == "edm":
             x = like(predictions.input_scale(self.prediction, self.process, alpha, sigma), x) * x
         time = predictions.network_time(self.time_input, self.process, t, alpha, sigma)
@@ -119,6 +121,8 @@ class ScoreModel(nn.Module):
 
     def conversion(self, target: str | Pair, t: Any, alpha: Any, sigma: Any) -> Pair:
         """(p, q) of target = p·x + q·output at time t, level (α, σ); target is a prediction, or (r, w) of r·x0 + w·ε."""
+        if target == self.prediction:
+            return 0.0 * alpha, 0.0 * alpha + 1.0
         source = predictions.coordinates(self.prediction, self.process, t, alpha, sigma)
         if isinstance(target, str):
             target = predictions.coordinates(target, self.process, t, alpha, sigma)
@@ -135,11 +139,11 @@ class ScoreModel(nn.Module):
             raise ShapeError(f"t must be one time or one for each of {len(x)} samples, got shape {tuple(times.shape)}")
         # on other devices a look at the values would stall them, in a compiled graph it would break it
         if times.device.type == "cpu" and not torch.compiler.is_compiling():
-            first = self.process.first_time
-            bad = ~((times >= first) & (times <= self.process.T * 1.000001))
-            if self.process.linear:
-                bad |= ~(self.process.sigma(times) > 0)
-            if bool(bad.any()):
+            first, last = self.process.first_time, self.process.T * 1.000001
+            sigma = self.process.sigma(times) if self.process.linear else 0.0 * times + 1.0
+            # which of them it is only where one is
+            if times.numel() and not (times.amin() >= first and times.amax() <= last and sigma.amin() > 0):
+                bad = ~((times >= first) & (times <= last) & (sigma > 0))
                 value, top = float(times[bad].flatten()[0]), f"{self.process.T:g}]"
                 open_end = self.process.linear and first == 0
                 allowed = f"(0, {top}, where sigma > 0" if open_end else f"[{first:g}, {top}"
