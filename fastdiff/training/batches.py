@@ -33,7 +33,7 @@ class Batches:
             x0 = self.data.batch(index, data_range)
         x0 = self.model.standardized(x0).float()
         # one time in each of B equal slices: uniform for every sample, and a quieter loss (Kingma et al. 2021, §I.1)
-        u = noise.uniform(self.size, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
+        u = ops.uniform(self.size, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
         u = (torch.arange(self.size, device=self.device) + u) / self.size
         return (
             x0.to(self.device),
@@ -48,6 +48,6 @@ class Batches:
         stop, pieces = start + self.size, []
         for epoch in range(start // count, (stop - 1) // count + 1):
             if epoch != self.epoch:
-                self.epoch, self.order = epoch, noise.permutation(count, seed=self.seed, draw=epoch)
+                self.epoch, self.order = epoch, ops.permutation(count, seed=self.seed, draw=epoch)
             pieces.append(self.order[max(start - epoch * count, 0) : stop - epoch * count])
         return torch.cat(pieces)
