@@ -1,7 +1,7 @@
 """A step of training against the other libraries' steps: the same network, batch, clipping and averaging, in turns.
 
-Their batches lie ready in memory, while ours are drawn, shuffled and scaled within the time. A step is measured whole, and outside
-of the network: without its forward and backward passes, by clocks around both. Set-up and the first steps are left out.
+Their batches lie ready in memory, while ours are drawn, shuffled and scaled within the time. A step is measured whole, and
+outside of the network: without its forward and backward passes, by clocks around both. Set-up and first steps are left out.
 """
 
 import copy
@@ -38,7 +38,11 @@ class Case(NamedTuple):
 
 CASES = {
     "U-Net 1.0M 16x1x28x28": Case(
-        partial(UNet, (1, 28, 28), channels=32, multipliers=(1, 2, 2), blocks=2, attention=(1,)), (1, 28, 28), 16, 4, 40.0
+        partial(UNet, (1, 28, 28), channels=32, multipliers=(1, 2, 2), blocks=2, attention=(1,)),
+        (1, 28, 28),
+        16,
+        4,
+        40.0,
     ),
     "MLP 4096x2": Case(partial(MLP, (2, 1, 1), hidden=128, layers=3), (2, 1, 1), 4096, 20, 8.0),
 }
@@ -165,7 +169,15 @@ def lucidrains(net: nn.Module) -> Step:
 def score_sde(net: nn.Module) -> Step:
     """Its losses.get_step_fn, with its optimiser and average."""
     losses, sde_lib, ema = (load(name) for name in ("losses", "sde_lib", "models.ema"))
-    options = {"optimizer": "Adam", "lr": LR, "beta1": 0.9, "eps": 1e-8, "weight_decay": 0, "warmup": 5000, "grad_clip": CLIP}
+    options = {
+        "optimizer": "Adam",
+        "lr": LR,
+        "beta1": 0.9,
+        "eps": 1e-8,
+        "weight_decay": 0,
+        "warmup": 5000,
+        "grad_clip": CLIP,
+    }
     config = SimpleNamespace(optim=SimpleNamespace(**options))
     state = {
         "optimizer": losses.get_optimizer(config, net.parameters()), "model": net, "step": 0,
@@ -268,6 +280,8 @@ def test_step(benchmark, recorder, name, opponent):
     systems = {"ours": ours(case), opponent: theirs(case, build)}
     times = turns(systems, case.seconds, least=5)
     for k, metric in enumerate(("ms a step", "ms a step outside forward and backward")):
-        ratio = recorder.pairs("training", name, case.batch, metric, {n: [1e3 * v[k] for v in t] for n, t in times.items()})
+        ratio = recorder.pairs(
+            "training", name, case.batch, metric, {n: [1e3 * v[k] for v in t] for n, t in times.items()}
+        )
         benchmark.extra_info[metric] = ratio[opponent]
     benchmark.pedantic(systems["ours"], rounds=1)

@@ -110,7 +110,9 @@ def test_uniform_numbers_are_those_of_the_definition(instructions, shape):
 def test_an_order_is_that_of_the_definition(instructions, n, monkeypatch):
     for seed, draw in ((0, 0), (2**64 - 3, 2**32 - 1)):
         assert torch.equal(ops.permutation(n, seed=seed, draw=draw), noise.permutation(n, seed=seed, draw=draw))
-    words = torch.tensor([4, 9, 2, 2, 5, 9, 2, 3, 4, 8], dtype=torch.int32)  # keys 2·2³² + 9, 2³² + 2, …, of which two are equal
+    words = torch.tensor(
+        [4, 9, 2, 2, 5, 9, 2, 3, 4, 8], dtype=torch.int32
+    )  # keys 2·2³² + 9, 2³² + 2, …, of which two are equal
     monkeypatch.setattr(ops, "_words", lambda *_: words)
     assert ops.permutation(5, seed=0, draw=0).tolist() == [1, 3, 4, 0, 2]
 

@@ -472,10 +472,12 @@ def rewritten(path, change):
 
 
 WITHOUT = {
-    "a moment that is not finite": lambda tensors: tensors | {"adam.0.exp_avg": tensors["adam.0.exp_avg"] * math.nan},
-    "no optimiser": lambda tensors: {k: v for k, v in tensors.items() if not k.startswith("adam.")},
-    "half an optimiser": lambda tensors: {k: v for k, v in tensors.items() if k != "adam.1.exp_avg_sq"},
-    "another's optimiser": lambda tensors: tensors | {"adam.0.exp_avg": torch.zeros(3)},
+    "a moment that is not finite": lambda tensors: (
+        tensors | {"optimizer.0.exp_avg": tensors["optimizer.0.exp_avg"] * math.nan}
+    ),
+    "no optimiser": lambda tensors: {k: v for k, v in tensors.items() if not k.startswith("optimizer.")},
+    "half an optimiser": lambda tensors: {k: v for k, v in tensors.items() if k != "optimizer.1.exp_avg_sq"},
+    "another's optimiser": lambda tensors: tensors | {"optimizer.0.exp_avg": torch.zeros(3)},
     "no averages": lambda tensors: {k: v for k, v in tensors.items() if k != "net.out.bias"},
     "no weights": lambda tensors: {k: v for k, v in tensors.items() if not k.startswith("raw.")},
     "another precision": lambda tensors: {k: v.double() if k.startswith("net.") else v for k, v in tensors.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from ..data import Data
 from ..execution import noise, ops
+from ..execution.calls import picked
+from ..execution.loop import Condition
 from ..model import ScoreModel
 
 
@@ -21,6 +24,17 @@ class Batches:
         self.device = next(model.net.parameters()).device
         self.labels = data.labels if model.num_classes else None
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
+
+    def parts(self, step: int, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Condition]]:
+        """Batch n in `count` equal parts: the same samples, times and noise."""
+        x0, t, cursor, cond = self(step)
+        if count == 1:
+            yield x0, t, cursor, cond
+            return
+        size = len(x0) // count
+        for first in range(0, len(x0), size):
+            part = slice(first, first + size)
+            yield x0[part], t[part], ops.cursor(step, first, self.seed, self.device), picked(cond, part)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         index, own = self._indices(step), self.model.standardize is not None  # vectors in their own units

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,19 @@ from ..errors import (
     DeviceError,
     choose,
     names_keywords,
+    short,
     warn,
 )
 from ..execution.modes import leaves_no_trace, stepping
+from ..execution.modules import compiled
 from ..execution.monitor import bar
 from ..execution.torch_private import functorch_is_active
 from ..files import hold, reason, shown
 from ..model import ScoreModel
+from . import averages, fitting, optimisers
 from . import checkpoint as files
-from . import fitting
 from .batches import Batches
-from .state import EMA_RULES, State, rate
+from .state import PRECISIONS, State
 
 # Steps in a row without a finite loss and gradient after which a run gives up.
 MOST_SKIPPED = 10
@@ -67,11 +69,11 @@ def train(
     loss: str = "dsm",
     probe: str | None = None,
     batch_size: int = 128,
-    lr: float = 2e-4,
+    lr: float | None = None,
     warmup: int = 1000,
     decay: bool = False,
     grad_clip: float | None = 1.0,
-    ema: float = 0.999,
+    ema: float | Sequence[float] = 0.999,
     dequantize: bool = False,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -82,6 +84,13 @@ def train(
     stop: Callable[[], object] | None = None,
     ema_rule: str = "diffusers",
     warmup_start: int = 1,
+    optimizer: optimisers.Choice = "adam",
+    schedule: str | Callable[[Any], Any] = "constant",
+    precision: str | None = None,
+    compile: bool = False,
+    accumulate: int = 1,
+    posthoc: bool = False,
+    bad_step: str = "skip",
 ) -> Training:
     """Train `model` in place up to step `steps`, and leave it with the averaged (EMA) weights, in evaluation mode.
 
@@ -91,10 +100,21 @@ def train(
                   that takes one
     loss          "dsm", "simple" or "likelihood"; without a transition density "ism", "ssm" or "ssm_vr", the last two with
                   `probe` "rademacher" (default) or "normal" (fastdiff.losses.per_sample)
-    lr, warmup    Adam (β 0.9, 0.999, ε 1e-8), linear warm-up over `warmup` steps, step n = 0, 1, … by
-                  lr·min(1, (n + warmup_start)/warmup) (`warmup_start` 0 is score_sde's); `decay`: half a cosine to 0 at `steps`
+    optimizer     "adam" (β 0.9, 0.999, ε 1e-8), "adamw", "radam", "sgd", "muon", or a function of the trained parameters that
+                  gives a torch.optim.Optimizer, or a list of them, with their options and rates
+    lr, warmup    the rate, 2e-4 unless given, or that of your own optimizer; linear warm-up over `warmup` steps, step
+                  n = 0, 1, … by lr·min(1, (n + warmup_start)/warmup) (`warmup_start` 0 is score_sde's)
+    schedule      times "constant", "cosine" (half of one to 0 at `steps`, also `decay=True`), "linear" (to 0 at `steps`),
+                  "inverse_sqrt" (√(warmup/n) from `warmup` on), or a function of the optimizer that gives one of
+                  torch.optim.lr_scheduler
     ema           θ' ← m θ' + (1 − m) θ at update n = 0, 1, …; `ema_rule` "diffusers": m = min(ema, (1 + n)/(10 + n)), 0 at n = 0;
-                  "score_sde": from the initial weights, m = min(ema, (2 + n)/(11 + n)); "constant": from them, m = ema
+                  "score_sde": from the initial weights, m = min(ema, (2 + n)/(11 + n)); "constant": from them, m = ema.
+                  Of several rates the first is the model's, and `fastdiff.load(directory, ema=)` has the others
+    posthoc       keep what fastdiff.posthoc_ema makes averages of any width from: a snapshot every `checkpoint_every` steps
+    precision     "bf16" or "fp16": autocast of the network and the loss, weights in float32; a float16 loss is scaled, and
+                  a step whose scaled gradient overflows is taken with half the factor the next time
+    compile       the network by torch.compile, for the training alone
+    accumulate    the batch goes through the network in so many parts, and is one step
     dequantize    add uniform noise of one bin to discrete data (Theis et al. 2016)
     seed          data, times, noise and dropout of step n are a function of (seed, n) alone, so a resumed run gives the
                   same weights as an uninterrupted one; torch's generator is as it was after each step
@@ -106,14 +126,17 @@ def train(
     stop          asked after each step; where it says True, the run saves and ends with that step
 
     A step whose loss or gradient is not finite is skipped, everything as it was before it; the first is said in a warning,
-    ten in a row are a DataError. Networks of float16 and bfloat16 are trained by float32 copies of their weights.
+    ten in a row are a DataError, or with `bad_step="raise"` the first. Networks of float16 and bfloat16 are trained by float32
+    copies of their weights.
     """
     options, steps, checkpoint_every = _checked(
         {"loss": loss, "batch_size": batch_size, "lr": lr, "warmup": warmup, "decay": decay, "grad_clip": grad_clip,
-         "ema": ema, "dequantize": dequantize, "seed": seed, "ema_rule": ema_rule, "warmup_start": warmup_start},
+         "ema": ema, "dequantize": dequantize, "seed": seed, "ema_rule": ema_rule, "warmup_start": warmup_start,
+         "schedule": schedule, "precision": precision, "accumulate": accumulate, "posthoc": posthoc, "bad_step": bad_step,
+         "optimizer": optimizer},
         steps, checkpoint_every,
     )  # fmt: skip
-    resume = checks.flag("resume", resume)
+    resume, compile = checks.flag("resume", resume), checks.flag("compile", compile)
     checks.function("callback", callback)
     checks.function("stop", stop)
     if functorch_is_active():
@@ -131,19 +154,27 @@ def train(
     fitting.check_scale(source, fitted)
     kind = losses.check(model, options["loss"], probe)
     options |= {"probe": kind} if options["loss"] in losses.SLICED else {}
-    options |= {"data": source.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
+    ends = decay or schedule in ("cosine", "linear")  # such a rate depends on the end
+    options |= {"data": source.fingerprint(), "steps": steps if ends else None}
+    if posthoc and checkpoint is None:
+        raise ConfigError("posthoc=True must have a directory for its snapshots: give checkpoint=")
     if checkpoint is not None:
         files.as_json(described)  # refuse before the first step what could not be saved after it
     with torch.inference_mode(False), torch.enable_grad(), _autocast(model.net), _directory(checkpoint) as folder:
-        state = State(model.net, options["lr"], options["ema"], options["ema_rule"])
-        if folder is not None and resume and (folder / files.FILE).exists():
-            described = state.read(folder / files.FILE, options, described)
+        state = State(model.net, options, optimizer, schedule, steps)
+        options |= state.made
+        if folder is not None:
+            state.check_saved()
+            if resume and (folder / files.FILE).exists():
+                described = state.read(folder / files.FILE, options, described)
+            if options["posthoc"]:
+                averages.drop_snapshots(folder, state.step)
         vars(model).update(facts)
         began, first = time.perf_counter(), state.step
         with stepping(model.net):
             modes = [(module, module.training) for module in model.modules()]
         try:
-            with bar(progress, steps, "train", "step", first) as display:
+            with compiled(model.net, compile), bar(progress, steps, "train", "step", first) as display:
                 recorded = _loop(state, Batches(source, model, options), options, steps, model, folder, checkpoint_every,
                                  described, display, callback, stop)  # fmt: skip
             state.average_into(model.net)
@@ -176,17 +207,21 @@ def _loop(
     with stepping(model.net):
         model.net.train()
     for step in range(first, steps):
-        x0, t, cursor, cond = batches(step)
         with stepping(model.net), _seeded((options["seed"] * 1_000_003 + step) % 2**63):
             state.keep_buffers()
-            value = losses.per_sample(model, x0, t, cursor, options["loss"], cond, options.get("probe")).mean()
-            with losses.differentiating(options["loss"]):
-                taken = state.update(value, rate(step, steps, options), options["grad_clip"])
+            for x0, t, cursor, cond in batches.parts(step, options["accumulate"]):
+                with state.computing():
+                    value = losses.per_sample(model, x0, t, cursor, options["loss"], cond, options.get("probe")).mean()
+                with losses.differentiating(options["loss"]):
+                    state.add(value / options["accumulate"] if options["accumulate"] > 1 else value)
+            value = state.loss
+            taken = state.take()
         if taken:
-            recorded[step - first], skipped = value.detach(), 0
+            recorded[step - first], skipped = value, 0
         else:
             skipped += 1
-            if skipped == MOST_SKIPPED or (step + 1 == steps and skipped == steps - first):
+            most = 1 if options["bad_step"] == "raise" else MOST_SKIPPED
+            if skipped == most or (step + 1 == steps and skipped == steps - first):
                 raise _nothing_finite(step, skipped, folder)
             if not said:
                 warn(
@@ -204,6 +239,8 @@ def _loop(
                 callback(step + 1, recent)
         if save_now:
             state.write(folder / files.FILE, described, options)  # type: ignore[operator]
+            if options["posthoc"] and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
+                state.write_snapshot(folder, described, options)  # type: ignore[arg-type]
         display.update()
         if stopped:
             break
@@ -308,18 +345,54 @@ def _checked(options: dict[str, Any], steps: Any, checkpoint_every: Any) -> tupl
     checked = {
         "loss": choose("loss", options["loss"], losses.LOSSES),
         "batch_size": checks.integer("batch_size", options["batch_size"], 1, 10**7),
-        "lr": checks.number("lr", options["lr"], 0, 1e6, above=True),
+        "lr": _lr(options["lr"], options["optimizer"]),
         "warmup": checks.integer("warmup", options["warmup"], 0, 10**9),
         "decay": checks.flag("decay", options["decay"]),
         "grad_clip": None if grad_clip is None else checks.number("grad_clip", grad_clip, 0, above=True),
-        "ema": checks.number("ema", options["ema"], 0, 1, below=True),
-        "ema_rule": choose("ema_rule", options["ema_rule"], EMA_RULES),
+        "ema": _ema(options["ema"]),
+        "ema_rule": choose("ema_rule", options["ema_rule"], averages.RULES),
         "warmup_start": checks.integer("warmup_start", options["warmup_start"], 0, 1),
         "dequantize": checks.flag("dequantize", options["dequantize"]),
         "seed": checks.integer("seed", options["seed"], 0, 2**64 - 1),
+        "schedule": _named("schedule", options["schedule"], optimisers.SCHEDULES),
+        "precision": None if options["precision"] is None else choose("precision", options["precision"], PRECISIONS),
+        "accumulate": checks.integer("accumulate", options["accumulate"], 1, 10**7),
+        "posthoc": checks.flag("posthoc", options["posthoc"]),
+        "bad_step": choose("bad_step", options["bad_step"], ("skip", "raise")),
+        "optimizer": _named("optimizer", options["optimizer"], optimisers.OPTIMIZERS),
     }
+    if checked["batch_size"] % checked["accumulate"]:
+        raise ConfigError(
+            f"batch_size must be a multiple of accumulate={checked['accumulate']}, the number of its parts, got "
+            f"{checked['batch_size']}"
+        )
+    if checked["decay"] and checked["schedule"] != "constant":
+        raise ConfigError(f"decay=True is schedule='cosine', got schedule={checked['schedule']!r} too: leave decay out")
     return (
         checked,
         checks.integer("steps", steps, 1, 10**9),
         checks.integer("checkpoint_every", checkpoint_every, 1, 10**9),
     )
+
+
+def _lr(lr: Any, optimizer: Any) -> float | None:
+    """The rate, None where the caller's own optimiser has its."""
+    if not callable(optimizer):
+        return checks.number("lr", 2e-4 if lr is None else lr, 0, 1e6, above=True)
+    if lr is not None:
+        raise ConfigError(f"lr={short(lr)} must be left out with an optimizer of your own: give it that rate")
+    return None
+
+
+def _ema(ema: Any) -> float | list[float]:
+    """The rates of the averages, the model's first."""
+    rates = list(ema) if isinstance(ema, (list, tuple)) else [ema]
+    checked = [checks.number("ema", rate, 0, 1, below=True) for rate in rates]
+    if not checked or len(set(checked)) < len(checked):
+        raise ConfigError(f"ema must be a number, or several that differ, got {short(ema)}")
+    return checked if len(checked) > 1 else checked[0]
+
+
+def _named(argument: str, value: Any, known: tuple[str, ...]) -> str:
+    """A name of those that are known, or a function, by its own."""
+    return str(getattr(value, "__name__", "")) if callable(value) else choose(argument, value, known)
