@@ -18,7 +18,7 @@ from .planning.plan import plan
 from .planning.processes import DDPM, EDM, NCSN, OU, VE, VP, SubVP
 from .sampling import SampleInfo, sample
 from .table import StepTable
-from .training import Training, load, save, train
+from .training import Training, load, posthoc_ema, save, train
 
 models = networks  # its former name
 
@@ -67,6 +67,7 @@ __all__ = [
     "networks",
     "normal",
     "plan",
+    "posthoc_ema",
     "predictions",
     "processes",
     "sample",

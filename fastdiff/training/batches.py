@@ -13,7 +13,9 @@ from torch import Tensor
 from ..data import Data, LazyData
 from ..data.augment import Augmentation
 from ..execution import noise, ops
+from ..execution.calls import picked
 from ..execution.loop import Condition
+from ..losses.times import Drawn
 from ..model import ScoreModel
 from .objective import Batch, Objective
 
@@ -36,7 +38,7 @@ class Batches:
 
     def __call__(self, step: int) -> Batch:
         # one number for each sample, and one for the step
-        u = noise.uniform(self.size + 1, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
+        u = ops.uniform(self.size + 1, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
         u, of_step = u[:-1], u[-1]
         if self.objective.times.stratified:
             u = (torch.arange(self.size, device=self.device) + u) / self.size
@@ -51,6 +53,19 @@ class Batches:
         return Batch(
             x0.to(self.device), ops.cursor(step, 0, self.seed, self.device), self._conditions(*cond, step), drawn
         )
+
+    def parts(self, step: int, count: int) -> Iterator[Batch]:
+        """Batch n in `count` equal parts: the same samples, times and noise."""
+        batch = self(step)
+        if count == 1:
+            yield batch
+            return
+        size = self.size // count
+        for first in range(0, self.size, size):
+            part = slice(first, first + size)
+            drawn = Drawn(*(None if value is None else value[part] for value in batch.drawn))  # type: ignore[arg-type]
+            cursor = ops.cursor(step, first, self.seed, self.device)
+            yield Batch(batch.x0[part], cursor, picked(batch.cond, part), drawn)
 
     def _read(self, step: int, data: LazyData) -> Data:
         """The samples of a step, of which those of the next ones are being read."""
@@ -96,7 +111,7 @@ class Batches:
         """Samples after the augmentations, and fields beside them alike."""
         labels, cond = beside
         many = sum(each.numbers for each in self.augment)
-        u = noise.uniform(len(x0), (many,), stream=noise.AUGMENTATION, seed=self.seed, draw=step)
+        u = ops.uniform(len(x0), (many,), stream=noise.AUGMENTATION, seed=self.seed, draw=step)
         for each in self.augment:
             mine, u = u[:, : each.numbers], u[:, each.numbers :]
             x0 = each(x0, mine)
@@ -109,7 +124,7 @@ class Batches:
         probability, but in no evaluation (step None)."""
         share = self.model.cond_dropout
         if share and step is not None and (labels is not None or cond is not None):
-            u = noise.uniform(self.size, (1,), stream=noise.CONDITIONS, seed=self.seed, draw=step)[:, 0]
+            u = ops.uniform(self.size, (1,), stream=noise.CONDITIONS, seed=self.seed, draw=step)[:, 0]
             if labels is not None:
                 labels = torch.where(u < share, self.model.null_label, labels)
             if cond is not None:
@@ -123,6 +138,6 @@ class Batches:
         stop, pieces = start + self.size, []
         for epoch in range(start // count, (stop - 1) // count + 1):
             if epoch != self.epoch:
-                self.epoch, self.order = epoch, noise.permutation(count, seed=self.seed, draw=epoch)
+                self.epoch, self.order = epoch, ops.permutation(count, seed=self.seed, draw=epoch)
             pieces.append(self.order[max(start - epoch * count, 0) : stop - epoch * count])
         return torch.cat(pieces)

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,20 @@ from ..errors import (
     DeviceError,
     choose,
     names_keywords,
+    short,
     warn,
 )
 from ..execution.modes import leaves_no_trace, stepping
+from ..execution.modules import compiled
 from ..execution.monitor import bar
 from ..execution.torch_private import functorch_is_active
 from ..files import hold, reason, shown
 from ..model import ScoreModel
+from . import averages, fitting, optimisers
 from . import checkpoint as files
-from . import fitting
 from .batches import Batches
 from .objective import Objective
-from .state import EMA_RULES, State, rate
+from .state import PRECISIONS, State
 from .watch import Watch, of_validation, writer
 
 # Steps in a row without a finite loss and gradient after which a run gives up.
@@ -75,11 +77,11 @@ def train(
     vlb_weight: float = 0.001,
     probe: str | None = None,
     batch_size: int = 128,
-    lr: float = 2e-4,
+    lr: float | None = None,
     warmup: int = 1000,
     decay: bool = False,
     grad_clip: float | None = 1.0,
-    ema: float = 0.999,
+    ema: float | Sequence[float] = 0.999,
     dequantize: bool = False,
     augment: Any = None,
     seed: int = 0,
@@ -97,6 +99,13 @@ def train(
     ema_rule: str = "diffusers",
     warmup_start: int = 1,
     cond_dropout: float = 0.0,
+    optimizer: optimisers.Choice = "adam",
+    schedule: str | Callable[[Any], Any] = "constant",
+    precision: str | None = None,
+    compile: bool = False,
+    accumulate: int = 1,
+    posthoc: bool = False,
+    bad_step: str = "skip",
 ) -> Training:
     """Train `model` in place up to step `steps`, and leave it with the averaged (EMA) weights, in evaluation mode.
 
@@ -114,10 +123,21 @@ def train(
     times         "stratified" (default), "uniform", "importance" (∝ g²/σ²), "second_moment", "lognormal", or an object of
                   fastdiff.losses.times, such as LogNormal(-0.4, 1.0)
     truncation    near t = 0 of continuous processes: "hard" (default: t ≥ 1e-5), "soft" or "clamp" (fastdiff.losses.times.draw)
-    lr, warmup    Adam (β 0.9, 0.999, ε 1e-8), linear warm-up over `warmup` steps, step n = 0, 1, … by
-                  lr·min(1, (n + warmup_start)/warmup) (`warmup_start` 0 is score_sde's); `decay`: half a cosine to 0 at `steps`
+    optimizer     "adam" (β 0.9, 0.999, ε 1e-8), "adamw", "radam", "sgd", "muon", or a function of the trained parameters that
+                  gives a torch.optim.Optimizer, or a list of them, with their options and rates
+    lr, warmup    the rate, 2e-4 unless given, or that of your own optimizer; linear warm-up over `warmup` steps, step
+                  n = 0, 1, … by lr·min(1, (n + warmup_start)/warmup) (`warmup_start` 0 is score_sde's)
+    schedule      times "constant", "cosine" (half of one to 0 at `steps`, also `decay=True`), "linear" (to 0 at `steps`),
+                  "inverse_sqrt" (√(warmup/n) from `warmup` on), or a function of the optimizer that gives one of
+                  torch.optim.lr_scheduler
     ema           θ' ← m θ' + (1 − m) θ at update n = 0, 1, …; `ema_rule` "diffusers": m = min(ema, (1 + n)/(10 + n)), 0 at n = 0;
-                  "score_sde": from the initial weights, m = min(ema, (2 + n)/(11 + n)); "constant": from them, m = ema
+                  "score_sde": from the initial weights, m = min(ema, (2 + n)/(11 + n)); "constant": from them, m = ema.
+                  Of several rates the first is the model's, and `fastdiff.load(directory, ema=)` has the others
+    posthoc       keep what fastdiff.posthoc_ema makes averages of any width from: a snapshot every `checkpoint_every` steps
+    precision     "bf16" or "fp16": autocast of the network and the loss, weights in float32; a float16 loss is scaled, and
+                  a step whose scaled gradient overflows is taken with half the factor the next time
+    compile       the network by torch.compile, for the training alone
+    accumulate    the batch goes through the network in so many parts, and is one step
     augment       "flip", "flip_vertical", "crop", or objects of fastdiff.data.augment, in turn: random changes of each sample,
                   made anew at each step
     dequantize    add uniform noise of one bin to discrete data (Theis et al. 2016)
@@ -143,15 +163,17 @@ def train(
     and the averaged model of the lowest validation loss is its best.safetensors.
 
     A step whose loss or gradient is not finite is skipped, everything as it was before it; the first is said in a warning,
-    ten in a row are a DataError. Networks of float16 and bfloat16 are trained by float32 copies of their weights.
+    ten in a row are a DataError, or with `bad_step="raise"` the first. Networks of float16 and bfloat16 are trained by float32
+    copies of their weights.
     """
     options, steps, checkpoint_every = _checked(
         {"batch_size": batch_size, "lr": lr, "warmup": warmup, "decay": decay, "grad_clip": grad_clip,
          "ema": ema, "dequantize": dequantize, "seed": seed, "ema_rule": ema_rule, "warmup_start": warmup_start,
-         "cond_dropout": cond_dropout},
+         "schedule": schedule, "precision": precision, "accumulate": accumulate, "posthoc": posthoc, "bad_step": bad_step,
+         "optimizer": optimizer, "cond_dropout": cond_dropout},
         steps, checkpoint_every,
     )  # fmt: skip
-    resume = checks.flag("resume", resume)
+    resume, compile = checks.flag("resume", resume), checks.flag("compile", compile)
     checks.function("callback", callback)
     checks.function("stop", stop)
     if functorch_is_active():
@@ -184,13 +206,21 @@ def train(
     objective = Objective.of(fitted, source, options["dequantize"], loss, weight, times, truncation, probe, vlb_weight)
     options |= objective.options()
     options |= {"augment": [each.config() for each in augmentations]} if augmentations else {}
-    options |= {"data": whole.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
+    ends = decay or schedule in ("cosine", "linear")  # such a rate depends on the end
+    options |= {"data": whole.fingerprint(), "steps": steps if ends else None}
+    if posthoc and checkpoint is None:
+        raise ConfigError("posthoc=True must have a directory for its snapshots: give checkpoint=")
     if checkpoint is not None:
         files.as_json(described)  # refuse before the first step what could not be saved after it
     with torch.inference_mode(False), torch.enable_grad(), _autocast(model.net), _directory(checkpoint) as folder:
-        state = State(model.net, objective, options["lr"], options["ema"], options["ema_rule"])
-        if folder is not None and resume and (folder / files.FILE).exists():
-            described = state.read(folder / files.FILE, options, described)
+        state = State(model.net, objective, options, optimizer, schedule, steps)
+        options |= state.made
+        if folder is not None:
+            state.check_saved()
+            if resume and (folder / files.FILE).exists():
+                described = state.read(folder / files.FILE, options, described)
+            if options["posthoc"]:
+                averages.drop_snapshots(folder, state.step)
         kept = None if held_out is None else Batches(held_out, fitted, of_validation(objective), options)
         watch = Watch(model, kept, evaluate_every, patience, evaluate, folder, writer(folder) if tensorboard else None)
         watch.resume(state.header, state.step)
@@ -202,7 +232,7 @@ def train(
         with stepping(model.net):
             modes = [(module, module.training) for module in model.modules()]
         try:
-            with bar(progress, steps, "train", "step", first) as display:
+            with compiled(model.net, compile), bar(progress, steps, "train", "step", first) as display:
                 batches = Batches(whole, model, objective, options, augmentations)
                 recorded = _loop(state, batches, options, steps, model, folder, checkpoint_every, described, display, callback,
                                  stop, watch)  # fmt: skip
@@ -239,20 +269,26 @@ def _loop(
     with stepping(model.net):
         model.net.train()
     for step in range(first, steps):
-        batch = batches(step)
+        seen = []
         with stepping(model.net), _seeded((options["seed"] * 1_000_003 + step) % 2**63):
             state.keep_buffers()
-            values = objective.per_sample(batch, model)
-            value = objective.mean(values, batch.drawn)
-            with losses.differentiating(options["loss"]):
-                taken = state.update(value, rate(step, steps, options), options["grad_clip"])
+            for batch in batches.parts(step, options["accumulate"]):
+                with state.computing():
+                    values = objective.per_sample(batch, model)
+                    value = objective.mean(values, batch.drawn)
+                with losses.differentiating(options["loss"]):
+                    state.add(value / options["accumulate"] if options["accumulate"] > 1 else value)
+                seen.append((batch.drawn, values.detach()))
+            value = state.loss
+            taken = state.take()
         if taken:
-            recorded[step - first], skipped = value.detach(), 0
+            recorded[step - first], skipped = value, 0
             if objective.learns:
-                objective.observe(batch.drawn, values)
+                objective.observe(seen)
         else:
             skipped += 1
-            if skipped == MOST_SKIPPED or (step + 1 == steps and skipped == steps - first):
+            most = 1 if options["bad_step"] == "raise" else MOST_SKIPPED
+            if skipped == most or (step + 1 == steps and skipped == steps - first):
                 raise _nothing_finite(step, skipped, folder)
             if not said:
                 warn(
@@ -269,11 +305,13 @@ def _loop(
         if (step + 1) % 100 == 0 or last:
             recent = float(recorded[: step + 1 - first][-100:].nanmean())
             display.set_postfix(loss=f"{recent:.4f}")
-            watch.note(step + 1, {"loss": recent, "lr": rate(step, steps, options)})
+            watch.note(step + 1, {"loss": recent, "lr": state.rate(step, state.rate.base[0])})
             if callback is not None:
                 callback(step + 1, recent)
         if save_now:
             state.write(folder / files.FILE, described, options, watch.config())  # type: ignore[operator]
+            if options["posthoc"] and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
+                state.write_snapshot(folder, described, options)  # type: ignore[arg-type]
         display.update()
         if stopped:
             break
@@ -377,19 +415,55 @@ def _checked(options: dict[str, Any], steps: Any, checkpoint_every: Any) -> tupl
     grad_clip = options["grad_clip"]
     checked = {
         "batch_size": checks.integer("batch_size", options["batch_size"], 1, 10**7),
-        "lr": checks.number("lr", options["lr"], 0, 1e6, above=True),
+        "lr": _lr(options["lr"], options["optimizer"]),
         "warmup": checks.integer("warmup", options["warmup"], 0, 10**9),
         "decay": checks.flag("decay", options["decay"]),
         "grad_clip": None if grad_clip is None else checks.number("grad_clip", grad_clip, 0, above=True),
-        "ema": checks.number("ema", options["ema"], 0, 1, below=True),
-        "ema_rule": choose("ema_rule", options["ema_rule"], EMA_RULES),
+        "ema": _ema(options["ema"]),
+        "ema_rule": choose("ema_rule", options["ema_rule"], averages.RULES),
         "warmup_start": checks.integer("warmup_start", options["warmup_start"], 0, 1),
         "dequantize": checks.flag("dequantize", options["dequantize"]),
         "cond_dropout": checks.number("cond_dropout", options["cond_dropout"], 0, 1, below=True),
         "seed": checks.integer("seed", options["seed"], 0, 2**64 - 1),
+        "schedule": _named("schedule", options["schedule"], optimisers.SCHEDULES),
+        "precision": None if options["precision"] is None else choose("precision", options["precision"], PRECISIONS),
+        "accumulate": checks.integer("accumulate", options["accumulate"], 1, 10**7),
+        "posthoc": checks.flag("posthoc", options["posthoc"]),
+        "bad_step": choose("bad_step", options["bad_step"], ("skip", "raise")),
+        "optimizer": _named("optimizer", options["optimizer"], optimisers.OPTIMIZERS),
     }
+    if checked["batch_size"] % checked["accumulate"]:
+        raise ConfigError(
+            f"batch_size must be a multiple of accumulate={checked['accumulate']}, the number of its parts, got "
+            f"{checked['batch_size']}"
+        )
+    if checked["decay"] and checked["schedule"] != "constant":
+        raise ConfigError(f"decay=True is schedule='cosine', got schedule={checked['schedule']!r} too: leave decay out")
     return (
         checked,
         checks.integer("steps", steps, 1, 10**9),
         checks.integer("checkpoint_every", checkpoint_every, 1, 10**9),
     )
+
+
+def _lr(lr: Any, optimizer: Any) -> float | None:
+    """The rate, None where the caller's own optimiser has its."""
+    if not callable(optimizer):
+        return checks.number("lr", 2e-4 if lr is None else lr, 0, 1e6, above=True)
+    if lr is not None:
+        raise ConfigError(f"lr={short(lr)} must be left out with an optimizer of your own: give it that rate")
+    return None
+
+
+def _ema(ema: Any) -> float | list[float]:
+    """The rates of the averages, the model's first."""
+    rates = list(ema) if isinstance(ema, (list, tuple)) else [ema]
+    checked = [checks.number("ema", rate, 0, 1, below=True) for rate in rates]
+    if not checked or len(set(checked)) < len(checked):
+        raise ConfigError(f"ema must be a number, or several that differ, got {short(ema)}")
+    return checked if len(checked) > 1 else checked[0]
+
+
+def _named(argument: str, value: Any, known: tuple[str, ...]) -> str:
+    """A name of those that are known, or a function, by its own."""
+    return str(getattr(value, "__name__", "")) if callable(value) else choose(argument, value, known)
