@@ -74,7 +74,7 @@ def likelihood(
     indices = range(first, first + min(checks.integer("num_samples", num_samples, 1, 2**32 - 1), len(data) - first))
     x, units = _in_model_units(data, model, indices, checks.integer("seed", seed, 0, 2**64 - 1))
     if cond is None:
-        cond = _labels(data, model)
+        cond = labels_of(data, model)
     if cond is not None and (cond.ndim == 0 or len(cond) != len(data)):
         raise ShapeError(
             f"--cond must have {len(data)} entries, one for each of the data, got shape {tuple(cond.shape)}"
@@ -112,7 +112,13 @@ def _in_model_units(data: Data, model: ScoreModel, indices: range, seed: int) ->
         return x, f"dequantised uniformly within {data.bins} levels, in the model's data_range {low:g} to {high:g}"
     if len(data.shape) > 1:
         return data.batch(indices, model.data_range), f"scaled to the model's data_range {low:g} to {high:g}"
-    lowest, highest = data.range
+    check_own_units(data, model)
+    return data.batch(indices, data.range), "in their own units"
+
+
+def check_own_units(data: Data, model: ScoreModel) -> None:
+    """Refuse vectors that are clearly in another unit than those that the model was trained on."""
+    (low, high), (lowest, highest) = model.data_range, data.range
     if (
         lowest < 2 * low - high or highest > 2 * high - low
     ):  # new data may exceed the old a little; other units do by far
@@ -120,10 +126,9 @@ def _in_model_units(data: Data, model: ScoreModel, indices: range, seed: int) ->
             f"data must be in the units of the model's training data, which ran from {low:g} to {high:g}, got {lowest:g} to "
             f"{highest:g}: scale them as the training data were"
         )
-    return data.batch(indices, data.range), "in their own units"
 
 
-def _labels(data: Data, model: ScoreModel) -> Tensor | None:
+def labels_of(data: Data, model: ScoreModel) -> Tensor | None:
     """The labels, for a model that was trained with them."""
     if not model.num_classes:
         return None

@@ -16,7 +16,7 @@ from .. import checks
 from ..data import Data
 from ..errors import ConfigError, DataError, DTypeError, ShapeError, choose, nearest, short, warn
 from ..execution import tensor_checks
-from ..execution.calls import dtype_of, single_tensor
+from ..execution.calls import dtype_of
 from ..execution.modes import evaluating
 from ..execution.noise import permutation
 
@@ -67,8 +67,8 @@ def in_one_unit(x: Any, y: Any, least: int, names: tuple[str, str] = ("x", "y"))
     apart = max(low - least_of, most_of - high), max(least_of - low, high - most_of)
     if apart[0] > 0.8 * (high - low) or apart[1] > 0.8 * (most_of - least_of):
         warn(
-            f"{both} look like two units: {names[0]} runs from {low:.4g} to {high:.4g}, {names[1]} from {least_of:.4g} to "
-            f"{most_of:.4g}; data.batch(range(len(data)), model.data_range) gives data in a model's"
+            f"{both} are in two units or far apart: {names[0]} runs from {low:.4g} to {high:.4g}, {names[1]} from {least_of:.4g} "
+            f"to {most_of:.4g}; data.batch(range(len(data)), model.data_range) gives data in a model's"
         )
     return a, b.to(a.device)
 
@@ -84,8 +84,8 @@ def compared(x: Any, y: Any, features: Features, least: int) -> tuple[Tensor, Te
     """The features [n, d] and [m, d] of both sets, float64; a label-trained classifier is that of y."""
     a, b = in_one_unit(x, y, least)
     function = rows_of(features, y)
-    u, v = (_checked(name, function(z), len(z)) for name, z in (("x", a), ("y", b)))
-    if u.shape != (len(u), v.shape[1]):
+    u, v = (_checked(function(z), len(z)) for z in (a, b))
+    if u.shape[1] != v.shape[1]:
         raise ShapeError(f"features must be of one length, got {u.shape[1]} numbers of x and {v.shape[1]} of y")
     return u, v
 
@@ -112,13 +112,15 @@ def rows_of(features: Features, data: Any = None) -> Rows:
     return features
 
 
-def _checked(name: str, value: Any, count: int) -> Tensor:
+def _checked(value: Any, count: int) -> Tensor:
     """Features as float64 rows [n, d]."""
     if isinstance(value, np.ndarray):
-        value = samples(f"features of {name}", value)
+        value = samples("features", value)
     if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != count:
-        raise ShapeError(f"features must give [n, d], of {count} samples {count} rows, got {short(value)} of {name}")
-    tensor_checks.check_finite(f"features of {name}", value)
+        raise ShapeError(
+            f"features must give [n, d], {count} rows of {count} samples, got {short(value)}: for a number each, [:, None]"
+        )
+    tensor_checks.check_finite("features", value)
     return value.detach().flatten(1).double()
 
 
@@ -133,21 +135,22 @@ def _in_batches(net: nn.Module, x: Tensor) -> Tensor:
             output = net(piece.to(place))
             if isinstance(output, tuple) and len(output) == 1:  # as torch-fidelity's extractors answer
                 output = output[0]
-            found.append(single_tensor(output).flatten(1).double())
+            found.append(_checked(output, len(piece)))
     return torch.cat(found).to(x.device)
 
 
 def _registered(name: str) -> Rows:
     """The extractor of a name that was registered with torch-fidelity; bytes [n, 1 or 3, H, W] to features."""
-    near = nearest(name, NAMES)
+    if nearest(name, NAMES):
+        choose("features", name, NAMES)
     try:
-        if near:
-            raise ImportError
         from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY as registry
         from torch_fidelity.utils import create_feature_extractor
-    except ImportError:
-        choose("features", name, (*NAMES, "a function", "a torch.nn.Module", "a name registered with torch-fidelity"))
-        raise
+    except ImportError as error:
+        raise ConfigError(
+            f"features must be 'pixels', 'classifier', a function, a module, or a name of torch-fidelity's, got {short(name)}, "
+            "and torch-fidelity is missing: pip install torch-fidelity"
+        ) from error
     if name not in registry:
         choose("features", name, (*NAMES, *registry))
     kind = registry[name]
@@ -170,15 +173,20 @@ def _registered(name: str) -> Rows:
 
 
 class Classifier(nn.Module):
-    """A small classifier: forward gives its last hidden layer [n, 64]; `accuracy` is that on a held-out tenth of its data."""
+    """A small classifier: forward gives its last hidden layer [n, 64], standardized by what its data give; `accuracy` is that on
+    a held-out tenth of them."""
 
     mean: Tensor
     std: Tensor
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, shape: tuple[int, ...], classes: int, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
+        self.register_buffer("shift", torch.zeros(64))
+        self.register_buffer("scale", torch.ones(64))
         self.accuracy = math.nan
         axes = len(shape) - 1
         if axes not in CONVOLUTIONS:
@@ -193,13 +201,18 @@ class Classifier(nn.Module):
         self.head = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        return (self.last(x) - self.shift) / self.scale
+
+    def last(self, x: Tensor) -> Tensor:
+        """The last hidden layer as the head sees it."""
         x = (x - self.mean) / self.std
         x = self.body(x.flatten(1)) if self.pool is None else POOLS[self.pool](self.body(x), 2).flatten(1)
         return F.silu(self.hidden(x))
 
 
 def classifier(data: Data, *, steps: int = 500, seed: int = 0) -> Classifier:
-    """A small network trained to tell the classes of a labelled Data, for `features=`: its last hidden layer, 64 numbers.
+    """A small network trained to tell the classes of a labelled Data, for `features=`: its last hidden layer, 64 numbers
+    of mean 0 and variance 1 on those data.
 
     A convolutional one for samples with one to three axes beside their channels, else one of two layers; Adam on batches of 128
     with a cosine rate from 2e-3 to 0. It takes samples in the units of `data.x`. Weights and order are of the seed, so that two
@@ -235,8 +248,11 @@ def classifier(data: Data, *, steps: int = 500, seed: int = 0) -> Classifier:
             for group in adam.param_groups:
                 group["lr"] = 1e-3 * (1 + math.cos(math.pi * step / steps))
             adam.zero_grad()
-            F.cross_entropy(net.head(net(x[index])), labels[index]).backward()
+            F.cross_entropy(net.head(net.last(x[index])), labels[index]).backward()
             adam.step()
     net.requires_grad_(False).eval()
-    net.accuracy = float((net.head(_in_batches(net, x[held]).float()).argmax(1) == labels[held]).double().mean())
+    values = torch.cat([net.last(piece) for piece in x.split(BATCH)])
+    net.accuracy = float((net.head(values[held]).argmax(1) == labels[held]).double().mean())
+    net.shift, spread = values.mean(0), values.std(0)
+    net.scale = torch.where(spread > 0, spread, torch.ones_like(spread))
     return net
