@@ -5,7 +5,7 @@ Public is what this module shows; the packages `planning` and `execution` are th
 
 import sys as _sys
 
-from . import errors, losses, mcmc, networks, training
+from . import errors, losses, mcmc, metrics, networks, training
 from .conventions import Check, check
 from .data import Data, dequantize, load_data
 from .execution import graphs
@@ -63,6 +63,7 @@ __all__ = [
     "log_likelihood",
     "losses",
     "mcmc",
+    "metrics",
     "models",
     "networks",
     "normal",

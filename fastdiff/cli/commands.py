@@ -1,4 +1,4 @@
-"""The command line: `fastdiff demo | train | sample | likelihood | check | plan | doctor`."""
+"""The command line: `fastdiff demo | train | sample | evaluate | likelihood | check | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -157,6 +157,40 @@ def _sample(a: argparse.Namespace) -> None:
     )
 
 
+def _evaluate(a: argparse.Namespace) -> None:
+    from .. import files
+    from ..errors import ConfigError
+    from . import evaluation_report as report
+
+    out = None if a.out is None else _writable("--out", a.out, (".json",))
+    picture = None if a.plot is None else _writable("--plot", a.plot, (".png",))
+    metrics = report.metric_names(a.metrics)
+    run = {name: getattr(a, name) for name in ("sde", "steps", "sampler", "grid", "clip", "batch_size")}
+    if a.model.endswith(".npy"):
+        for name, value in {**run, "net": a.net}.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{name}={value!r:.40} is of a run, and {files.shown(a.model)} holds samples: leave it out"
+                )
+        source = _tensor("model", a.model)
+    else:
+        source = _model(a)
+    data = _data(a)
+    if picture is not None:
+        report.check_drawable(data.shape)
+    features = _made(a.features, "--features") if ":" in a.features else a.features
+    found = report.evaluate(
+        source, files.shown(a.model), data, train=None if a.train is None else _data(a, source=a.train),
+        num_samples=a.num_samples, seed=a.seed, metrics=metrics, features=features, quantise=a.quantise,
+        samples_range=a.samples_range and tuple(a.samples_range), options={**run, "clip": _clip(a.clip)},
+    )  # fmt: skip
+    if out is not None:
+        found.save(out)
+    if picture is not None:
+        report.draw(picture, found, files.shown(a.model))
+    print(found)
+
+
 def _train(a: argparse.Namespace) -> int:
     import torch
 
@@ -252,7 +286,7 @@ def _drawn(out: str, count: int, model: ScoreModel) -> Callable[[ScoreModel, int
     return draw
 
 
-def _made(name: str | None) -> Any:
+def _made(name: str | None, option: str = "--net") -> Any:
     """The network that `--net module:factory` or `--net file.py:factory` makes; None where there is none."""
     if name is None:
         return None
@@ -265,11 +299,11 @@ def _made(name: str | None) -> Any:
 
     place, _, factory = name.rpartition(":")
     if not place or not factory:
-        raise ConfigError(f"--net must be module:factory or file.py:factory, got {short(name)}")
+        raise ConfigError(f"{option} must be module:factory or file.py:factory, got {short(name)}")
     if place.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(place).stem, Path(place).expanduser())
         if spec is None or spec.loader is None or not Path(place).expanduser().is_file():
-            raise ConfigError(f"--net must name a file that there is, got {short(place)}")
+            raise ConfigError(f"{option} must name a file that there is, got {short(place)}")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:
@@ -280,7 +314,7 @@ def _made(name: str | None) -> Any:
             if error.name is None or not place.startswith(error.name):
                 raise
             raise ConfigError(
-                f"--net must name a module that can be imported, got {short(place)}: or file.py:factory"
+                f"{option} must name a module that can be imported, got {short(place)}: or file.py:factory"
             ) from error
         finally:
             sys.path.pop()
@@ -288,7 +322,7 @@ def _made(name: str | None) -> Any:
     net = found if isinstance(found, nn.Module) or not callable(found) else found()
     if not isinstance(net, nn.Module):
         got = f"{place} has no {factory}" if found is None else f"{factory} gives a {type(net).__name__}"
-        raise ConfigError(f"--net must make a torch.nn.Module, and {got}: write a function that returns the network")
+        raise ConfigError(f"{option} must make a torch.nn.Module, and {got}: write a function that returns the network")
     return net
 
 
@@ -388,12 +422,12 @@ def _doctor(a: argparse.Namespace) -> int:
     return 0
 
 
-def _data(a: argparse.Namespace, **options: Any) -> Data:
-    """The data of a command, read as its options say."""
+def _data(a: argparse.Namespace, source: str | None = None, **options: Any) -> Data:
+    """The data of a command, or of another of its options, read as its options say."""
     from ..data import load_data
 
     return load_data(
-        a.data,
+        a.data if source is None else source,
         range=a.range and tuple(a.range),
         bins=a.bins,
         channels=a.channels,
@@ -456,16 +490,24 @@ def _clip(value: str | None) -> Any:
     return low, high
 
 
-def _array(value: str, model: ScoreModel) -> Tensor:
-    """The array of --cond as a tensor; floats in the network's precision, unless the model sees to that."""
+def _tensor(option: str, value: str) -> Tensor:
+    """The array of a .npy file."""
     import torch
 
     from .. import files
     from ..data.readers import read_array
+
+    return torch.from_numpy(read_array(files.path(option, value)))
+
+
+def _array(value: str, model: ScoreModel) -> Tensor:
+    """The array of --cond as a tensor, floats in the network's precision."""
+    import torch
+
     from ..execution.calls import dtype_of
 
-    array = torch.from_numpy(read_array(files.path("--cond", value)))
-    if model.cond_shape or not array.is_floating_point():
+    array = _tensor("--cond", value)
+    if model.cond_shape or not array.is_floating_point():  # the model itself sees to the precision of its conditions
         return array
     return array.to(dtype_of(model.net, torch.float32))
 
@@ -604,6 +646,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--patience", type=int, help="end after so many evaluations without a lower validation loss")
     sub.add_argument("--tensorboard", action="store_true", help="write the numbers for TensorBoard too")
+
+    sub = command(
+        "evaluate",
+        _evaluate,
+        "Compare samples of a trained model, or of a .npy file given in its place, with data: Fréchet distance and others.",
+        of_a_model,
+        of_a_plan,
+        of_data,
+    )
+    sub.add_argument("--data", required=True, help=f"{data}; best what the model was not trained on")
+    sub.add_argument("--train", help="its training data, to look for copies of (default: half of --data)")
+    sub.add_argument(
+        "-n", "--num-samples", type=int, default=1000, help="at most, and at most half of the data (default: 1000)"
+    )
+    metrics = "frechet,kernel,precision_recall,sliced_wasserstein,nearest"
+    sub.add_argument("--metrics", default=metrics, help=f"of these and c2st (default: {metrics})")
+    features = "classifier (trained on the data's labels), a name registered with torch-fidelity, or module:factory"
+    sub.add_argument("--features", default="pixels", help=f"what is compared: pixels (default), {features}")
+    sub.add_argument("--sde", help="default: the process that the model was trained on")
+    sub.add_argument("--steps", type=int, help="steps of the sampler, 1 to 1000000 (default: 1000, or all of a chain)")
+    sub.add_argument("--clip", help="data: clamp the samples to the data's range; --clip=-1,1: the predictions of x0")
+    sub.add_argument("--quantise", action="store_true", help="round the samples to the data's levels, as a file would")
+    sub.add_argument(
+        "--samples-range",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="of samples from a file: the model's data_range",
+    )
+    sub.add_argument("--out", help="a .json of all numbers")
+    sub.add_argument("--plot", help="a .png of samples beside data")
 
     sub = command(
         "likelihood",
