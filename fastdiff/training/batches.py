@@ -14,6 +14,8 @@ from ..execution.calls import picked
 from ..execution.loop import Condition
 from ..model import ScoreModel
 
+FEW = 2**24  # numbers, 64 MB
+
 
 class Batches:
     """The clean data, times, noise cursor and labels of step n: a function of (seed, n)."""
@@ -23,6 +25,11 @@ class Batches:
         self.size, self.dequantize = options["batch_size"], options["dequantize"]
         self.device = next(model.net.parameters()).device
         self.labels = data.labels if model.num_classes else None
+        self.places = torch.arange(self.size, device=self.device)
+        self.ready: Tensor | None = None  # all clean data as the network sees them, where they are few
+        if data.x.numel() <= FEW and not self.dequantize:
+            every = torch.arange(len(data), device="cpu").split(max(1, 2**20 * len(data) // data.x.numel()))
+            self.ready = torch.cat([self._clean(some, 0) for some in every])
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def parts(self, step: int, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Condition]]:
@@ -37,7 +44,21 @@ class Batches:
             yield x0[part], t[part], ops.cursor(step, first, self.seed, self.device), picked(cond, part)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        index, own = self._indices(step), self.model.standardize is not None  # vectors in their own units
+        index = self._indices(step)
+        x0 = self._clean(index, step) if self.ready is None else self.ready.index_select(0, index)
+        # one time in each of B equal slices: uniform for every sample, and a quieter loss (Kingma et al. 2021, §I.1)
+        u = ops.uniform(self.size, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
+        u = (self.places + u) / self.size
+        return (
+            x0.to(self.device),
+            self.model.process.training_times(u.clamp(max=1 - 2**-24)),
+            ops.cursor(step, 0, self.seed, self.device),
+            None if self.labels is None else self.labels[index].to(self.device),
+        )
+
+    def _clean(self, index: Tensor, step: int) -> Tensor:
+        """Those samples as the network sees them, float32 [B, *shape]."""
+        own = self.model.standardize is not None  # vectors in their own units
         data_range = self.data.range if own else self.model.data_range
         if self.dequantize:
             x0 = self.data.dequantized(index, data_range, seed=self.seed, draw=step)
@@ -45,16 +66,7 @@ class Batches:
             x0 = self.data.x.index_select(0, index).double()
         else:
             x0 = self.data.batch(index, data_range)
-        x0 = self.model.standardized(x0).float()
-        # one time in each of B equal slices: uniform for every sample, and a quieter loss (Kingma et al. 2021, §I.1)
-        u = ops.uniform(self.size, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
-        u = (torch.arange(self.size, device=self.device) + u) / self.size
-        return (
-            x0.to(self.device),
-            self.model.process.training_times(u.clamp(max=1 - 2**-24)),
-            ops.cursor(step, 0, self.seed, self.device),
-            None if self.labels is None else self.labels[index].to(self.device),
-        )
+        return self.model.standardized(x0).float()
 
     def _indices(self, step: int) -> Tensor:
         """Positions step·B … (step + 1)·B − 1 of an endless sequence of shuffled epochs."""
@@ -64,4 +76,4 @@ class Batches:
             if epoch != self.epoch:
                 self.epoch, self.order = epoch, ops.permutation(count, seed=self.seed, draw=epoch)
             pieces.append(self.order[max(start - epoch * count, 0) : stop - epoch * count])
-        return torch.cat(pieces)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
