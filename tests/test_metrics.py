@@ -24,8 +24,6 @@ from fastdiff import metrics
 from fastdiff.cli import commands
 from fastdiff.errors import ConfigError, DataError, DTypeError, FastdiffError, ShapeError
 
-OTHER_UNITS = pytest.mark.filterwarnings("ignore:.*are in two units")
-
 
 def normals(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -98,7 +96,6 @@ def test_kernel_is_the_sum_over_pairs_and_its_error_the_jackknife(monkeypatch):
     assert found.stderr == pytest.approx(math.sqrt(wanted), rel=1e-9)
 
 
-@OTHER_UNITS
 def test_kernel_has_the_population_value_as_expectation():
     """Over every sample of three that two distributions on {0, 1, 2} can give, by its probability."""
     p, q = np.array([0.2, 0.5, 0.3]), np.array([0.5, 0.25, 0.25])
@@ -131,12 +128,10 @@ def line(*numbers):
 def test_precision_and_recall_of_sets_with_known_answers():
     grid = line(*range(10))
     assert metrics.precision_recall(grid, grid, k=1) == (1, 1, pytest.approx((8 * 3 + 2 * 2) / 10), 1)  # rims included
-    with pytest.warns(UserWarning, match="two units"):
-        assert metrics.precision_recall(grid, grid + 1000) == (0, 0, 0, 0)
+    assert metrics.precision_recall(grid, grid + 1000) == (0, 0, 0, 0)
     # half of the samples upon five of the data, half far away: those five are recalled, and their neighbours by ties
     x = line(0, 1, 2, 3, 4, 30, 31, 32, 33, 34)
-    with pytest.warns(UserWarning, match="two units"):
-        found = metrics.precision_recall(x, grid, k=1)
+    found = metrics.precision_recall(x, grid, k=1)
     assert (found.precision, found.recall, found.coverage) == (0.5, 0.6, 0.6)
 
 
@@ -165,6 +160,7 @@ def test_nearest_is_brute_force_and_finds_copies(monkeypatch):
     torch.testing.assert_close(found.distances, near, rtol=1e-12, atol=0)
     torch.testing.assert_close(found.ratios, near / second, rtol=1e-12, atol=0)
     assert found.distances[:2].tolist() == found.ratios[:2].tolist() == [0, 0]
+    assert metrics.nearest(x[:1], data).indices.tolist() == [3]
     twice = metrics.nearest(data[:4], torch.cat([data, data]))
     assert twice.memorized == 1  # though the second nearest is as near
 
@@ -354,7 +350,6 @@ BAD = {
 }  # fmt: skip
 
 
-@OTHER_UNITS
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("name", TWO)
 def test_bad_input_is_one_sentence(name, case):
