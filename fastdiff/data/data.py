@@ -279,8 +279,8 @@ class Data:
     def split(self, fraction: float, seed: int = 0) -> tuple[Data, Data]:
         """Two shuffled parts, the first with round(fraction · N) samples, both with the range, bins and classes of all.
 
-        Labels and conditions stay with their samples. The order comes from numpy's PCG64(seed) alone: no global generator is read or advanced. Both parts are
-        copies. Errors: ConfigError, or DataError where a part would be empty.
+        Labels and conditions stay with their samples. The order comes from numpy's PCG64(seed) alone: no global generator is
+        read or advanced. Both parts are copies. Errors: ConfigError, or DataError where a part would be empty.
         """
         fraction = checks.number("fraction", fraction, 0, 1, above=True, below=True)
         generator = np.random.Generator(np.random.PCG64(checks.integer("seed", seed, 0, 2**64 - 1)))
