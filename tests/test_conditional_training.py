@@ -424,6 +424,19 @@ class Required(nn.Module):
         return self.layer(torch.cat((x, c if c.is_floating_point() else self.label(c)), 1))
 
 
+class Two(nn.Module):
+    """One that takes a label and perhaps a vector."""
+
+    shape = (2,)
+
+    def __init__(self):
+        super().__init__()
+        self.label = nn.Embedding(3, 2)
+
+    def forward(self, x, t, context=None, y=None):
+        return self.label(y) - x if context is None else context[:, :2] - x
+
+
 @pytest.mark.parametrize(
     ("net", "data", "options", "words"),
     [
@@ -676,6 +689,13 @@ def test_files_of_earlier_versions_are_read_and_resumed(tmp_path):
     old = fastdiff.load(tmp_path)
     assert (old.num_classes, old.cond_shape, old.cond_dropout, old.standardize_cond) == (3, None, 0.0, None)
     fastdiff.train(model_of(small(num_classes=3)), data, steps=3, checkpoint=tmp_path, **QUICK)
+    # a network of one's own that takes a vector too, which earlier versions did not say
+    (tmp_path / "own").mkdir()
+    fastdiff.train(model_of(Two()), data, steps=2, checkpoint=tmp_path / "own", **QUICK)
+    header, tensors = checkpoint.read(tmp_path / "own" / checkpoint.FILE, "")
+    assert header["model"].pop("cond_shape") == []
+    checkpoint.write(tmp_path / "own" / checkpoint.FILE, tensors, header)
+    fastdiff.train(model_of(Two()), data, steps=3, checkpoint=tmp_path / "own", **QUICK)
     for name in ("digits-vp", "digits-ve", "digits-subvp"):
         assert fastdiff.load(name).cond_shape is None
 
@@ -731,6 +751,15 @@ def test_the_command_line_trains_on_vectors_and_labels(tmp_path, monkeypatch, ca
     given = {"y": data.labels[2:6], "cond": data.cond[2:6]}
     wanted = fastdiff.log_likelihood(model, data.x[2:6], cond=given, **asked).nats
     np.testing.assert_allclose(np.load("ll.npz")["nats"], wanted, rtol=1e-9)
+    np.savez("labels.npz", x=data.x, y=data.labels)
+    assert command(capsys, "train", "labels.npz", "--classes", "--cond-dropout", 0.3, "--out", "l", *quick)[0] == 0
+    assert command(capsys, "sample", "l", "--steps", 2, "-n", 4, "--labels", "0,3")[0] == 0  # 3 is no label
+    wanted = fastdiff.sample(fastdiff.load("l"), steps=2, num_samples=4, cond=torch.tensor([0, 3, 0, 3]))
+    np.testing.assert_array_equal(np.load("samples.npy"), wanted)
+    code, said = command(capsys, "sample", "l", "--steps", 2, "--labels", 4)
+    assert code == 2
+    assert "from 0 to 2, which the model was trained with" in said.err
+    assert "3 is no label" in said.err
     code, said = command(capsys, "train", "both.npz", "--out", "c", *quick)  # the vectors, and not the labels
     assert code == 0
     assert "--classes conditions on them" in said.err
