@@ -141,6 +141,9 @@ def test_training_times():
     log_sigma = fastdiff.EDM().training_times(u[1:-1]).log()
     assert log_sigma.mean() == pytest.approx(-1.2, abs=0.01)
     assert log_sigma.std() == pytest.approx(1.2, abs=0.02)
+    # the normal's tail lies above the largest level, where a model cannot be asked
+    assert fastdiff.EDM(sigma_max=2.0).training_times(u).max() == 2.0
+    assert fastdiff.EDM().training_times(u).max() <= 80
 
 
 # --- the trainer -----------------------------------------------------------------------------------------------------

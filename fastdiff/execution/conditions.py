@@ -1,8 +1,8 @@
 """How a condition reaches a network: decided from the signature of its forward, and refused before any call.
 
-A tensor is the third argument, or goes by keyword where the network names its condition at another place; class numbers go
-where it names labels, and other tensors where it names any other condition. A dict goes as keywords, or, where the network
-takes none of them, as it is, the third argument.
+A tensor is the third argument, or goes by keyword where the network names its condition at another place: class numbers go where
+it names labels, other tensors where it names any other condition. A dict goes as keywords, or, where the network takes none of
+them, as it is, the third argument.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from .layers import (
     zeroed,
 )
 
-COND_MODES = ("concat", "film")
+COND_MODES = ("film", "concat")
 
 
 class MLP(TimeConditioned):
@@ -38,8 +38,9 @@ class MLP(TimeConditioned):
     num_classes     labels `y` [B] >= 0 and <= num_classes; num_classes means "no label", and so does `y=None` for all samples
     cond_shape      conditions `cond` [B, *cond_shape], of any rank from one up and taken flat; NaN in all numbers of a sample
                     means "no condition", for which a vector is learned, and so does `cond=None` for all samples
-    cond_mode       "concat": beside x at the first layer; "film": a scale and a shift of each layer, (1 + γ_i)(linear(h) +
-                    time_i(t)) + β_i, where γ and β are a two-layer perceptron of the condition (FiLM, Perez et al. 2018)
+    cond_mode       "film": a scale and a shift of each layer, (1 + γ_i)(linear(h) + time_i(t)) + β_i, where γ and β are a
+                    two-layer perceptron of the condition (FiLM, Perez et al. 2018); "concat": beside x at the first layer,
+                    cheaper and slower to learn
     time_embedding  "fourier", "sinusoidal" or "cos_sin" (see TimeEmbedding), `time_scale` 16 or 1000 unless given; a model of a
                     chain chooses one for its steps (`fit_times`)
     out_channels    replaces the leading axis of the result by a multiple of it (a learned variance: 2 * shape[0])
@@ -59,7 +60,7 @@ class MLP(TimeConditioned):
         dropout: float = 0.0,
         out_channels: int | None = None,
         cond_shape: Sequence[int] | None = None,
-        cond_mode: str = "concat",
+        cond_mode: str = "film",
     ) -> None:
         super().__init__()
         self.scale_given = time_scale is not None

@@ -433,10 +433,10 @@ class EDM(Process):
         return 1.0 * sigma_hat
 
     def training_times(self, u: Any) -> Any:
-        """ln σ ~ N(−1.2, 1.2²) (Karras et al. 2022, Table 1)."""
+        """ln σ ~ N(−1.2, 1.2²) (Karras et al. 2022, Table 1), at most sigma_max, which one in 600,000 would exceed at 80."""
         torch = lib(u)
         quantile = torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))
-        return torch.exp(-1.2 + 1.2 * quantile).to(u.dtype)
+        return torch.exp(-1.2 + 1.2 * quantile).to(u.dtype).clamp(max=self.sigma_max)
 
 
 @dataclass(frozen=True)

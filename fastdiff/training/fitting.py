@@ -94,8 +94,8 @@ def conditions(data: Data, model: ScoreModel, cond_dropout: float) -> dict[str, 
     }
     if cond_dropout and labels is None and cond is None:
         raise ConfigError(
-            f"cond_dropout={cond_dropout:g} leaves out conditions, and there are none: give data with labels or cond, or leave "
-            "it out"
+            f"cond_dropout={cond_dropout:g} leaves out conditions, and there are none: give data with labels or cond, or "
+            "leave it out"
         )
     if labels is not None:
         facts["num_classes"] = data.num_classes

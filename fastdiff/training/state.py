@@ -229,6 +229,8 @@ class State:
             described = {**described, "net": {**described["net"], "time_scale": net.get("time_scale")}}
         if isinstance(net, dict) and net.get("num_classes"):  # an earlier version used labels wherever there were any
             header["model"].setdefault("num_classes", described.get("num_classes"))
+        if described.get("cond_shape") == []:  # nor did it name what it left out
+            header["model"].setdefault("cond_shape", [])
         changed = _changed(path, header["model"], header["options"], described, options)
         files.check(self.net, parts["raw"], path)
         files.check(self.net, parts["net"], path)
