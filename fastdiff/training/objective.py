@@ -96,8 +96,11 @@ class Objective:
         if isinstance(self.times, rules.SecondMoment):
             self.times.observe(v, values)
         if isinstance(self.weight, weights.Learned):
-            u = self.weight.uncertainty(self.model.process, t)
-            self.weight.observe(self.model.process, t, (values.double() - u) * u.exp())
+            process = self.model.process
+            u, known = self.weight.uncertainty(process, t), 0.0
+            if self.loss not in losses.DENOISING:  # whose mean is less by λ than that of "dsm", which is never negative
+                known = self.weight.of_noise(process, t, process.alpha(t), process.sigma(t)).double()
+            self.weight.observe(process, t, (values.double() - u) * u.exp() + known)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that it learned."""
