@@ -193,6 +193,8 @@ def test_augmentation_has_its_own_stream_and_goes_on_bit_for_bit(tmp_path):
         fastdiff.train(
             unet(cond_shape=(1, 4, 4)), data, steps=12, checkpoint=tmp_path, **{**options, "augment": "flip"}
         )
+    with pytest.raises(CheckpointMismatchError, match=r"was trained with augment=.*, now \[\]"):
+        fastdiff.train(unet(cond_shape=(1, 4, 4)), data, steps=12, checkpoint=tmp_path, **OPTIONS)
 
 
 def test_a_field_beside_a_sample_is_changed_alike():
@@ -233,3 +235,14 @@ def test_augmentations_that_do_not_suit_are_refused():
             fastdiff.train(model, vectors, steps=1, augment=given, **OPTIONS)
     with pytest.raises(ShapeError, match="out of sight: use a smaller one"):
         fastdiff.train(unet(), Data(torch.zeros(9, 1, 4, 4, dtype=torch.uint8)), steps=1, augment="crop", **OPTIONS)
+    x = torch.from_numpy(arrays()[0])
+    net, other = MLP((1, 4, 4), hidden=8, cond_shape=(3, 3)), MLP((1, 4, 4), hidden=8, cond_shape=(9,))
+    model, cond = fastdiff.ScoreModel(net, "vp", data_shape=(1, 4, 4)), torch.rand(50, 3, 3)
+    with pytest.raises(ShapeError, match=r"conditions \(3, 3\) are on another grid: give them flat"):
+        fastdiff.train(model, Data(x, cond=cond), steps=1, augment="flip", **OPTIONS)
+    model = fastdiff.ScoreModel(other, "vp", data_shape=(1, 4, 4))
+    fastdiff.train(model, Data(x, cond=cond.flatten(1)), steps=1, augment="flip", **OPTIONS)
+    net, pixels = MLP((1, 4, 4), hidden=8), torch.linspace(1, 2, 16).view(1, 4, 4)
+    model = fastdiff.ScoreModel(net, "vp", data_shape=(1, 4, 4), standardize=(100.0, 100 * pixels.numpy()))
+    with pytest.raises(ConfigError, match="standardizes each place by another mean or std"):
+        fastdiff.train(model, Data(x), steps=1, augment="flip", **OPTIONS)

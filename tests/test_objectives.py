@@ -144,9 +144,11 @@ def test_the_learned_uncertainty_goes_to_the_log_of_the_mean_loss():
 
 
 def test_the_learned_uncertainty_of_a_loss_without_the_constant_is_that_with_it():
-    """"ssm_vr" is "dsm" less λ in the mean, so below 0 for a good network: u is the log of the mean of "dsm"."""
+    """ "ssm_vr" is "dsm" less λ in the mean, so below 0 for a good network: u is the log of the mean of "dsm"."""
     process, learned, c = fastdiff.VP(), weights.Learned(), 0.05
-    of = objective.Objective.of(small("vp", "dsm"), normals(), False, "ssm_vr", learned, "stratified", "hard", None, 0.001)
+    of = objective.Objective.of(
+        small("vp", "dsm"), normals(), False, "ssm_vr", learned, "stratified", "hard", None, 0.001
+    )
     for k in range(1500):
         drawn = of.draw((torch.arange(256, dtype=F64) + 0.5) / 256, 0.0)
         rate = weights.EDM().of_noise(process, drawn.t, process.alpha(drawn.t), process.sigma(drawn.t))

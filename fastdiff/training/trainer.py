@@ -201,11 +201,13 @@ def train(
     vars(fitted).update(facts)
     described = files.describe(fitted)
     fitting.check_scale(source, fitted)
+    if augmentations:
+        fitting.check_augmented(fitted)
     if fitted.cond_dropout:
         fitting.check_null(fitted)
     objective = Objective.of(fitted, source, options["dequantize"], loss, weight, times, truncation, probe, vlb_weight)
     options |= objective.options()
-    options |= {"augment": [each.config() for each in augmentations]} if augmentations else {}
+    options["augment"] = [each.config() for each in augmentations]
     ends = decay or schedule in ("cosine", "linear")  # such a rate depends on the end
     options |= {"data": whole.fingerprint(), "steps": steps if ends else None}
     if posthoc and checkpoint is None:
@@ -234,11 +236,14 @@ def train(
         try:
             with compiled(model.net, compile), bar(progress, steps, "train", "step", first) as display:
                 batches = Batches(whole, model, objective, options, augmentations)
-                recorded = _loop(state, batches, options, steps, model, folder, checkpoint_every, described, display, callback,
-                                 stop, watch)  # fmt: skip
-                batches.close()
+                try:
+                    recorded = _loop(state, batches, options, steps, model, folder, checkpoint_every, described, display,
+                                     callback, stop, watch)  # fmt: skip
+                finally:  # also after an error, whose traceback would keep the readers
+                    batches.close()
             state.average_into(model.net)
         finally:
+            watch.close()
             with stepping(model.net):
                 for module, training in modes:
                     module.training = training
@@ -309,9 +314,10 @@ def _loop(
             if callback is not None:
                 callback(step + 1, recent)
         if save_now:
-            state.write(folder / files.FILE, described, options, watch.config())  # type: ignore[operator]
+            # first, as a run that goes on from the checkpoint does not make it again
             if options["posthoc"] and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
                 state.write_snapshot(folder, described, options)  # type: ignore[arg-type]
+            state.write(folder / files.FILE, described, options, watch.config())  # type: ignore[operator]
         display.update()
         if stopped:
             break
