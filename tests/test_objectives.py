@@ -145,11 +145,12 @@ def test_the_learned_uncertainty_goes_to_the_log_of_the_mean_loss():
 
 def test_the_learned_uncertainty_of_a_loss_without_the_constant_is_that_with_it():
     """ "ssm_vr" is "dsm" less λ in the mean, so below 0 for a good network: u is the log of the mean of "dsm"."""
-    process, learned, c = fastdiff.VP(), weights.Learned(), 0.05
+    process, c = fastdiff.VP(), 0.05
     of = objective.Objective.of(
-        small("vp", "dsm"), normals(), False, "ssm_vr", learned, "stratified", "hard", None, 0.001
+        small("vp", "dsm"), normals(), False, "ssm_vr", "learned", "stratified", "hard", None, 0.001
     )
-    for k in range(1500):
+    learned = of.weight
+    for _ in range(1500):
         drawn = of.draw((torch.arange(256, dtype=F64) + 0.5) / 256, 0.0)
         rate = weights.EDM().of_noise(process, drawn.t, process.alpha(drawn.t), process.sigma(drawn.t))
         u = learned.uncertainty(process, drawn.t)
@@ -512,6 +513,15 @@ def test_every_pair_is_a_call_and_goes_on_bit_for_bit(loss, weight, rule, trunca
     fastdiff.train(parts, normals(), steps=24, checkpoint=tmp_path, **options)
     for a, b in zip(whole.parameters(), parts.parameters()):
         assert torch.equal(a, b)
+
+
+def test_an_object_that_was_used_before_makes_no_other_run():
+    for options in ({"weight": weights.Learned()}, {"times": times.SecondMoment(fastdiff.VP())}):
+        first, second = small("vp", "dsm"), small("vp", "dsm")
+        for model in (first, second):
+            fastdiff.train(model, normals(), steps=60, batch_size=64, lr=1e-3, warmup=5, **options)
+        for a, b in zip(first.parameters(), second.parameters()):
+            assert torch.equal(a, b)
 
 
 def test_another_loss_weight_or_rule_is_another_run(tmp_path):

@@ -15,8 +15,8 @@ from torch import nn
 
 import fastdiff
 from fastdiff.cli import commands
-from fastdiff.errors import ConfigError, DataError, ShapeError
 from fastdiff.data import LazyData
+from fastdiff.errors import ConfigError, DataError, ShapeError
 from fastdiff.execution import ops
 from fastdiff.networks import MLP
 from fastdiff.training import Data

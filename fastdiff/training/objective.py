@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ class Objective:
         """Checked against the model and the data."""
         kind = losses.check(model, loss, probe, weight)
         loss, chosen = losses.pair(loss, weight)
-        rule = rules.get(times, model.process)
+        chosen, rule = copy.deepcopy((chosen, rules.get(times, model.process)))  # the caller's objects learn nothing
         rules.check(rule, truncation, model.process)
         levels = None
         if loss in losses.BOUNDED and data.bins is not None and not dequantize:
