@@ -138,6 +138,7 @@ def test_a_folder_of_pictures_is_decoded_as_it_is_asked_for(tmp_path, capsys):
 def test_what_cannot_be_read_lazily_is_refused(tmp_path):
     x, labels, _ = arrays(8)
     np.save(tmp_path / "fortran.npy", np.asfortranarray(np.zeros((4, 3), np.float32)))
+    np.save(tmp_path / "big.npy", x.astype(">f4"))
     np.savez(tmp_path / "x.npz", x=x)
     for call, error, words in (
         (lambda: LazyData(Items(x.astype(np.float32))), DataError, "range must be given for a dataset of floats"),
@@ -146,6 +147,9 @@ def test_what_cannot_be_read_lazily_is_refused(tmp_path):
         (lambda: LazyData(3), DTypeError, "dataset must have a length and items, got int"),
         (lambda: LazyData(Items([x[0], x[1][:, :2]])).some, DataError, "dataset must have items of one shape"),
         (lambda: LazyData([{"image": x[0]}]), DataError, 'dataset must give "x" in its items, got image'),
+        (lambda: LazyData(Items(x, labels + 0.7), num_classes=4).some, DTypeError, "class numbers as labels, integers, got"),
+        (lambda: LazyData(Items(x, np.ones((8, 3))), num_classes=4).some, DTypeError, 'give vectors as "cond"'),
+        (lambda: fastdiff.load_data(tmp_path / "big.npy", lazy=True), DTypeError, r"numpy's astype\('float32'\)"),
         (lambda: fastdiff.load_data(tmp_path / "fortran.npy", lazy=True), DataError, "in Fortran's order"),
         (lambda: fastdiff.load_data(tmp_path / "x.npz", lazy=True), ConfigError, "lazy=True is for a .npy file"),
         (lambda: fastdiff.load_data(x, num_classes=3), ConfigError, "num_classes=3 is of a Dataset"),

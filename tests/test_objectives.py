@@ -566,6 +566,7 @@ def test_what_does_not_go_together_is_refused():
         (torch.full((2, 2), 0.3), {"bins": 5}, DataError, "must lie on the 5 levels from -1 to 1"),
         (torch.zeros(2, 2), {"variance": "learned"}, ConfigError, "variance must be one of"),
         (torch.zeros(2, 2), {"bins": 1}, ConfigError, "bins must be"),
+        (torch.zeros(2, 2), {"first_sample": 1.5}, ConfigError, "first_sample must be an integer >= 0"),
         (torch.tensor([[0.0, math.nan]]), {}, DataError, "x"),
     ):
         with pytest.raises(error, match=words):

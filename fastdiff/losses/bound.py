@@ -194,8 +194,10 @@ def vlb(
         steps = checks.integer("steps", 1000 if steps is None else steps, 1, 10**6)
     device = device_of(None, None, model.net)
     clean, levels, given = _data(model, x, bins)
-    cond = moved(given if cond is None else cond, device)
+    first_sample = checks.integer("first_sample", first_sample, 0, 2**32 - len(clean))
+    cond = given if cond is None else cond
     model.condition(cond, len(clean), looks=True)  # refused before any call
+    cond = moved(cond, device)
     batch = max(1, PASS // max(math.prod(model.data_shape), 1))
     batch = batch if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
     times = _times(process, steps)
