@@ -279,13 +279,48 @@ def _train(a: argparse.Namespace) -> int:
             model, data, steps=a.steps, loss=loss, weight=a.weight, times=a.times, truncation=a.truncation,
             vlb_weight=a.vlb_weight, batch_size=a.batch_size, lr=a.lr, ema=a.ema, seed=a.seed,
             dequantize=a.dequantize, cond_dropout=a.cond_dropout, checkpoint=a.out, resume=not a.fresh,
-            callback=_said(a.steps), stop=lambda: received,
+            callback=_said(a.steps), stop=lambda: received, validation=_validation(a.validation),
+            evaluate=_drawn(a.out, a.samples, model) if a.samples else None, evaluate_every=a.evaluate_every,
+            patience=a.patience, tensorboard=a.tensorboard,
         )  # fmt: skip
     print(f"{data!r}: step {done.steps} after {done.seconds:.0f} s; fastdiff.load({a.out!r}) gives the model")
     if not received:
         return 0
     print(f"fastdiff train: {received[0].name}: saved at step {done.steps}; the same command goes on", file=sys.stderr)
     return 128 + received[0]
+
+
+def _validation(value: str | None) -> Any:
+    """--validation as `train` takes it: a share, or a source of data."""
+    try:
+        return None if value is None else float(value)
+    except ValueError:
+        return value
+
+
+def _drawn(out: str, count: int, model: ScoreModel) -> Callable[[ScoreModel, int], None]:
+    """An evaluation that draws samples, always the same ones, and shows them in the run's folder."""
+    import torch
+
+    from .. import checks
+    from ..errors import ConfigError
+    from ..sampling import sample
+    from . import pictures
+
+    count = checks.integer("samples", count, 1, 10_000)
+    pictures.check_drawable(count, model.data_shape)
+    if model.cond_shape:
+        raise ConfigError("--samples draws without conditions, which this model needs: leave it out")
+
+    def draw(model: ScoreModel, step: int) -> None:
+        labels = torch.arange(count) % model.num_classes if model.num_classes else None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the samples run from", category=UserWarning)
+            x = sample(model, steps=min(50, int(model.process.T)) if model.process.discrete else 50, num_samples=count,
+                       cond=labels, progress=False)  # fmt: skip
+        pictures.image(Path(out) / f"samples-{step:08d}.png", x.cpu().numpy(), model.data_range)
+
+    return draw
 
 
 def _made(name: str | None) -> Any:
@@ -638,6 +673,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
     sub.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
+    sub.add_argument("--validation", help="a share of the data, such as 0.1, or other data, to evaluate the loss on")
+    sub.add_argument("--evaluate-every", type=int, default=1000, help="steps between evaluations (default: 1000)")
+    sub.add_argument(
+        "--samples", type=int, default=0, help="draw so many at each evaluation, as a picture (default: 0)"
+    )
+    sub.add_argument("--patience", type=int, help="end after so many evaluations without a lower validation loss")
+    sub.add_argument("--tensorboard", action="store_true", help="write the numbers for TensorBoard too")
 
     sub = command(
         "likelihood",

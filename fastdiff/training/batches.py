@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +12,12 @@ from torch import Tensor
 from ..data import Data
 from ..execution import noise, ops
 from ..execution.loop import Condition
+from ..losses.times import Drawn
 from ..model import ScoreModel
 from .objective import Batch, Objective
+
+GOLDEN = (5**0.5 - 1) / 2  # whose multiples lie evenly in [0, 1)
+LAST_DRAW = 2**32 - 1  # no training has so many steps
 
 
 class Batches:
@@ -27,32 +32,40 @@ class Batches:
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def __call__(self, step: int) -> Batch:
-        index, own = self._indices(step), self.model.standardize is not None  # vectors in their own units
-        data_range = self.data.range if own else self.model.data_range
-        if self.dequantize:
-            x0 = self.data.dequantized(index, data_range, seed=self.seed, draw=step)
-        elif own and self.data.bins is None:
-            x0 = self.data.x.index_select(0, index).double()
-        else:
-            x0 = self.data.batch(index, data_range)
-        x0 = self.model.standardized(x0).float()
+        index = self._indices(step)
         # one number for each sample, and one for the step
         u = noise.uniform(self.size + 1, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
         u, of_step = u[:-1], u[-1]
         if self.objective.times.stratified:
             u = (torch.arange(self.size, device=self.device) + u) / self.size
-        return Batch(
-            x0.to(self.device),
-            ops.cursor(step, 0, self.seed, self.device),
-            self._conditions(index, step),
-            self.objective.draw(u, float(of_step) if self.objective.truncation == "soft" else 0.0),
-        )
+        drawn = self.objective.draw(u, float(of_step) if self.objective.truncation == "soft" else 0.0)
+        return self._batch(index, step, 0, drawn, self._conditions(index, step))
 
-    def _conditions(self, index: Tensor, step: int) -> Condition:
+    def whole(self) -> Iterator[Batch]:
+        """All of the data once, in order, with times and noise that are the same at every call, and all of their conditions."""
+        for start in range(0, len(self.data), self.size):
+            index = torch.arange(start, min(start + self.size, len(self.data)), device="cpu")
+            u = (index.double() * GOLDEN) % 1  # even, whatever the data's order
+            drawn = self.objective.draw(u.float().to(self.device), 0.0)
+            yield self._batch(index, LAST_DRAW, start, drawn, self._conditions(index, None))
+
+    def _batch(self, index: Tensor, draw: int, first: int, drawn: Drawn, cond: Condition) -> Batch:
+        own = self.model.standardize is not None  # vectors in their own units
+        data_range = self.data.range if own else self.model.data_range
+        if self.dequantize:
+            x0 = self.data.dequantized(index, data_range, seed=self.seed, draw=draw, first_sample=first)
+        elif own and self.data.bins is None:
+            x0 = self.data.x.index_select(0, index).double()
+        else:
+            x0 = self.data.batch(index, data_range)
+        x0 = self.model.standardized(x0).float()
+        return Batch(x0.to(self.device), ops.cursor(draw, first, self.seed, self.device), cond, drawn)
+
+    def _conditions(self, index: Tensor, step: int | None) -> Condition:
         """The labels and conditions of a step; with `cond_dropout` those of a sample are left out with that probability."""
         labels, cond = (None if beside is None else beside[index] for beside in (self.labels, self.cond))
         share = self.model.cond_dropout
-        if share and (labels is not None or cond is not None):
+        if share and step is not None and (labels is not None or cond is not None):
             u = noise.uniform(self.size, (1,), stream=noise.CONDITIONS, seed=self.seed, draw=step)[:, 0]
             if labels is not None:
                 labels = torch.where(u < share, self.model.null_label, labels)

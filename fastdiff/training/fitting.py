@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Data
+from .. import checks
+from ..data import Data, load_data
 from ..errors import ConfigError, DataError, ShapeError, warn
 from ..execution.calls import dtype_of
 from ..execution.conditions import Takes, arranged
@@ -25,6 +26,27 @@ def check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
         raise ConfigError(
             "dequantize=True needs data on discrete levels, got bins=None: give Data(..., bins=) or leave it out"
         )
+
+
+def held_out(data: Data, validation: Any, model: ScoreModel) -> tuple[Data, Data]:
+    """(the data to train on, the data to evaluate on): a share of the first, or a source of its own."""
+    if isinstance(validation, (int, float)) and not isinstance(validation, bool):
+        share = checks.number("validation", validation, 0, 1, above=True, below=True)
+        kept, trained = data.split(share, seed=0)
+        return trained, kept
+    kept = load_data(validation)
+    check_data(kept, model, False)
+    if (kept.range, kept.bins) != (data.range, data.bins):
+        raise DataError(
+            f"validation must have the range and levels of the data, {data.range} and {data.bins}, got {kept.range} and "
+            f"{kept.bins}: give both Data the same range= and bins="
+        )
+    beside = [(a is None) != (b is None) for a, b in ((data.labels, kept.labels), (data.cond, kept.cond))]
+    if any(beside):
+        raise DataError(
+            "validation must have labels and conditions where the data have them: give Data(..., labels=, cond=)"
+        )
+    return data, kept
 
 
 def conditions(data: Data, model: ScoreModel, cond_dropout: float) -> dict[str, Any]:

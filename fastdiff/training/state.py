@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class State:
 
     def __init__(self, net: nn.Module, objective: Objective, lr: float, ema: float, ema_rule: str) -> None:
         self.objective = objective
+        self.header: dict[str, Any] = {}  # of the checkpoint that it goes on from
         self.net, self.ema, self.ema_rule, self.step, self.updates = net, ema, ema_rule, 0, 0
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         if not self.parameters:
@@ -121,7 +123,21 @@ class State:
     def average_into(self, net: nn.Module) -> None:
         modules.load_state(net, self._tensors(self.averages))
 
-    def write(self, path: Path, described: dict[str, Any], options: dict[str, Any]) -> None:
+    @contextlib.contextmanager
+    def averaged(self, model: nn.Module) -> Iterator[None]:
+        """The model with the averaged weights, in evaluation mode; then as it was."""
+        trained = {name: value.detach().clone() for name, value in modules.state(self.net).items()}
+        modes = [(module, module.training) for module in model.modules()]
+        self.average_into(self.net)
+        model.eval()
+        try:
+            yield
+        finally:
+            modules.load_state(self.net, trained)
+            for module, training in modes:
+                module.training = training
+
+    def write(self, path: Path, described: dict[str, Any], options: dict[str, Any], more: dict[str, Any]) -> None:
         """Tensors named net.* are the averaged weights (which `load` reads), raw.* the trained ones, adam.* moments, and ema.*
         averages of a higher precision than the network's."""
         plain, averaged = modules.state(self.net), self._tensors(self.averages)
@@ -132,7 +148,7 @@ class State:
             tensors |= {f"adam.{index}.{k}": v for k, v in moments.items()}
         tensors |= {"objective." + k: v for k, v in self.objective.tensors().items()}
         skipped = {"skipped": self.step - self.updates} if self.step > self.updates else {}
-        files.write(path, tensors, {"model": described, "step": self.step, **skipped, "options": options})
+        files.write(path, tensors, {"model": described, "step": self.step, **skipped, **more, "options": options})
 
     def read(self, path: Path, options: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
         """Continue from a checkpoint, which must be of the same run; returns its model's description.
@@ -183,7 +199,7 @@ class State:
                 weight.copy_(parts["raw"][names[id(p)]])
                 average.copy_(averaged[names[id(p)]])
         self.adam.load_state_dict({**self.adam.state_dict(), "state": moments})
-        self.step, self.updates = step, step - skipped
+        self.step, self.updates, self.header = step, step - skipped, header
         return described
 
     def _moments(self, tensors: dict[str, Tensor], path: Path, needed: bool) -> dict[int, dict[str, Tensor]]:

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from . import fitting
 from .batches import Batches
 from .objective import Objective
 from .state import EMA_RULES, State, rate
+from .watch import Watch, of_validation, writer
 
 # Steps in a row without a finite loss and gradient after which a run gives up.
 MOST_SKIPPED = 10
@@ -45,12 +46,13 @@ MOST_SKIPPED = 10
 @dataclass(frozen=True, eq=False, repr=False)
 class Training:
     """One call of `train`: the loss of each of its steps [steps], the number of the last step, its seconds, how many of the steps
-    were skipped because their loss (NaN here) or its gradient was not finite."""
+    were skipped because their loss (NaN here) or its gradient was not finite, the step of the lowest validation loss."""
 
     loss: Tensor
     steps: int
     seconds: float
     skipped: int = 0
+    best_step: int | None = None
 
     def __repr__(self) -> str:
         recent = f", mean loss {self.loss[-100:].nanmean():.4g} at the end" if len(self.loss) else ""
@@ -85,6 +87,11 @@ def train(
     progress: bool | None = None,
     callback: Callable[[int, float], object] | None = None,
     stop: Callable[[], object] | None = None,
+    validation: Any = None,
+    evaluate: Callable[[ScoreModel, int], Mapping[str, float] | None] | None = None,
+    evaluate_every: int = 1000,
+    patience: int | None = None,
+    tensorboard: bool = False,
     ema_rule: str = "diffusers",
     warmup_start: int = 1,
     cond_dropout: float = 0.0,
@@ -120,6 +127,15 @@ def train(
                   options may be others, which a warning says; False overwrites it
     callback      called with (step, mean loss of the last 100 steps) every 100 steps and at the last one
     stop          asked after each step; where it says True, the run saves and ends with that step
+    validation    data to evaluate the averaged weights on every `evaluate_every` steps, in the same units and range, or the share
+                  of `data` that is held out for it; times and noise are the same at each evaluation
+    evaluate      called at each evaluation with (model, step), the model with the averaged weights in evaluation mode; numbers
+                  that it returns by name are kept with the others
+    patience      evaluations in a row without a lower validation loss after which the run ends
+    tensorboard   also write the numbers for TensorBoard, into the directory
+
+    With `checkpoint` the loss of each 100 steps, the rate and the evaluations are lines of its metrics.csv (step, name, value),
+    and the averaged model of the lowest validation loss is its best.safetensors.
 
     A step whose loss or gradient is not finite is skipped, everything as it was before it; the first is said in a warning,
     ten in a row are a DataError. Networks of float16 and bfloat16 are trained by float32 copies of their weights.
@@ -141,6 +157,14 @@ def train(
     _check_tensors([*model.net.parameters(), *model.net.buffers()])
     source = load_data(data)
     fitting.check_data(source, model, options["dequantize"])
+    source, held_out = (source, None) if validation is None else fitting.held_out(source, validation, model)
+    checks.function("evaluate", evaluate)
+    evaluate_every = checks.integer("evaluate_every", evaluate_every, 1, 10**9)
+    if patience is not None and held_out is None:
+        raise ConfigError(f"patience={patience} needs validation data: give validation=0.1 to hold out a tenth")
+    patience = None if patience is None else checks.integer("patience", patience, 1, 10**9)
+    if checks.flag("tensorboard", tensorboard) and checkpoint is None:
+        raise ConfigError("tensorboard=True needs a directory to write in: give checkpoint=")
     facts = {**fitting.conditions(source, model, options["cond_dropout"]), **fitting.units(source, model)}
     fitted = copy.copy(model)
     vars(fitted).update(facts)
@@ -157,6 +181,12 @@ def train(
         state = State(model.net, objective, options["lr"], options["ema"], options["ema_rule"])
         if folder is not None and resume and (folder / files.FILE).exists():
             described = state.read(folder / files.FILE, options, described)
+        kept = None if held_out is None else Batches(held_out, fitted, of_validation(objective), options)
+        watch = Watch(model, kept, evaluate_every, patience, evaluate, folder, writer(folder) if tensorboard else None)
+        watch.resume(state.header, state.step)
+        if watch.ended:
+            warn(f"the run ended early, at step {state.step}: give a larger patience to go on, or resume=False")
+            steps = state.step
         vars(model).update(facts)
         began, first = time.perf_counter(), state.step
         with stepping(model.net):
@@ -165,7 +195,7 @@ def train(
             with bar(progress, steps, "train", "step", first) as display:
                 batches = Batches(source, model, objective, options)
                 recorded = _loop(state, batches, options, steps, model, folder, checkpoint_every, described, display, callback,
-                                 stop)  # fmt: skip
+                                 stop, watch)  # fmt: skip
             state.average_into(model.net)
         finally:
             with stepping(model.net):
@@ -174,7 +204,8 @@ def train(
     with stepping(model.net):
         model.eval()
     skipped = int(recorded.isnan().sum())
-    return Training(recorded.cpu(), max(state.step, first), time.perf_counter() - began, skipped)
+    best = watch.best_step or None
+    return Training(recorded.cpu(), max(state.step, first), time.perf_counter() - began, skipped, best)
 
 
 def _loop(
@@ -189,6 +220,7 @@ def _loop(
     display: Any,
     callback: Callable[[int, float], object] | None,
     stop: Callable[[], object] | None,
+    watch: Watch,
 ) -> Tensor:
     """Every step from state.step to `steps`, or to where `stop` says so; their losses, NaN where a step was skipped."""
     objective, first, skipped, said = batches.objective, state.step, 0, False  # skipped: in a row, until now
@@ -217,16 +249,20 @@ def _loop(
                 )
             said = True
         stopped = stop is not None and bool(stop())
+        if watch.due(step + 1):
+            with state.averaged(model):
+                stopped |= watch.look(step + 1)
         last = stopped or step + 1 == steps
         # not in the midst of skipped steps: another lr may do better with those than this one
         save_now = folder is not None and (((step + 1) % checkpoint_every == 0 and taken) or last)
         if (step + 1) % 100 == 0 or last:
             recent = float(recorded[: step + 1 - first][-100:].nanmean())
             display.set_postfix(loss=f"{recent:.4f}")
+            watch.note(step + 1, {"loss": recent, "lr": rate(step, steps, options)})
             if callback is not None:
                 callback(step + 1, recent)
         if save_now:
-            state.write(folder / files.FILE, described, options)  # type: ignore[operator]
+            state.write(folder / files.FILE, described, options, watch.config())  # type: ignore[operator]
         display.update()
         if stopped:
             break

@@ -1,0 +1,193 @@
+"""A training that is watched: validation, numbers in a file, early stop, pictures; none of it changes a weight."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastdiff
+from fastdiff.cli import commands
+from fastdiff.errors import ConfigError, DataError
+from fastdiff.execution import ops
+from fastdiff.networks import MLP
+from fastdiff.training import Data
+
+OPTIONS = {"batch_size": 32, "lr": 2e-3, "warmup": 10, "loss": "simple"}
+
+
+def data(n=120, seed=0, **options):
+    rng = np.random.default_rng(seed)
+    return Data(torch.from_numpy(rng.normal(size=(n, 2)).astype("float32")), **{"range": (-6.0, 6.0), **options})
+
+
+def tiny(dropout=0.0):
+    torch.manual_seed(0)
+    return fastdiff.ScoreModel(MLP((2,), hidden=16, layers=1, dropout=dropout), "vp", "edm", data_shape=(2,))
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b)))
+
+
+def lines(folder):
+    with open(folder / "metrics.csv", newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_the_validation_loss_is_that_of_the_averaged_weights_on_fixed_noise(tmp_path):
+    """By hand: every sample once, times the golden ratio's multiples, noise of the last draw."""
+    model, kept, seen = tiny(), data(50, seed=1), {}
+
+    def evaluate(model, step):
+        assert not model.training
+        x0, at = model.standardized(kept.x.double()).float(), torch.arange(50)
+        t = model.process.training_times((at.double() * (5**0.5 - 1) / 2 % 1).float())
+        cursor = ops.cursor(2**32 - 1, 0, 0)
+        with torch.no_grad():
+            seen[step] = float(fastdiff.losses.per_sample(model, x0, t, cursor, "simple").mean())
+        return {"copy": seen[step]}
+
+    options = {**OPTIONS, "validation": kept, "evaluate_every": 20, "evaluate": evaluate}
+    fastdiff.train(model, data(), steps=40, checkpoint=tmp_path, **options)
+    assert sorted(seen) == [20, 40]
+    values = {(int(row["step"]), row["name"]): float(row["value"]) for row in lines(tmp_path)}
+    for step in (20, 40):
+        assert values[step, "validation"] == pytest.approx(seen[step], rel=1e-6)
+        assert values[step, "copy"] == seen[step]
+    averaged = tiny()
+    fastdiff.train(averaged, data(), steps=20, **OPTIONS)  # whose weights are the averaged ones of step 20
+    evaluate(averaged, 0)
+    assert seen[0] == seen[20]
+
+
+def test_metrics_are_lines_by_step_and_a_resumed_run_has_the_same(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {**OPTIONS, "validation": 0.25, "evaluate_every": 50, "checkpoint_every": 30}
+    a, b = tiny(dropout=0.2), tiny(dropout=0.2)
+    done = fastdiff.train(a, data(), steps=300, checkpoint=whole, **options)
+    stopped = iter(range(10**6))
+    fastdiff.train(b, data(), steps=300, checkpoint=parts, stop=lambda: next(stopped) == 199, **options)
+    with open(parts / "metrics.csv", "a") as handle:  # as of a run that was killed after its last checkpoint
+        handle.write("250,validation,1.0\n300,loss,2.0\n30")
+    b = tiny(dropout=0.2)
+    fastdiff.train(b, data(), steps=300, checkpoint=parts, **options)
+    assert equal(a, b)
+    assert lines(whole) == lines(parts)
+    values = {(int(row["step"]), row["name"]): float(row["value"]) for row in lines(whole)}
+    assert values[100, "loss"] == pytest.approx(float(done.loss[:100].mean()), rel=1e-6)
+    assert {step for step, name in values if name == "validation"} == {50, 100, 150, 200, 250, 300}
+    best = min((value, step) for (step, name), value in values.items() if name == "validation")
+    assert done.best_step == best[1]
+    model = fastdiff.load(whole / "best.safetensors")
+    again = tiny(dropout=0.2)
+    fastdiff.train(again, data().split(0.25)[1], steps=best[1], **OPTIONS)
+    assert equal(model, again)
+    unwatched = tiny(dropout=0.2)
+    fastdiff.train(unwatched, data().split(0.25)[1], steps=300, **OPTIONS)
+    assert equal(a, unwatched)
+    fastdiff.train(tiny(dropout=0.2), data(), steps=100, checkpoint=parts, resume=False, **options)
+    assert {int(row["step"]) for row in lines(parts)} == {50, 100}
+
+
+def test_a_run_ends_where_nothing_improves_and_stays_ended(tmp_path):
+    """A learning rate of next to nothing: the first evaluation is the best, and two more end the run."""
+    options = {
+        **OPTIONS,
+        "lr": 1e-30,
+        "ema": 0.0,
+        "validation": data(40, seed=1),
+        "evaluate_every": 5,
+        "checkpoint": tmp_path,
+    }
+    done = fastdiff.train(tiny(), data(), steps=100, patience=2, **options)
+    assert (done.steps, done.best_step) == (15, 5)
+    with pytest.warns(UserWarning, match="the run ended early, at step 15: give a larger patience"):
+        again = fastdiff.train(tiny(), data(), steps=100, patience=2, **options)
+    assert (again.steps, len(again.loss)) == (15, 0)
+    longer = fastdiff.train(tiny(), data(), steps=100, patience=4, **options)
+    assert longer.steps == 25
+    best = fastdiff.load(tmp_path / "best.safetensors")
+    assert torch.isfinite(fastdiff.sample(best, steps=2, num_samples=2)).all()
+
+
+def test_running_statistics_and_modes_are_given_back():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.last = nn.BatchNorm1d(2), nn.Linear(2, 2)
+
+        def forward(self, x, t):
+            return self.last(self.norm(x))
+
+    def made():
+        torch.manual_seed(0)
+        return fastdiff.ScoreModel(Net(), "vp", data_shape=(2,))
+
+    a, b = made(), made()
+    fastdiff.train(a, data(), steps=30, validation=data(30, seed=1), evaluate_every=10, **OPTIONS)
+    fastdiff.train(b, data(), steps=30, **OPTIONS)
+    for x, y in zip(a.state_dict().values(), b.state_dict().values()):
+        assert torch.equal(x, y)
+
+
+def test_what_cannot_be_evaluated_is_refused():
+    for arguments, error, words in (
+        ({"patience": 3}, ConfigError, "patience=3 needs validation data: give validation=0.1"),
+        ({"validation": 1.5}, ConfigError, "validation must be"),
+        ({"validation": data(range=(-7.0, 7.0))}, DataError, "validation must have the range and levels of the data"),
+        (
+            {"validation": data(labels=torch.zeros(120, dtype=torch.long))},
+            DataError,
+            "labels and conditions where the data have",
+        ),
+        ({"evaluate": 3}, ConfigError, "evaluate must be"),
+        ({"evaluate_every": 0}, ConfigError, "evaluate_every must be"),
+        ({"tensorboard": True}, ConfigError, "tensorboard=True needs a directory to write in: give checkpoint="),
+        (
+            {"evaluate": lambda model, step: 3.0, "evaluate_every": 1},
+            ConfigError,
+            "evaluate must return numbers by name",
+        ),
+    ):
+        with pytest.raises(error, match=words):
+            fastdiff.train(tiny(), data(), steps=1, **OPTIONS, **arguments)
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
+    options = {**OPTIONS, "validation": 0.25, "evaluate_every": 50, "checkpoint": tmp_path, "tensorboard": True}
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError:
+        monkeypatch.setitem(sys.modules, "tensorboard", None)
+        with pytest.raises(
+            ConfigError, match="tensorboard=True needs tensorboard, which is missing: pip install tensorboard"
+        ):
+            fastdiff.train(tiny(), data(), steps=100, **options)
+        return
+    fastdiff.train(tiny(), data(), steps=100, **options)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    written = {(e.step, tag): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
+    for row in lines(tmp_path):
+        assert math.isclose(written[int(row["step"]), row["name"]], float(row["value"]), rel_tol=1e-6)
+
+
+def test_the_command_line_draws_samples_and_writes_the_numbers(tmp_path, capsys):
+    arguments = [
+        "train", "digits", "--classes", "--out", str(tmp_path), "--steps", "4", "--batch-size", "8", "--evaluate-every", "2",
+        "--validation", "0.01", "--samples", "9", "--network", "mlp",
+    ]  # fmt: skip
+    assert commands.main(arguments) == 0
+    assert [path.name for path in sorted(tmp_path.glob("*.png"))] == ["samples-00000002.png", "samples-00000004.png"]
+    assert {row["name"] for row in lines(tmp_path)} == {"validation", "loss", "lr"}
+    assert commands.main([*arguments, "--patience", "0"]) == 2
+    assert "patience must be" in capsys.readouterr().err
