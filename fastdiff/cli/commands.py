@@ -98,7 +98,9 @@ def _nobody_reads() -> bool:
 
 
 def _said_of(message: str, arguments: argparse.Namespace) -> str:
-    return f"fastdiff {arguments.command}: {_in_options(message, arguments)}\n"
+    rank = os.environ.get("RANK", "") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    process = f"process {rank}: " if rank else ""
+    return f"fastdiff {arguments.command}: {process}{_in_options(message, arguments)}\n"
 
 
 def _in_options(message: str, arguments: argparse.Namespace) -> str:
@@ -232,6 +234,19 @@ def _sample_shards(
     )
 
 
+def _train_among(a: argparse.Namespace) -> int:
+    """This process's part of a training, by torchrun among others; the first of them speaks."""
+    from .. import checks
+    from ..training.ranks import joined
+
+    with warnings.catch_warnings(), joined(checks.number("timeout", a.timeout, 0, 10**9, above=True)) as launch:
+        if launch.rank > 0:
+            warnings.simplefilter("ignore")
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                return _train(a)
+        return _train(a)
+
+
 def _train(a: argparse.Namespace) -> int:
     import torch
 
@@ -284,10 +299,11 @@ def _train(a: argparse.Namespace) -> int:
             patience=a.patience, tensorboard=a.tensorboard,
         )  # fmt: skip
     print(f"{data!r}: step {done.steps} after {done.seconds:.0f} s; fastdiff.load({a.out!r}) gives the model")
-    if not received:
+    if not (received or done.stopped):
         return 0
-    print(f"fastdiff train: {received[0].name}: saved at step {done.steps}; the same command goes on", file=sys.stderr)
-    return 128 + received[0]
+    number = received[0] if received else signal.SIGTERM  # which another process received
+    print(f"fastdiff train: {number.name}: saved at step {done.steps}; the same command goes on", file=sys.stderr)
+    return 128 + number
 
 
 def _validation(value: str | None) -> Any:
@@ -366,16 +382,26 @@ def _made(name: str | None) -> Any:
 @contextlib.contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
     """The SIGTERM or SIGINT that asked for an end; a second one ends the process as it would have anyway."""
+    from ..training.ranks import launched
+
     received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set
         yield received
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
+    among, first = launched().world > 1, 0.0
+
     def receive(number: int, frame: object) -> None:
+        nonlocal first
         received.append(signal.Signals(number))
+        first = first or time.monotonic()
+        if among and time.monotonic() < first + 2:  # a Ctrl-C comes twice, from the terminal and from torchrun
+            return
         for each, handler in before.items():
             signal.signal(each, handler)
+        if among:
+            signal.raise_signal(number)
 
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as nohup and the shell's & have it
@@ -632,7 +658,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, help="of each process that fills a folder (default: 1)")
 
     sub = command(
-        "train", _train, "Train a model on arrays, IDX files, a folder of images, or 'digits'.", of_a_device, of_data
+        "train",
+        _train_among,
+        "Train a model on arrays, IDX files, a folder of images, or 'digits'.",
+        of_a_device,
+        of_data,
     )
     sub.add_argument("data", help=data)
     sub.add_argument("--out", required=True, help="checkpoint directory; an unfinished run there is resumed")
@@ -673,6 +703,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
     sub.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
+    timeout = "seconds after which a process of torchrun's gives up on others that do not answer (default: 300)"
+    sub.add_argument("--timeout", type=float, default=300, help=timeout)
     sub.add_argument("--validation", help="a share of the data, such as 0.1, or other data, to evaluate the loss on")
     sub.add_argument("--evaluate-every", type=int, default=1000, help="steps between evaluations (default: 1000)")
     sub.add_argument(

@@ -23,9 +23,13 @@ LAST_DRAW = 2**32 - 1  # no training has so many steps
 class Batches:
     """The clean data, times, noise cursor and conditions of step n: a function of (seed, n)."""
 
-    def __init__(self, data: Data, model: ScoreModel, objective: Objective, options: dict[str, Any]) -> None:
+    def __init__(
+        self, data: Data, model: ScoreModel, objective: Objective, options: dict[str, Any], rows: slice | None = None
+    ) -> None:  # fmt: skip
+        """rows   the positions in each batch that are this process's; None: all"""
         self.data, self.model, self.objective, self.seed = data, model, objective, options["seed"]
         self.size, self.dequantize = options["batch_size"], options["dequantize"]
+        self.rows = slice(0, self.size) if rows is None else rows
         self.device = next(model.net.parameters()).device
         self.labels = data.labels if model.num_classes else None
         self.cond = data.cond if model.cond_shape else None
@@ -39,7 +43,9 @@ class Batches:
         if self.objective.times.stratified:
             u = (torch.arange(self.size, device=self.device) + u) / self.size
         drawn = self.objective.draw(u, float(of_step) if self.objective.truncation == "soft" else 0.0)
-        return self._batch(index, step, 0, drawn, self._conditions(index, step))
+        own = index[self.rows]
+        cond = self._conditions(own, step)
+        return self._batch(own, step, self.rows.start, drawn.of(self.rows), cond)._replace(everyones=drawn)
 
     def whole(self) -> Iterator[Batch]:
         """All of the data once, in order, with times and noise that are the same at every call, and all of their conditions."""
@@ -59,14 +65,14 @@ class Batches:
         else:
             x0 = self.data.batch(index, data_range)
         x0 = self.model.standardized(x0).float()
-        return Batch(x0.to(self.device), ops.cursor(draw, first, self.seed, self.device), cond, drawn)
+        return Batch(x0.to(self.device), ops.cursor(draw, first, self.seed, self.device), cond, drawn, drawn)
 
     def _conditions(self, index: Tensor, step: int | None) -> Condition:
         """The labels and conditions of a step; with `cond_dropout` those of a sample are left out with that probability."""
         labels, cond = (None if beside is None else beside[index] for beside in (self.labels, self.cond))
         share = self.model.cond_dropout
         if share and step is not None and (labels is not None or cond is not None):
-            u = noise.uniform(self.size, (1,), stream=noise.CONDITIONS, seed=self.seed, draw=step)[:, 0]
+            u = noise.uniform(self.size, (1,), stream=noise.CONDITIONS, seed=self.seed, draw=step)[self.rows, 0]
             if labels is not None:
                 labels = torch.where(u < share, self.model.null_label, labels)
             if cond is not None:

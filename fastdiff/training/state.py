@@ -19,7 +19,9 @@ from ..execution.torch_private import foreach_lerp_
 from ..files import shown
 from ..planning.schedules import ema_decay
 from . import checkpoint as files
+from . import tensor_file
 from .objective import Objective
+from .ranks import Ranks
 
 # What may differ from one call to the next of a run; all else says which run it is.
 MAY_CHANGE = ("batch_size", "lr", "warmup", "decay", "grad_clip", "ema", "steps", "ema_rule", "warmup_start")
@@ -37,8 +39,11 @@ class State:
     of an average, is smaller than the spacing of half-precision numbers.
     """
 
-    def __init__(self, net: nn.Module, objective: Objective, lr: float, ema: float, ema_rule: str) -> None:
+    def __init__(
+        self, net: nn.Module, objective: Objective, lr: float, ema: float, ema_rule: str, ranks: Ranks
+    ) -> None:
         self.objective = objective
+        self.ranks = ranks
         self.header: dict[str, Any] = {}  # of the checkpoint that it goes on from
         self.net, self.ema, self.ema_rule, self.step, self.updates = net, ema, ema_rule, 0, 0
         self.parameters = [p for p in net.parameters() if p.requires_grad]
@@ -68,8 +73,19 @@ class State:
                     else:
                         was[1].copy_(buffer.detach())
 
-    def update(self, loss: Tensor, rate: float, grad_clip: float | None) -> bool:
-        """One step of Adam and of the average; False, and nothing changed, where the loss or its gradient is not finite."""
+    def _exchange(self, told: Tensor) -> Tensor:
+        """The gradients and `told` of all processes, the buffers of the first, in place; returns a sum that is finite if all are."""
+        now = [(module._buffers[name], kept) for (module, name), (_, kept) in self.buffers.items()]
+        changed = not all(buffer is not None and torch.equal(buffer, kept) for buffer, kept in now)
+        buffers = [buffer for buffer, _ in now if buffer is not None]
+        told.copy_(self.ranks.exchange(self.weights, told, buffers, changed))
+        return told.sum()
+
+    def update(self, loss: Tensor, rate: float, grad_clip: float | None, told: Tensor | None = None) -> bool:
+        """One step of Adam and of the average; False, and nothing changed, where the loss or its gradient is not finite.
+
+        told   what this process tells the others (Ranks.tell), and then what all of them did; None where it is alone
+        """
         for p in self.parameters:
             p.grad = None
         loss.backward()
@@ -78,6 +94,8 @@ class State:
                 p.grad = p.grad.to_dense()
         for p, weight in self.rounded:
             weight.grad = None if p.grad is None else p.grad.float()
+        if told is not None:
+            loss = self._exchange(told)
         norm = nn.utils.get_total_norm([w.grad for w in self.weights if w.grad is not None])
         self.step += 1
         total = float(loss.detach() + norm)  # one wait for the device
@@ -137,7 +155,7 @@ class State:
             for module, training in modes:
                 module.training = training
 
-    def write(self, path: Path, described: dict[str, Any], options: dict[str, Any], more: dict[str, Any]) -> None:
+    def _saved(self) -> dict[str, Tensor]:
         """Tensors named net.* are the averaged weights (which `load` reads), raw.* the trained ones, adam.* moments, and ema.*
         averages of a higher precision than the network's."""
         plain, averaged = modules.state(self.net), self._tensors(self.averages)
@@ -146,9 +164,24 @@ class State:
         tensors |= {"ema." + k: v for k, v in averaged.items() if v.dtype != plain[k].dtype}
         for index, moments in self.adam.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": v for k, v in moments.items()}
-        tensors |= {"objective." + k: v for k, v in self.objective.tensors().items()}
+        return tensors | {"objective." + k: v for k, v in self.objective.tensors().items()}
+
+    def check_alike(self) -> None:
+        """RankError unless all processes have the same state, bit for bit."""
+        if self.ranks.world > 1:
+            advice = (
+                "a network that draws numbers of its own, or other machines, make them differ; do not go on from here"
+            )
+            self.ranks.alike({"weights or their averages": self.digest()}, advice, shows=False)
+
+    def digest(self) -> str:
+        """A checksum of all that a checkpoint would hold, and of the step."""
+        return tensor_file.digest(str(self.step), {name: value.detach().cpu() for name, value in self._saved().items()})
+
+    def write(self, path: Path, described: dict[str, Any], options: dict[str, Any], more: dict[str, Any]) -> None:
+        """All of it in one file."""
         skipped = {"skipped": self.step - self.updates} if self.step > self.updates else {}
-        files.write(path, tensors, {"model": described, "step": self.step, **skipped, **more, "options": options})
+        files.write(path, self._saved(), {"model": described, "step": self.step, **skipped, **more, "options": options})
 
     def read(self, path: Path, options: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
         """Continue from a checkpoint, which must be of the same run; returns its model's description.
