@@ -1,7 +1,7 @@
 """A step of training against the other libraries' steps: the same network, batch, clipping and averaging, in turns.
 
 Their batches lie ready in memory, while ours are drawn, shuffled and scaled within the time. A step is measured whole, and
-outside of the network: without its forward and backward passes, by clocks around both. Set-up and the first steps are left out.
+outside of the network: without its forward and backward passes, by clocks around both. Set-up and first steps are left out.
 """
 
 import copy

@@ -4,7 +4,8 @@
 
 // In the order of OPERATIONS in fastdiff/execution/cpu.py (a test compares them).
 enum Operation {
-    kNormal, kRademacher, kStep, kMeasureLangevin, kPerturb, kDsmLoss, kDsmLossBackward, kTimestepEmbedding, kProbeDot, kRkError
+    kNormal, kRademacher, kWords, kStep, kMeasureLangevin, kPerturb, kDsmLoss, kDsmLossBackward, kTimestepEmbedding, kProbeDot,
+    kRkError
 };
 // As fastdiff/execution/cpu.py words them.
 enum Result { kDone, kRowOutOfRange, kWrongDtype, kWrongCursor, kWrongTable, kNoMemory, kThreads };

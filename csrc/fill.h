@@ -87,6 +87,22 @@ inline void normals(float* out, const Geometry& g, const Tile& tile, const Curso
         fill_one<Normals>(out + i * g.numel, n, uint32_t(tile.element / 4), sample + uint32_t(i), source);
 }
 
+// A tile's words, as they are.
+inline void raw_words(float* out, const Geometry& g, const Tile& tile, const Cursor& cursor, const Source& source) {
+    const uint32_t sample = cursor.first_sample + uint32_t(tile.sample);
+    alignas(64) uint32_t words[kTile];
+    if (g.numel == 1) {
+        fill_many<RawWords, Keep::one>(words, tile.samples, 1, sample, source);
+    } else if (g.numel < 16 * Vector::lanes) {
+        fill_many<RawWords, Keep::four>(words, tile.samples, int(g.numel), sample, source);
+    } else {
+        const int n = int(g.numel < tile.n ? g.numel : tile.n);
+        for (int64_t i = 0; i < tile.samples; ++i)
+            fill_one<RawWords>(words + i * g.numel, n, uint32_t(tile.element / 4), sample + uint32_t(i), source);
+    }
+    memcpy(out, words, size_t(tile.n) * sizeof words[0]);
+}
+
 // A tile's signs.
 inline void signs(float* out, const Geometry& g, const Tile& tile, const Cursor& cursor, const Source& source) {
     const uint32_t sample = cursor.first_sample + uint32_t(tile.sample);

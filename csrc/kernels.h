@@ -10,7 +10,7 @@ namespace {
 
 namespace fill_slots { enum { kOut, kCursor }; }
 // stream
-template <bool is_sign> int fill(const int64_t* a) {
+template <void (*numbers)(float*, const Geometry&, const Tile&, const Cursor&, const Source&)> int fill(const int64_t* a) {
     using namespace fill_slots;
     const Geometry g(a);
     const Arguments view(a, 1);
@@ -21,7 +21,7 @@ template <bool is_sign> int fill(const int64_t* a) {
     const bool wide = out.dtype == kFloat64;
     return each_tile(g, [&](const Tile& tile, void* scratch) {
         float* z = wide ? in<float[kTile]>(scratch) : out.as<float>() + tile.first;
-        is_sign ? signs(z, g, tile, cursor, source) : normals(z, g, tile, cursor, source);
+        numbers(z, g, tile, cursor, source);
         if (wide) out.write(tile.first, tile.n, z);
     });
 }
@@ -228,8 +228,9 @@ template <class S> int timestep_embedding(const int64_t* a) {
 
 inline int run(int op, const int64_t* a, bool wide) {
     switch (op) {
-        case kNormal: return fill<false>(a);
-        case kRademacher: return fill<true>(a);
+        case kNormal: return fill<normals>(a);
+        case kRademacher: return fill<signs>(a);
+        case kWords: return fill<raw_words>(a);
         case kStep: return wide ? step<double>(a) : step<float>(a);
         case kMeasureLangevin: return wide ? measure_langevin<double>(a) : measure_langevin<float>(a);
         case kPerturb: return wide ? perturb<double>(a) : perturb<float>(a);

@@ -237,6 +237,11 @@ struct Normals {
 struct RawWords {
     using Number = uint32_t;
     template <Keep keep, int groups> static inline __attribute__((always_inline)) void make(const Words* r, Floats* out) {
+        static_assert(keep != Keep::two, "words of whole counters, or the first of each");
+        if constexpr (keep == Keep::one) {
+            out[0] = Vector::bits(r[0]);
+            return;
+        }
 #pragma GCC unroll 4
         for (int g = 0; g < groups; ++g, r += 4, out += 4)
             transpose(Vector::bits(r[0]), Vector::bits(r[1]), Vector::bits(r[2]), Vector::bits(r[3]), out);

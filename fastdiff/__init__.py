@@ -5,7 +5,7 @@ Public is what this module shows; the packages `planning` and `execution` are th
 
 import sys as _sys
 
-from . import errors, losses, mcmc, networks, training
+from . import errors, losses, mcmc, metrics, networks, training
 from .conventions import Check, check
 from .data import Data, dequantize, load_data
 from .execution import graphs
@@ -18,7 +18,7 @@ from .planning.plan import plan
 from .planning.processes import DDPM, EDM, NCSN, OU, VE, VP, SubVP
 from .sampling import SampleInfo, sample
 from .table import StepTable
-from .training import Training, load, save, train
+from .training import Training, load, posthoc_ema, save, train
 
 models = networks  # its former name
 
@@ -63,10 +63,12 @@ __all__ = [
     "log_likelihood",
     "losses",
     "mcmc",
+    "metrics",
     "models",
     "networks",
     "normal",
     "plan",
+    "posthoc_ema",
     "predictions",
     "processes",
     "sample",

@@ -417,23 +417,6 @@ def test_shuffled_digits_have_their_own_pixels_in_orders_of_their_own():
     assert all(not torch.equal(orders[i], orders[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
-def test_frechet_distance_is_the_closed_form():
-    rng = np.random.default_rng(0)
-    n, shift = 20_000, 0.5
-    a, b = rng.normal(size=(n, 3)), rng.normal(size=(n, 3)) * [1.0, 2.0, 0.5] + [shift, 0, 0]
-    assert demo.frechet(a, a) == pytest.approx(0, abs=1e-9)
-    assert demo.frechet(a, b) == pytest.approx(shift**2 + 1.0 + 0.25, rel=0.05)
-    rotation = np.linalg.qr(rng.normal(size=(3, 3)))[0]
-    assert demo.frechet(a @ rotation, b @ rotation) == pytest.approx(demo.frechet(a, b), rel=1e-9)
-
-
-def test_nearest_is_brute_force():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(7, 5)), rng.normal(size=(9, 5))
-    brute = [min(np.linalg.norm(x - y) for y in b) for x in a]
-    np.testing.assert_allclose(demo.nearest(a, b), brute)
-
-
 def parsers():
     """(command, parser) of all commands."""
     found = commands._parser()

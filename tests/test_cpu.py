@@ -61,10 +61,10 @@ def test_operations_slots_and_columns_are_numbered_alike_on_both_sides():
         name: snake(names) for name, names in re.findall(r"namespace (\w+)_slots \{.*?enum \{(.*?)\}", source, re.S)
     }
     fill = slots.pop("fill")
-    assert {**slots, "normal": fill, "rademacher": fill} == cpu.OPERATIONS
+    assert {**slots, "normal": fill, "rademacher": fill, "words": fill} == cpu.OPERATIONS
     row = re.search(r"struct Row \{\s*S (.*?);", source, re.S)[1].replace("b[4]", "b0, b1, b2, b3")
     assert tuple(row.split(", ")) == COLUMNS
-    assert set(cpu.OPERATIONS) == set(ops.SCHEMAS)
+    assert set(cpu.OPERATIONS) - {"words"} == set(ops.SCHEMAS)  # which nothing asks of torch's dispatcher
 
 
 def test_constants_are_those_of_the_definition():
@@ -97,6 +97,24 @@ def test_noise_is_the_reference_to_the_bit(instructions, shape, name):
         wide = torch.full(shape, torch.nan, dtype=torch.float64)
         getattr(cpu, name)(wide, cursor, 1)
         assert torch.equal(wide, theirs.double())
+
+
+@pytest.mark.parametrize("shape", STEP["shape"], ids=str)
+def test_uniform_numbers_are_those_of_the_definition(instructions, shape):
+    for seed, draw, first in ((0, 0, 0), (2**64 - 3, 2**32 - 1, 2**32 - 5000), (12345, 999, 17)):
+        given = {"seed": seed, "draw": draw, "first_sample": first, "stream": noise.TIMES}
+        assert torch.equal(ops.uniform(shape[0], shape[1:], **given), noise.uniform(shape[0], shape[1:], **given))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 1000, 50_001])
+def test_an_order_is_that_of_the_definition(instructions, n, monkeypatch):
+    for seed, draw in ((0, 0), (2**64 - 3, 2**32 - 1)):
+        assert torch.equal(ops.permutation(n, seed=seed, draw=draw), noise.permutation(n, seed=seed, draw=draw))
+    words = torch.tensor(
+        [4, 9, 2, 2, 5, 9, 2, 3, 4, 8], dtype=torch.int32
+    )  # keys 2·2³² + 9, 2³² + 2, …, of which two are equal
+    monkeypatch.setattr(ops, "_words", lambda *_: words)
+    assert ops.permutation(5, seed=0, draw=0).tolist() == [1, 3, 4, 0, 2]
 
 
 # --- step ------------------------------------------------------------------------------------------------------------

@@ -50,13 +50,13 @@ def of_vectors(rank, world, options):
 
 
 def of_pictures(rank, world):
-    """Levels, dequantised, with labels of which some are dropped."""
+    """Levels, dequantised, mirrored at random, with labels of which some are dropped."""
     torch.manual_seed(rank)
     net = UNet((1, 4, 4), channels=8, blocks=1, num_classes=3).double()
     levels = torch.arange(40 * 16, dtype=torch.uint8).reshape(40, 1, 4, 4) % 16
     data = fastdiff.Data(levels, range=(0, 15), labels=torch.arange(40) % 3)
     model = fastdiff.ScoreModel(net, "vp", "eps", data_shape=(1, 4, 4))
-    return trained(model, data, dequantize=True, cond_dropout=0.3, batch_size=16, steps=5)
+    return trained(model, data, dequantize=True, augment="flip", cond_dropout=0.3, batch_size=16, steps=5)
 
 
 def compared(function, *arguments):
@@ -78,7 +78,7 @@ def compared(function, *arguments):
     [
         {"loss": "simple"},
         {"loss": "ssm_vr", "grad_clip": 0.1},
-        {"times": "second_moment", "weight": "learned"},
+        {"times": "second_moment", "weight": "learned", "accumulate": 3},
         {"times": "importance", "loss": "likelihood", "truncation": "soft"},
     ],
     ids=lambda options: ", ".join(map(str, options.values())),
@@ -342,7 +342,7 @@ def test_a_group_needs_torch_distributed():
 def test_a_process_alone_is_all_of_the_batch():
     ranks = Ranks(None, torch.device("cpu"))
     assert ranks.first
-    assert ranks.rows(7) == slice(0, 7)
-    assert ranks.tell(torch.ones(7), slice(0, 7), True) is None
+    assert ranks.rows(7, 1) == slice(0, 7)
+    assert ranks.tell([torch.ones(7)], slice(0, 7), True) is None
     assert ranks.any(True)
     assert not ranks.any(False)

@@ -1,4 +1,4 @@
-"""The command line: `fastdiff demo | train | sample | likelihood | check | plan | doctor`."""
+"""The command line: `fastdiff demo | train | sample | evaluate | likelihood | check | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -247,10 +247,45 @@ def _train_among(a: argparse.Namespace) -> int:
         return _train(a)
 
 
+def _evaluate(a: argparse.Namespace) -> None:
+    from .. import files
+    from ..errors import ConfigError
+    from . import evaluation_report as report
+
+    out = None if a.out is None else _writable("--out", a.out, (".json",))
+    picture = None if a.plot is None else _writable("--plot", a.plot, (".png",))
+    metrics = report.metric_names(a.metrics)
+    run = {name: getattr(a, name) for name in ("sde", "steps", "sampler", "grid", "clip", "batch_size")}
+    if a.model.endswith(".npy"):
+        for name, value in {**run, "net": a.net}.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{name}={value!r:.40} is of a run, and {files.shown(a.model)} holds samples: leave it out"
+                )
+        source = _tensor("model", a.model)
+    else:
+        source = _model(a)
+    data = _data(a)
+    if picture is not None:
+        report.check_drawable(data.shape)
+    features = _made(a.features, "--features") if ":" in a.features else a.features
+    found = report.evaluate(
+        source, files.shown(a.model), data, train=None if a.train is None else _data(a, source=a.train),
+        num_samples=a.num_samples, seed=a.seed, metrics=metrics, features=features, quantise=a.quantise,
+        samples_range=a.samples_range and tuple(a.samples_range), options={**run, "clip": _clip(a.clip)},
+    )  # fmt: skip
+    if out is not None:
+        found.save(out)
+    if picture is not None:
+        report.draw(picture, found, files.shown(a.model))
+    print(found)
+
+
 def _train(a: argparse.Namespace) -> int:
     import torch
 
     from .. import checks
+    from ..data import LazyData
     from ..errors import ConfigError
     from ..model import ScoreModel
     from ..networks import build
@@ -261,22 +296,23 @@ def _train(a: argparse.Namespace) -> int:
     with warnings.catch_warnings():  # a guess of what the axes are is no way to begin a training
         warnings.filterwarnings("error", message=r"source \[.* is taken as", category=UserWarning)
         try:
-            data = _data(a, labels=a.labels, cond=a.cond)
+            data = _data(a, labels=a.labels, cond=a.cond, lazy=a.lazy, workers=a.workers)
         except UserWarning as warning:
             raise ConfigError(str(warning)) from None
+    some = data.some if isinstance(data, LazyData) else data
     network = a.network or ("mlp" if len(data.shape) == 1 else "unet")
     options: dict[str, Any] = {"name": network, "shape": list(data.shape)}
     if a.net is not None and a.network is not None:
         raise ConfigError(f"--network {a.network} and --net {a.net} are two networks: give one of them")
     if a.classes:
-        if data.labels is None:
+        if some.labels is None:
             raise ConfigError(f"--classes needs labels, and {a.data} has none: leave it out")
-        options["num_classes"] = data.num_classes
-    elif data.labels is not None:
+        options["num_classes"] = some.num_classes
+    elif some.labels is not None and data is some:
         print(f"fastdiff train: the labels of {a.data} are not used: --classes conditions on them", file=sys.stderr)
         data = replace(data, labels=None, num_classes=None, class_names=())
-    if data.cond is not None:
-        options["cond_shape"] = list(data.cond.shape[1:])
+    if some.cond is not None:
+        options["cond_shape"] = list(some.cond.shape[1:])
     if a.variance is not None:
         options["out_channels"] = 2 * data.shape[0]
     with torch.random.fork_rng(devices=[]):  # the first weights are of the seed too
@@ -294,7 +330,8 @@ def _train(a: argparse.Namespace) -> int:
             model, data, steps=a.steps, loss=loss, weight=a.weight, times=a.times, truncation=a.truncation,
             vlb_weight=a.vlb_weight, batch_size=a.batch_size, lr=a.lr, ema=a.ema, seed=a.seed,
             dequantize=a.dequantize, cond_dropout=a.cond_dropout, checkpoint=a.out, resume=not a.fresh,
-            callback=_said(a.steps), stop=lambda: received, validation=_validation(a.validation),
+            callback=_said(a.steps), stop=lambda: received, augment=a.augment and a.augment.split(","),
+            validation=_validation(a.validation),
             evaluate=_drawn(a.out, a.samples, model) if a.samples else None, evaluate_every=a.evaluate_every,
             patience=a.patience, tensorboard=a.tensorboard,
         )  # fmt: skip
@@ -339,7 +376,7 @@ def _drawn(out: str, count: int, model: ScoreModel) -> Callable[[ScoreModel, int
     return draw
 
 
-def _made(name: str | None) -> Any:
+def _made(name: str | None, option: str = "--net") -> Any:
     """The network that `--net module:factory` or `--net file.py:factory` makes; None where there is none."""
     if name is None:
         return None
@@ -352,11 +389,11 @@ def _made(name: str | None) -> Any:
 
     place, _, factory = name.rpartition(":")
     if not place or not factory:
-        raise ConfigError(f"--net must be module:factory or file.py:factory, got {short(name)}")
+        raise ConfigError(f"{option} must be module:factory or file.py:factory, got {short(name)}")
     if place.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(place).stem, Path(place).expanduser())
         if spec is None or spec.loader is None or not Path(place).expanduser().is_file():
-            raise ConfigError(f"--net must name a file that there is, got {short(place)}")
+            raise ConfigError(f"{option} must name a file that there is, got {short(place)}")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:
@@ -367,7 +404,7 @@ def _made(name: str | None) -> Any:
             if error.name is None or not place.startswith(error.name):
                 raise
             raise ConfigError(
-                f"--net must name a module that can be imported, got {short(place)}: or file.py:factory"
+                f"{option} must name a module that can be imported, got {short(place)}: or file.py:factory"
             ) from error
         finally:
             sys.path.pop()
@@ -375,7 +412,7 @@ def _made(name: str | None) -> Any:
     net = found if isinstance(found, nn.Module) or not callable(found) else found()
     if not isinstance(net, nn.Module):
         got = f"{place} has no {factory}" if found is None else f"{factory} gives a {type(net).__name__}"
-        raise ConfigError(f"--net must make a torch.nn.Module, and {got}: write a function that returns the network")
+        raise ConfigError(f"{option} must make a torch.nn.Module, and {got}: write a function that returns the network")
     return net
 
 
@@ -485,12 +522,12 @@ def _doctor(a: argparse.Namespace) -> int:
     return 0
 
 
-def _data(a: argparse.Namespace, **options: Any) -> Data:
-    """The data of a command, read as its options say."""
+def _data(a: argparse.Namespace, source: str | None = None, **options: Any) -> Data:
+    """The data of a command, or of another of its options, read as its options say."""
     from ..data import load_data
 
     return load_data(
-        a.data,
+        a.data if source is None else source,
         range=a.range and tuple(a.range),
         bins=a.bins,
         channels=a.channels,
@@ -560,16 +597,24 @@ def _clip(value: str | None) -> Any:
     return low, high
 
 
-def _array(value: str, model: ScoreModel) -> Tensor:
-    """The array of --cond as a tensor; floats in the network's precision, unless the model sees to that."""
+def _tensor(option: str, value: str) -> Tensor:
+    """The array of a .npy file."""
     import torch
 
     from .. import files
     from ..data.readers import read_array
+
+    return torch.from_numpy(read_array(files.path(option, value)))
+
+
+def _array(value: str, model: ScoreModel) -> Tensor:
+    """The array of --cond as a tensor, floats in the network's precision."""
+    import torch
+
     from ..execution.calls import dtype_of
 
-    array = torch.from_numpy(read_array(files.path("--cond", value)))
-    if model.cond_shape or not array.is_floating_point():
+    array = _tensor("--cond", value)
+    if model.cond_shape or not array.is_floating_point():  # the model itself sees to the precision of its conditions
         return array
     return array.to(dtype_of(model.net, torch.float32))
 
@@ -701,6 +746,11 @@ def _parser() -> argparse.ArgumentParser:
         default=0.0,
         help="share of samples trained without labels and conditions (default: 0)",
     )
+    sub.add_argument("--augment", help="flip, flip_vertical or crop, or several, as in flip,crop")
+    sub.add_argument("--lazy", action="store_true", help="read a .npy file or pictures while training, not before")
+    sub.add_argument(
+        "--workers", type=int, default=0, help="processes that read pictures ahead, with --lazy (default: 0)"
+    )
     sub.add_argument("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
     sub.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
     timeout = "seconds after which a process of torchrun's gives up on others that do not answer (default: 300)"
@@ -712,6 +762,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--patience", type=int, help="end after so many evaluations without a lower validation loss")
     sub.add_argument("--tensorboard", action="store_true", help="write the numbers for TensorBoard too")
+
+    sub = command(
+        "evaluate",
+        _evaluate,
+        "Compare samples of a trained model, or of a .npy file given in its place, with data: Fréchet distance and others.",
+        of_a_model,
+        of_a_plan,
+        of_data,
+    )
+    sub.add_argument("--data", required=True, help=f"{data}; best what the model was not trained on")
+    sub.add_argument("--train", help="its training data, to look for copies of (default: half of --data)")
+    sub.add_argument(
+        "-n", "--num-samples", type=int, default=1000, help="at most, and at most half of the data (default: 1000)"
+    )
+    metrics = "frechet,kernel,precision_recall,sliced_wasserstein,nearest"
+    sub.add_argument("--metrics", default=metrics, help=f"of these and c2st (default: {metrics})")
+    features = "classifier (trained on the data's labels), a name registered with torch-fidelity, or module:factory"
+    sub.add_argument("--features", default="pixels", help=f"what is compared: pixels (default), {features}")
+    sub.add_argument("--sde", help="default: the process that the model was trained on")
+    sub.add_argument("--steps", type=int, help="steps of the sampler, 1 to 1000000 (default: 1000, or all of a chain)")
+    sub.add_argument("--clip", help="data: clamp the samples to the data's range; --clip=-1,1: the predictions of x0")
+    sub.add_argument("--quantise", action="store_true", help="round the samples to the data's levels, as a file would")
+    sub.add_argument(
+        "--samples-range",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="of samples from a file: the model's data_range",
+    )
+    sub.add_argument("--out", help="a .json of all numbers")
+    sub.add_argument("--plot", help="a .png of samples beside data")
 
     sub = command(
         "likelihood",

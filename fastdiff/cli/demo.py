@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import checks, files
+from ..metrics import frechet, nearest
 from ..model import ScoreModel
 from ..networks import UNet
 from ..planning import samplers
@@ -132,22 +133,6 @@ def halves() -> tuple[Data, Data]:
     return Data(digits.x, range=digits.range, bins=digits.bins).split(0.5, seed=0)  # without their labels
 
 
-def frechet(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Fréchet distance of the Gaussians fitted to two sets [N, D]: |μ_a − μ_b|² + tr(A + B − 2 (A^½ B A^½)^½)."""
-    covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(covariance_a)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariance_b @ root), 0, None)).sum()
-    mean = ((a.mean(0) - b.mean(0)) ** 2).sum()
-    return float(mean + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross)
-
-
-def nearest(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The Euclidean distance from each row of `a` to the nearest row of `b`."""
-    square = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
-    return np.asarray(np.sqrt(np.clip(square.min(1), 0, None)))
-
-
 def pixels(x: Tensor, data_range: tuple[float, float]) -> NDArray[np.float64]:
     """Samples or data in their range as rows of 64 numbers in [0, 1]."""
     return pictures.unit(x.flatten(1).double().numpy(), data_range)
@@ -182,7 +167,7 @@ def report(
     count = len(results[0].samples)
     rng = np.random.default_rng(0)
     equal = float(np.mean([frechet(real[rng.choice(len(real), count, replace=False)], unseen) for _ in range(20)]))
-    usual = float(np.median(nearest(unseen, real)))
+    usual = float(nearest(unseen, real).distances.median())
     lines = [
         "# fastdiff demo: 8×8 handwritten digits",
         "",
@@ -201,7 +186,7 @@ def report(
         distance = frechet(result.samples, unseen)
         lines.append(
             f"| {job.title} | {result.calls} | {result.seconds:.1f} | {distance:.4f} | {distance / between:.2f} | "
-            f"{distance / equal:.2f} | {np.median(nearest(result.samples, real)):.2f} |"
+            f"{distance / equal:.2f} | {float(nearest(result.samples, real).distances.median()):.2f} |"
         )
     lines += [
         "",

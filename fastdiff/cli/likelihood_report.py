@@ -76,7 +76,7 @@ def likelihood(
     x, units = _in_model_units(data, model, indices, checks.integer("seed", seed, 0, 2**64 - 1))
     device = device_of(None, None, model.net)
     if cond is None:
-        cond = model.takes.joined(_labels(data, model), data.cond if model.cond_shape else None)
+        cond = conditions_of(data, model)
     for value in cond.values() if isinstance(cond, dict) else () if cond is None else (cond,):
         if value.ndim == 0 or len(value) != len(data):
             raise ShapeError(
@@ -114,7 +114,13 @@ def _in_model_units(data: Data, model: ScoreModel, indices: range, seed: int) ->
         return x, f"dequantised uniformly within {data.bins} levels, in the model's data_range {low:g} to {high:g}"
     if len(data.shape) > 1:
         return data.batch(indices, model.data_range), f"scaled to the model's data_range {low:g} to {high:g}"
-    lowest, highest = data.range
+    check_own_units(data, model)
+    return data.batch(indices, data.range), "in their own units"
+
+
+def check_own_units(data: Data, model: ScoreModel) -> None:
+    """Refuse vectors that are clearly in another unit than those that the model was trained on."""
+    (low, high), (lowest, highest) = model.data_range, data.range
     if (
         lowest < 2 * low - high or highest > 2 * high - low
     ):  # new data may exceed the old a little; other units do by far
@@ -122,11 +128,14 @@ def _in_model_units(data: Data, model: ScoreModel, indices: range, seed: int) ->
             f"data must be in the units of the model's training data, which ran from {low:g} to {high:g}, got {lowest:g} to "
             f"{highest:g}: scale them as the training data were"
         )
-    return data.batch(indices, data.range), "in their own units"
+
+
+def conditions_of(data: Data, model: ScoreModel) -> Condition:
+    """The labels and conditions, of the data, that a model was trained with."""
+    return model.takes.joined(_labels(data, model), data.cond if model.cond_shape else None)
 
 
 def _labels(data: Data, model: ScoreModel) -> Tensor | None:
-    """The labels, for a model that was trained with them."""
     if not model.num_classes:
         return None
     if data.labels is None or data.num_classes is None or data.num_classes > model.num_classes:

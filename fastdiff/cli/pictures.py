@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from .. import files
 from ..errors import ShapeError
+from ..metrics import nearest
 
 try:
     from matplotlib.figure import Figure
@@ -43,11 +44,35 @@ def squares(rows: Images) -> Images:
 
 def grids(path: Path, real: Images, samples: Images, title: str) -> None:
     """Real digits on the left, samples on the right."""
-    figure = Figure(figsize=(10, 5.3), layout="constrained")
-    for axes, rows, name in zip(figure.subplots(1, 2), (real, samples), ("real digits (held out)", title)):
-        _show(axes, mosaic(squares(rows), 10))
+    beside(path, {"real digits (held out)": squares(real), title: squares(samples)})
+
+
+def beside(path: Path, groups: dict[str, Images]) -> None:
+    """Images [N, H, W, C] in [0, 1] of several groups, ten in a row, side by side under their names."""
+    figure = Figure(figsize=(5 * len(groups), 5.3), layout="constrained")
+    for axes, (name, images) in zip(figure.subplots(1, len(groups)), groups.items()):
+        _show(axes, mosaic(images, 10))
         axes.set_title(name)
     _save(figure, path, 80)
+
+
+def columns(path: Path, groups: dict[str, NDArray[np.float64]]) -> None:
+    """The distribution of each column, at most twelve, of groups of vectors [N, D] over each other."""
+    shown = min(12, next(iter(groups.values())).shape[1])
+    across = min(4, shown)
+    down = -(-shown // across)
+    figure = Figure(figsize=(3.2 * across + 0.6, 2.4 * down + 0.5), layout="constrained")
+    for column, axes in enumerate(figure.subplots(down, across, squeeze=False).flat):
+        if column >= shown:
+            axes.set_axis_off()
+            continue
+        values = {name: rows[:, column] for name, rows in groups.items()}
+        bins = np.histogram_bin_edges(np.concatenate(list(values.values())), 50)
+        for k, (name, numbers) in enumerate(values.items()):
+            axes.hist(numbers, bins, density=True, histtype="step", linewidth=1.4, color=f"C{k}", label=name)
+        axes.set(title=f"column {column}", yticks=[])
+    figure.axes[0].legend(fontsize=8)
+    _save(figure, path, 100)
 
 
 def strip(path: Path, states: NDArray[np.float64], title: str) -> None:
@@ -80,8 +105,7 @@ def losses(path: Path, curves: dict[str, NDArray[np.float64]]) -> None:
 
 def neighbours(path: Path, samples: Images, training: Images) -> None:
     """Samples above the training images nearest to them."""
-    distance = ((samples[:, None] - training[None]) ** 2).sum(-1)
-    pairs = np.concatenate([samples, training[distance.argmin(1)]])
+    pairs = np.concatenate([samples, training[nearest(samples, training).indices]])
     figure = Figure(figsize=(len(samples) * 0.8, 2.4), layout="constrained")
     axes = figure.subplots()
     _show(axes, mosaic(squares(pairs), len(samples)))

@@ -2,6 +2,7 @@
 
 from .data import Data
 from .dequantize import dequantize
+from .lazy import LazyData
 from .readers import load_data
 
-__all__ = ["Data", "dequantize", "load_data"]
+__all__ = ["Data", "LazyData", "dequantize", "load_data"]

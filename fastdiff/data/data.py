@@ -193,7 +193,7 @@ class Data:
     def fingerprint(self) -> str:
         """A checksum of the values, their range, the labels and the conditions, equal for equal data sets."""
         text = f"{tuple(self.x.shape)} {self.x.dtype} {self.range} {self.bins}"
-        crc = zlib.crc32(self.x.contiguous().numpy().tobytes(), zlib.crc32(text.encode()))
+        crc = zlib.crc32(self.x.numpy(), zlib.crc32(text.encode()))  # without a copy, which may not fit
         crc = crc if self.labels is None else zlib.crc32(self.labels.numpy().tobytes(), crc)
         if self.cond is not None:
             crc = zlib.crc32(f"cond {tuple(self.cond.shape)} {self.cond.dtype}".encode(), crc)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import checks
 from ..errors import ConfigError, DataError, DeviceError, ShapeError, short
-from ..execution.noise import AUGMENTATION, uniform
+from ..execution.noise import AUGMENTATION
+from ..execution.ops import uniform
 from ..execution.tensor_checks import check_dense, resolved
 
 Edges = NDArray[np.float32]

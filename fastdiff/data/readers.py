@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import functools
 import gzip
+import itertools
 import math
 import os
 import re
@@ -17,11 +20,13 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from .. import checks, files
 from ..errors import ConfigError, DataError, DTypeError, FastdiffError, ShapeError, names_keywords, short, warn
 from ..execution.tensor_checks import check_dense
 from .data import Data, check_dtype
+from .lazy import LazyData, Pictures
 
 _IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".apng", ".ppm", ".tif", ".tiff", ".webp")
@@ -46,7 +51,10 @@ def load_data(
     channels: int | str | None = None,
     size: tuple[int, int] | None = None,
     cond: Any = None,
-) -> Data:
+    lazy: bool = False,
+    workers: int = 0,
+    num_classes: int | None = None,
+) -> Data | LazyData:
     """A `Data` from an array or a file; `labels` (or a .npy or IDX file of them), `range`, `bins` and `cond` (a condition of each
     sample, or a .npy file of them) replace the source's.
 
@@ -54,6 +62,7 @@ def load_data(
     - a tensor or numpy array [N, *shape]: uint8, float32 or float64. Its shape is left as it is. Read-only,
       negatively strided and byte-swapped arrays are copied;
     - a `Data`: returned as it is, without options;
+    - a `torch.utils.data.Dataset`: becomes a `LazyData`, with `workers` processes that read ahead;
     - "digits": scikit-learn's 1797 digits [1, 8, 8], 17 levels 0 … 16, 10 classes (for a folder of that name give
       Path("digits"));
     - a .npy file, or a .npz: its array "x", "images", "data" or "x_train", else the only one with two axes or more;
@@ -68,6 +77,8 @@ def load_data(
     channels: for arrays "last" moves the last axis to its place after N, "first" says that it is there already (without
         either, uint8 [N, H, W, 1, 3 or 4] is refused), 1 makes [N, H, W] to [N, 1, H, W]. For pictures 1 converts to
         grey, 3 to RGB; by default all must have the same number of channels.
+    lazy: for more than memory holds. A .npy file is mapped into memory and read as it is asked for; a folder of pictures becomes
+        a `LazyData`, whose pictures are decoded as they are asked for, by `workers` processes ahead.
     size: (H, W) to which every picture is stretched, by Pillow's bicubic filter with antialiasing; by default all
         pictures must have the same size.
 
@@ -75,7 +86,19 @@ def load_data(
     a source needs a package that is not installed.
     """
     options = {"labels": labels, "range": range, "bins": bins, "channels": channels, "size": size, "cond": cond}
-    if isinstance(source, Data):
+    lazy, workers = checks.flag("lazy", lazy), checks.integer("workers", workers, 0, 1024)
+    if isinstance(source, Dataset):
+        for name in ("labels", "channels", "size", "cond"):
+            if options[name] is not None:
+                raise ConfigError(f"{name} must be None where source is a Dataset: put it into the dataset's items")
+        return LazyData(source, range=range, bins=bins, num_classes=num_classes, workers=workers)
+    if num_classes is not None:
+        raise ConfigError(
+            f"num_classes={num_classes} is of a Dataset, got another source: leave it out, or give Data(...)"
+        )
+    if lazy or workers:
+        return _lazy(source, options, workers)
+    if isinstance(source, (Data, LazyData)):
         for name, value in options.items():
             if value is not None:
                 raise ConfigError(f"{name} must be None where source is a Data: build a new Data from source.x")
@@ -93,6 +116,53 @@ def load_data(
         class_names=raw.class_names if labels is None else (),
         cond=raw.cond if cond is None else cond,
     )
+
+
+def _lazy(source: Any, options: dict[str, Any], workers: int) -> Data | LazyData:
+    """load_data(lazy=True)."""
+    path = Path(source) if isinstance(source, (str, os.PathLike)) else None
+    if path is not None and path.is_dir():
+        if options["labels"] is not None or options["cond"] is not None:
+            raise ConfigError(
+                "labels and cond must be None for a folder that is read lazily: sort it in a folder for each class"
+            )
+        return _lazy_folder(path, options["channels"], options["size"], options["range"], options["bins"], workers)
+    if path is None or path.suffix.lower() != ".npy":
+        raise ConfigError(
+            f"lazy=True is for a .npy file, a folder of pictures and a torch.utils.data.Dataset, got {short(source)}: leave "
+            "it out, or write a .npy file"
+        )
+    if workers:
+        raise ConfigError(f"workers={workers} is for folders and datasets, and a .npy file is mapped: leave it out")
+    with _opened(path, " as a .npy file without pickle") as stream:
+        shape, fortran, dtype = _npy_header(stream)
+        offset = stream.tell()
+        if dtype.hasobject or offset + math.prod(shape) * dtype.itemsize != os.fstat(stream.fileno()).st_size:
+            raise ValueError("it holds Python objects, or is not as long as its header says")
+    if fortran:
+        raise DataError(
+            f"source {files.shown(path)} is in Fortran's order, which cannot be mapped: write it in C order"
+        )
+    # copy-on-write, so that nothing can be written to the file
+    mapped = np.memmap(path, dtype, "c", offset, shape)
+    return load_data(torch.from_numpy(mapped), **options)
+
+
+def _lazy_folder(
+    root: Path, channels: Any, size: Any, range: tuple[float, float] | None, bins: int | None, workers: int
+) -> LazyData:
+    channels, size = _picture_options(channels, size)
+    paths = _pictures_in(root)
+    counts = [_frames(root.joinpath(*parts)) for parts in paths]
+    frames = [(root.joinpath(*parts), k, count) for parts, count in zip(paths, counts) for k in builtins.range(count)]
+    names, numbers = _classes_of(paths, counts)
+    reader = functools.partial(_picture, channels=channels, size=size)
+    return LazyData(Pictures(reader, frames, numbers), range=range, bins=bins, class_names=names, workers=workers)
+
+
+def _picture(file: Path, frame: int, count: int, channels: int | None, size: tuple[int, int] | None) -> np.ndarray:
+    """One frame of a file."""
+    return next(itertools.islice(_pictures(file, count, channels, size), frame, None))
 
 
 class _Raw(NamedTuple):
@@ -360,12 +430,7 @@ def _idx_labels(path: Path) -> np.ndarray | None:
 
 
 def _folder(root: Path, channels: Any, size: Any) -> _Raw:
-    if not _one_of(channels, (None, 1, 3)):
-        raise ConfigError(f"channels must be 1 or 3 where source is a folder of pictures, got {short(channels)}")
-    if size is not None:
-        if not isinstance(size, (tuple, list)) or len(size) != 2:
-            raise ConfigError(f"size must be (height, width), got {short(size)}")
-        size = tuple(checks.integer("size", length, 1, 2**16) for length in size)
+    channels, size = _picture_options(channels, size)
     paths = _pictures_in(root)
     frames = [_frames(root.joinpath(*parts)) for parts in paths]
     read = (
@@ -384,13 +449,28 @@ def _folder(root: Path, channels: Any, size: Any) -> _Raw:
                 f"{files.shown('/'.join(parts))}: give {option}"
             )
         x[done] = picture
-    tensor = torch.from_numpy(x)
+    names, labels = _classes_of(paths, frames)
+    return _Raw(torch.from_numpy(x), labels, class_names=names)
+
+
+def _picture_options(channels: Any, size: Any) -> tuple[int | None, tuple[int, int] | None]:
+    if not _one_of(channels, (None, 1, 3)):
+        raise ConfigError(f"channels must be 1 or 3 where source is a folder of pictures, got {short(channels)}")
+    if size is None:
+        return channels, None
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise ConfigError(f"size must be (height, width), got {short(size)}")
+    height, width = (checks.integer("size", length, 1, 2**16) for length in size)
+    return channels, (height, width)
+
+
+def _classes_of(paths: list[tuple[str, ...]], frames: list[int]) -> tuple[tuple[str, ...], list[int] | None]:
+    """The classes' names and each frame's class, where every picture lies in a subfolder; else none."""
     if any(len(parts) == 1 for parts in paths):
-        return _Raw(tensor)
+        return (), None
     names = tuple(sorted({parts[0] for parts in paths}))
     number = {name: k for k, name in enumerate(names)}
-    labels = [number[parts[0]] for parts, count in zip(paths, frames) for _ in range(count)]
-    return _Raw(tensor, labels, class_names=names)
+    return names, [number[parts[0]] for parts, count in zip(paths, frames) for _ in range(count)]
 
 
 def _pictures_in(root: Path) -> list[tuple[str, ...]]:

@@ -34,6 +34,7 @@ HEADER = 4  # numbers of a call before its scalars (csrc/tiles.h)
 OPERATIONS = {
     "normal": ("out", "cursor"),
     "rademacher": ("out", "cursor"),
+    "words": ("out", "cursor"),
     "step": (
         "out", "table", "cursor", "x", "m", "net_input", "first_bad", "measured", "pushed", "guide", "v", "base", "z",
         "known", "mask", "history",
@@ -287,6 +288,11 @@ def normal(out: Tensor, cursor: Tensor, stream: int) -> None:
 
 def rademacher(out: Tensor, cursor: Tensor, stream: int) -> None:
     _fill("rademacher", out, cursor, stream)
+
+
+def words(out: Tensor, cursor: Tensor, stream: int) -> None:
+    """The counters' words, int32 [B, n], in their order: of numbers that are no normals."""
+    _fill("words", out.view(torch.float32), cursor, stream)
 
 
 def _fill(operation: str, out: Tensor, cursor: Tensor, stream: int) -> None:

@@ -66,6 +66,19 @@ def part_with_graphs(net: Any) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def compiled(net: Any, wanted: bool) -> Iterator[None]:
+    """A block in which calls of a network are compiled, where that is `wanted`."""
+    if not wanted:
+        yield
+        return
+    restore = torch_private.compile_in_place(net)
+    try:
+        yield
+    finally:
+        restore()
+
+
 def reach(net: Any) -> Iterator[tuple[str, Any]]:
     """(path, object) of what a call of a network may touch: all its modules, then the nearest first: objects, what they
     and their classes hold, what functions close over and name, and tensors. Gives up on large containers, and after MANY

@@ -22,6 +22,7 @@ from torch import Tensor
 # The streams: noise for different purposes, which never share a counter.
 PRIOR, SAMPLER, PERTURBATION, PROBES, AUGMENTATION, DATA_ORDER, TIMES, ACCEPTANCE, CONDITIONS = range(9)
 
+HOST = torch.device("cpu")  # not the default device, which a user may have set
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -59,7 +60,7 @@ def words(
     num_samples: int, quads: int, *, seed: int, draw: int, first_sample: int, stream: int, device: torch.device | None
 ) -> list[Tensor]:
     """The words r0 ... r3 of `quads` counters of each sample, each int64 [num_samples, quads]."""
-    device = torch.device("cpu") if device is None else device  # not the default device, which a user may have set
+    device = HOST if device is None else device
     quad = torch.arange(quads, dtype=torch.int64, device=device)
     sample = torch.arange(first_sample, first_sample + num_samples, dtype=torch.int64, device=device)[:, None]
     return philox((quad, draw, sample, stream), seed)

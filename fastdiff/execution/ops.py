@@ -12,12 +12,14 @@ import importlib
 import importlib.metadata
 import importlib.util
 import itertools
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -197,6 +199,36 @@ def normal(
     out = torch.empty((num_samples, *tensor_checks.shape_of(shape)), dtype=torch.float32, device=place)
     at = cursor(counters["draw"], counters["first_sample"], seed, place)
     backend_module(used).normal(out, at, counters["stream"])
+    return out
+
+
+def uniform(
+    num_samples: int, shape: Sequence[int], *, seed: int, draw: int = 0, first_sample: int = 0, stream: int,
+    device: torch.device | None = None,
+) -> Tensor:  # fmt: skip
+    """fastdiff.execution.noise.uniform, on a CPU by the compiled library."""
+    given = {"seed": seed, "draw": draw, "first_sample": first_sample}
+    if not cpu.available or (device is not None and device.type != "cpu"):
+        return noise.uniform(num_samples, shape, **given, stream=stream, device=device)
+    words = _words(num_samples, math.prod(shape), cursor(**given, device=noise.HOST), stream)
+    return ((words >> 8) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24).view(num_samples, *shape)
+
+
+def permutation(n: int, *, seed: int, draw: int, stream: int = noise.DATA_ORDER) -> Tensor:
+    """fastdiff.execution.noise.permutation, by the compiled library and numpy's sort, a fifth of the time."""
+    if not cpu.available:
+        return noise.permutation(n, seed=seed, draw=draw, stream=stream)
+    words = _words(1, 2 * n, cursor(draw, 0, seed, noise.HOST), stream).numpy().view(np.uint32).reshape(n, 2)
+    keys = (words[:, 0] >> 1).astype(np.int64) << 32 | words[:, 1]
+    order = np.argsort(keys)
+    if (np.diff(keys[order]) == 0).any():  # an order of equal keys is a stable sort's alone
+        order = np.argsort(keys, kind="stable")
+    return torch.from_numpy(order)
+
+
+def _words(num_samples: int, numel: int, at: Tensor, stream: int) -> Tensor:
+    out = torch.empty((num_samples, numel), dtype=torch.int32, device=noise.HOST)
+    cpu.words(out, at, stream)
     return out
 
 

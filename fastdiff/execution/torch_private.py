@@ -6,7 +6,7 @@ CUDA builds alone have the last three, which are looked up when they are called.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 tracing_state = torch._C._get_tracing_state
 # (tensors, others, weight) -> None: each tensor ← tensor + weight·(other − tensor), in one call
 foreach_lerp_ = torch._foreach_lerp_
+# (tensors, factor) -> None: each tensor ← factor·tensor, in one call
+foreach_mul_ = torch._foreach_mul_
 
 
 def default_store() -> Any:
@@ -61,6 +63,13 @@ def compiles_to_graphs(part: Any) -> bool:
 def uncompiled(function: Any) -> Any:
     """What torch.compile made a function of, or None."""
     return _held(function, "_torchdynamo_orig_callable")
+
+
+def compile_in_place(net: torch.nn.Module) -> Callable[[], None]:
+    """torch.compile a module's calls, of the same object; what takes that back."""
+    before = _held(net, "_compiled_call_impl")
+    net.compile()
+    return lambda: setattr(net, "_compiled_call_impl", before)
 
 
 def _held(part: Any, name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from .. import files, networks
+from .. import checks, files, networks
 from ..errors import (
     CheckpointError,
     CheckpointMismatchError,
@@ -59,17 +59,47 @@ def save(model: ScoreModel, path: str | os.PathLike[str]) -> Path:
 @torch.inference_mode(False)
 @names_keywords
 def load(
-    path_or_name: str | os.PathLike[str], *, net: nn.Module | None = None, sde: processes.Process | None = None
-) -> ScoreModel:
+    path_or_name: str | os.PathLike[str], *, net: nn.Module | None = None, sde: processes.Process | None = None,
+    ema: float | None = None,
+) -> ScoreModel:  # fmt: skip
     """The ScoreModel of a file written by `save`, of a training directory (its EMA weights), or of a shipped name.
 
     `net`: the network to fill, needed for a network of your own; its tensors must have the names in the file.
     `sde`: the process it was trained on, needed for a process of your own; its options must be those in the file.
+    `ema`: of a training with several averages, the one of this rate; the first unless given.
     Errors: FileNotFoundError, CorruptCheckpointError, CheckpointVersionError, CheckpointMismatchError; nothing is
     half-loaded.
     """
     path, given = _find(path_or_name), None if sde is None else processes.get(sde)
-    header, tensors = read(path, "net.")
+    header, tensors = read(path, "net." if ema is None else "")
+    if ema is not None:
+        first = of_part(tensors, "net")
+        which = _which_average(header, checks.number("ema", ema, 0, 1, below=True), path)
+        chosen = of_part(tensors, f"ema{which}") if which else {}
+        tensors = {name: chosen[name].to(value.dtype) if name in chosen else value for name, value in first.items()}
+    return model_of(header, tensors, path, net, given)
+
+
+def of_part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a part's name and a dot, without that."""
+    return {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
+
+
+def _which_average(header: dict[str, Any], ema: float, path: Path) -> int:
+    """The number of the average of that rate."""
+    options = header.get("options")
+    rates = options.get("ema") if isinstance(options, dict) else None
+    rates = rates if isinstance(rates, list) else [] if rates is None else [rates]
+    if ema not in rates:
+        held = f"its averages are of {', '.join(map(str, rates))}" if rates else "it is no training's, and has one"
+        raise ConfigError(f"ema must be the rate of an average in {files.shown(path)}, got {ema:g}: {held}")
+    return rates.index(ema)
+
+
+def model_of(
+    header: dict[str, Any], tensors: dict[str, Tensor], path: Path, net: nn.Module | None, sde: processes.Process | None
+) -> ScoreModel:
+    """The model that a file's header describes, with these tensors."""
     try:
         config = header["model"]
         if net is None and config["net"] is None:
@@ -77,7 +107,7 @@ def load(
                 f"{files.shown(path)} holds a network that is not one of fastdiff.networks: give it, net="
             )
         network = _skeleton(config["net"], tensors, path) if net is None else net
-        process = _process(config["process"], given, path)
+        process = _process(config["process"], sde, path)
         networks.adopt(network, config["net"])
         options = {name: config[name] for name in ("prediction", "time_input", "data_shape", "data_range", "variance")}
         options |= {name: config.get(name) for name in ("num_classes", "standardize", "cond_shape", "standardize_cond")}

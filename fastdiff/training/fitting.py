@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..data import Data, load_data
+from ..data import Data, LazyData, load_data
 from ..errors import ConfigError, DataError, ShapeError, warn
 from ..execution.calls import dtype_of
 from ..execution.conditions import Takes, arranged
@@ -28,20 +28,27 @@ def check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
         )
 
 
-def held_out(data: Data, validation: Any, model: ScoreModel) -> tuple[Data, Data]:
+def held_out(data: Data | LazyData, validation: Any, model: ScoreModel) -> tuple[Data | LazyData, Data]:
     """(the data to train on, the data to evaluate on): a share of the first, or a source of its own."""
     if isinstance(validation, (int, float)) and not isinstance(validation, bool):
         share = checks.number("validation", validation, 0, 1, above=True, below=True)
+        if isinstance(data, LazyData):
+            raise ConfigError(
+                f"validation={share:g} would divide data that are read lazily: give validation data of their own"
+            )
         kept, trained = data.split(share, seed=0)
         return trained, kept
     kept = load_data(validation)
+    if isinstance(kept, LazyData):
+        raise ConfigError("validation must be in memory, got data that are read lazily: give some of them, a Data")
     check_data(kept, model, False)
     if (kept.range, kept.bins) != (data.range, data.bins):
         raise DataError(
             f"validation must have the range and levels of the data, {data.range} and {data.bins}, got {kept.range} and "
             f"{kept.bins}: give both Data the same range= and bins="
         )
-    beside = [(a is None) != (b is None) for a, b in ((data.labels, kept.labels), (data.cond, kept.cond))]
+    some = data.some if isinstance(data, LazyData) else data
+    beside = [(a is None) != (b is None) for a, b in ((some.labels, kept.labels), (some.cond, kept.cond))]
     if any(beside):
         raise DataError(
             "validation must have labels and conditions where the data have them: give Data(..., labels=, cond=)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,14 +90,15 @@ class Objective:
         """Whether the weight or the rule depends on the losses so far."""
         return isinstance(self.weight, weights.Learned) or isinstance(self.times, rules.SecondMoment)
 
-    def observe(self, drawn: rules.Drawn, values: Tensor) -> None:
-        """Learn from the losses [B] of a step that was taken."""
-        values = values.detach()
+    def observe(self, seen: Sequence[tuple[rules.Drawn, Tensor]]) -> None:
+        """Learn from the times and losses [B] of a step that was taken, or of its parts."""
+        t, v = (torch.cat([getattr(drawn, name) for drawn, _ in seen]) for name in ("t", "v"))
+        values = torch.cat([each for _, each in seen])
         if isinstance(self.times, rules.SecondMoment):
-            self.times.observe(drawn.v, values)
+            self.times.observe(v, values)
         if isinstance(self.weight, weights.Learned):
-            u = self.weight.uncertainty(self.model.process, drawn.t)
-            self.weight.observe(self.model.process, drawn.t, (values.double() - u) * u.exp())
+            u = self.weight.uncertainty(self.model.process, t)
+            self.weight.observe(self.model.process, t, (values.double() - u) * u.exp())
 
     def tensors(self) -> dict[str, Tensor]:
         """All that it learned."""

@@ -107,13 +107,15 @@ class Ranks:
         """Whether this is the one that writes, shows and is heard."""
         return self.rank == 0
 
-    def rows(self, size: int) -> slice:
-        """The positions of this process in a batch of `size`."""
-        if size % self.world:
-            lower = size // self.world * self.world
-            some = f"{lower} or {lower + self.world}" if lower else self.world
+    def rows(self, size: int, parts: int) -> slice:
+        """The positions of this process in a batch of `size`, which it takes in so many parts."""
+        unit = self.world * parts
+        if size % unit:
+            lower = size // unit * unit
+            some = f"{lower} or {lower + unit}" if lower else unit
+            by = f" by accumulate={parts}" if parts > 1 else ""
             raise ConfigError(
-                f"batch_size must be a multiple of the {self.world} processes that share each batch, got {size}: give {some}"
+                f"batch_size must be a multiple of the {self.world} processes that share each batch{by}, got {size}: give {some}"
             )
         share = size // self.world
         return slice(self.rank * share, (self.rank + 1) * share)
@@ -168,11 +170,12 @@ class Ranks:
             # copies are aligned, pieces need not be
             value.copy_(piece.clone().view(value.dtype).view(value.shape))
 
-    def tell(self, values: Tensor, rows: slice, stopped: bool) -> Tensor | None:
-        """[B + 1]: the losses of this process's rows at their positions in the whole batch, and whether it wants to stop; None
-        where it is alone."""
+    def tell(self, parts: list[Tensor], rows: slice, stopped: bool) -> Tensor | None:
+        """[B + 1]: the losses of this process's rows, in parts, at their positions in the whole batch, and whether it wants to
+        stop; None where it is alone."""
         if self.world == 1:
             return None
+        values = torch.cat(parts)
         kind = torch.promote_types(values.dtype, torch.float32)
         told = torch.zeros(len(values) * self.world + 1, dtype=kind, device=values.device)
         told[rows] = values.detach()
@@ -187,7 +190,9 @@ class Ranks:
         sizes = [w.numel() for w in weights]
         has = torch.tensor([g is not None for g in gradients] + [changed], dtype=torch.float32, device=told.device)
         parts = [
-            torch.zeros(n, dtype=told.dtype, device=told.device) if g is None else g.reshape(-1).to(told.device)
+            torch.zeros(n, dtype=told.dtype, device=told.device)
+            if g is None
+            else g.to_dense().reshape(-1).to(told.device)
             for g, n in zip(gradients, sizes)
         ]
         flat = self._sum(torch.cat([*parts, has, told]))

@@ -1,4 +1,4 @@
-"""All that a training changes: the weights, the optimiser's moments, the averages, the step; and its file."""
+"""All that a training changes: the weights, the optimiser's state, the averages, the step; and its file."""
 
 from __future__ import annotations
 
@@ -15,52 +15,70 @@ from torch import Tensor, nn
 from .. import losses, networks
 from ..errors import CheckpointMismatchError, ConfigError, CorruptCheckpointError, short, warn
 from ..execution import modules
-from ..execution.torch_private import foreach_lerp_
+from ..execution.torch_private import foreach_mul_
 from ..files import shown
-from ..planning.schedules import ema_decay
+from . import averages, optimisers, tensor_file
 from . import checkpoint as files
-from . import tensor_file
 from .objective import Objective
 from .ranks import Ranks
 
 # What may differ from one call to the next of a run; all else says which run it is.
-MAY_CHANGE = ("batch_size", "lr", "warmup", "decay", "grad_clip", "ema", "steps", "ema_rule", "warmup_start")
+MAY_CHANGE = (
+    "batch_size", "lr", "warmup", "decay", "grad_clip", "ema", "steps", "ema_rule", "warmup_start", "precision", "accumulate",
+    "bad_step",
+)  # fmt: skip
 # Options that files of earlier versions do not have, as they were then.
 LATER = {
-    "ema_rule": "diffusers", "warmup_start": 1, "cond_dropout": 0.0, "times": {"name": "stratified"}, "truncation": "hard",
+    "ema_rule": "diffusers", "warmup_start": 1, "optimizer": "adam", "schedule": "constant", "posthoc": False, "precision": None,
+    "accumulate": 1, "bad_step": "skip", "cond_dropout": 0.0, "times": {"name": "stratified"}, "truncation": "hard",
 }  # fmt: skip
-EMA_RULES = ("diffusers", "score_sde", "constant")
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class State:
-    """All that a checkpoint of a run holds: the weights, Adam's moments, the averaged weights, the step.
+    """All that a checkpoint of a run holds: the weights, the optimiser's state, the averaged weights, the step.
 
     Weights of half precision are rounded copies of float32 ones, which are what is trained and averaged: a step of Adam, and
     of an average, is smaller than the spacing of half-precision numbers.
     """
 
     def __init__(
-        self, net: nn.Module, objective: Objective, lr: float, ema: float, ema_rule: str, ranks: Ranks
-    ) -> None:
-        self.objective = objective
+        self, net: nn.Module, objective: Objective, ranks: Ranks, options: dict[str, Any],
+        optimizer: optimisers.Choice = "adam", schedule: Any = "constant", steps: int = 1,
+    ) -> None:  # fmt: skip
+        self.net, self.objective, self.options, self.step, self.updates = net, objective, options, 0, 0
         self.ranks = ranks
         self.header: dict[str, Any] = {}  # of the checkpoint that it goes on from
-        self.net, self.ema, self.ema_rule, self.step, self.updates = net, ema, ema_rule, 0, 0
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError("model must have parameters that require gradients: there is nothing to train")
         half = (torch.float16, torch.bfloat16)
         self.weights = [p.detach().float().requires_grad_() if p.dtype in half else p for p in self.parameters]
         self.rounded = [(p, w) for p, w in zip(self.parameters, self.weights) if p is not w]
-        self.adam = torch.optim.Adam(self.weights, lr=lr, betas=(0.9, 0.999), eps=1e-8)
-        self.averages = [w.detach().clone() for w in self.weights]
-        self.groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-        for average, weight in zip(self.averages, self.weights):
-            group = self.groups.setdefault((weight.device, weight.dtype), ([], []))
-            group[0].append(average)
-            group[1].append(weight.detach())
+        self.optimisers = optimisers.build(optimizer, list(self.weights), options["lr"])
+        self.groups = optimisers.settings(self.optimisers)  # a scheduler may change them on the way
+        self.rate = optimisers.Rate(self.optimisers, schedule, options, steps)
+        # what a checkpoint says of both, whether a name or a function made them
+        self.made = {"optimizer": optimisers.names(self.optimisers), "schedule": optimisers.names(self.rate.schedulers)}
+        self.made["schedule"] = self.made["schedule"] or self.rate.name
+        rates = options["ema"] if isinstance(options["ema"], list) else [options["ema"]]
+        self.averages = averages.Averages(self.weights, rates, options["ema_rule"], options["posthoc"])
+        self.scaler = Scaler() if options["precision"] == "fp16" else None
         self.modules = list(net.modules())
         self.buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+        self.loss: Tensor | None = None
+
+    def check_saved(self) -> None:
+        """Refuse before the first step what a checkpoint could not hold after it."""
+        self.groups = optimisers.as_json("optimizer", "a group", self.groups)
+        self.rate.state()
+
+    def computing(self) -> contextlib.AbstractContextManager[Any]:
+        """Around the forward pass and the loss: autocast to the `precision`, if there is one."""
+        if self.options["precision"] is None:
+            return contextlib.nullcontext()
+        kind, dtype = self.parameters[0].device.type, PRECISIONS[self.options["precision"]]
+        return torch.autocast(kind, dtype=dtype, cache_enabled=False)  # which would keep weights past the step
 
     def keep_buffers(self) -> None:
         """Copies of the buffers, such as running statistics, which a step changes before its loss is known."""
@@ -73,59 +91,65 @@ class State:
                     else:
                         was[1].copy_(buffer.detach())
 
+    def add(self, loss: Tensor) -> None:
+        """The backward pass of a step's loss, or of a part of it: gradients add up until `take`."""
+        if self.loss is None:
+            for p in self.parameters:
+                p.grad = None
+        scale = 1.0 if self.scaler is None else self.scaler.scale
+        (loss if scale == 1 else loss * scale).backward()
+        self.loss = loss.detach() if self.loss is None else self.loss + loss.detach()
+
     def _exchange(self, told: Tensor) -> Tensor:
-        """The gradients and `told` of all processes, the buffers of the first, in place; returns a sum that is finite if all are."""
+        """The gradients and `told` of all processes, the buffers of the first, in place; returns a sum, finite if all is."""
         now = [(module._buffers[name], kept) for (module, name), (_, kept) in self.buffers.items()]
         changed = not all(buffer is not None and torch.equal(buffer, kept) for buffer, kept in now)
         buffers = [buffer for buffer, _ in now if buffer is not None]
         told.copy_(self.ranks.exchange(self.weights, told, buffers, changed))
         return told.sum()
 
-    def update(self, loss: Tensor, rate: float, grad_clip: float | None, told: Tensor | None = None) -> bool:
-        """One step of Adam and of the average; False, and nothing changed, where the loss or its gradient is not finite.
+    def take(self, told: Tensor | None = None) -> bool:
+        """One step of the optimiser and of the averages; False, and nothing changed, where the loss or gradient is not finite.
 
         told   what this process tells the others (Ranks.tell), and then what all of them did; None where it is alone
         """
-        for p in self.parameters:
-            p.grad = None
-        loss.backward()
-        for p in self.parameters:
-            if p.grad is not None and p.grad.layout != torch.strided:  # nn.Embedding(sparse=True)
-                p.grad = p.grad.to_dense()
+        loss, self.loss = self.loss, None
+        if loss is None:
+            raise RuntimeError("take() follows add()")
         for p, weight in self.rounded:
-            weight.grad = None if p.grad is None else p.grad.float()
+            weight.grad = None if p.grad is None else p.grad.to_dense().float()
         if told is not None:
             loss = self._exchange(told)
-        norm = nn.utils.get_total_norm([w.grad for w in self.weights if w.grad is not None])
+        gradients = optimisers.laid_out(self.weights)
+        scale = 1.0 if self.scaler is None else self.scaler.scale
+        norm = nn.utils.get_total_norm(gradients) / scale if gradients else torch.zeros_like(loss)
+        kind = torch.promote_types(loss.dtype, norm.dtype)
+        value, total = torch.stack((loss.to(kind), norm.to(loss.device, kind))).tolist()  # one wait for the device
+        finite = math.isfinite(value) and math.isfinite(total)
+        self.rate.set(self.step)
         self.step += 1
-        total = float(loss.detach() + norm)  # one wait for the device
-        if not math.isfinite(total):
+        if finite:
+            if scale != 1:
+                foreach_mul_(gradients, 1 / scale)
+            clip = self.options["grad_clip"]
+            if clip is not None and total + 1e-6 > 0.999 * clip:  # below, it is a product with one
+                nn.utils.clip_grads_with_norm_(self.weights, clip, norm)
+            # up to torch 2.11 Adam counts its steps in a tensor of the default device, which may hold no data
+            elsewhere = torch.get_default_device().type != "cpu"
+            with torch.device("cpu") if elsewhere else contextlib.nullcontext():
+                for optimiser in self.optimisers:
+                    optimiser.step()
+            with torch.no_grad():
+                for p, weight in self.rounded:
+                    p.copy_(weight)
+            self.averages.update(self.updates)
+            self.updates += 1
+        else:
             self._give_buffers_back()
-            return False
-        if grad_clip is not None:
-            nn.utils.clip_grads_with_norm_(self.weights, grad_clip, norm)
-        self.adam.param_groups[0]["lr"] = rate
-        # up to torch 2.11 Adam counts its steps in a tensor of the default device, which may hold no data
-        elsewhere = torch.get_default_device().type != "cpu"
-        with torch.device("cpu") if elsewhere else contextlib.nullcontext():
-            self.adam.step()
-        with torch.no_grad():
-            for p, weight in self.rounded:
-                p.copy_(weight)
-            for averages, weights in self.groups.values():
-                if self.updates == 0 and self.ema_rule == "diffusers":
-                    for average, weight in zip(averages, weights):
-                        average.copy_(weight)
-                else:
-                    foreach_lerp_(averages, weights, 1 - self._kept())
-        self.updates += 1
-        return True
-
-    def _kept(self) -> float:
-        """m of this update."""
-        if self.ema_rule == "constant":
-            return self.ema
-        return ema_decay(self.updates + (self.ema_rule == "score_sde"), self.ema)
+        self.rate.end()
+        if self.scaler is not None:
+            return self.scaler.after(finite, math.isfinite(value))
+        return finite
 
     @torch.no_grad()
     def _give_buffers_back(self) -> None:
@@ -138,8 +162,14 @@ class State:
         given = {id(p): value for p, value in zip(self.parameters, of)}
         return {name: given.get(id(value), value) for name, value in modules.state(self.net, keep_vars=True).items()}
 
+    def _trained(self, of: list[Tensor]) -> dict[str, Tensor]:
+        """The trained parameters by name, with their values in `of`."""
+        given = {id(p): value for p, value in zip(self.parameters, of)}
+        state = modules.state(self.net, keep_vars=True)
+        return {name: given[id(value)] for name, value in state.items() if id(value) in given}
+
     def average_into(self, net: nn.Module) -> None:
-        modules.load_state(net, self._tensors(self.averages))
+        modules.load_state(net, self._tensors(self.averages.tensors[0]))
 
     @contextlib.contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:
@@ -156,32 +186,44 @@ class State:
                 module.training = training
 
     def _saved(self) -> dict[str, Tensor]:
-        """Tensors named net.* are the averaged weights (which `load` reads), raw.* the trained ones, adam.* moments, and ema.*
-        averages of a higher precision than the network's."""
-        plain, averaged = modules.state(self.net), self._tensors(self.averages)
+        """Tensors named net.* are the averaged weights (which `load` reads), raw.* the trained ones, optimizer.* the optimiser's,
+        ema.* averages of a higher precision than the network's, ema1.*, … and power0.*, … further averages."""
+        plain, averaged = modules.state(self.net), self._tensors(self.averages.tensors[0])
         tensors = {"net." + k: v.to(plain[k].dtype) for k, v in averaged.items()}
         tensors |= {"raw." + k: v for k, v in self._tensors(self.weights).items()}
         tensors |= {"ema." + k: v for k, v in averaged.items() if v.dtype != plain[k].dtype}
-        for index, moments in self.adam.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{k}": v for k, v in moments.items()}
+        for part, average in zip(self.averages.names[1:], self.averages.tensors[1:]):
+            tensors |= {f"{part}.{k}": v for k, v in self._trained(average).items()}
+        tensors |= {f"optimizer.{k}": v for k, v in optimisers.saved(self.optimisers, self.weights)[0].items()}
         return tensors | {"objective." + k: v for k, v in self.objective.tensors().items()}
 
     def check_alike(self) -> None:
         """RankError unless all processes have the same state, bit for bit."""
         if self.ranks.world > 1:
+            tensors = {name: value.detach().cpu() for name, value in self._saved().items()}
             advice = (
                 "a network that draws numbers of its own, or other machines, make them differ; do not go on from here"
             )
-            self.ranks.alike({"weights or their averages": self.digest()}, advice, shows=False)
+            facts = {"weights or their averages": tensor_file.digest(str(self.step), tensors)}
+            self.ranks.alike(facts, advice, shows=False)
 
-    def digest(self) -> str:
-        """A checksum of all that a checkpoint would hold, and of the step."""
-        return tensor_file.digest(str(self.step), {name: value.detach().cpu() for name, value in self._saved().items()})
-
-    def write(self, path: Path, described: dict[str, Any], options: dict[str, Any], more: dict[str, Any]) -> None:
-        """All of it in one file."""
+    def write(self, path: Path, described: dict[str, Any], options: dict[str, Any], watched: dict[str, Any]) -> None:
+        """All that there is, in one file."""
+        header = optimisers.saved(self.optimisers, self.weights)[1]
+        more: dict[str, Any] = {"optimizer": {**header, "groups": self.groups}, "schedule": self.rate.state()}
+        more |= watched | ({} if self.scaler is None else {"scaler": vars(self.scaler)})
         skipped = {"skipped": self.step - self.updates} if self.step > self.updates else {}
-        files.write(path, self._saved(), {"model": described, "step": self.step, **skipped, **more, "options": options})
+        files.write(path, self._saved(), {"model": described, "step": self.step, **skipped, "options": options, **more})
+
+    def write_snapshot(self, folder: Path, described: dict[str, Any], options: dict[str, Any]) -> None:
+        """The averages of power functions as they are now (fastdiff.posthoc_ema)."""
+        tensors = {f"net.{k}": v for k, v in modules.state(self.net).items()}
+        for part, average in zip(self.averages.names, self.averages.tensors):
+            if part.startswith("power"):
+                tensors |= {f"{part}.{k}": v for k, v in self._trained(average).items()}
+        run = {name: value for name, value in options.items() if name not in MAY_CHANGE}
+        header = {"model": described, "run": run, "step": self.step, "updates": self.updates}
+        files.write(folder / averages.SNAPSHOT.format(self.step), tensors, {**header, "sigma_rel": averages.SIGMA_REL})
 
     def read(self, path: Path, options: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
         """Continue from a checkpoint, which must be of the same run; returns its model's description.
@@ -190,7 +232,9 @@ class State:
         """
         header, tensors = files.read(path, "")
         step, skipped = header.get("step"), header.get("skipped", 0)
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("net", "raw", "ema", "adam", "objective")}
+        parts: dict[str, dict[str, Tensor]] = {
+            part: {} for part in ("net", "raw", "ema", "adam", "optimizer", "objective")
+        }
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = value
@@ -220,53 +264,60 @@ class State:
                 f"{shown(path)} was trained in {parts['net'][other[0]].dtype}, and the network is of {target[other[0]].dtype}: "
                 "convert it, or give resume=False"
             )
-        moments = self._moments(parts["adam"], path, step > skipped)
+        further = [parts.get(part, {}) for part in self.averages.names[1:]]
+        shapes = {name: value.shape for name, value in self._trained(self.weights).items()}
+        for part, values in zip(self.averages.names[1:], further):
+            if {name: value.shape for name, value in values.items()} != shapes:
+                raise CheckpointMismatchError(
+                    f"{shown(path)} lacks the average {part}, or has another's: choose another directory, or give resume=False"
+                )
+        # the moments of earlier versions, whose optimiser was Adam, have its name
+        entries = optimisers.checked(
+            self.optimisers, self.weights, parts["optimizer"] or parts["adam"], header.get("optimizer"), path, step > skipped,
+            self.groups,
+        )  # fmt: skip
+        if self.rate.schedulers and any(change.startswith("lr=") for change in changed):
+            raise CheckpointMismatchError(
+                f"{shown(path)} goes on with the rate of its scheduler, and lr is another: give the lr of before, or resume=False"
+            )
         self.objective.load(parts["objective"], shown(path))
+        self.rate.load(header.get("schedule", []), path)
         if changed:
             warn(f"{shown(path)} goes on with {', '.join(changed)}")
         networks.adopt(self.net, net)
         modules.load_state(self.net, parts["raw"])
         names = {id(value): name for name, value in modules.state(self.net, keep_vars=True).items()}
         with torch.no_grad():
-            for p, weight, average in zip(self.parameters, self.weights, self.averages):
+            for k, (p, weight) in enumerate(zip(self.parameters, self.weights)):
                 weight.copy_(parts["raw"][names[id(p)]])
-                average.copy_(averaged[names[id(p)]])
-        self.adam.load_state_dict({**self.adam.state_dict(), "state": moments})
+                for average, values in zip(self.averages.tensors, [averaged, *further]):
+                    average[k].copy_(values[names[id(p)]])
+        optimisers.load(self.optimisers, self.weights, entries)
+        if self.scaler is not None and isinstance(header.get("scaler"), dict):
+            self.scaler = Scaler(**header["scaler"])
         self.step, self.updates, self.header = step, step - skipped, header
         return described
 
-    def _moments(self, tensors: dict[str, Tensor], path: Path, needed: bool) -> dict[int, dict[str, Tensor]]:
-        """Adam's state by the parameter's number; CheckpointMismatchError where it is missing or another network's."""
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            index, _, key = name.partition(".")
-            moments.setdefault(int(index) if index.isdecimal() else -1, {})[key] = value
-        for index, entry in moments.items():
-            known = 0 <= index < len(self.weights) and entry.keys() == {"step", "exp_avg", "exp_avg_sq"}
-            if not known or any(entry[k].shape != self.weights[index].shape for k in ("exp_avg", "exp_avg_sq")):
-                raise CheckpointMismatchError(
-                    f"{shown(path)} has a state of the optimiser that is not this network's, adam.{index}: choose another "
-                    "directory, or give resume=False"
-                )
-            bad = [key for key, value in entry.items() if not files.finite(value)]
-            if bad:
-                raise CheckpointMismatchError(
-                    f"{shown(path)} has numbers that are not finite in adam.{index}.{bad[0]}: choose another directory, or "
-                    "give resume=False"
-                )
-        if needed and not moments:
-            raise CheckpointMismatchError(
-                f"{shown(path)} lacks the state of the optimiser, without which a run cannot go on: choose another directory, or "
-                "give resume=False"
-            )
-        return moments
 
+class Scaler:
+    """The factor of a float16 loss, that small gradients are not 0: halved by a step whose gradient overflows, doubled after
+    `PATIENCE` that do not (Micikevicius et al. 2018, §3.2)."""
 
-def rate(step: int, steps: int, options: dict[str, Any]) -> float:
-    """The learning rate of a step: linear warm-up, then constant or half a cosine, without a scheduler's state to save."""
-    warmed = (step + options["warmup_start"]) / options["warmup"] if options["warmup"] else 1.0
-    rate: float = options["lr"] * min(1.0, warmed)
-    return rate * 0.5 * (1 + math.cos(math.pi * step / steps)) if options["decay"] else rate
+    PATIENCE = 2000
+
+    def __init__(self, scale: float = 2.0**16, good: int = 0) -> None:
+        self.scale, self.good = scale, good  # good: steps since the factor changed
+
+    def after(self, finite: bool, loss_is: bool) -> bool:
+        """After a step; whether it was as it should be: one that is skipped to find the factor is no bad one."""
+        if finite:
+            self.good += 1
+            if self.good == self.PATIENCE and self.scale < 2.0**24:
+                self.scale, self.good = 2 * self.scale, 0
+            return True
+        self.good = 0
+        self.scale = max(self.scale / 2, 1.0) if loss_is else self.scale
+        return loss_is and self.scale > 1
 
 
 def _changed(

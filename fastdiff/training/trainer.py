@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, losses
-from ..data import load_data
+from ..data import LazyData, load_data
+from ..data.augment import get as augment_of
 from ..errors import (
     CheckpointError,
     ConfigError,
@@ -25,33 +26,35 @@ from ..errors import (
     DeviceError,
     choose,
     names_keywords,
+    short,
     warn,
 )
 from ..execution import modules
 from ..execution.modes import leaves_no_trace, stepping
+from ..execution.modules import compiled
 from ..execution.monitor import bar
 from ..execution.torch_private import functorch_is_active
-from ..files import hold, reason, shown
-from ..files import path as user_path
+from ..files import hold, path, reason, shown
 from ..model import ScoreModel
+from . import averages, fitting, optimisers
 from . import checkpoint as files
-from . import fitting
 from .batches import Batches
 from .objective import Objective
 from .ranks import Ranks
-from .state import EMA_RULES, State, rate
+from .state import PRECISIONS, State
 from .watch import Watch, of_validation, writer
 
 # Steps in a row without a finite loss and gradient after which a run gives up.
 MOST_SKIPPED = 10
-# Between the seeds of two processes' dropout: an odd number near 2**63 / golden ratio, so that no step of one is one of another.
+# Between the seeds of two processes' dropout: so far apart that no step of one has that of another's.
 APART = 0x4F1BBCDCBFA53E0B
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Training:
     """One call of `train`: the loss of each of its steps [steps], the number of the last step, its seconds, how many of the steps
-    were skipped because their loss (NaN here) or its gradient was not finite, the step of the lowest validation loss."""
+    were skipped because their loss (NaN here) or its gradient was not finite, the step of the lowest validation loss, whether
+    `stop` ended it."""
 
     loss: Tensor
     steps: int
@@ -80,12 +83,13 @@ def train(
     vlb_weight: float = 0.001,
     probe: str | None = None,
     batch_size: int = 128,
-    lr: float = 2e-4,
+    lr: float | None = None,
     warmup: int = 1000,
     decay: bool = False,
     grad_clip: float | None = 1.0,
-    ema: float = 0.999,
+    ema: float | Sequence[float] = 0.999,
     dequantize: bool = False,
+    augment: Any = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1000,
@@ -102,10 +106,18 @@ def train(
     ema_rule: str = "diffusers",
     warmup_start: int = 1,
     cond_dropout: float = 0.0,
+    optimizer: optimisers.Choice = "adam",
+    schedule: str | Callable[[Any], Any] = "constant",
+    precision: str | None = None,
+    compile: bool = False,
+    accumulate: int = 1,
+    posthoc: bool = False,
+    bad_step: str = "skip",
 ) -> Training:
     """Train `model` in place up to step `steps`, and leave it with the averaged (EMA) weights, in evaluation mode.
 
-    data          a Data, or a source of fastdiff.load_data: arrays, .npy, .npz, IDX files, folders of images, "digits";
+    data          a Data, or a source of fastdiff.load_data: arrays, .npy, .npz, IDX files, folders of images, "digits"; for more
+                  than memory holds a LazyData or load_data(..., lazy=True);
                   scaled from its range to the model's data_range; vectors without one are standardized, each column by its
                   mean and std, and stay in their own units. Its labels and its `cond` are the condition, as in ScoreModel, of
                   a network that takes them; `cond` is standardized too
@@ -118,10 +130,23 @@ def train(
     times         "stratified" (default), "uniform", "importance" (∝ g²/σ²), "second_moment", "lognormal", or an object of
                   fastdiff.losses.times, such as LogNormal(-0.4, 1.0)
     truncation    near t = 0 of continuous processes: "hard" (default: t ≥ 1e-5), "soft" or "clamp" (fastdiff.losses.times.draw)
-    lr, warmup    Adam (β 0.9, 0.999, ε 1e-8), linear warm-up over `warmup` steps, step n = 0, 1, … by
-                  lr·min(1, (n + warmup_start)/warmup) (`warmup_start` 0 is score_sde's); `decay`: half a cosine to 0 at `steps`
+    optimizer     "adam" (β 0.9, 0.999, ε 1e-8), "adamw", "radam", "sgd", "muon", or a function of the trained parameters that
+                  gives a torch.optim.Optimizer, or a list of them, with their options and rates
+    lr, warmup    the rate, 2e-4 unless given, or that of your own optimizer; linear warm-up over `warmup` steps, step
+                  n = 0, 1, … by lr·min(1, (n + warmup_start)/warmup) (`warmup_start` 0 is score_sde's)
+    schedule      times "constant", "cosine" (half of one to 0 at `steps`, also `decay=True`), "linear" (to 0 at `steps`),
+                  "inverse_sqrt" (√(warmup/n) from `warmup` on), or a function of the optimizer that gives one of
+                  torch.optim.lr_scheduler
     ema           θ' ← m θ' + (1 − m) θ at update n = 0, 1, …; `ema_rule` "diffusers": m = min(ema, (1 + n)/(10 + n)), 0 at n = 0;
-                  "score_sde": from the initial weights, m = min(ema, (2 + n)/(11 + n)); "constant": from them, m = ema
+                  "score_sde": from the initial weights, m = min(ema, (2 + n)/(11 + n)); "constant": from them, m = ema.
+                  Of several rates the first is the model's, and `fastdiff.load(directory, ema=)` has the others
+    posthoc       keep what fastdiff.posthoc_ema makes averages of any width from: a snapshot every `checkpoint_every` steps
+    precision     "bf16" or "fp16": autocast of the network and the loss, weights in float32; a float16 loss is scaled, and
+                  a step whose scaled gradient overflows is taken with half the factor the next time
+    compile       the network by torch.compile, for the training alone
+    accumulate    the batch goes through the network in so many parts, and is one step
+    augment       "flip", "flip_vertical", "crop", or objects of fastdiff.data.augment, in turn: random changes of each sample,
+                  made anew at each step
     dequantize    add uniform noise of one bin to discrete data (Theis et al. 2016)
     cond_dropout  the share of samples whose label becomes the model's `null_label` and whose condition becomes NaN, which means
                   "none" to fastdiff's networks: so one network learns the conditional and the unconditional model (Ho &
@@ -147,15 +172,17 @@ def train(
     and the averaged model of the lowest validation loss is its best.safetensors.
 
     A step whose loss or gradient is not finite is skipped, everything as it was before it; the first is said in a warning,
-    ten in a row are a DataError. Networks of float16 and bfloat16 are trained by float32 copies of their weights.
+    ten in a row are a DataError, or with `bad_step="raise"` the first. Networks of float16 and bfloat16 are trained by float32
+    copies of their weights.
     """
     options, steps, checkpoint_every = _checked(
         {"batch_size": batch_size, "lr": lr, "warmup": warmup, "decay": decay, "grad_clip": grad_clip,
          "ema": ema, "dequantize": dequantize, "seed": seed, "ema_rule": ema_rule, "warmup_start": warmup_start,
-         "cond_dropout": cond_dropout},
+         "schedule": schedule, "precision": precision, "accumulate": accumulate, "posthoc": posthoc, "bad_step": bad_step,
+         "optimizer": optimizer, "cond_dropout": cond_dropout},
         steps, checkpoint_every,
     )  # fmt: skip
-    resume = checks.flag("resume", resume)
+    resume, compile = checks.flag("resume", resume), checks.flag("compile", compile)
     checks.function("callback", callback)
     checks.function("stop", stop)
     if functorch_is_active():
@@ -164,9 +191,13 @@ def train(
         )
     files.describe(model)
     _check_tensors([*model.net.parameters(), *model.net.buffers()])
-    source = load_data(data)
+    whole, held_out = load_data(data), None
+    source = whole.some if isinstance(whole, LazyData) else whole
     fitting.check_data(source, model, options["dequantize"])
-    source, held_out = (source, None) if validation is None else fitting.held_out(source, validation, model)
+    if validation is not None:
+        whole, held_out = fitting.held_out(whole, validation, model)
+        source = whole.some if isinstance(whole, LazyData) else whole
+    augmentations = augment_of(augment, model.data_shape)
     checks.function("evaluate", evaluate)
     evaluate_every = checks.integer("evaluate_every", evaluate_every, 1, 10**9)
     if patience is not None and held_out is None:
@@ -183,34 +214,41 @@ def train(
         fitting.check_null(fitted)
     objective = Objective.of(fitted, source, options["dequantize"], loss, weight, times, truncation, probe, vlb_weight)
     options |= objective.options()
-    options |= {"data": source.fingerprint(), "steps": steps if decay else None}  # a decayed rate depends on the end
+    options |= {"augment": [each.config() for each in augmentations]} if augmentations else {}
+    ends = decay or schedule in ("cosine", "linear")  # such a rate depends on the end
+    options |= {"data": whole.fingerprint(), "steps": steps if ends else None}
+    if posthoc and checkpoint is None:
+        raise ConfigError("posthoc=True must have a directory for its snapshots: give checkpoint=")
     if checkpoint is not None:
         files.as_json(described)  # refuse before the first step what could not be saved after it
     ranks = Ranks(group, next(model.net.parameters()).device)
-    rows = ranks.rows(options["batch_size"])
+    rows = ranks.rows(options["batch_size"], options["accumulate"])
     with (
         torch.inference_mode(False), torch.enable_grad(), _autocast(model.net), ranks,
         _directory(checkpoint, ranks.first) as folder,
     ):  # fmt: skip
+        ranks.share(modules.state(model.net).values())
+        state = State(model.net, objective, ranks, options, optimizer, schedule, steps)
+        options |= state.made
         more = {
-            "last step": steps,
+            "the last step": steps,
             "checkpoint_every": checkpoint_every,
             "checkpoint": folder is None,
             "resume": resume,
         }
-        ranks.alike({**options, **more, "model": described}, "start all with the same arguments")
-        ranks.share(modules.state(model.net).values())
-        state = State(model.net, objective, options["lr"], options["ema"], options["ema_rule"], ranks)
-        if ranks.any(ranks.first and folder is not None and resume and (folder / files.FILE).exists()):
-            described = state.read(folder / files.FILE, options, described)  # type: ignore[operator]
+        ranks.alike({**options, **more, "the model": described}, "start all with the same arguments")
+        if folder is not None:
+            state.check_saved()
+            if ranks.any(ranks.first and resume and (folder / files.FILE).exists()):
+                described = state.read(folder / files.FILE, options, described)
+            if options["posthoc"] and ranks.first:
+                averages.drop_snapshots(folder, state.step)
         state.check_alike()
-        kept = None if held_out is None else Batches(held_out, fitted, of_validation(objective), options)
         if not ranks.first:  # one process is seen and heard
-            evaluate, callback, progress = None, None, False
-        seen = folder if ranks.first else None
-        watch = Watch(
-            model, kept, evaluate_every, patience, evaluate, seen, writer(seen) if tensorboard and seen else None
-        )
+            evaluate, callback, progress, tensorboard = None, None, False, False
+        kept = None if held_out is None else Batches(held_out, fitted, of_validation(objective), options)
+        written = writer(folder) if tensorboard else None
+        watch = Watch(model, kept, evaluate_every, patience, evaluate, folder if ranks.first else None, written)
         watch.resume(state.header, state.step)
         if watch.ended:
             warn(f"the run ended early, at step {state.step}: give a larger patience to go on, or resume=False")
@@ -220,8 +258,8 @@ def train(
         with stepping(model.net):
             modes = [(module, module.training) for module in model.modules()]
         try:
-            with bar(progress, steps, "train", "step", first) as display:
-                batches = Batches(source, model, objective, options, rows)
+            with compiled(model.net, compile), bar(progress, steps, "train", "step", first) as display:
+                batches = Batches(whole, model, objective, options, augmentations, rows)
                 recorded, stopped = _loop(
                     state,
                     batches,
@@ -236,6 +274,7 @@ def train(
                     stop,
                     watch,
                 )
+                batches.close()
             state.average_into(model.net)
             ranks.any(False)  # the last checkpoint is there for all
         finally:
@@ -271,25 +310,30 @@ def _loop(
     with stepping(model.net):
         model.net.train()
     for step in range(first, steps):
-        batch, ranks.step = batches(step), step
+        seen, ranks.step = [], step
         with stepping(model.net), _seeded((options["seed"] * 1_000_003 + step + ranks.rank * APART) % 2**63):
             state.keep_buffers()
-            values = objective.per_sample(batch, model)
-            value = objective.mean(values, batch.drawn)
-            stopped = stop is not None and bool(stop())
-            told = ranks.tell(values, batches.rows, stopped)
-            with losses.differentiating(options["loss"]):
-                taken = state.update(value, rate(step, steps, options), options["grad_clip"], told)
+            for batch in batches.parts(step, options["accumulate"]):
+                with state.computing():
+                    values = objective.per_sample(batch, model)
+                    value = objective.mean(values, batch.drawn)
+                with losses.differentiating(options["loss"]):
+                    state.add(value / options["accumulate"] if options["accumulate"] > 1 else value)
+                seen.append((batch.drawn, values.detach()))
+            value, stopped = state.loss, stop is not None and bool(stop())
+            told = ranks.tell([values for _, values in seen], batches.rows, stopped)
+            taken = state.take(told)
             if told is not None:  # of the whole batch
-                values, stopped = told[:-1], bool(told[-1])
-                value = objective.mean(values, batch.everyones)
+                seen, stopped = [(batch.everyones, told[:-1])], bool(told[-1])
+                value = objective.mean(told[:-1], batch.everyones)
         if taken:
-            recorded[step - first], skipped = value.detach(), 0
+            recorded[step - first], skipped = value, 0
             if objective.learns:
-                objective.observe(batch.everyones, values)
+                objective.observe(seen)
         else:
             skipped += 1
-            if skipped == MOST_SKIPPED or (step + 1 == steps and skipped == steps - first):
+            most = 1 if options["bad_step"] == "raise" else MOST_SKIPPED
+            if skipped == most or (step + 1 == steps and skipped == steps - first):
                 raise _nothing_finite(step, skipped, folder)
             if not said:
                 warn(
@@ -306,13 +350,15 @@ def _loop(
         if (step + 1) % 100 == 0 or last:
             recent = float(recorded[: step + 1 - first][-100:].nanmean())
             display.set_postfix(loss=f"{recent:.4f}")
-            watch.note(step + 1, {"loss": recent, "lr": rate(step, steps, options)})
+            watch.note(step + 1, {"loss": recent, "lr": state.rate(step, state.rate.base[0])})
             if callback is not None:
                 callback(step + 1, recent)
         if save_now:
             state.check_alike()
         if save_now and ranks.first:
             state.write(folder / files.FILE, described, options, watch.config())  # type: ignore[operator]
+            if options["posthoc"] and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
+                state.write_snapshot(folder, described, options)  # type: ignore[arg-type]
         display.update()
         if stopped or ended:
             break
@@ -387,7 +433,7 @@ def _directory(checkpoint: str | os.PathLike[str] | None, writes: bool) -> Itera
     """The directory of a run, by the process that writes in it made, tried and held against other runs until this one ends, or
     its process does."""
     if checkpoint is None or not writes:
-        yield None if checkpoint is None else user_path("checkpoint", checkpoint)
+        yield None if checkpoint is None else path("checkpoint", checkpoint)
         return
     folder = files.directory(checkpoint)
     try:
@@ -417,19 +463,55 @@ def _checked(options: dict[str, Any], steps: Any, checkpoint_every: Any) -> tupl
     grad_clip = options["grad_clip"]
     checked = {
         "batch_size": checks.integer("batch_size", options["batch_size"], 1, 10**7),
-        "lr": checks.number("lr", options["lr"], 0, 1e6, above=True),
+        "lr": _lr(options["lr"], options["optimizer"]),
         "warmup": checks.integer("warmup", options["warmup"], 0, 10**9),
         "decay": checks.flag("decay", options["decay"]),
         "grad_clip": None if grad_clip is None else checks.number("grad_clip", grad_clip, 0, above=True),
-        "ema": checks.number("ema", options["ema"], 0, 1, below=True),
-        "ema_rule": choose("ema_rule", options["ema_rule"], EMA_RULES),
+        "ema": _ema(options["ema"]),
+        "ema_rule": choose("ema_rule", options["ema_rule"], averages.RULES),
         "warmup_start": checks.integer("warmup_start", options["warmup_start"], 0, 1),
         "dequantize": checks.flag("dequantize", options["dequantize"]),
         "cond_dropout": checks.number("cond_dropout", options["cond_dropout"], 0, 1, below=True),
         "seed": checks.integer("seed", options["seed"], 0, 2**64 - 1),
+        "schedule": _named("schedule", options["schedule"], optimisers.SCHEDULES),
+        "precision": None if options["precision"] is None else choose("precision", options["precision"], PRECISIONS),
+        "accumulate": checks.integer("accumulate", options["accumulate"], 1, 10**7),
+        "posthoc": checks.flag("posthoc", options["posthoc"]),
+        "bad_step": choose("bad_step", options["bad_step"], ("skip", "raise")),
+        "optimizer": _named("optimizer", options["optimizer"], optimisers.OPTIMIZERS),
     }
+    if checked["batch_size"] % checked["accumulate"]:
+        raise ConfigError(
+            f"batch_size must be a multiple of accumulate={checked['accumulate']}, the number of its parts, got "
+            f"{checked['batch_size']}"
+        )
+    if checked["decay"] and checked["schedule"] != "constant":
+        raise ConfigError(f"decay=True is schedule='cosine', got schedule={checked['schedule']!r} too: leave decay out")
     return (
         checked,
         checks.integer("steps", steps, 1, 10**9),
         checks.integer("checkpoint_every", checkpoint_every, 1, 10**9),
     )
+
+
+def _lr(lr: Any, optimizer: Any) -> float | None:
+    """The rate, None where the caller's own optimiser has its."""
+    if not callable(optimizer):
+        return checks.number("lr", 2e-4 if lr is None else lr, 0, 1e6, above=True)
+    if lr is not None:
+        raise ConfigError(f"lr={short(lr)} must be left out with an optimizer of your own: give it that rate")
+    return None
+
+
+def _ema(ema: Any) -> float | list[float]:
+    """The rates of the averages, the model's first."""
+    rates = list(ema) if isinstance(ema, (list, tuple)) else [ema]
+    checked = [checks.number("ema", rate, 0, 1, below=True) for rate in rates]
+    if not checked or len(set(checked)) < len(checked):
+        raise ConfigError(f"ema must be a number, or several that differ, got {short(ema)}")
+    return checked if len(checked) > 1 else checked[0]
+
+
+def _named(argument: str, value: Any, known: tuple[str, ...]) -> str:
+    """A name of those that are known, or a function, by its own."""
+    return str(getattr(value, "__name__", "")) if callable(value) else choose(argument, value, known)
