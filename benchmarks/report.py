@@ -111,6 +111,9 @@ def sections(group: str, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
         )
     elif group in CHOOSING:
         yield CHOOSING[group], pivot(rows, ["problem; steps", "against"], ["ms", *CHOICES])
+    elif group == "training":
+        lines = [[r["case"], r["opponent"], f"{float(r['ours']):.1f}", ratio(r), r["metric"]] for r in rows]
+        yield "A step of training", markdown(["step", "against", "ms", "theirs", "of"], lines)
     elif group == "solvers":
         errors = dict.fromkeys(r["metric"] for r in rows if r["metric"].startswith("error"))
         yield "Deterministic solvers by network calls", pivot(rows, ["solver", "against"], [*errors, PER_CALL])

@@ -176,10 +176,13 @@ class ScoreModel(nn.Module):
         # on other devices a look at the values would stall them, in a compiled graph it would break it
         if times.device.type == "cpu" and not torch.compiler.is_compiling():
             first, last = self.process.first_time, self.process.T * 1.000001
-            sigma = self.process.sigma(times) if self.process.linear else 0.0 * times + 1.0
-            # which of them it is only where one is
-            if times.numel() and not (times.amin() >= first and times.amax() <= last and sigma.amin() > 0):
-                bad = ~((times >= first) & (times <= last) & (sigma > 0))
+            low, high = times.aminmax() if times.numel() else (times.new_tensor(last), times.new_tensor(last))
+            # of the lowest σ, as σ/α grows with t; which time it is only where one is
+            inside = float(low) >= first and float(high) <= last
+            if not inside or (self.process.linear and not float(self.process.sigma(low)) > 0):
+                bad = ~((times >= first) & (times <= last))
+                if self.process.linear:
+                    bad |= ~(self.process.sigma(times) > 0)
                 value, top = float(times[bad].flatten()[0]), f"{self.process.T:g}]"
                 open_end = self.process.linear and first == 0
                 allowed = f"(0, {top}, where sigma > 0" if open_end else f"[{first:g}, {top}"

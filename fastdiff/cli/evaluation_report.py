@@ -62,7 +62,8 @@ class Evaluation:
         facts = self.facts
         width = max(map(len, self.rows)) + 2
         lines = [
-            f"{facts['n']} samples of {facts['samples']}, seed {facts['seed']}{facts['run'] and ', '}{facts['run']}",
+            f"{facts['n']} samples of {facts['samples']}, seed {facts['seed']}",
+            *([facts["run"]] if facts["run"] else []),
             f"beside {facts['n']} of {facts['data']}, {facts['units']}",
             f"features: {facts['features']}, {facts['dimensions']} numbers; neighbours among {facts['training']}",
             "",
@@ -125,7 +126,7 @@ def evaluate(
     if isinstance(source, ScoreModel):
         cond = moved(conditions_of(half, source), device_of(None, None, source.net))
         x, info = sample(source, num_samples=count, seed=seed, cond=cond, return_info=True, **options)
-        run = f"{options.get('sampler') or 'the default sampler'}, {info.network_calls} network calls"
+        run = f"{options['sampler'] if info.table is None else info.table.title}: {info.network_calls} network calls"
         x = x.cpu()
     else:
         x = source[:count]
@@ -135,11 +136,11 @@ def evaluate(
     with warnings.catch_warnings():
         if isinstance(source, ScoreModel):  # whose unit is known
             warnings.filterwarnings("ignore", message=TWO_UNITS)
-        u, v = compared(x, y, function, 2)
+        u, v = compared(x, y, function, (1, 2))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=TWO_UNITS)  # said of the samples
-        w = compared(own(other), y, function, 2)[0]
-        training = v if train is None else compared(own(train), y, function, 2)[0]
+        w = compared(own(other), y, function, (1, 2))[0]
+        training = v if train is None else compared(own(train), y, function, (1, 2))[0]
         rows: dict[str, tuple[float, float]] = {}
         for metric in metrics:
             of_x = METRICS[metric](u, v, training)

@@ -210,8 +210,8 @@ def uniform(
     given = {"seed": seed, "draw": draw, "first_sample": first_sample}
     if not cpu.available or (device is not None and device.type != "cpu"):
         return noise.uniform(num_samples, shape, **given, stream=stream, device=device)
-    words = _words(num_samples, math.prod(shape), cursor(**given, device=noise.HOST), stream)
-    return ((words >> 8) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24).view(num_samples, *shape)
+    words = _words(num_samples, math.prod(shape), cursor(**given, device=noise.HOST), stream).numpy().view(np.uint32)
+    return torch.from_numpy((words >> 8).astype(np.float32) * np.float32(2.0**-24)).view(num_samples, *shape)
 
 
 def permutation(n: int, *, seed: int, draw: int, stream: int = noise.DATA_ORDER) -> Tensor:

@@ -23,6 +23,10 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 tracing_state = torch._C._get_tracing_state
 # (tensors, others, weight) -> None: each tensor ← tensor + weight·(other − tensor), in one call
 foreach_lerp_ = torch._foreach_lerp_
+# (weights, gradients, moments, squares, [], steps, lr=, beta1=, …) -> None: a step of Adam, of AdamW, in one call
+fused_adam_, fused_adamw_ = torch._fused_adam_, torch._fused_adamw_
+# (tensors) -> the 2-norm of each, in one call
+foreach_norm = torch._foreach_norm
 # (tensors, factor) -> None: each tensor ← factor·tensor, in one call
 foreach_mul_ = torch._foreach_mul_
 

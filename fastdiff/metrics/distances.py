@@ -80,7 +80,7 @@ def frechet(x: Samples, y: Samples, *, features: Features = "pixels") -> float:
     Errors: ShapeError, DTypeError (bytes beside floats), DataError (too few, not finite), ConfigError. Warns where two sets
     look like two units, and where there are no more samples than numbers.
     """
-    a, b = compared(x, y, features, 2)
+    a, b = compared(x, y, features, (2, 2))
     fewest, d = min(len(a), len(b)), a.shape[1]
     if fewest <= d:
         warn(
@@ -107,7 +107,7 @@ def kernel(x: Samples, y: Samples, *, features: Features = "pixels") -> Estimate
     below 0 too. stderr by the jackknife, one sample left out at a time (Efron & Stein 1981), which is at most too large: of
     equal distributions by √2. k grows with the numbers' unit. `features` and errors as of `frechet`.
     """
-    a, b = compared(x, y, features, 3)
+    a, b = compared(x, y, features, (3, 3))
     n, m = len(a), len(b)
     within_a, within_b = (_kernel_sums(z, z)[0] - _cubic(z.square().sum(1), z) for z in (a, b))
     across_a, across_b = _kernel_sums(a, b)
@@ -145,7 +145,7 @@ def precision_recall(x: Samples, y: Samples, *, k: int = 3, features: Features =
     that hold a sample, over k, and coverage the share of y whose ball holds a sample. All depend on n, m and k: compare with
     as many of the data. Errors: those of `frechet`, ConfigError (k ≥ n or m).
     """
-    a, b = compared(x, y, features, 2)
+    a, b = compared(x, y, features, (2, 2))
     k = checks.integer("k", k, 1, min(len(a), len(b)) - 1)
     centre = b.mean(0)
     a, b = a - centre, b - centre
@@ -191,7 +191,7 @@ def nearest(x: Samples, data: Samples, *, features: Features = "pixels") -> Near
     held-out data it says how much of that is chance. A sample that equals one of the data has ratio 0, also where the data
     hold it twice. Copies beside copies in the data hide what was copied from both. Errors: those of `frechet`.
     """
-    a, b = compared(x, data, features, 2)
+    a, b = compared(x, data, features, (1, 2), ("x", "data"))
     centre = b.mean(0)
     squares, index = [], []
     for _, block in _squares(a - centre, b - centre):
@@ -216,7 +216,7 @@ def sliced_wasserstein(
     In the features' unit; a set moved by s is |s|/√d away. stderr is that of the mean over vectors alone. Biased upward for
     few samples: compare with as many of the data. Errors: those of `frechet`.
     """
-    a, b = compared(x, y, features, 1)
+    a, b = compared(x, y, features, (1, 1))
     count, seed = checks.integer("projections", projections, 2, 10**7), checks.integer("seed", seed, 0, 2**64 - 1)
     pairs = None if len(a) == len(b) else _coupling(len(a), len(b), a.device)
     squares = []
@@ -258,7 +258,7 @@ def c2st(x: Samples, y: Samples, *, features: Features = "pixels", seed: int = 1
     """
     seed = checks.integer("seed", seed, 0, 2**32 - 1)
     folds = checks.integer("folds", folds, 2, 10**6)
-    a, b = compared(x, y, features, folds)
+    a, b = compared(x, y, features, (folds, folds))
     if len(a) != len(b):
         raise DataError(
             f"x and y must be as many for c2st, whose ½ is chance, got {len(a)} and {len(b)}: take {min(len(a), len(b))} of each"

@@ -25,6 +25,7 @@ Features = str | Callable[[Tensor], Any]
 Rows = Callable[[Tensor], Tensor]  # samples [n, *shape] to features
 
 BATCH = 256  # samples in one call of a feature network
+ENOUGH = 100  # numbers of a set that show its range
 NAMES = ("pixels", "classifier")
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -52,9 +53,9 @@ def samples(name: str, x: Any, least: int = 1) -> Tensor:
     return x  # type: ignore[no-any-return]
 
 
-def in_one_unit(x: Any, y: Any, least: int, names: tuple[str, str] = ("x", "y")) -> tuple[Tensor, Tensor]:
+def in_one_unit(x: Any, y: Any, least: tuple[int, int], names: tuple[str, str]) -> tuple[Tensor, Tensor]:
     """The samples of both, of one shape and kind, on the first one's device; a warning where their ranges look like two units."""
-    a, b = samples(names[0], x, least), samples(names[1], y, least)
+    a, b = (samples(name, z, fewest) for name, z, fewest in zip(names, (x, y), least))
     both = " and ".join(names)
     if a.shape[1:] != b.shape[1:]:
         raise ShapeError(f"{both} must hold samples of one shape, got {list(a.shape[1:])} and {list(b.shape[1:])}")
@@ -63,6 +64,8 @@ def in_one_unit(x: Any, y: Any, least: int, names: tuple[str, str] = ("x", "y"))
             f"{both} must be in one unit, got {a.dtype} and {b.dtype}: data.batch(range(len(data)), model.data_range) gives "
             "data in a model's"
         )
+    if min(a.numel(), b.numel()) < ENOUGH:
+        return a, b.to(a.device)
     (low, high), (least_of, most_of) = _range(a), _range(b)
     apart = max(low - least_of, most_of - high), max(least_of - low, high - most_of)
     if apart[0] > 0.8 * (high - low) or apart[1] > 0.8 * (most_of - least_of):
@@ -80,13 +83,15 @@ def _range(x: Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def compared(x: Any, y: Any, features: Features, least: int) -> tuple[Tensor, Tensor]:
-    """The features [n, d] and [m, d] of both sets, float64; a label-trained classifier is that of y."""
-    a, b = in_one_unit(x, y, least)
+def compared(
+    x: Any, y: Any, features: Features, least: tuple[int, int], names: tuple[str, str] = ("x", "y")
+) -> tuple[Tensor, Tensor]:
+    """The features [n, d] and [m, d], float64, of sets of at least so many; a classifier is trained on the second."""
+    a, b = in_one_unit(x, y, least, names)
     function = rows_of(features, y)
     u, v = (_checked(function(z), len(z)) for z in (a, b))
     if u.shape[1] != v.shape[1]:
-        raise ShapeError(f"features must be of one length, got {u.shape[1]} numbers of x and {v.shape[1]} of y")
+        raise ShapeError(f"features must be of one length, got {u.shape[1]} and {v.shape[1]} numbers")
     return u, v
 
 

@@ -21,6 +21,8 @@ from .objective import Batch, Objective
 GOLDEN = (5**0.5 - 1) / 2  # whose multiples lie evenly in [0, 1)
 LAST_DRAW = 2**32 - 1  # no training has so many steps
 
+FEW = 2**24  # numbers, 64 MB
+
 
 class Batches:
     """The clean data, times, noise cursor and conditions of step n: a function of (seed, n)."""
@@ -34,6 +36,11 @@ class Batches:
         self.size, self.dequantize, self.augment = options["batch_size"], options["dequantize"], augment
         self.rows = slice(0, self.size) if rows is None else rows
         self.device = next(model.net.parameters()).device
+        self.places = torch.arange(self.size, device=self.device)
+        self.ready: Tensor | None = None  # all clean data as the network sees them, where they are few
+        if isinstance(data, Data) and data.x.numel() <= FEW and not self.dequantize:
+            every = torch.arange(len(data), device="cpu").split(max(1, 2**20 * len(data) // data.x.numel()))
+            self.ready = torch.cat([self._clean(data, some, 0, 0) for some in every])
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
         self.ahead: tuple[int, Iterator[Data]] = (-1, iter(()))  # the step that the readers give next
 
@@ -42,16 +49,18 @@ class Batches:
         u = ops.uniform(self.size + 1, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
         u, of_step = u[:-1], u[-1]
         if self.objective.times.stratified:
-            u = (torch.arange(self.size, device=self.device) + u) / self.size
+            u = (self.places + u) / self.size
         drawn = self.objective.draw(u, float(of_step) if self.objective.truncation == "soft" else 0.0)
         if isinstance(self.data, LazyData):
             data, index = self._read(step, self.data), torch.arange(self.rows.stop - self.rows.start, device="cpu")
         else:
             data, index = self.data, self._indices(step)[self.rows]
-        x0, cond = self._clean(data, index, step, self.rows.start), self._beside(data, index)
+        first = self.rows.start
+        x0 = self._clean(data, index, step, first) if self.ready is None else self.ready.index_select(0, index)
+        cond = self._beside(data, index)
         if self.augment:
             x0, cond = self._augmented(x0, cond, step)
-        cursor = ops.cursor(step, self.rows.start, self.seed, self.device)
+        cursor = ops.cursor(step, first, self.seed, self.device)
         return Batch(x0.to(self.device), cursor, self._conditions(*cond, step), drawn.of(self.rows), drawn)
 
     def parts(self, step: int, count: int) -> Iterator[Batch]:
@@ -140,4 +149,4 @@ class Batches:
             if epoch != self.epoch:
                 self.epoch, self.order = epoch, ops.permutation(count, seed=self.seed, draw=epoch)
             pieces.append(self.order[max(start - epoch * count, 0) : stop - epoch * count])
-        return torch.cat(pieces)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -6,12 +6,13 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointMismatchError, ConfigError, choose, short
+from ..execution.torch_private import fused_adam_, fused_adamw_
 from ..files import shown
 from . import checkpoint as files
 
@@ -69,8 +70,8 @@ def _named(name: str, weights: list[Tensor], lr: float) -> list[Optimiser]:
         rest = [w for w in weights if w.ndim != 2]
         found = [optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")] if matrices else []
         return found + (_named("adamw", rest, lr) if rest else [])
-    kind = {"adam": optim.Adam, "adamw": optim.AdamW}[name]
-    return [kind(weights, lr=lr, fused=_fusible(weights) or None)]
+    kind: Any = {"adam": Adam, "adamw": AdamW} if _fusible(weights) else {"adam": optim.Adam, "adamw": optim.AdamW}
+    return [kind[name](weights, lr=lr, **({"fused": True} if _fusible(weights) else {}))]
 
 
 def _fusible(weights: list[Tensor]) -> bool:
@@ -95,6 +96,55 @@ def laid_out(weights: list[Tensor]) -> list[Tensor]:
             w.grad = gradient = torch.empty_like(w).copy_(gradient)
         gradients.append(gradient)
     return gradients
+
+
+class _Fused(torch.optim.Optimizer):
+    """torch.optim.Adam or AdamW with one group, whose step is the one call of torch's fused kernel, with a count of steps that
+    all weights share; where some have no gradient it is torch's own, with theirs."""
+
+    kernel: ClassVar[Callable[..., None]]
+    _count: Tensor | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        (group,) = self.param_groups
+        weights = group["params"]
+        gradients = [w.grad for w in weights]
+        if self._count is None and len(self.state) == len(weights):
+            counts = [self.state[w]["step"] for w in weights]
+            if len({c.device for c in counts}) == 1 and len(torch.stack(counts).unique()) == 1:
+                self._count = counts[0]
+        if self._count is None or any(g is None for g in gradients):
+            if self._count is not None:
+                for w in weights:
+                    self.state[w]["step"] = self._count.clone()
+                self._count = None
+            return super().step(closure)
+        self._count += 1
+        states = [self.state[w] for w in weights]
+        for state in states:
+            state["step"] = self._count
+        beta1, beta2 = group["betas"]
+        with torch.no_grad():
+            type(self).kernel(
+                weights, gradients, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
+                [self._count] * len(weights), lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
+                eps=group["eps"], amsgrad=False, maximize=False,
+            )  # fmt: skip
+        return None
+
+    step.hooked = True  # type: ignore[attr-defined]  # by which torch knows steps that it has wrapped for its profiler
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        self._count = None
+
+
+class Adam(_Fused, torch.optim.Adam):
+    kernel = staticmethod(fused_adam_)
+
+
+class AdamW(_Fused, torch.optim.AdamW):
+    kernel = staticmethod(fused_adamw_)
 
 
 class Rate:
@@ -248,11 +298,10 @@ def checked(
     for index, entry in entries.items():
         shape = weights[index].shape if 0 <= index < len(weights) else None
         known = keys[id(weights[index])] if shape is not None else None
-        wrong = shape is None or (
-            known is not None
-            and (entry.keys() != known or any(value.shape not in (shape, ()) for value in entry.values()))
-        )
-        if wrong or (known and any(entry[k].shape != shape for k in known if k != "step")):
+        per_weight = {key: value for key, value in entry.items() if key != "step"}
+        if shape is None or (
+            known and (not known <= entry.keys() or any(value.shape != shape for value in per_weight.values()))
+        ):
             raise CheckpointMismatchError(
                 f"{shown(path)} has a state of the optimiser that is not this network's, of number {index}: {way_out}"
             )
@@ -281,7 +330,7 @@ def checked(
 
 # The tensors that each of torch's keeps of a weight that it has stepped
 _ADAM = {"step", "exp_avg", "exp_avg_sq"}
-_KEYS: dict[type, set[str]] = {torch.optim.Adam: _ADAM, torch.optim.AdamW: _ADAM, torch.optim.RAdam: _ADAM}
+_KEYS = dict.fromkeys((Adam, AdamW, torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam), _ADAM)
 
 
 def load(optimisers: list[Optimiser], weights: list[Tensor], entries: dict[int, dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import losses, networks
 from ..errors import CheckpointMismatchError, ConfigError, CorruptCheckpointError, short, warn
 from ..execution import modules
-from ..execution.torch_private import foreach_mul_
+from ..execution.torch_private import foreach_mul_, foreach_norm
 from ..files import shown
 from . import averages, optimisers, tensor_file
 from . import checkpoint as files
@@ -64,6 +64,8 @@ class State:
         rates = options["ema"] if isinstance(options["ema"], list) else [options["ema"]]
         self.averages = averages.Averages(self.weights, rates, options["ema_rule"], options["posthoc"])
         self.scaler = Scaler() if options["precision"] == "fp16" else None
+        # up to torch 2.11 Adam counts its steps in a tensor of the default device, which may hold no data
+        self.elsewhere = torch.get_default_device().type != "cpu"
         self.modules = list(net.modules())
         self.buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
         self.loss: Tensor | None = None
@@ -122,7 +124,8 @@ class State:
             loss = self._exchange(told)
         gradients = optimisers.laid_out(self.weights)
         scale = 1.0 if self.scaler is None else self.scaler.scale
-        norm = nn.utils.get_total_norm(gradients) / scale if gradients else torch.zeros_like(loss)
+        norm = _norm(gradients) if gradients else torch.zeros_like(loss)
+        norm = norm if scale == 1 else norm / scale
         kind = torch.promote_types(loss.dtype, norm.dtype)
         value, total = torch.stack((loss.to(kind), norm.to(loss.device, kind))).tolist()  # one wait for the device
         finite = math.isfinite(value) and math.isfinite(total)
@@ -133,10 +136,10 @@ class State:
                 foreach_mul_(gradients, 1 / scale)
             clip = self.options["grad_clip"]
             if clip is not None and total + 1e-6 > 0.999 * clip:  # below, it is a product with one
-                nn.utils.clip_grads_with_norm_(self.weights, clip, norm)
-            # up to torch 2.11 Adam counts its steps in a tensor of the default device, which may hold no data
-            elsewhere = torch.get_default_device().type != "cpu"
-            with torch.device("cpu") if elsewhere else contextlib.nullcontext():
+                factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+                for place, those in _by_device(gradients).items():
+                    foreach_mul_(those, factor.to(place))
+            with torch.device("cpu") if self.elsewhere else contextlib.nullcontext():
                 for optimiser in self.optimisers:
                     optimiser.step()
             with torch.no_grad():
@@ -297,6 +300,20 @@ class State:
             self.scaler = Scaler(**header["scaler"])
         self.step, self.updates, self.header = step, step - skipped, header
         return described
+
+
+def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[Tensor]]:
+    groups: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device, []).append(tensor)
+    return groups
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Of all together, as torch.nn.utils.get_total_norm has it."""
+    place = gradients[0].device
+    norms = [norm.to(place) for those in _by_device(gradients).values() for norm in foreach_norm(those)]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 class Scaler:
