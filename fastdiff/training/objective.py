@@ -19,12 +19,13 @@ from ..model import ScoreModel
 
 
 class Batch(NamedTuple):
-    """Of one step: data in the network's units, the noise's cursor, conditions, the times."""
+    """Of one step: data in the network's units, the noise's cursor, conditions, the times, and those of all processes."""
 
     x0: Tensor
     cursor: Tensor
     cond: Condition
     drawn: rules.Drawn
+    everyones: rules.Drawn
 
 
 @dataclass(frozen=True, eq=False)
