@@ -237,8 +237,14 @@ def _sample_shards(
 def _train_among(a: argparse.Namespace) -> int:
     """This process's part of a training, by torchrun among others; the first of them speaks."""
     from .. import checks
+    from ..errors import ConfigError
     from ..training.ranks import joined
 
+    if (a.data is None) == (a.also_data is None):
+        raise ConfigError(
+            "--data must be given once, as in fastdiff train --data digits --steps 1000 --out runs/digits"
+        )
+    a.data = a.data or a.also_data
     with warnings.catch_warnings(), joined(checks.number("timeout", a.timeout, 0, 10**9, above=True)) as launch:
         if launch.rank > 0:
             warnings.simplefilter("ignore")
@@ -709,7 +715,10 @@ def _parser() -> argparse.ArgumentParser:
         of_a_device,
         of_data,
     )
-    sub.add_argument("data", help=data)
+    sub.add_argument("data", nargs="?", help=f"{data}; also --data")
+    sub.add_argument(
+        "--data", dest="also_data", metavar="DATA", help=argparse.SUPPRESS
+    )  # as the other commands have it
     sub.add_argument("--out", required=True, help="checkpoint directory; an unfinished run there is resumed")
     sub.add_argument("--labels", help="a .npy or IDX file of class numbers 0 … (default: the data's own)")
     sub.add_argument(
