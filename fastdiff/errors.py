@@ -155,6 +155,17 @@ class CheckpointMismatchError(CheckpointError):
     """The tensors in the file are not those of the network."""
 
 
+class RankError(FastdiffError, RuntimeError):
+    """A distributed training that cannot go on, because of the processes `ranks`: they failed, ended, hang, or differ."""
+
+    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+    def __reduce__(self) -> tuple[type[RankError], tuple[str, tuple[int, ...]]]:
+        return type(self), (str(self), self.ranks)
+
+
 def one_line(message: str) -> str:
     """A message on one line of printable characters; a long one without its middle, where what was given stands."""
     message = printable(message)

@@ -278,6 +278,15 @@ def test_every_objective_is_trained_by_its_name(options, tmp_path, capsys):
     assert "step 2" in capsys.readouterr().out
 
 
+def test_data_to_train_on_are_named_once(tmp_path, capsys):
+    arguments = ["--out", str(tmp_path), "--steps", "1", "--network", "mlp", "--batch-size", "4"]
+    assert commands.main(["train", "--data", "digits", *arguments]) == 0
+    capsys.readouterr()
+    for wrong in (["train"], ["train", "digits", "--data", "digits"]):
+        assert commands.main([*wrong, *arguments]) == 2
+        assert "--data must be given once, as in fastdiff train --data digits" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("wrong", "near"),
     [

@@ -44,6 +44,12 @@ def prose(page):
 def run_command(line):
     """A command line as a page has it: fastdiff's run here, others must be those of an installation."""
     words = shlex.split(line, comments=True)
+    if words[0] == "torchrun":  # one process makes what several make: tests/test_shards.py, tests/test_ranks.py
+        from torch.distributed.run import get_args_parser
+
+        launch = get_args_parser().parse_args(words[1:])
+        assert (launch.module, launch.training_script) == (True, "fastdiff")
+        words = ["fastdiff", *launch.training_script_args]
     if words[0] == "fastdiff":
         with contextlib.redirect_stdout(io.StringIO()) as said:
             assert main(words[1:]) == 0, line

@@ -48,7 +48,7 @@ def by_hand(model, data, optimizer, *, steps, lr=None, warmup=1, clip=1.0, batch
     batches = Batches(data, model, objective, {"seed": 0, "batch_size": batch_size, "dequantize": False})
     base = [group["lr"] for one in made for group in one.param_groups]
     for step in range(steps):
-        x0, cursor, cond, (t, *_) = batches(step)
+        x0, cursor, cond, (t, *_), _ = batches(step)
         for p in model.net.parameters():
             p.grad = None
         losses.per_sample(model, x0, t, cursor, "dsm", cond).mean().backward()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ..data import Data
@@ -97,7 +98,9 @@ def _nobody_reads() -> bool:
 
 
 def _said_of(message: str, arguments: argparse.Namespace) -> str:
-    return f"fastdiff {arguments.command}: {_in_options(message, arguments)}\n"
+    rank = os.environ.get("RANK", "") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    process = f"process {rank}: " if rank else ""
+    return f"fastdiff {arguments.command}: {process}{_in_options(message, arguments)}\n"
 
 
 def _in_options(message: str, arguments: argparse.Namespace) -> str:
@@ -127,34 +130,127 @@ def _sample(a: argparse.Namespace) -> None:
     import numpy as np
 
     from .. import files
-    from ..execution.calls import device_of, moved
+    from ..execution.calls import device_of, moved, picked
     from ..sampling import sample
 
+    folder = _shards_folder(a)
     model = _model(a)
-    cond = None if a.cond is None else _array(a.cond, model)
-    count = a.num_samples if a.num_samples is not None else 16 if cond is None else len(cond)
+    given = None if a.cond is None else _array(a.cond, model)
+    count = a.num_samples if a.num_samples is not None else 16 if given is None else len(given)
     labels = _labels(a, model, count) if a.labels is not None or model.num_classes else None
-    cond = model.takes.joined(labels, cond)
+    cond, device = model.takes.joined(labels, given), device_of(None, None, model.net)
+
+    def draw(lo: int, hi: int, batch_size: int | None) -> Any:
+        of_these = cond if (lo, hi) == (0, count) else picked(cond, slice(lo, hi))
+        return sample(
+            model, a.sde, a.steps, sampler=a.sampler, num_samples=hi - lo, seed=a.seed, first_sample=a.first_sample + lo,
+            batch_size=batch_size, grid=a.grid, clip=_clip(a.clip), t_min=a.t_min, cond=moved(of_these, device),
+            return_info=True, progress=None if folder is None else False,
+        )  # fmt: skip
+
+    if folder is not None:
+        _sample_shards(a, folder, model, count, given, lambda lo, hi, size: draw(lo, hi, size)[0].cpu().numpy())
+        return
     out = _writable("--out", a.out, (".npy", ".png"))
     if out.suffix == ".png":
         from . import pictures
 
         pictures.check_drawable(count, model.data_shape)
-    x, info = sample(
-        model, a.sde, a.steps, sampler=a.sampler, num_samples=count, seed=a.seed, first_sample=a.first_sample,
-        batch_size=a.batch_size, grid=a.grid, clip=_clip(a.clip), t_min=a.t_min,
-        cond=moved(cond, device_of(None, None, model.net)), return_info=True,
-    )  # fmt: skip
+    x, info = draw(0, count, a.batch_size)
     if out.suffix == ".npy":
         with files.replacing(out) as handle:
             np.save(handle, x.cpu().numpy())
     else:
         pictures.image(out, x.cpu().numpy(), model.data_range)
-    units = f"in data_range {model.data_range}" if model.standardize is None else "in the units of the data"
     print(
-        f"{tuple(x.shape)} samples in {files.shown(out)}, {units}: {info.network_calls} network calls, "
+        f"{tuple(x.shape)} samples in {files.shown(out)}, {_units(model)}: {info.network_calls} network calls, "
         f"{info.seconds:.1f} s, seed {info.seed}, backend {info.backend}"
     )
+
+
+def _units(model: ScoreModel) -> str:
+    return f"in data_range {model.data_range}" if model.standardize is None else "in the units of the data"
+
+
+def _shards_folder(a: argparse.Namespace) -> Path | None:
+    """The folder of --out, or None where it is a file; refused where the other options ask for the other of them."""
+    from .. import files
+    from ..errors import ConfigError
+    from ..training.ranks import launched
+
+    path, world = files.path("--out", a.out), launched().world
+    if path.suffix not in (".npy", ".png"):
+        if not path.suffix or path.is_dir():
+            return path
+        raise ConfigError(
+            f"--out must end in .npy or .png, or be a folder, a name without an ending, got {files.shown(path)}"
+        )
+    given = next((name for name in ("shard_size", "threads") if getattr(a, name) is not None), None)
+    if given is not None or world > 1:
+        why = f"with {given}={getattr(a, given)}" if given is not None else f"for {world} processes to draw into"
+        raise ConfigError(f"--out must be a folder {why}, got {files.shown(path)}: give a name without an ending")
+    return None
+
+
+def _sample_shards(
+    a: argparse.Namespace, folder: Path, model: ScoreModel, count: int, given: Tensor | None,
+    draw: Callable[[int, int, int], Any],
+) -> None:  # fmt: skip
+    """The samples as shards in a folder, those of this process; drawn by so many threads as all others take."""
+    import torch
+
+    from .. import checks, files
+    from ..errors import ConfigError
+    from ..training import tensor_file
+    from ..training.checkpoint import checksum
+    from ..training.ranks import launched
+    from . import shards
+
+    first = checks.integer("--first-sample", a.first_sample, 0, 2**32 - 1)
+    count = checks.integer("--num-samples", count, 1, 2**32 - first)
+    if given is not None and len(given) != count:
+        raise ConfigError(f"cond must have an entry for each of num_samples={count} samples, got {len(given)}")
+    size = checks.integer("--shard-size", 1024 if a.shard_size is None else a.shard_size, 1, 2**32)
+    batch = min(size, checks.integer("--batch-size", size if a.batch_size is None else a.batch_size, 1, 2**32))
+    run = {
+        "model_sha256": checksum(model),
+        **{name: getattr(a, name) for name in ("seed", "sde", "steps", "sampler", "grid", "clip", "t_min", "labels")},
+        "cond_sha256": None if given is None else tensor_file.digest("", {"cond": given}),
+        "num_samples": count, "first_sample": first, "shard_size": size, "batch_size": batch,
+        "threads": checks.integer("--threads", 1 if a.threads is None else a.threads, 1, 2**16),
+        "device": torch.device(a.device).type, "shape": list(model.data_shape),
+        "torch": torch.__version__, "fastdiff": metadata.version("fastdiff"),
+    }  # fmt: skip
+    launch, began = launched(), time.monotonic()
+    with shards.threads(run["threads"]):
+        draw(0, 0, batch)  # what is refused is refused before the folder is made
+        found = shards.Shards(folder, run, tuple(model.data_shape))
+        drawn, complete = found.draw(launch, lambda lo, hi: draw(lo, hi, batch))
+    process = f", process {launch.rank} of {launch.world}" * (launch.world > 1)
+    whole = "all are there" if complete else "other processes draw the rest"
+    print(
+        f"{count} samples {tuple(model.data_shape)} in {files.shown(folder)}, {_units(model)}: {drawn} of "
+        f"{len(found.spans)} shards drawn in {time.monotonic() - began:.1f} s{process}, {whole}"
+    )
+
+
+def _train_among(a: argparse.Namespace) -> int:
+    """This process's part of a training, by torchrun among others; the first of them speaks."""
+    from .. import checks
+    from ..errors import ConfigError
+    from ..training.ranks import joined
+
+    if (a.data is None) == (a.also_data is None):
+        raise ConfigError(
+            "--data must be given once, as in fastdiff train --data digits --steps 1000 --out runs/digits"
+        )
+    a.data = a.data or a.also_data
+    with warnings.catch_warnings(), joined(checks.number("timeout", a.timeout, 0, 10**9, above=True)) as launch:
+        if launch.rank > 0:
+            warnings.simplefilter("ignore")
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                return _train(a)
+        return _train(a)
 
 
 def _evaluate(a: argparse.Namespace) -> None:
@@ -197,13 +293,12 @@ def _train(a: argparse.Namespace) -> int:
     from .. import checks
     from ..data import LazyData
     from ..errors import ConfigError
-    from ..execution import tensor_checks
     from ..model import ScoreModel
     from ..networks import build
     from ..planning import processes
     from ..training import train
 
-    device = tensor_checks.device_of(a.device)
+    device = _device(a)
     with warnings.catch_warnings():  # a guess of what the axes are is no way to begin a training
         warnings.filterwarnings("error", message=r"source \[.* is taken as", category=UserWarning)
         try:
@@ -247,10 +342,11 @@ def _train(a: argparse.Namespace) -> int:
             patience=a.patience, tensorboard=a.tensorboard,
         )  # fmt: skip
     print(f"{data!r}: step {done.steps} after {done.seconds:.0f} s; fastdiff.load({a.out!r}) gives the model")
-    if not received:
+    if not (received or done.stopped):
         return 0
-    print(f"fastdiff train: {received[0].name}: saved at step {done.steps}; the same command goes on", file=sys.stderr)
-    return 128 + received[0]
+    number = received[0] if received else signal.SIGTERM  # which another process received
+    print(f"fastdiff train: {number.name}: saved at step {done.steps}; the same command goes on", file=sys.stderr)
+    return 128 + number
 
 
 def _validation(value: str | None) -> Any:
@@ -329,16 +425,26 @@ def _made(name: str | None, option: str = "--net") -> Any:
 @contextlib.contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
     """The SIGTERM or SIGINT that asked for an end; a second one ends the process as it would have anyway."""
+    from ..training.ranks import launched
+
     received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set
         yield received
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
+    among, first = launched().world > 1, 0.0
+
     def receive(number: int, frame: object) -> None:
+        nonlocal first
         received.append(signal.Signals(number))
+        first = first or time.monotonic()
+        if among and time.monotonic() < first + 2:  # a Ctrl-C comes twice, from the terminal and from torchrun
+            return
         for each, handler in before.items():
             signal.signal(each, handler)
+        if among:
+            signal.raise_signal(number)
 
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as nohup and the shell's & have it
@@ -436,12 +542,19 @@ def _data(a: argparse.Namespace, source: str | None = None, **options: Any) -> D
     )
 
 
+def _device(a: argparse.Namespace) -> torch.device:
+    """The device of --device; of several processes that torchrun started, each has a GPU of its own."""
+    from ..execution import tensor_checks
+    from ..training.ranks import launched
+
+    return tensor_checks.device_of(launched().device(a.device))
+
+
 def _model(a: argparse.Namespace) -> ScoreModel:
     """The trained model, on the device."""
-    from ..execution import tensor_checks
     from ..training import load
 
-    device = tensor_checks.device_of(a.device)
+    device = _device(a)
     model = load(a.model, net=_made(a.net))
     model.net.to(device)
     return model
@@ -590,12 +703,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--cond", help="a .npy array of conditions, an entry for each sample")
     sub.add_argument("--first-sample", type=int, default=0, help="number of the first sample (default: 0)")
     sub.add_argument("--clip", help="data: clamp the samples to the data's range; --clip=-1,1: the predictions of x0")
-    sub.add_argument("--out", default="samples.npy", help="a .npy array or a .png picture (default: samples.npy)")
+    out = "a .npy array, a .png picture, or a folder of shards, which several processes fill and a killed run goes on with"
+    sub.add_argument("--out", default="samples.npy", help=f"{out} (default: samples.npy)")
+    sub.add_argument("--shard-size", type=int, help="samples in a file of a folder (default: 1024)")
+    sub.add_argument("--threads", type=int, help="of each process that fills a folder (default: 1)")
 
     sub = command(
-        "train", _train, "Train a model on arrays, IDX files, a folder of images, or 'digits'.", of_a_device, of_data
+        "train",
+        _train_among,
+        "Train a model on arrays, IDX files, a folder of images, or 'digits'.",
+        of_a_device,
+        of_data,
     )
-    sub.add_argument("data", help=data)
+    sub.add_argument("data", nargs="?", help=f"{data}; also --data")
+    sub.add_argument(
+        "--data", dest="also_data", metavar="DATA", help=argparse.SUPPRESS
+    )  # as the other commands have it
     sub.add_argument("--out", required=True, help="checkpoint directory; an unfinished run there is resumed")
     sub.add_argument("--labels", help="a .npy or IDX file of class numbers 0 … (default: the data's own)")
     sub.add_argument(
@@ -639,6 +762,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
     sub.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
+    timeout = "seconds after which a process of torchrun's gives up on others that do not answer (default: 300)"
+    sub.add_argument("--timeout", type=float, default=300, help=timeout)
     sub.add_argument("--validation", help="a share of the data, such as 0.1, or other data, to evaluate the loss on")
     sub.add_argument("--evaluate-every", type=int, default=1000, help="steps between evaluations (default: 1000)")
     sub.add_argument(

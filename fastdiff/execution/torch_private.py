@@ -31,6 +31,13 @@ foreach_norm = torch._foreach_norm
 foreach_mul_ = torch._foreach_mul_
 
 
+def default_store() -> Any:
+    """The store of torch.distributed's default group, by which its processes found one another."""
+    from torch.distributed import distributed_c10d  # which some builds of torch lack
+
+    return distributed_c10d._get_default_store()
+
+
 def forward_mode_is_active() -> bool:
     """Whether the caller is within torch.autograd.forward_ad.dual_level()."""
     return bool(forward_ad._current_level >= 0)

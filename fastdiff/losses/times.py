@@ -29,6 +29,10 @@ class Drawn(NamedTuple):
     factor: Tensor | None
     v: Tensor
 
+    def of(self, rows: slice) -> Drawn:
+        """Those of some of the samples."""
+        return Drawn(self.t[rows], None if self.factor is None else self.factor[rows], self.v[rows])
+
 
 @dataclass(frozen=True)
 class Times:

@@ -15,7 +15,6 @@ from ..data.augment import Augmentation
 from ..execution import noise, ops
 from ..execution.calls import picked
 from ..execution.loop import Condition
-from ..losses.times import Drawn
 from ..model import ScoreModel
 from .objective import Batch, Objective
 
@@ -30,10 +29,12 @@ class Batches:
 
     def __init__(
         self, data: Data | LazyData, model: ScoreModel, objective: Objective, options: dict[str, Any],
-        augment: Sequence[Augmentation] = (),
+        augment: Sequence[Augmentation] = (), rows: slice | None = None,
     ) -> None:  # fmt: skip
+        """rows   the positions in each batch that are this process's; None: all"""
         self.data, self.model, self.objective, self.seed = data, model, objective, options["seed"]
         self.size, self.dequantize, self.augment = options["batch_size"], options["dequantize"], augment
+        self.rows = slice(0, self.size) if rows is None else rows
         self.device = next(model.net.parameters()).device
         self.places = torch.arange(self.size, device=self.device)
         self.ready: Tensor | None = None  # all clean data as the network sees them, where they are few
@@ -51,16 +52,16 @@ class Batches:
             u = (self.places + u) / self.size
         drawn = self.objective.draw(u, float(of_step) if self.objective.truncation == "soft" else 0.0)
         if isinstance(self.data, LazyData):
-            data, index = self._read(step, self.data), torch.arange(self.size, device="cpu")
+            data, index = self._read(step, self.data), torch.arange(self.rows.stop - self.rows.start, device="cpu")
         else:
-            data, index = self.data, self._indices(step)
-        x0 = self._clean(data, index, step, 0) if self.ready is None else self.ready.index_select(0, index)
+            data, index = self.data, self._indices(step)[self.rows]
+        first = self.rows.start
+        x0 = self._clean(data, index, step, first) if self.ready is None else self.ready.index_select(0, index)
         cond = self._beside(data, index)
         if self.augment:
             x0, cond = self._augmented(x0, cond, step)
-        return Batch(
-            x0.to(self.device), ops.cursor(step, 0, self.seed, self.device), self._conditions(*cond, step), drawn
-        )
+        cursor = ops.cursor(step, first, self.seed, self.device)
+        return Batch(x0.to(self.device), cursor, self._conditions(*cond, step), drawn.of(self.rows), drawn)
 
     def parts(self, step: int, count: int) -> Iterator[Batch]:
         """Batch n in `count` equal parts: the same samples, times and noise."""
@@ -68,18 +69,17 @@ class Batches:
         if count == 1:
             yield batch
             return
-        size = self.size // count
-        for first in range(0, self.size, size):
+        size = len(batch.x0) // count
+        for first in range(0, len(batch.x0), size):
             part = slice(first, first + size)
-            drawn = Drawn(*(None if value is None else value[part] for value in batch.drawn))  # type: ignore[arg-type]
-            cursor = ops.cursor(step, first, self.seed, self.device)
-            yield Batch(batch.x0[part], cursor, picked(batch.cond, part), drawn)
+            cursor = ops.cursor(step, self.rows.start + first, self.seed, self.device)
+            yield Batch(batch.x0[part], cursor, picked(batch.cond, part), batch.drawn.of(part), batch.everyones)
 
     def _read(self, step: int, data: LazyData) -> Data:
         """The samples of a step, of which those of the next ones are being read."""
         at, parts = self.ahead
         if at != step:
-            parts = data.parts(self._indices(k) for k in itertools.count(step))
+            parts = data.parts(self._indices(k)[self.rows] for k in itertools.count(step))
         part = next(parts)
         self.ahead = step + 1, parts
         return part
@@ -96,7 +96,7 @@ class Batches:
             drawn = self.objective.draw(u.float().to(self.device), 0.0)
             x0, cond = self._clean(self.data, index, LAST_DRAW, start), self._beside(self.data, index)
             cursor = ops.cursor(LAST_DRAW, start, self.seed, self.device)
-            yield Batch(x0.to(self.device), cursor, self._conditions(*cond, None), drawn)
+            yield Batch(x0.to(self.device), cursor, self._conditions(*cond, None), drawn, drawn)
 
     def _clean(self, data: Data, index: Tensor, draw: int, first: int) -> Tensor:
         """Samples in the network's units."""
@@ -119,7 +119,8 @@ class Batches:
         """Samples after the augmentations, and fields beside them alike."""
         labels, cond = beside
         many = sum(each.numbers for each in self.augment)
-        u = ops.uniform(len(x0), (many,), stream=noise.AUGMENTATION, seed=self.seed, draw=step)
+        first = self.rows.start
+        u = ops.uniform(len(x0), (many,), stream=noise.AUGMENTATION, seed=self.seed, draw=step, first_sample=first)
         for each in self.augment:
             mine, u = u[:, : each.numbers], u[:, each.numbers :]
             x0 = each(x0, mine)
@@ -132,7 +133,7 @@ class Batches:
         probability, but in no evaluation (step None)."""
         share = self.model.cond_dropout
         if share and step is not None and (labels is not None or cond is not None):
-            u = ops.uniform(self.size, (1,), stream=noise.CONDITIONS, seed=self.seed, draw=step)[:, 0]
+            u = ops.uniform(self.size, (1,), stream=noise.CONDITIONS, seed=self.seed, draw=step)[self.rows, 0]
             if labels is not None:
                 labels = torch.where(u < share, self.model.null_label, labels)
             if cond is not None:

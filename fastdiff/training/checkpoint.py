@@ -215,6 +215,12 @@ def describe(model: ScoreModel) -> dict[str, Any]:
     }
 
 
+def checksum(model: ScoreModel) -> str:
+    """SHA-256 of the description and of every tensor: what a file of `save` would carry."""
+    tensors = {"net." + name: value.detach().cpu() for name, value in modules.state(model.net).items()}
+    return tensor_file.digest(as_json({"format": FORMAT, "model": describe(model)}), tensors)
+
+
 def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[str, Any]) -> Path:
     """Write the tensors and the header, whole or not at all."""
     target = files.path("path", path)

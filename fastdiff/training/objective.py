@@ -20,12 +20,13 @@ from ..model import ScoreModel
 
 
 class Batch(NamedTuple):
-    """Of one step: data in the network's units, the noise's cursor, conditions, the times."""
+    """Of one step: data in the network's units, the noise's cursor, conditions, the times, and those of all processes."""
 
     x0: Tensor
     cursor: Tensor
     cond: Condition
     drawn: rules.Drawn
+    everyones: rules.Drawn
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,8 @@ class Objective:
         """Checked against the model and the data."""
         kind = losses.check(model, loss, probe, weight)
         loss, chosen = losses.pair(loss, weight)
-        chosen, rule = copy.deepcopy((chosen, rules.get(times, model.process)))  # the caller's objects learn nothing
+        # copies of what learns on the way, so that a run begins with nothing and shares nothing
+        chosen, rule = copy.deepcopy(chosen), copy.deepcopy(rules.get(times, model.process))
         rules.check(rule, truncation, model.process)
         levels = None
         if loss in losses.BOUNDED and data.bins is not None and not dequantize:

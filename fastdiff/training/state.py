@@ -17,9 +17,10 @@ from ..errors import CheckpointMismatchError, ConfigError, CorruptCheckpointErro
 from ..execution import modules
 from ..execution.torch_private import foreach_mul_, foreach_norm
 from ..files import shown
-from . import averages, optimisers
+from . import averages, optimisers, tensor_file
 from . import checkpoint as files
 from .objective import Objective
+from .ranks import Ranks
 
 # What may differ from one call to the next of a run; all else says which run it is.
 MAY_CHANGE = (
@@ -43,10 +44,11 @@ class State:
     """
 
     def __init__(
-        self, net: nn.Module, objective: Objective, options: dict[str, Any], optimizer: optimisers.Choice = "adam",
-        schedule: Any = "constant", steps: int = 1,
+        self, net: nn.Module, objective: Objective, ranks: Ranks, options: dict[str, Any],
+        optimizer: optimisers.Choice = "adam", schedule: Any = "constant", steps: int = 1,
     ) -> None:  # fmt: skip
         self.net, self.objective, self.options, self.step, self.updates = net, objective, options, 0, 0
+        self.ranks = ranks
         self.header: dict[str, Any] = {}  # of the checkpoint that it goes on from
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         if not self.parameters:
@@ -101,13 +103,26 @@ class State:
         (loss if scale == 1 else loss * scale).backward()
         self.loss = loss.detach() if self.loss is None else self.loss + loss.detach()
 
-    def take(self) -> bool:
-        """One step of the optimiser and of the averages; False, and nothing changed, where the loss or gradient is not finite."""
+    def _exchange(self, told: Tensor) -> Tensor:
+        """The gradients and `told` of all processes, the buffers of the first, in place; returns a sum, finite if all is."""
+        now = [(module._buffers[name], kept) for (module, name), (_, kept) in self.buffers.items()]
+        changed = not all(buffer is not None and torch.equal(buffer, kept) for buffer, kept in now)
+        buffers = [buffer for buffer, _ in now if buffer is not None]
+        told.copy_(self.ranks.exchange(self.weights, told, buffers, changed))
+        return told.sum()
+
+    def take(self, told: Tensor | None = None) -> bool:
+        """One step of the optimiser and of the averages; False, and nothing changed, where the loss or gradient is not finite.
+
+        told   what this process tells the others (Ranks.tell), and then what all of them did; None where it is alone
+        """
         loss, self.loss = self.loss, None
         if loss is None:
             raise RuntimeError("take() follows add()")
         for p, weight in self.rounded:
             weight.grad = None if p.grad is None else p.grad.to_dense().float()
+        if told is not None:
+            loss = self._exchange(told)
         gradients = optimisers.laid_out(self.weights)
         scale = 1.0 if self.scaler is None else self.scaler.scale
         norm = _norm(gradients) if gradients else torch.zeros_like(loss)
@@ -174,7 +189,7 @@ class State:
             for module, training in modes:
                 module.training = training
 
-    def write(self, path: Path, described: dict[str, Any], options: dict[str, Any], watched: dict[str, Any]) -> None:
+    def _saved(self) -> dict[str, Tensor]:
         """Tensors named net.* are the averaged weights (which `load` reads), raw.* the trained ones, optimizer.* the optimiser's,
         ema.* averages of a higher precision than the network's, ema1.*, … and power0.*, … further averages."""
         plain, averaged = modules.state(self.net), self._tensors(self.averages.tensors[0])
@@ -183,13 +198,26 @@ class State:
         tensors |= {"ema." + k: v for k, v in averaged.items() if v.dtype != plain[k].dtype}
         for part, average in zip(self.averages.names[1:], self.averages.tensors[1:]):
             tensors |= {f"{part}.{k}": v for k, v in self._trained(average).items()}
-        moments, header = optimisers.saved(self.optimisers, self.weights)
-        tensors |= {f"optimizer.{k}": v for k, v in moments.items()}
+        tensors |= {f"optimizer.{k}": v for k, v in optimisers.saved(self.optimisers, self.weights)[0].items()}
+        return tensors | {"objective." + k: v for k, v in self.objective.tensors().items()}
+
+    def check_alike(self) -> None:
+        """RankError unless all processes have the same state, bit for bit."""
+        if self.ranks.world > 1:
+            tensors = {name: value.detach().cpu() for name, value in self._saved().items()}
+            advice = (
+                "a network that draws numbers of its own, or other machines, make them differ; do not go on from here"
+            )
+            facts = {"weights or their averages": tensor_file.digest(str(self.step), tensors)}
+            self.ranks.alike(facts, advice, shows=False)
+
+    def write(self, path: Path, described: dict[str, Any], options: dict[str, Any], watched: dict[str, Any]) -> None:
+        """All that there is, in one file."""
+        header = optimisers.saved(self.optimisers, self.weights)[1]
         more: dict[str, Any] = {"optimizer": {**header, "groups": self.groups}, "schedule": self.rate.state()}
         more |= watched | ({} if self.scaler is None else {"scaler": vars(self.scaler)})
-        tensors |= {"objective." + k: v for k, v in self.objective.tensors().items()}
         skipped = {"skipped": self.step - self.updates} if self.step > self.updates else {}
-        files.write(path, tensors, {"model": described, "step": self.step, **skipped, "options": options, **more})
+        files.write(path, self._saved(), {"model": described, "step": self.step, **skipped, "options": options, **more})
 
     def write_snapshot(self, folder: Path, described: dict[str, Any], options: dict[str, Any]) -> None:
         """The averages of power functions as they are now (fastdiff.posthoc_ema)."""

@@ -29,33 +29,39 @@ from ..errors import (
     short,
     warn,
 )
+from ..execution import modules
 from ..execution.modes import leaves_no_trace, stepping
 from ..execution.modules import compiled
 from ..execution.monitor import bar
 from ..execution.torch_private import functorch_is_active
-from ..files import hold, reason, shown
+from ..files import hold, path, reason, shown
 from ..model import ScoreModel
 from . import averages, fitting, optimisers
 from . import checkpoint as files
 from .batches import Batches
 from .objective import Objective
+from .ranks import Ranks
 from .state import PRECISIONS, State
 from .watch import Watch, of_validation, writer
 
 # Steps in a row without a finite loss and gradient after which a run gives up.
 MOST_SKIPPED = 10
+# Between the seeds of two processes' dropout: so far apart that no step of one has that of another's.
+APART = 0x4F1BBCDCBFA53E0B
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Training:
     """One call of `train`: the loss of each of its steps [steps], the number of the last step, its seconds, how many of the steps
-    were skipped because their loss (NaN here) or its gradient was not finite, the step of the lowest validation loss."""
+    were skipped because their loss (NaN here) or its gradient was not finite, the step of the lowest validation loss, whether
+    `stop` ended it."""
 
     loss: Tensor
     steps: int
     seconds: float
     skipped: int = 0
     best_step: int | None = None
+    stopped: bool = False
 
     def __repr__(self) -> str:
         recent = f", mean loss {self.loss[-100:].nanmean():.4g} at the end" if len(self.loss) else ""
@@ -96,6 +102,7 @@ def train(
     evaluate_every: int = 1000,
     patience: int | None = None,
     tensorboard: bool = False,
+    group: Any = None,
     ema_rule: str = "diffusers",
     warmup_start: int = 1,
     cond_dropout: float = 0.0,
@@ -151,13 +158,15 @@ def train(
     resume        go on from the checkpoint in that directory, which must have the same model, data, loss and seed; the other
                   options may be others, which a warning says; False overwrites it
     callback      called with (step, mean loss of the last 100 steps) every 100 steps and at the last one
-    stop          asked after each step; where it says True, the run saves and ends with that step
+    stop          asked in each step; where it says True, in any process, the run saves and ends with that step
     validation    data to evaluate the averaged weights on every `evaluate_every` steps, in the same units and range, or the share
                   of `data` that is held out for it; times and noise are the same at each evaluation
     evaluate      called at each evaluation with (model, step), the model with the averaged weights in evaluation mode; numbers
                   that it returns by name are kept with the others
     patience      evaluations in a row without a lower validation loss after which the run ends
     tensorboard   also write the numbers for TensorBoard, into the directory
+    group         the processes of torch.distributed that train together, each with its share of every batch: a process group,
+                  None for the default one where there is one, or alone (docs/training.md)
 
     With `checkpoint` the loss of each 100 steps, the rate and the evaluations are lines of its metrics.csv (step, name, value),
     and the averaged model of the lowest validation loss is its best.safetensors.
@@ -214,17 +223,34 @@ def train(
         raise ConfigError("posthoc=True must have a directory for its snapshots: give checkpoint=")
     if checkpoint is not None:
         files.as_json(described)  # refuse before the first step what could not be saved after it
-    with torch.inference_mode(False), torch.enable_grad(), _autocast(model.net), _directory(checkpoint) as folder:
-        state = State(model.net, objective, options, optimizer, schedule, steps)
+    ranks = Ranks(group, next(model.net.parameters()).device)
+    rows = ranks.rows(options["batch_size"], options["accumulate"])
+    with (
+        torch.inference_mode(False), torch.enable_grad(), _autocast(model.net), ranks,
+        _directory(checkpoint, ranks.first) as folder,
+    ):  # fmt: skip
+        ranks.share(modules.state(model.net).values())
+        state = State(model.net, objective, ranks, options, optimizer, schedule, steps)
         options |= state.made
+        more = {
+            "the last step": steps,
+            "checkpoint_every": checkpoint_every,
+            "checkpoint": folder is None,
+            "resume": resume,
+        }
+        ranks.alike({**options, **more, "the model": described}, "start all with the same arguments")
         if folder is not None:
             state.check_saved()
-            if resume and (folder / files.FILE).exists():
+            if ranks.any(ranks.first and resume and (folder / files.FILE).exists()):
                 described = state.read(folder / files.FILE, options, described)
-            if options["posthoc"]:
+            if options["posthoc"] and ranks.first:
                 averages.drop_snapshots(folder, state.step)
+        state.check_alike()
+        if not ranks.first:  # one process is seen and heard
+            evaluate, callback, progress, tensorboard = None, None, False, False
         kept = None if held_out is None else Batches(held_out, fitted, of_validation(objective), options)
-        watch = Watch(model, kept, evaluate_every, patience, evaluate, folder, writer(folder) if tensorboard else None)
+        written = writer(folder) if tensorboard else None
+        watch = Watch(model, kept, evaluate_every, patience, evaluate, folder if ranks.first else None, written)
         watch.resume(state.header, state.step)
         if watch.ended:
             warn(f"the run ended early, at step {state.step}: give a larger patience to go on, or resume=False")
@@ -235,13 +261,14 @@ def train(
             modes = [(module, module.training) for module in model.modules()]
         try:
             with compiled(model.net, compile), bar(progress, steps, "train", "step", first) as display:
-                batches = Batches(whole, model, objective, options, augmentations)
+                batches = Batches(whole, model, objective, options, augmentations, rows)
                 try:
-                    recorded = _loop(state, batches, options, steps, model, folder, checkpoint_every, described, display,
-                                     callback, stop, watch)  # fmt: skip
+                    recorded, stopped = _loop(state, batches, options, steps, model, folder, checkpoint_every, described,
+                                              display, callback, stop, watch)  # fmt: skip
                 finally:  # also after an error, whose traceback would keep the readers
                     batches.close()
             state.average_into(model.net)
+            ranks.any(False)  # the last checkpoint is there for all
         finally:
             watch.close()
             with stepping(model.net):
@@ -251,7 +278,7 @@ def train(
         model.eval()
     skipped = int(recorded.isnan().sum())
     best = watch.best_step or None
-    return Training(recorded.cpu(), max(state.step, first), time.perf_counter() - began, skipped, best)
+    return Training(recorded.cpu(), max(state.step, first), time.perf_counter() - began, skipped, best, stopped)
 
 
 def _loop(
@@ -267,15 +294,17 @@ def _loop(
     callback: Callable[[int, float], object] | None,
     stop: Callable[[], object] | None,
     watch: Watch,
-) -> Tensor:
-    """Every step from state.step to `steps`, or to where `stop` says so; their losses, NaN where a step was skipped."""
-    objective, first, skipped, said = batches.objective, state.step, 0, False  # skipped: in a row, until now
+) -> tuple[Tensor, bool]:
+    """Every step from state.step to `steps`, or to where `stop` says so, and whether it did; their losses, NaN where a step was
+    skipped."""
+    objective, ranks, first, skipped = batches.objective, state.ranks, state.step, 0  # skipped: in a row, until now
+    said = stopped = ended = False
     recorded = torch.full((max(steps - first, 0),), math.nan, dtype=torch.float32, device=batches.device)
     with stepping(model.net):
         model.net.train()
     for step in range(first, steps):
-        seen = []
-        with stepping(model.net), _seeded((options["seed"] * 1_000_003 + step) % 2**63):
+        seen, ranks.step = [], step
+        with stepping(model.net), _seeded((options["seed"] * 1_000_003 + step + ranks.rank * APART) % 2**63):
             state.keep_buffers()
             for batch in batches.parts(step, options["accumulate"]):
                 with state.computing():
@@ -284,8 +313,12 @@ def _loop(
                 with losses.differentiating(options["loss"]):
                     state.add(value / options["accumulate"] if options["accumulate"] > 1 else value)
                 seen.append((batch.drawn, values.detach()))
-            value = state.loss
-            taken = state.take()
+            value, stopped = state.loss, stop is not None and bool(stop())
+            told = ranks.tell([values for _, values in seen], batches.rows, stopped)
+            taken = state.take(told)
+            if told is not None:  # of the whole batch
+                seen, stopped = [(batch.everyones, told[:-1])], bool(told[-1])
+                value = objective.mean(told[:-1], batch.everyones)
         if taken:
             recorded[step - first], skipped = value, 0
             if objective.learns:
@@ -300,11 +333,11 @@ def _loop(
                     f"the loss or its gradient is not finite at step {step}: it is skipped, and so is any other such step"
                 )
             said = True
-        stopped = stop is not None and bool(stop())
         if watch.due(step + 1):
             with state.averaged(model):
-                stopped |= watch.look(step + 1)
-        last = stopped or step + 1 == steps
+                ended = watch.look(step + 1)
+            ended = ranks.any(ended)
+        last = stopped or ended or step + 1 == steps
         # not in the midst of skipped steps: another lr may do better with those than this one
         save_now = folder is not None and (((step + 1) % checkpoint_every == 0 and taken) or last)
         if (step + 1) % 100 == 0 or last:
@@ -314,14 +347,16 @@ def _loop(
             if callback is not None:
                 callback(step + 1, recent)
         if save_now:
+            state.check_alike()
+        if save_now and ranks.first:
             # first, as a run that goes on from the checkpoint does not make it again
             if options["posthoc"] and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
                 state.write_snapshot(folder, described, options)  # type: ignore[arg-type]
             state.write(folder / files.FILE, described, options, watch.config())  # type: ignore[operator]
         display.update()
-        if stopped:
+        if stopped or ended:
             break
-    return recorded[: max(state.step - first, 0)]
+    return recorded[: max(state.step - first, 0)], stopped
 
 
 def _nothing_finite(step: int, skipped: int, folder: Path | None) -> DataError:
@@ -388,10 +423,11 @@ def _check_tensors(values: list[Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _directory(checkpoint: str | os.PathLike[str] | None) -> Iterator[Path | None]:
-    """The directory of a run, made, tried and held against other runs until this one ends, or its process does."""
-    if checkpoint is None:
-        yield None
+def _directory(checkpoint: str | os.PathLike[str] | None, writes: bool) -> Iterator[Path | None]:
+    """The directory of a run, by the process that writes in it made, tried and held against other runs until this one ends, or
+    its process does."""
+    if checkpoint is None or not writes:
+        yield None if checkpoint is None else path("checkpoint", checkpoint)
         return
     folder = files.directory(checkpoint)
     try:
