@@ -489,6 +489,17 @@ def test_every_pair_is_a_call_and_goes_on_bit_for_bit(loss, weight, rule, trunca
         assert torch.equal(a, b)
 
 
+def test_an_object_that_learns_is_each_trainings_own():
+    learned, rule = weights.Learned(), times.SecondMoment(fastdiff.VP())
+    runs = [small("vp", "dsm") for _ in range(2)]
+    for model in runs:
+        fastdiff.train(model, normals(), steps=6, weight=learned, times=rule, batch_size=16, warmup=2)
+    assert not learned.u.any()
+    assert not rule.seen.any()
+    for a, b in zip(*(model.parameters() for model in runs)):
+        assert torch.equal(a, b)
+
+
 def test_another_loss_weight_or_rule_is_another_run(tmp_path):
     options = {"batch_size": 16, "warmup": 5, "checkpoint": tmp_path}
     fastdiff.train(small("vp", "dsm"), normals(), steps=2, weight=weights.MinSNR(3), **options)

@@ -50,9 +50,8 @@ from .questions import (
     undisturbed,
 )
 
-OPERATIONS = tuple(
-    name for name in cpu.OPERATIONS if hasattr(reference, name)
-)  # not the words of a batch, the library's alone
+# those with a meaning in the reference: the words of a batch are the library's alone
+OPERATIONS = tuple(name for name in cpu.OPERATIONS if hasattr(reference, name))
 _WRITTEN = ("out", "pushed", "net_input", "first_bad", "measured", "kept")
 # what is raised instead of an answer by a kernel that does not compile or launch; it refuses arguments by others
 BROKEN = (RuntimeError, OSError, ImportError, AttributeError, LookupError, AssertionError, subprocess.SubprocessError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -49,7 +50,8 @@ class Objective:
         """Checked against the model and the data."""
         kind = losses.check(model, loss, probe, weight)
         loss, chosen = losses.pair(loss, weight)
-        rule = rules.get(times, model.process)
+        # copies of what learns on the way, so that a run begins with nothing and shares nothing
+        chosen, rule = copy.deepcopy(chosen), copy.deepcopy(rules.get(times, model.process))
         rules.check(rule, truncation, model.process)
         levels = None
         if loss in losses.BOUNDED and data.bins is not None and not dequantize:
