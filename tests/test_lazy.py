@@ -138,6 +138,7 @@ def test_a_folder_of_pictures_is_decoded_as_it_is_asked_for(tmp_path, capsys):
 def test_what_cannot_be_read_lazily_is_refused(tmp_path):
     x, labels, _ = arrays(8)
     np.save(tmp_path / "fortran.npy", np.asfortranarray(np.zeros((4, 3), np.float32)))
+    np.save(tmp_path / "big.npy", x.astype(">f4"))
     np.savez(tmp_path / "x.npz", x=x)
     for call, error, words in (
         (lambda: LazyData(Items(x.astype(np.float32))), DataError, "range must be given for a dataset of floats"),
@@ -146,6 +147,13 @@ def test_what_cannot_be_read_lazily_is_refused(tmp_path):
         (lambda: LazyData(3), DTypeError, "dataset must have a length and items, got int"),
         (lambda: LazyData(Items([x[0], x[1][:, :2]])).some, DataError, "dataset must have items of one shape"),
         (lambda: LazyData([{"image": x[0]}]), DataError, 'dataset must give "x" in its items, got image'),
+        (
+            lambda: LazyData(Items(x, labels + 0.7), num_classes=4).some,
+            DTypeError,
+            "class numbers as labels, integers, got",
+        ),
+        (lambda: LazyData(Items(x, np.ones((8, 3))), num_classes=4).some, DTypeError, 'give vectors as "cond"'),
+        (lambda: fastdiff.load_data(tmp_path / "big.npy", lazy=True), DTypeError, r"numpy's astype\('float32'\)"),
         (lambda: fastdiff.load_data(tmp_path / "fortran.npy", lazy=True), DataError, "in Fortran's order"),
         (lambda: fastdiff.load_data(tmp_path / "x.npz", lazy=True), ConfigError, "lazy=True is for a .npy file"),
         (lambda: fastdiff.load_data(x, num_classes=3), ConfigError, "num_classes=3 is of a Dataset"),
@@ -193,6 +201,8 @@ def test_augmentation_has_its_own_stream_and_goes_on_bit_for_bit(tmp_path):
         fastdiff.train(
             unet(cond_shape=(1, 4, 4)), data, steps=12, checkpoint=tmp_path, **{**options, "augment": "flip"}
         )
+    with pytest.raises(CheckpointMismatchError, match=r"was trained with augment=.*, now \[\]"):
+        fastdiff.train(unet(cond_shape=(1, 4, 4)), data, steps=12, checkpoint=tmp_path, **OPTIONS)
 
 
 def test_a_field_beside_a_sample_is_changed_alike():
@@ -233,3 +243,14 @@ def test_augmentations_that_do_not_suit_are_refused():
             fastdiff.train(model, vectors, steps=1, augment=given, **OPTIONS)
     with pytest.raises(ShapeError, match="out of sight: use a smaller one"):
         fastdiff.train(unet(), Data(torch.zeros(9, 1, 4, 4, dtype=torch.uint8)), steps=1, augment="crop", **OPTIONS)
+    x = torch.from_numpy(arrays()[0])
+    net, other = MLP((1, 4, 4), hidden=8, cond_shape=(3, 3)), MLP((1, 4, 4), hidden=8, cond_shape=(9,))
+    model, cond = fastdiff.ScoreModel(net, "vp", data_shape=(1, 4, 4)), torch.rand(50, 3, 3)
+    with pytest.raises(ShapeError, match=r"conditions \(3, 3\) are on another grid: give them flat"):
+        fastdiff.train(model, Data(x, cond=cond), steps=1, augment="flip", **OPTIONS)
+    model = fastdiff.ScoreModel(other, "vp", data_shape=(1, 4, 4))
+    fastdiff.train(model, Data(x, cond=cond.flatten(1)), steps=1, augment="flip", **OPTIONS)
+    net, pixels = MLP((1, 4, 4), hidden=8), torch.linspace(1, 2, 16).view(1, 4, 4)
+    model = fastdiff.ScoreModel(net, "vp", data_shape=(1, 4, 4), standardize=(100.0, 100 * pixels.numpy()))
+    with pytest.raises(ConfigError, match="standardizes each place by another mean or std"):
+        fastdiff.train(model, Data(x), steps=1, augment="flip", **OPTIONS)

@@ -143,6 +143,22 @@ def test_the_learned_uncertainty_goes_to_the_log_of_the_mean_loss():
     torch.testing.assert_close(ours, plain / u.exp() + u)
 
 
+def test_the_learned_uncertainty_of_a_loss_without_the_constant_is_that_with_it():
+    """ "ssm_vr" is "dsm" less λ in the mean, so below 0 for a good network: u is the log of the mean of "dsm"."""
+    process, c = fastdiff.VP(), 0.05
+    of = objective.Objective.of(
+        small("vp", "dsm"), normals(), False, "ssm_vr", "learned", "stratified", "hard", None, 0.001
+    )
+    learned = of.weight
+    for _ in range(1500):
+        drawn = of.draw((torch.arange(256, dtype=F64) + 0.5) / 256, 0.0)
+        rate = weights.EDM().of_noise(process, drawn.t, process.alpha(drawn.t), process.sigma(drawn.t))
+        u = learned.uncertainty(process, drawn.t)
+        of.observe([(drawn, (c - rate) * (-u).exp() + u)])
+    seen = learned.uncertainty(process, of.draw(torch.linspace(0.1, 0.9, 20, dtype=F64), 0.0).t)
+    assert (seen - math.log(c)).abs().max() < 0.05
+
+
 # --- the control variate ---------------------------------------------------------------------------------------------
 
 
@@ -266,6 +282,16 @@ def test_the_bound_is_tight_where_the_reverse_chain_is_exact():
     gap = bound[None].nats - nats
     assert float(gap.mean()) > 10 * float(gap.std()) / n**0.5
     assert "bits/dim of 20000 samples" in repr(bound["learned"])
+
+
+def test_the_bound_of_a_chain_of_one_step_has_its_beta_as_variance():
+    """By hand: KL of the prior, and a Gaussian of mean x̂0 and variance β, for the step before is none."""
+    process, x0 = fastdiff.DDPM((0.75,)), 0.5 * randn(500, 1)
+    model = fastdiff.ScoreModel(lambda x, t: 0.1 + 0.0 * x, process, "x0", "t", data_shape=(1,))
+    prior = 0.5 * (0.25 * x0**2 + 0.75 - 1 - math.log(0.75))
+    decoder = 0.5 * (math.log(2 * math.pi * 0.75) + (x0 - 0.1) ** 2 / 0.75)
+    nats = (prior + decoder)[:, 0]
+    torch.testing.assert_close(fastdiff.vlb(model, x0).nats, nats, rtol=1e-6, atol=1e-6)
 
 
 def test_the_bound_of_a_continuous_process_tends_to_the_likelihood():
@@ -521,6 +547,7 @@ def test_what_does_not_go_together_is_refused():
         ({"times": "importnce"}, "did you mean 'importance'"),
         ({"loss": "vlb"}, "loss='vlb' is the bound of a chain, and 'vp' is continuous"),
         ({"loss": "vlb", "weight": "g2"}, "weight='g2' does not go with loss='vlb'"),
+        ({"loss": "hybrid", "weight": "learned"}, "weight='learned' does not go with loss='hybrid'"),
         ({"vlb_weight": -1.0}, "vlb_weight must be"),
         ({"weight": weights.MinSNR}, "weight must be an object or a name, got the class itself"),
     ):
@@ -541,6 +568,7 @@ def test_what_does_not_go_together_is_refused():
         (torch.full((2, 2), 0.3), {"bins": 5}, DataError, "must lie on the 5 levels from -1 to 1"),
         (torch.zeros(2, 2), {"variance": "learned"}, ConfigError, "variance must be one of"),
         (torch.zeros(2, 2), {"bins": 1}, ConfigError, "bins must be"),
+        (torch.zeros(2, 2), {"first_sample": 1.5}, ConfigError, "first_sample must be an integer >= 0"),
         (torch.tensor([[0.0, math.nan]]), {}, DataError, "x"),
     ):
         with pytest.raises(error, match=words):

@@ -545,6 +545,32 @@ def test_a_combination_comes_near_the_direct_average(width):
     assert np.abs(factors).sum() < 100  # roundings of the snapshots are not made much larger
 
 
+def test_a_run_that_ends_between_a_snapshot_and_its_checkpoint_makes_both_again(tmp_path, monkeypatch):
+    """Whichever is written first, a run that goes on has the snapshots of an unbroken one."""
+    how = {"batch_size": 8, "warmup": 1, "posthoc": True, "checkpoint_every": 4, "steps": 8}
+    fastdiff.train(tiny(), points(), checkpoint=tmp_path / "whole", **how)
+    written = checkpoint.write
+
+    for seen in (0, 1):  # files of step 8 that are whole
+        count, folder = [0], tmp_path / f"{seen}"
+
+        def killed(path, tensors, header, count=count, seen=seen):
+            if header["step"] == 8:
+                count[0] += 1
+                if count[0] > seen:
+                    raise KeyboardInterrupt
+            return written(path, tensors, header)
+
+        monkeypatch.setattr(checkpoint, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fastdiff.train(tiny(), points(), checkpoint=folder, **how)
+        monkeypatch.setattr(checkpoint, "write", written)
+        fastdiff.train(tiny(), points(), checkpoint=folder, **how)
+        assert list(averages.snapshots(folder)) == [4, 8]
+        a, b = (weights(fastdiff.posthoc_ema(each, 0.1)) for each in (folder, tmp_path / "whole"))
+        assert torch.equal(a, b)
+
+
 def test_averages_are_chosen_after_the_training(tmp_path):
     options = {"steps": 60, "lr": 1e-2}
     path = trajectory(**options)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
+import multiprocessing
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from torch import nn
 
 import fastdiff
 from fastdiff.cli import commands
-from fastdiff.errors import ConfigError, DataError
+from fastdiff.data import LazyData
+from fastdiff.errors import ConfigError, DataError, ShapeError
 from fastdiff.execution import ops
 from fastdiff.networks import MLP
 from fastdiff.training import Data
@@ -29,6 +32,14 @@ def data(n=120, seed=0, **options):
 def tiny(dropout=0.0):
     torch.manual_seed(0)
     return fastdiff.ScoreModel(MLP((2,), hidden=16, layers=1, dropout=dropout), "vp", "edm", data_shape=(2,))
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, i):
+        return np.full(2, i / 50, "float32")
 
 
 def weights(model):
@@ -150,6 +161,16 @@ def test_what_cannot_be_evaluated_is_refused():
             DataError,
             "labels and conditions where the data have",
         ),
+        (
+            {"data": data(labels=torch.arange(120) % 3), "validation": data(labels=torch.arange(120) % 5)},
+            DataError,
+            "labels below the data's num_classes=3, got 4: give the data num_classes=",
+        ),
+        (
+            {"data": data(cond=torch.rand(120, 3)), "validation": data(cond=torch.rand(120, 2))},
+            ShapeError,
+            r"conditions of the data's shape \(3,\), got \(2,\)",
+        ),
         ({"evaluate": 3}, ConfigError, "evaluate must be"),
         ({"evaluate_every": 0}, ConfigError, "evaluate_every must be"),
         ({"tensorboard": True}, ConfigError, "tensorboard=True needs a directory to write in: give checkpoint="),
@@ -160,7 +181,39 @@ def test_what_cannot_be_evaluated_is_refused():
         ),
     ):
         with pytest.raises(error, match=words):
-            fastdiff.train(tiny(), data(), steps=1, **OPTIONS, **arguments)
+            fastdiff.train(tiny(), **{"data": data(), "steps": 1, **OPTIONS, **arguments})
+
+
+def test_what_a_run_opened_is_closed_after_an_error(tmp_path, monkeypatch):
+    """Even while its traceback is kept: TensorBoard's writer holds numbers back, and readers are processes."""
+    said = []
+
+    class Writer:
+        def __init__(self, folder):
+            said.append(folder)
+
+        def add_scalar(self, name, value, step):
+            said.append((name, step))
+
+        def close(self):
+            said.append("closed")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+
+    def evaluate(model, step):
+        raise KeyboardInterrupt
+
+    lazy = LazyData(Rows(), range=(-6.0, 6.0), workers=2)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        fastdiff.train(
+            tiny(), lazy, steps=9, evaluate=evaluate, evaluate_every=3, checkpoint=tmp_path, tensorboard=True, **OPTIONS
+        )
+    assert kept.tb is not None
+    assert multiprocessing.active_children() == []
+    assert said[-1] == "closed"
+    fastdiff.train(tiny(), lazy, steps=9, checkpoint=tmp_path, **OPTIONS)  # nor is the directory held
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import checks
-from ..errors import DataError, DTypeError
+from ..errors import DataError, DTypeError, short
 from .data import Data
 
 SOME = 1024  # samples that are read before a training, to know the shape, labels and scale
@@ -112,7 +113,7 @@ class LazyData:
         labels, cond = beside
         return Data(
             torch.stack([x for x, *_ in items]),
-            None if labels is None else torch.tensor([int(label) for label in labels]),
+            None if labels is None else torch.tensor([_class_number(label) for label in labels]),
             cond=None if cond is None else torch.stack([torch.as_tensor(np.asarray(c)) for c in cond]),
             **self._options,
         )
@@ -144,6 +145,16 @@ def _item(item: Any) -> tuple[Tensor, Any, Any]:
         x, label, cond = item, None, None
     x = torch.as_tensor(x if isinstance(x, Tensor) else np.asarray(x))
     return x, label, cond
+
+
+def _class_number(label: Any) -> int:
+    try:
+        return operator.index(label)
+    except TypeError as error:
+        raise DTypeError(
+            f"dataset must give class numbers as labels, integers, got {short(label, 40)}: convert it with int(), or give "
+            'vectors as "cond"'
+        ) from error
 
 
 class Pictures(Dataset):  # type: ignore[type-arg]

@@ -20,7 +20,7 @@ from .. import checks
 from ..data import Data
 from ..errors import ConfigError, DataError, DTypeError, ShapeError, choose, names_keywords
 from ..execution import ops, tensor_checks
-from ..execution.calls import device_of, dtype_of, like, picked
+from ..execution.calls import device_of, dtype_of, like, moved, picked
 from ..execution.modes import leaves_no_trace, stepping
 from ..execution.monitor import bar
 from ..execution.noise import PERTURBATION
@@ -63,6 +63,7 @@ def chain_step(process: Process, t: Tensor) -> Step:
     if bool(last.any()):
         second = torch.full_like(t[:1], min(2, process.T))
         earlier = _transition(process, second, process.alpha(second - 1), process.sigma(second - 1))[1]
+        earlier = earlier if process.T > 1 else beta  # a chain of one step has no step before
         posterior = torch.where(last, earlier, posterior)
     return Step(c, posterior.log(), beta.log(), last)
 
@@ -193,8 +194,10 @@ def vlb(
         steps = checks.integer("steps", 1000 if steps is None else steps, 1, 10**6)
     device = device_of(None, None, model.net)
     clean, levels, given = _data(model, x, bins)
+    first_sample = checks.integer("first_sample", first_sample, 0, 2**32 - len(clean))
     cond = given if cond is None else cond
     model.condition(cond, len(clean), looks=True)  # refused before any call
+    cond = moved(cond, device)
     batch = max(1, PASS // max(math.prod(model.data_shape), 1))
     batch = batch if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
     times = _times(process, steps)

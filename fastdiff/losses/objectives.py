@@ -78,7 +78,12 @@ def pair(loss: str, weight: Any = None) -> tuple[str, Weight | None]:
                 f"weight={short(weight)} does not go with loss='vlb', whose terms have their own: leave it out"
             )
         return loss, None
-    return loss, weights.get({"hybrid": "target"}.get(loss, "sigma2") if weight is None else weight)
+    chosen = weights.get({"hybrid": "target"}.get(loss, "sigma2") if weight is None else weight)
+    if loss == "hybrid" and isinstance(chosen, Learned):
+        raise ConfigError(
+            "weight='learned' does not go with loss='hybrid', whose bound is no part of the uncertainty: use weight='edm'"
+        )
+    return loss, chosen
 
 
 def check(model: ScoreModel, loss: str, probe: str | None = None, weight: Any = None) -> str:

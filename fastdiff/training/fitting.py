@@ -53,6 +53,15 @@ def held_out(data: Data | LazyData, validation: Any, model: ScoreModel) -> tuple
         raise DataError(
             "validation must have labels and conditions where the data have them: give Data(..., labels=, cond=)"
         )
+    if some.num_classes is not None and int(kept.labels.max()) >= some.num_classes:  # type: ignore[union-attr]
+        raise DataError(
+            f"validation must have labels below the data's num_classes={some.num_classes}, got {int(kept.labels.max())}: "  # type: ignore[union-attr]
+            "give the data num_classes="
+        )
+    if some.cond is not None and kept.cond is not None and some.cond.shape[1:] != kept.cond.shape[1:]:
+        raise ShapeError(
+            f"validation must have conditions of the data's shape {tuple(some.cond.shape[1:])}, got {tuple(kept.cond.shape[1:])}"
+        )
     return data, kept
 
 
@@ -106,6 +115,24 @@ def conditions(data: Data, model: ScoreModel, cond_dropout: float) -> dict[str, 
         }
     arranged(taken, taken.joined(None if labels is None else labels[:1], None if cond is None else cond[:1]))
     return facts
+
+
+def check_augmented(model: ScoreModel) -> None:
+    """Refuse augmentation where what stands beside or behind the samples cannot be moved alike."""
+    field, shape = model.cond_shape or (), model.data_shape
+    if len(field) > 1 and field[1:] != shape[1:]:
+        raise ShapeError(
+            f"augment changes fields beside samples {shape} as it changes them, and conditions {field} are on another grid: give "
+            "them flat, as vectors, or leave augment out"
+        )
+    if any(
+        (value.reshape(shape[0], -1).min(1) != value.reshape(shape[0], -1).max(1)).any()
+        for value in model.standardize or ()
+    ):
+        raise ConfigError(
+            "augment moves samples, and the model standardizes each place by another mean or std: give standardize= the same for "
+            "all of a channel, or leave augment out"
+        )
 
 
 def check_null(model: ScoreModel) -> None:

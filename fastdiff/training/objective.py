@@ -50,8 +50,7 @@ class Objective:
         """Checked against the model and the data."""
         kind = losses.check(model, loss, probe, weight)
         loss, chosen = losses.pair(loss, weight)
-        # copies of what learns on the way, so that a run begins with nothing and shares nothing
-        chosen, rule = copy.deepcopy(chosen), copy.deepcopy(rules.get(times, model.process))
+        chosen, rule = copy.deepcopy((chosen, rules.get(times, model.process)))  # the caller's objects learn nothing
         rules.check(rule, truncation, model.process)
         levels = None
         if loss in losses.BOUNDED and data.bins is not None and not dequantize:
@@ -99,8 +98,11 @@ class Objective:
         if isinstance(self.times, rules.SecondMoment):
             self.times.observe(v, values)
         if isinstance(self.weight, weights.Learned):
-            u = self.weight.uncertainty(self.model.process, t)
-            self.weight.observe(self.model.process, t, (values.double() - u) * u.exp())
+            process = self.model.process
+            u, known = self.weight.uncertainty(process, t), 0.0
+            if self.loss not in losses.DENOISING:  # whose mean is less by λ than that of "dsm", which is never negative
+                known = self.weight.of_noise(process, t, process.alpha(t), process.sigma(t)).double()
+            self.weight.observe(process, t, (values.double() - u) * u.exp() + known)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that it learned."""

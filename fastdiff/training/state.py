@@ -31,6 +31,7 @@ MAY_CHANGE = (
 LATER = {
     "ema_rule": "diffusers", "warmup_start": 1, "optimizer": "adam", "schedule": "constant", "posthoc": False, "precision": None,
     "accumulate": 1, "bad_step": "skip", "cond_dropout": 0.0, "times": {"name": "stratified"}, "truncation": "hard",
+    "augment": [],
 }  # fmt: skip
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -213,11 +213,13 @@ def train(
     vars(fitted).update(facts)
     described = files.describe(fitted)
     fitting.check_scale(source, fitted)
+    if augmentations:
+        fitting.check_augmented(fitted)
     if fitted.cond_dropout:
         fitting.check_null(fitted)
     objective = Objective.of(fitted, source, options["dequantize"], loss, weight, times, truncation, probe, vlb_weight)
     options |= objective.options()
-    options |= {"augment": [each.config() for each in augmentations]} if augmentations else {}
+    options["augment"] = [each.config() for each in augmentations]
     ends = decay or schedule in ("cosine", "linear")  # such a rate depends on the end
     options |= {"data": whole.fingerprint(), "steps": steps if ends else None}
     if keep is not None:
@@ -269,14 +271,17 @@ def train(
         try:
             with compiled(model.net, compile), bar(progress, steps, "train", "step", first) as display:
                 batches = Batches(whole, model, objective, options, augmentations, rows)
-                recorded, stopped = _loop(
-                    state, batches, options, steps, model, folder, checkpoint_every, keep, described, display, callback, stop,
-                    watch,
-                )  # fmt: skip
-                batches.close()
+                try:
+                    recorded, stopped = _loop(
+                        state, batches, options, steps, model, folder, checkpoint_every, keep, described, display, callback, stop,
+                        watch,
+                    )  # fmt: skip
+                finally:  # also after an error, whose traceback would keep the readers
+                    batches.close()
             state.average_into(model.net)
             ranks.any(False)  # the last checkpoint is there for all
         finally:
+            watch.close()
             with stepping(model.net):
                 for module, training in modes:
                     module.training = training

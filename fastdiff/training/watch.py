@@ -96,6 +96,11 @@ class Watch:
                 f"{files.shown(self.folder / METRICS)} cannot be written ({files.reason(error)}): choose another directory"
             ) from error
 
+    def close(self) -> None:
+        """Write what TensorBoard's writer still holds, and end its thread."""
+        if self.writer is not None:
+            self.writer.close()
+
     def due(self, step: int) -> bool:
         return (self.validation is not None or self.evaluate is not None) and step % self.every == 0
 
