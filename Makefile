@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
-.PHONY: demo test check bench gpu sanitize fuzz clean
+.PHONY: demo test check bench gpu sanitize fuzz soak clean
 
 # torch first, so that a machine without a CUDA device can choose the CPU build: make TORCH="torch==2.13.0+cpu"
 $(READY): pyproject.toml setup.py $(wildcard csrc/*)
@@ -52,6 +52,11 @@ sanitize: $(READY)
 # a hundred thousand mutants of files and ten thousand odd calls: only fastdiff's own errors, in bounded memory
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py $(FUZZ)
+
+# a thousand kills of trainings at any instant, or SOAK=n: each goes on to the weights of an unbroken one; some ten minutes
+SOAK ?= 1000
+soak: $(READY)
+	$(BIN)/python tests/soak.py --kills $(SOAK)
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

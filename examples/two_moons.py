@@ -76,9 +76,10 @@ def trained(simulations: int, steps: int, seed: int) -> fastdiff.ScoreModel:
     theta = rng.uniform(-1, 1, (simulations, 2))
     data = fastdiff.load_data(theta, range=(-1, 1), cond=simulate(theta, rng))
     torch.manual_seed(seed)
-    net = MLP((2,), layers=4, cond_shape=(2,))
-    model = fastdiff.ScoreModel(net, "vp", "edm", data_shape=(2,))
-    fastdiff.train(model, data, steps=steps, loss="simple", batch_size=512, lr=1e-3, decay=True, ema=0.999, seed=seed)
+    model = fastdiff.ScoreModel(MLP((2,), layers=4, cond_shape=(2,)), fastdiff.EDM(1.0), "edm", data_shape=(2,))
+    fastdiff.train(
+        model, data, steps=steps, loss="simple", batch_size=512, lr=1e-3, warmup=100, decay=True, ema=0.999, seed=seed
+    )
     return model
 
 
@@ -99,7 +100,7 @@ def drawn(model: fastdiff.ScoreModel, x: np.ndarray, count: int) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Posteriors of two moons from simulations alone.")
     parser.add_argument("--simulations", type=int, default=10000, help="pairs of parameters and data (default: 10000)")
-    parser.add_argument("--steps", type=int, default=20000, help="of training (default: 20000)")
+    parser.add_argument("--steps", type=int, default=30000, help="of training (default: 30000)")
     parser.add_argument("--draws", type=int, default=10000, help="of each posterior (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of simulations, weights and training (default: 0)")
     a = parser.parse_args()

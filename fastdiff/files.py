@@ -75,7 +75,7 @@ def replacing(target: Path, failure: type[FastdiffError] = WriteError) -> Iterat
             os.fsync(handle.fileno())
             os.replace(temporary, target)
             replaced = True
-            _flush_folder(target.parent)
+            flush_folder(target.parent)
     except OSError as error:
         state = "it was replaced, but may not outlast a power cut" if replaced else "what stood there is untouched"
         raise failure(f"{shown(target)} could not be written ({reason(error)}): {state}") from error
@@ -142,7 +142,7 @@ def _remove_if_dead(temporary: Path) -> None:
             temporary.unlink()
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Flush a rename to the disk; some file systems, and folders that may be written but not read, cannot."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -766,3 +768,47 @@ def test_the_command_line_trains_on_vectors_and_labels(tmp_path, monkeypatch, ca
     assert code == 0
     assert "--classes conditions on them" in said.err
     assert (fastdiff.load("c").num_classes, fastdiff.load("c").cond_shape) == (None, (3,))
+
+
+# --- the example -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_moons(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    return importlib.import_module("two_moons")
+
+
+def test_two_moons_posterior_is_exact(two_moons):
+    """Against the simulator's density, N(r; 0.1, 0.01²)/(π r) right of the moon's centre, on a grid of the prior's square."""
+    side = np.linspace(-1, 1, 801)[1:] - 1 / 800
+    theta = np.stack(np.meshgrid(side, side, indexing="ij"), -1).reshape(-1, 2)
+    shift = np.stack((-np.abs(theta.sum(1)), theta[:, 1] - theta[:, 0]), 1) / math.sqrt(2)
+    # the fourth is cut by the square, the last by |θ₁ + θ₂| >= 0
+    for x in (*two_moons.OBSERVATIONS[[2, 6, 9]], np.array([0.1, 1.2]), np.array([0.3, 0.02])):
+        u, v = (x - shift - [0.25, 0]).T
+        r = np.hypot(u, v)
+        density = np.exp(-0.5 * ((r - 0.1) / 0.01) ** 2) / r * (u > 0)
+        density /= density.sum()
+        draws = two_moons.posterior(x, 4000, np.random.default_rng(0))
+        for what in (
+            lambda t: t[:, 0],
+            lambda t: np.abs(t.sum(1)),
+            lambda t: t[:, 1] - t[:, 0],
+            lambda t: t[:, 0] * t[:, 1],
+        ):
+            mean = (density * what(theta)).sum()
+            deviation = math.sqrt((density * (what(theta) - mean) ** 2).sum())
+            assert abs(what(draws).mean() - mean) < 5 * deviation / math.sqrt(4000) + 1e-3
+            assert abs(what(draws).std() / deviation - 1) < 0.1
+
+
+def test_two_moons_is_learned(two_moons):
+    """By little training: draws lie on both sides, and near the exact ones."""
+    model = two_moons.trained(1000, 150, 0)
+    x = two_moons.OBSERVATIONS[2]
+    draws, exact = two_moons.drawn(model, x, 300), two_moons.posterior(x, 300, np.random.default_rng(0))
+    assert 0.3 < (draws.sum(1) > 0).mean() < 0.7
+    for what in (lambda t: np.abs(t.sum(1)), lambda t: t[:, 1] - t[:, 0]):
+        assert abs(what(draws).mean() - what(exact).mean()) < 0.1  # of a prior 2 wide
+    assert 0.45 < two_moons.c2st(exact, two_moons.posterior(x, 300, np.random.default_rng(1))) < 0.55

@@ -152,7 +152,7 @@ def test_what_cannot_be_read_lazily_is_refused(tmp_path):
             DTypeError,
             "class numbers as labels, integers, got",
         ),
-        (lambda: LazyData(Items(x, np.ones((8, 3))), num_classes=4).some, DTypeError, 'give a vector as "cond"'),
+        (lambda: LazyData(Items(x, np.ones((8, 3))), num_classes=4).some, DTypeError, 'give vectors as "cond"'),
         (lambda: fastdiff.load_data(tmp_path / "big.npy", lazy=True), DTypeError, r"numpy's astype\('float32'\)"),
         (lambda: fastdiff.load_data(tmp_path / "fortran.npy", lazy=True), DataError, "in Fortran's order"),
         (lambda: fastdiff.load_data(tmp_path / "x.npz", lazy=True), ConfigError, "lazy=True is for a .npy file"),

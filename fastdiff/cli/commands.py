@@ -297,6 +297,7 @@ def _train(a: argparse.Namespace) -> int:
     from ..networks import build
     from ..planning import processes
     from ..training import train
+    from ..training.ranks import launched
 
     device = _device(a)
     with warnings.catch_warnings():  # a guess of what the axes are is no way to begin a training
@@ -315,7 +316,8 @@ def _train(a: argparse.Namespace) -> int:
             raise ConfigError(f"--classes needs labels, and {a.data} has none: leave it out")
         options["num_classes"] = some.num_classes
     elif some.labels is not None and data is some:
-        print(f"fastdiff train: the labels of {a.data} are not used: --classes conditions on them", file=sys.stderr)
+        if launched().rank == 0:
+            print(f"fastdiff train: the labels of {a.data} are not used: --classes conditions on them", file=sys.stderr)
         data = replace(data, labels=None, num_classes=None, class_names=())
     if some.cond is not None:
         options["cond_shape"] = list(some.cond.shape[1:])
@@ -336,6 +338,7 @@ def _train(a: argparse.Namespace) -> int:
             model, data, steps=a.steps, loss=loss, weight=a.weight, times=a.times, truncation=a.truncation,
             vlb_weight=a.vlb_weight, batch_size=a.batch_size, lr=a.lr, ema=a.ema, seed=a.seed,
             dequantize=a.dequantize, cond_dropout=a.cond_dropout, checkpoint=a.out, resume=not a.fresh,
+            checkpoint_every=a.checkpoint_every, keep=a.keep,
             callback=_said(a.steps), stop=lambda: received, augment=a.augment and a.augment.split(","),
             validation=_validation(a.validation),
             evaluate=_drawn(a.out, a.samples, model) if a.samples else None, evaluate_every=a.evaluate_every,
@@ -762,6 +765,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
     sub.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
+    sub.add_argument("--checkpoint-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
+    sub.add_argument("--keep", type=int, help="also leave the last so many checkpoints by their steps (default: none)")
     timeout = "seconds after which a process of torchrun's gives up on others that do not answer (default: 300)"
     sub.add_argument("--timeout", type=float, default=300, help=timeout)
     sub.add_argument("--validation", help="a share of the data, such as 0.1, or other data, to evaluate the loss on")

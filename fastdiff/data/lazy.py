@@ -152,8 +152,8 @@ def _class_number(label: Any) -> int:
         return operator.index(label)
     except TypeError as error:
         raise DTypeError(
-            f"dataset must give class numbers as labels, integers, got {short(label, 40)}: convert them with int(), or give a "
-            'vector as "cond"'
+            f"dataset must give class numbers as labels, integers, got {short(label, 40)}: convert it with int(), or give "
+            'vectors as "cond"'
         ) from error
 
 

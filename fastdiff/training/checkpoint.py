@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +30,7 @@ from . import tensor_file
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 FILE = "checkpoint.safetensors"
+NUMBERED = "step-{:09d}.safetensors"
 # how files that are no checkpoint begin, and what they are
 FOREIGN = {
     b"PK\3\4": "a zip archive, as torch.save writes .pt, .pth and .ckpt",
@@ -282,6 +284,33 @@ def saved_step(path: Path) -> int | None:
         return int(read(path, "raw.")[0]["step"])
     except (CheckpointError, KeyError, TypeError, ValueError, OSError):
         return None
+
+
+def keep_last(folder: Path, step: int, keep: int) -> None:
+    """The checkpoint of `step` also by its number, and only then no more than the last `keep` of such; none of later steps.
+
+    It is the same file by another name where the file system has hard links.
+    """
+    source, number = folder / FILE, folder / NUMBERED.format(step)
+    if source.exists() and not (number.exists() and number.samefile(source)):
+        try:
+            number.unlink(missing_ok=True)
+            os.link(source, number)
+            files.flush_folder(folder)
+        except OSError:
+            with files.open_regular(source) as handle, files.replacing(number, CheckpointError) as copy:
+                shutil.copyfileobj(handle, copy)
+    steps = {
+        int(path.stem.removeprefix("step-")): path for path in folder.glob(NUMBERED.format(0).replace("0", "[0-9]"))
+    }
+    kept = sorted(k for k in steps if k <= step)[-keep:]
+    try:
+        for path in (path for k, path in steps.items() if k not in kept):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{files.shown(folder)}: older checkpoints cannot be removed ({files.reason(error)}): leave out keep="
+        ) from error
 
 
 def check(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -50,8 +50,7 @@ class Objective:
         """Checked against the model and the data."""
         kind = losses.check(model, loss, probe, weight)
         loss, chosen = losses.pair(loss, weight)
-        # copies of what learns on the way, so that a run begins with nothing and shares nothing
-        chosen, rule = copy.deepcopy(chosen), copy.deepcopy(rules.get(times, model.process))
+        chosen, rule = copy.deepcopy((chosen, rules.get(times, model.process)))  # the caller's objects learn nothing
         rules.check(rule, truncation, model.process)
         levels = None
         if loss in losses.BOUNDED and data.bins is not None and not dequantize:

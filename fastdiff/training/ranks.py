@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import hashlib
 import itertools
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -96,7 +97,7 @@ class Ranks:
         self.world = dist.get_world_size(group) if available else 1
         if self.rank < 0:
             raise ConfigError("group must hold the process that trains in it: call train in its processes alone")
-        self.step, self.slowest, self.last = 0, 0.0, time.monotonic()
+        self.step, self.slowest, self.last = 0, 0.0, math.inf  # the longest step, the end of the last exchange
         self.failed = False
         if self.world > 1:
             name = str(dist.get_process_group_ranks(dist.group.WORLD if group is None else group))
@@ -195,7 +196,9 @@ class Ranks:
             else g.to_dense().reshape(-1).to(told.device)
             for g, n in zip(gradients, sizes)
         ]
+        self.slowest = max(self.slowest, time.monotonic() - self.last)
         flat = self._sum(torch.cat([*parts, has, told]))
+        self.last = time.monotonic()
         *means, has, told = flat.split([*sizes, len(has), len(told)])
         *there, any_changed = (count > 0 for count in has.tolist())
         for weight, mean, some in zip(weights, means, there):
@@ -210,7 +213,6 @@ class Ranks:
 
     def _finished(self, work: Any) -> None:
         """Wait for the others; RankError where one of them ended, gave up, or hangs for as long as the group waits."""
-        self.slowest = max(self.slowest, time.monotonic() - self.last)
         while True:
             try:
                 # a GPU's stream waits by itself, and its group's own watchdog ends a process that waits too long
@@ -220,7 +222,6 @@ class Ranks:
                 if work.is_completed() or self._gave_up():
                     self.failed = True
                     raise self._lost(error) from error
-        self.last = time.monotonic()
 
     def _gave_up(self) -> dict[int, str]:
         """What the processes say that ended by an error of their own."""

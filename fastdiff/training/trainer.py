@@ -93,6 +93,7 @@ def train(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1000,
+    keep: int | None = None,
     resume: bool = True,
     progress: bool | None = None,
     callback: Callable[[int, float], object] | None = None,
@@ -155,6 +156,8 @@ def train(
                   same weights as an uninterrupted one; torch's generator is as it was after each step
     checkpoint    a directory, written atomically every `checkpoint_every` steps and at the end; `fastdiff.load(directory)`
                   gives the averaged model
+    keep          also leave the last `keep` checkpoints by their steps, step-….safetensors, the oldest of which goes once the
+                  new one is safe
     resume        go on from the checkpoint in that directory, which must have the same model, data, loss and seed; the other
                   options may be others, which a warning says; False overwrites it
     callback      called with (step, mean loss of the last 100 steps) every 100 steps and at the last one
@@ -219,6 +222,10 @@ def train(
     options["augment"] = [each.config() for each in augmentations]
     ends = decay or schedule in ("cosine", "linear")  # such a rate depends on the end
     options |= {"data": whole.fingerprint(), "steps": steps if ends else None}
+    if keep is not None:
+        keep = checks.integer("keep", keep, 1, 10**9)
+        if checkpoint is None:
+            raise ConfigError(f"keep={keep} must have a directory for its checkpoints: give checkpoint=")
     if posthoc and checkpoint is None:
         raise ConfigError("posthoc=True must have a directory for its snapshots: give checkpoint=")
     if checkpoint is not None:
@@ -245,6 +252,8 @@ def train(
                 described = state.read(folder / files.FILE, options, described)
             if options["posthoc"] and ranks.first:
                 averages.drop_snapshots(folder, state.step)
+            if keep is not None and ranks.first and state.step:  # a kill may have come before it
+                files.keep_last(folder, state.step, keep)
         state.check_alike()
         if not ranks.first:  # one process is seen and heard
             evaluate, callback, progress, tensorboard = None, None, False, False
@@ -263,8 +272,10 @@ def train(
             with compiled(model.net, compile), bar(progress, steps, "train", "step", first) as display:
                 batches = Batches(whole, model, objective, options, augmentations, rows)
                 try:
-                    recorded, stopped = _loop(state, batches, options, steps, model, folder, checkpoint_every, described,
-                                              display, callback, stop, watch)  # fmt: skip
+                    recorded, stopped = _loop(
+                        state, batches, options, steps, model, folder, checkpoint_every, keep, described, display, callback, stop,
+                        watch,
+                    )  # fmt: skip
                 finally:  # also after an error, whose traceback would keep the readers
                     batches.close()
             state.average_into(model.net)
@@ -289,6 +300,7 @@ def _loop(
     model: ScoreModel,
     folder: Path | None,
     checkpoint_every: int,
+    keep: int | None,
     described: dict[str, Any],
     display: Any,
     callback: Callable[[int, float], object] | None,
@@ -349,10 +361,12 @@ def _loop(
         if save_now:
             state.check_alike()
         if save_now and ranks.first:
-            # first, as a run that goes on from the checkpoint does not make it again
             if options["posthoc"] and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
                 state.write_snapshot(folder, described, options)  # type: ignore[arg-type]
+            # last, so that all of the step that a run goes on from is there
             state.write(folder / files.FILE, described, options, watch.config())  # type: ignore[operator]
+            if keep is not None:
+                files.keep_last(folder, state.step, keep)  # type: ignore[arg-type]
         display.update()
         if stopped or ended:
             break
