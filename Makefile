@@ -53,7 +53,7 @@ sanitize: $(READY)
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py $(FUZZ)
 
-# a thousand kills of trainings at any instant, or SOAK=n: each goes on to the weights of an unbroken one; some ten minutes
+# a thousand kills of trainings at any instant, or SOAK=n: each goes on to the weights of an unbroken one; some twenty minutes
 SOAK ?= 1000
 soak: $(READY)
 	$(BIN)/python tests/soak.py --kills $(SOAK)

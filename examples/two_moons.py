@@ -18,8 +18,6 @@ import time
 
 import numpy as np
 import torch
-from sklearn.model_selection import KFold, cross_val_score
-from sklearn.neural_network import MLPClassifier
 
 import fastdiff
 from fastdiff.networks import MLP
@@ -58,16 +56,6 @@ OBSERVATIONS = np.array([
     (-0.66463584, -0.42604533), (-0.12940255, 0.3873573), (0.19458583, 1.0400153), (0.13603824, 0.9160449),
     (-0.17962828, -0.5452459), (0.14563406, -1.170141),
 ])  # fmt: skip
-
-
-def c2st(exact: np.ndarray, drawn: np.ndarray, seed: int = 1) -> float:
-    """The accuracy of sbibm's classifier between two samples [N, D], its mean over five folds."""
-    mean, std = exact.mean(0), exact.std(0, ddof=1)
-    x = np.concatenate(((exact - mean) / std, (drawn - mean) / std))
-    y = np.repeat((0, 1), (len(exact), len(drawn)))
-    width = 10 * exact.shape[1]
-    classifier = MLPClassifier((width, width), max_iter=10000, random_state=seed)
-    return float(cross_val_score(classifier, x, y, cv=KFold(5, shuffle=True, random_state=seed)).mean())
 
 
 def trained(simulations: int, steps: int, seed: int) -> fastdiff.ScoreModel:
@@ -111,7 +99,7 @@ def main() -> None:
     accuracies = []
     for k, x in enumerate(OBSERVATIONS, start=1):
         exact = posterior(x, a.draws, np.random.default_rng(k))
-        accuracies.append(c2st(exact, drawn(model, x, a.draws)))
+        accuracies.append(float(fastdiff.metrics.c2st(exact, drawn(model, x, a.draws))))
         print(f"observation {k:2d}: C2ST {accuracies[-1]:.3f}", flush=True)
     print(f"mean C2ST {np.mean(accuracies):.3f} in {time.perf_counter() - began:.0f} s")
 

@@ -21,6 +21,7 @@ from fastdiff.training import checkpoint, tensor_file
 
 FILE = checkpoint.FILE
 TRAIN = ["train", "--data", "digits", "--sde", "vp", "--network", "mlp", "--batch-size", "8", "--checkpoint-every", "1"]
+TRAIN += ["--timeout", "15"]  # also for one that is killed before the others have met it
 
 
 def sums(folder):
@@ -63,7 +64,9 @@ class Life:
             process.kill()
         for process in processes:
             process.join(60)
-            assert process.exitcode is not None, "it outlives a process that was killed"
+            assert process.exitcode is not None, (
+                f"it outlives a process that was killed: {self.log.read_text()[-2000:]}"
+            )
             assert process.exitcode != 0 or self.saved() == int(self.options[1])
         self.kills += 1
         self.check()

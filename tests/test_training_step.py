@@ -48,10 +48,10 @@ def by_hand(model, data, optimizer, *, steps, lr=None, warmup=1, clip=1.0, batch
     batches = Batches(data, model, objective, {"seed": 0, "batch_size": batch_size, "dequantize": False})
     base = [group["lr"] for one in made for group in one.param_groups]
     for step in range(steps):
-        x0, cursor, cond, (t, *_), _ = batches(step)
+        batch = batches(step)
         for p in model.net.parameters():
             p.grad = None
-        losses.per_sample(model, x0, t, cursor, "dsm", cond).mean().backward()
+        losses.per_sample(model, batch.x0, batch.drawn.t, batch.cursor, "dsm", batch.cond).mean().backward()
         nn.utils.clip_grad_norm_(model.net.parameters(), clip)
         for rate, group in zip(base, [group for one in made for group in one.param_groups]):
             group["lr"] = (lr or rate) * min(1.0, (step + 1) / warmup)
