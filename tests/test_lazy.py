@@ -139,6 +139,7 @@ def test_what_cannot_be_read_lazily_is_refused(tmp_path):
     x, labels, _ = arrays(8)
     np.save(tmp_path / "fortran.npy", np.asfortranarray(np.zeros((4, 3), np.float32)))
     np.save(tmp_path / "big.npy", x.astype(">f4"))
+    np.save(tmp_path / "words.npy", np.array([["a"], ["b"]]))
     np.savez(tmp_path / "x.npz", x=x)
     for call, error, words in (
         (lambda: LazyData(Items(x.astype(np.float32))), DataError, "range must be given for a dataset of floats"),
@@ -154,6 +155,11 @@ def test_what_cannot_be_read_lazily_is_refused(tmp_path):
         ),
         (lambda: LazyData(Items(x, np.ones((8, 3))), num_classes=4).some, DTypeError, 'give vectors as "cond"'),
         (lambda: fastdiff.load_data(tmp_path / "big.npy", lazy=True), DTypeError, r"numpy's astype\('float32'\)"),
+        (
+            lambda: fastdiff.load_data(tmp_path / "words.npy", lazy=True),
+            DTypeError,
+            "x must be uint8, float32 or float64",
+        ),
         (lambda: fastdiff.load_data(tmp_path / "fortran.npy", lazy=True), DataError, "in Fortran's order"),
         (lambda: fastdiff.load_data(tmp_path / "x.npz", lazy=True), ConfigError, "lazy=True is for a .npy file"),
         (lambda: fastdiff.load_data(x, num_classes=3), ConfigError, "num_classes=3 is of a Dataset"),

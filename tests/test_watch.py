@@ -179,6 +179,11 @@ def test_what_cannot_be_evaluated_is_refused():
             ConfigError,
             "evaluate must return numbers by name",
         ),
+        (
+            {"evaluate": lambda model, step: {"a": torch.ones(2)}, "evaluate_every": 1},
+            ConfigError,
+            "evaluate must return one number for each name",
+        ),
     ):
         with pytest.raises(error, match=words):
             fastdiff.train(tiny(), **{"data": data(), "steps": 1, **OPTIONS, **arguments})

@@ -139,6 +139,7 @@ def _lazy(source: Any, options: dict[str, Any], workers: int) -> Data | LazyData
         offset = stream.tell()
         if dtype.hasobject or offset + math.prod(shape) * dtype.itemsize != os.fstat(stream.fileno()).st_size:
             raise ValueError("it holds Python objects, or is not as long as its header says")
+    check_dtype(dtype.newbyteorder("=").name)
     if not dtype.isnative:
         raise DTypeError(
             f"source {files.shown(path)} has the byte order of other machines, which cannot be mapped: write it again with "

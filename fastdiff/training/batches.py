@@ -94,7 +94,8 @@ class Batches:
             index = torch.arange(start, min(start + self.size, len(self.data)), device="cpu")
             u = (index.double() * GOLDEN) % 1  # even, whatever the data's order
             drawn = self.objective.draw(u.float().to(self.device), 0.0)
-            x0, cond = self._clean(self.data, index, LAST_DRAW, start), self._beside(self.data, index)
+            x0 = self._clean(self.data, index, LAST_DRAW, start) if self.ready is None else self.ready[index]
+            cond = self._beside(self.data, index)
             cursor = ops.cursor(LAST_DRAW, start, self.seed, self.device)
             yield Batch(x0.to(self.device), cursor, self._conditions(*cond, None), drawn, drawn)
 

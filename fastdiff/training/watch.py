@@ -142,7 +142,12 @@ def _numbers(found: Any) -> dict[str, float]:
         return {}
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise ConfigError(f"evaluate must return numbers by name, or None, got {short(found)}")
-    return {name: float(value) for name, value in found.items()}
+    try:
+        return {name: float(value) for name, value in found.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"evaluate must return one number for each name, got {short(found)}: {files.reason(error)}"
+        ) from error
 
 
 def writer(folder: Path | None) -> Any:
