@@ -624,7 +624,7 @@ def test_options_of_the_optimisation_are_those_of_python(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    ("given", "said"),
     [
         (("--ema", "0.9,x"), "must be a number, or several as in 0.999,0.9999, got '0.9,x'"),
         (("--grad-clip", "off"), "must be a number, or none, got 'off'"),
