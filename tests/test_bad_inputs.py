@@ -311,7 +311,7 @@ def model(**change):
         ({"data_shape": ()}, "shape"),
         ({"data_range": (1, -1)}, "data_range"),
         ({"data_range": 1}, "data_range"),
-        ({"variance": "learned"}, "learned_range"),
+        ({"variance": "learnt"}, "did you mean 'learned'"),
     ],
 )
 def test_score_models_refuse_what_cannot_be_meant(change, words):

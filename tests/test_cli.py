@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import inspect
 import math
 import os
 import pty
@@ -580,3 +582,72 @@ def test_a_name_that_no_file_can_have_is_one_short_line(words, capsys, tmp_path,
     assert said.count("\n") == 1
     assert len(said) < 260
     assert list(tmp_path.iterdir()) == []
+
+
+def train_parser():
+    parser = commands._parser()
+    (commands_of,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return commands_of.choices["train"]
+
+
+def test_train_has_an_option_of_each_argument_of_train():
+    known = {action.dest for action in train_parser()._actions}
+    elsewhere = {
+        "model", "decay", "checkpoint", "resume", "progress", "callback", "stop", "evaluate",
+    }  # the network's options, --schedule cosine, --out, --fresh, and what only Python can say  # fmt: skip
+    assert set(inspect.signature(fastdiff.train).parameters) - elsewhere <= known
+
+
+def test_the_help_of_train_is_in_groups():
+    text = train_parser().format_help()
+    heads = re.findall(r"^([a-z ]+):$", text, re.MULTILINE)
+    assert heads == ["options", "data", "network and process", "objective", "optimisation", "run and watching"]
+    assert text[text.index("options:") : text.index("data:")].count("--") == 1  # --help alone
+    assert text.startswith("usage: fastdiff train DATA --out DIR --steps N [options]\n")
+
+
+def test_options_of_the_optimisation_are_those_of_python(tmp_path, capsys):
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).uniform(-1, 1, (60, 2)).astype(np.float32))
+    arguments = [
+        "train", tmp_path / "data.npy", "--out", tmp_path / "a", "--steps", 20, "--batch-size", 8, "--accumulate", 2,
+        "--optimizer", "adamw", "--lr", "0.01", "--warmup", 5, "--warmup-start", 0, "--schedule", "cosine", "--grad-clip", "none",
+        "--ema", "0.9,0.5", "--ema-rule", "constant", "--posthoc", "--precision", "bf16", "--checkpoint-every", 10,
+        "--bad-step", "raise",
+    ]  # fmt: skip
+    assert commands.main([str(a) for a in arguments]) == 0
+    torch.manual_seed(0)
+    model = fastdiff.ScoreModel(MLP((2,)), "vp", "edm", data_shape=(2,))
+    fastdiff.train(
+        model, tmp_path / "data.npy", steps=20, loss="simple", batch_size=8, accumulate=2, optimizer="adamw", lr=0.01, warmup=5,
+        warmup_start=0, schedule="cosine", grad_clip=None, ema=(0.9, 0.5), ema_rule="constant", posthoc=True, precision="bf16",
+        checkpoint=tmp_path / "b", checkpoint_every=10, bad_step="raise",
+    )  # fmt: skip
+    for rate in (0.9, 0.5):
+        a, b = (fastdiff.load(tmp_path / run, ema=rate).state_dict() for run in "ab")
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    assert len(list((tmp_path / "a").glob("snapshot-*"))) == 2
+    drawn = ["sample", tmp_path / "a", "--ema", "0.5", "--steps", 4, "-n", 3, "--out", tmp_path / "x.npy"]
+    assert commands.main([str(a) for a in drawn]) == 0
+    x = fastdiff.sample(fastdiff.load(tmp_path / "b", ema=0.5), steps=4, num_samples=3)
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), x.numpy())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--ema", "0.9,x"), "must be a number, or several as in 0.999,0.9999, got '0.9,x'"),
+        (("--grad-clip", "off"), "must be a number, or none, got 'off'"),
+        (("--optimiser", "adam"), "did you mean --optimizer?"),
+        (("--optimizer", "adamq"), "did you mean 'adam'"),
+        (("--schedule", "cosin"), "did you mean 'cosine'?"),
+    ],
+)
+def test_a_wrong_option_of_train_is_said(given, said, tmp_path, capsys):
+    pairs(tmp_path)
+    try:
+        code = commands.main(["train", f"{tmp_path}/data.npy", "--out", f"{tmp_path}/run", "--steps", "2", *given])
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    assert code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fastdiff
-from fastdiff.cli import commands
+from fastdiff.cli import commands, pictures
 from fastdiff.data import LazyData
 from fastdiff.errors import ConfigError, DataError, ShapeError
 from fastdiff.execution import ops
@@ -249,3 +249,22 @@ def test_the_command_line_draws_samples_and_writes_the_numbers(tmp_path, capsys)
     assert {row["name"] for row in lines(tmp_path)} == {"validation", "loss", "lr"}
     assert commands.main([*arguments, "--patience", "0"]) == 2
     assert "patience must be" in capsys.readouterr().err
+
+
+def test_the_command_line_draws_samples_of_the_first_conditions(tmp_path, capsys):
+    fields = np.random.default_rng(0).uniform(-1, 1, (20, 1, 8, 8)).astype("float32")
+    np.savez(tmp_path / "data.npz", x=fields[:, :, ::-1].copy(), cond=fields)
+    arguments = [
+        "train", str(tmp_path / "data.npz"), "--out", str(tmp_path), "--steps", "2", "--batch-size", "8", "--evaluate-every", "2",
+        "--samples", "4",
+    ]  # fmt: skip
+    assert commands.main(arguments) == 0
+    x = fastdiff.sample(
+        fastdiff.load(tmp_path), steps=50, num_samples=4, cond=torch.from_numpy(fields[:4]), progress=False
+    )
+    pictures.image(tmp_path / "again.png", x.numpy(), (-1.0, 1.0))
+    assert (tmp_path / "samples-00000002.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    np.save(tmp_path / "table.npy", fields.reshape(20, 64))
+    refused = ["train", str(tmp_path / "table.npy"), "--out", str(tmp_path / "b"), "--steps", "2", "--samples", "4"]
+    assert commands.main(refused) == 2
+    assert "--samples draws pictures (1 or 3, H, W), and the data are (64,): leave it out" in capsys.readouterr().err

@@ -263,7 +263,7 @@ def _evaluate(a: argparse.Namespace) -> None:
     metrics = report.metric_names(a.metrics)
     run = {name: getattr(a, name) for name in ("sde", "steps", "sampler", "grid", "clip", "batch_size")}
     if a.model.endswith(".npy"):
-        for name, value in {**run, "net": a.net}.items():
+        for name, value in {**run, "net": a.net, "ema": a.ema}.items():
             if value is not None:
                 raise ConfigError(
                     f"{name}={value!r:.40} is of a run, and {files.shown(a.model)} holds samples: leave it out"
@@ -336,12 +336,14 @@ def _train(a: argparse.Namespace) -> int:
     with _signals() as received:
         done = train(
             model, data, steps=a.steps, loss=loss, weight=a.weight, times=a.times, truncation=a.truncation,
-            vlb_weight=a.vlb_weight, batch_size=a.batch_size, lr=a.lr, ema=a.ema, seed=a.seed,
-            dequantize=a.dequantize, cond_dropout=a.cond_dropout, checkpoint=a.out, resume=not a.fresh,
+            vlb_weight=a.vlb_weight, probe=a.probe, batch_size=a.batch_size, accumulate=a.accumulate, optimizer=a.optimizer,
+            lr=a.lr, warmup=a.warmup, warmup_start=a.warmup_start, schedule=a.schedule, grad_clip=a.grad_clip,
+            bad_step=a.bad_step, ema=a.ema, ema_rule=a.ema_rule, posthoc=a.posthoc, precision=a.precision, compile=a.compile,
+            seed=a.seed, dequantize=a.dequantize, cond_dropout=a.cond_dropout, checkpoint=a.out, resume=not a.fresh,
             checkpoint_every=a.checkpoint_every, keep=a.keep,
             callback=_said(a.steps), stop=lambda: received, augment=a.augment and a.augment.split(","),
             validation=_validation(a.validation),
-            evaluate=_drawn(a.out, a.samples, model) if a.samples else None, evaluate_every=a.evaluate_every,
+            evaluate=_drawn(a.out, a.samples, model, some) if a.samples else None, evaluate_every=a.evaluate_every,
             patience=a.patience, tensorboard=a.tensorboard,
         )  # fmt: skip
     print(f"{data!r}: step {done.steps} after {done.seconds:.0f} s; fastdiff.load({a.out!r}) gives the model")
@@ -360,26 +362,32 @@ def _validation(value: str | None) -> Any:
         return value
 
 
-def _drawn(out: str, count: int, model: ScoreModel) -> Callable[[ScoreModel, int], None]:
-    """An evaluation that draws samples, always the same ones, and shows them in the run's folder."""
+def _drawn(out: str, count: int, model: ScoreModel, data: Data) -> Callable[[ScoreModel, int], None]:
+    """An evaluation that draws samples, always the same ones, and shows them in the run's folder: of all labels in turn, or of
+    the first conditions of the data, with their labels."""
     import torch
 
     from .. import checks
     from ..errors import ConfigError
+    from ..execution.calls import device_of, moved
     from ..sampling import sample
     from . import pictures
 
     count = checks.integer("samples", count, 1, 10_000)
-    pictures.check_drawable(count, model.data_shape)
-    if model.cond_shape:
-        raise ConfigError("--samples draws without conditions, which this model needs: leave it out")
+    if len(model.data_shape) != 3 or model.data_shape[0] not in (1, 3):
+        raise ConfigError(f"--samples draws pictures (1 or 3, H, W), and the data are {model.data_shape}: leave it out")
 
     def draw(model: ScoreModel, step: int) -> None:
+        rows = torch.arange(count) % len(data)
         labels = torch.arange(count) % model.num_classes if model.num_classes else None
+        if model.cond_shape and labels is not None and data.labels is not None:
+            labels = data.labels[rows]
+        cond = data.cond[rows] if model.cond_shape and data.cond is not None else None
+        condition = moved(model.takes.joined(labels, cond), device_of(None, None, model.net))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the samples run from", category=UserWarning)
             x = sample(model, steps=min(50, int(model.process.T)) if model.process.discrete else 50, num_samples=count,
-                       cond=labels, progress=False)  # fmt: skip
+                       cond=condition, progress=False)  # fmt: skip
         pictures.image(Path(out) / f"samples-{step:08d}.png", x.cpu().numpy(), model.data_range)
 
     return draw
@@ -558,7 +566,7 @@ def _model(a: argparse.Namespace) -> ScoreModel:
     from ..training import load
 
     device = _device(a)
-    model = load(a.model, net=_made(a.net))
+    model = load(a.model, net=_made(a.net), ema=a.ema)
     model.net.to(device)
     return model
 
@@ -656,13 +664,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    of_a_device = argparse.ArgumentParser(add_help=False)
-    of_a_device.add_argument("--device", default="cpu", help="where the network runs: cpu (default), cuda or cuda:1")
-    # options of the commands that run a trained model
-    of_a_model = argparse.ArgumentParser(add_help=False, parents=[of_a_device])
+    of_a_model = argparse.ArgumentParser(add_help=False)  # options of the commands that run a trained model
+    _add_device(of_a_model.add_argument)
     of_a_model.add_argument("model", help="a shipped name such as digits-ve, a checkpoint file or a training directory")
     net = "module:factory or file.py:factory, which makes a network of your own"
     of_a_model.add_argument("--net", help=f"{net}, for checkpoints of one")
+    of_a_model.add_argument(
+        "--ema", type=float, help="rate of another average of a training with several (default: the first)"
+    )
     of_a_model.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
     of_a_model.add_argument("--batch-size", type=int, help="samples in one network call (default: chosen by size)")
     of_a_plan = argparse.ArgumentParser(add_help=False)  # options of the commands that choose a sampler and its grid
@@ -670,21 +679,8 @@ def _parser() -> argparse.ArgumentParser:
         "--sampler", help="ddim, heun, dpmpp_2m, …; an unknown one names the nearest (default: the process's)"
     )
     of_a_plan.add_argument("--grid", help="where the steps stand: uniform, karras, … (default: the sampler's)")
-    of_data = argparse.ArgumentParser(add_help=False)  # how data are read
-    of_data.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), help="stretch every picture of a folder to this size"
-    )
-    of_data.add_argument(
-        "--channels", type=_channels, metavar="C", help="1 (grey) or 3 (RGB) of pictures; first, last or 1 of arrays"
-    )
-    of_data.add_argument(
-        "--range",
-        type=float,
-        nargs=2,
-        metavar=("LO", "HI"),
-        help="of the data (default: 0 255 for bytes, else its ends)",
-    )
-    of_data.add_argument("--bins", type=int, help="levels that the data stand on, 2 to 65536 (default: 256 for bytes)")
+    of_data = argparse.ArgumentParser(add_help=False)
+    _reading(of_data)
     data = ".npy, .npz, IDX (.gz), a folder of images, or digits"
 
     sub = command(
@@ -711,71 +707,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--shard-size", type=int, help="samples in a file of a folder (default: 1024)")
     sub.add_argument("--threads", type=int, help="of each process that fills a folder (default: 1)")
 
-    sub = command(
-        "train",
-        _train_among,
-        "Train a model on arrays, IDX files, a folder of images, or 'digits'.",
-        of_a_device,
-        of_data,
+    _train_options(
+        command("train", _train_among, "Train a model on arrays, IDX files, a folder of images, or 'digits'."),
+        data,
+        net,
     )
-    sub.add_argument("data", nargs="?", help=f"{data}; also --data")
-    sub.add_argument(
-        "--data", dest="also_data", metavar="DATA", help=argparse.SUPPRESS
-    )  # as the other commands have it
-    sub.add_argument("--out", required=True, help="checkpoint directory; an unfinished run there is resumed")
-    sub.add_argument("--labels", help="a .npy or IDX file of class numbers 0 … (default: the data's own)")
-    sub.add_argument(
-        "--cond", help="a .npy array of conditions, vectors or fields, an entry for each sample (default: the data's)"
-    )
-    sub.add_argument("--sde", default="vp", help="the process: ve, vp (default), subvp, ou, edm, ddpm or ncsn")
-    sub.add_argument("--steps", type=int, required=True, help="step at which the training ends, 1 to 1000000000")
-    sub.add_argument("--network", choices=["unet", "mlp"], help="default: unet for images and signals, mlp for vectors")
-    sub.add_argument("--net", help=f"{net}; fastdiff.load then needs it too")
-    sub.add_argument(
-        "--prediction", default="edm", help="what the network returns: score, eps, x0, v, … (default: edm)"
-    )
-    sub.add_argument(
-        "--loss", help="dsm, simple, likelihood, dsm_vr, vlb, hybrid, ism, ssm or ssm_vr (default: simple; dsm with --weight; "
-        "hybrid with --variance)",
-    )  # fmt: skip
-    sub.add_argument(
-        "--weight", help="λ(t): sigma2, g2, one, target, edm, min_snr, p2 or learned (default: the loss's)"
-    )
-    sub.add_argument(
-        "--times", default="stratified", help="stratified (default), uniform, importance, lognormal or second_moment"
-    )
-    sub.add_argument("--truncation", default="hard", help="near t = 0: hard (default), soft or clamp")
-    sub.add_argument("--variance", help="learned or learned_range, of a ddpm or ncsn chain (default: fixed)")
-    sub.add_argument("--vlb-weight", type=float, default=0.001, help="of the bound in loss hybrid (default: 0.001)")
-    sub.add_argument("--batch-size", type=int, default=128, help="samples in a step, 1 to 10000000 (default: 128)")
-    sub.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate, above 0 (default: 0.001)")
-    sub.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, 0 to 1 (default: 0.999)")
-    sub.add_argument("--seed", type=int, default=0, help="of the first weights and of all random numbers (default: 0)")
-    sub.add_argument("--classes", action="store_true", help="condition on the data's labels")
-    sub.add_argument(
-        "--cond-dropout",
-        type=float,
-        default=0.0,
-        help="share of samples trained without labels and conditions (default: 0)",
-    )
-    sub.add_argument("--augment", help="flip, flip_vertical or crop, or several, as in flip,crop")
-    sub.add_argument("--lazy", action="store_true", help="read a .npy file or pictures while training, not before")
-    sub.add_argument(
-        "--workers", type=int, default=0, help="processes that read pictures ahead, with --lazy (default: 0)"
-    )
-    sub.add_argument("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
-    sub.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
-    sub.add_argument("--checkpoint-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
-    sub.add_argument("--keep", type=int, help="also leave the last so many checkpoints by their steps (default: none)")
-    timeout = "seconds after which a process of torchrun's gives up on others that do not answer (default: 300)"
-    sub.add_argument("--timeout", type=float, default=300, help=timeout)
-    sub.add_argument("--validation", help="a share of the data, such as 0.1, or other data, to evaluate the loss on")
-    sub.add_argument("--evaluate-every", type=int, default=1000, help="steps between evaluations (default: 1000)")
-    sub.add_argument(
-        "--samples", type=int, default=0, help="draw so many at each evaluation, as a picture (default: 0)"
-    )
-    sub.add_argument("--patience", type=int, help="end after so many evaluations without a lower validation loss")
-    sub.add_argument("--tensorboard", action="store_true", help="write the numbers for TensorBoard too")
 
     sub = command(
         "evaluate",
@@ -849,6 +785,141 @@ def _parser() -> argparse.ArgumentParser:
     verify = "compare every backend with plain PyTorch, bit for bit, and print a report; 1 if anything differs"
     sub.add_argument("--verify", action="store_true", help=verify)
     return parser
+
+
+def _reading(options: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Options of how data are read."""
+    add = options.add_argument
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="stretch every picture of a folder to this size")
+    channels = "1 (grey) or 3 (RGB) of pictures; first, last or 1 of arrays"
+    add("--channels", type=_channels, metavar="C", help=channels)
+    ends = "of the data (default: 0 255 for bytes, else its ends)"
+    add("--range", type=float, nargs=2, metavar=("LO", "HI"), help=ends)
+    add("--bins", type=int, metavar="K", help="levels that the data stand on, 2 to 65536 (default: 256 for bytes)")
+
+
+def _train_options(sub: argparse.ArgumentParser, data: str, net: str) -> None:
+    """The options of `fastdiff train`: those of `fastdiff.train`, which has their meaning, and of the model."""
+    sub.usage = "fastdiff train DATA --out DIR --steps N [options]"
+    sub.epilog = (
+        "Each is an option of fastdiff.train, fastdiff.load_data or fastdiff.ScoreModel, where more is said of it."
+    )
+
+    add = (of_data := sub.add_argument_group("data")).add_argument
+    add("data", metavar="DATA", nargs="?", help=f"{data}; also --data")
+    add("--data", dest="also_data", help=argparse.SUPPRESS)  # as the other commands have it
+    add("--labels", metavar="FILE", help="a .npy or IDX file of class numbers 0 … (default: the data's own)")
+    cond = "a .npy array of conditions, vectors or fields, an entry for each sample (default: the data's)"
+    add("--cond", metavar="FILE", help=cond)
+    _reading(of_data)
+    add("--lazy", action="store_true", help="read a .npy file or pictures while training, not before")
+    workers = "processes that read pictures ahead, with --lazy (default: 0)"
+    add("--workers", type=int, default=0, metavar="N", help=workers)
+    add("--augment", metavar="NAMES", help="flip, flip_vertical or crop, or several, as in flip,crop")
+    add("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
+
+    add = sub.add_argument_group("network and process").add_argument
+    kinds = "unet or mlp (default: unet for images and signals, mlp for vectors)"
+    add("--network", choices=["unet", "mlp"], metavar="NAME", help=kinds)
+    add("--net", metavar="FACTORY", help=f"{net}; fastdiff.load then needs it too")
+    add("--sde", default="vp", metavar="NAME", help="ve, vp (default), subvp, ou, edm, ddpm or ncsn")
+    prediction = "what the network returns: score, eps, x0, v, … (default: edm)"
+    add("--prediction", default="edm", metavar="NAME", help=prediction)
+    variance = "learned or learned_range, of a ddpm or ncsn chain (default: fixed)"
+    add("--variance", metavar="NAME", help=variance)
+    add("--classes", action="store_true", help="condition on the data's labels")
+
+    add = sub.add_argument_group("objective").add_argument
+    losses = "dsm, simple, likelihood, dsm_vr, vlb, hybrid, ism, ssm or ssm_vr"
+    losses += " (default: simple; dsm with --weight; hybrid with --variance)"
+    add("--loss", metavar="NAME", help=losses)
+    weights = "λ(t): sigma2, g2, one, target, edm, min_snr, p2 or learned (default: the loss's)"
+    add("--weight", metavar="NAME", help=weights)
+    times = "stratified (default), uniform, importance, lognormal or second_moment"
+    add("--times", default="stratified", metavar="NAME", help=times)
+    add("--truncation", default="hard", metavar="NAME", help="near t = 0: hard (default), soft or clamp")
+    bound = "of the bound in loss hybrid (default: 0.001)"
+    add("--vlb-weight", type=float, default=0.001, metavar="X", help=bound)
+    add("--probe", metavar="NAME", help="of ssm and ssm_vr: rademacher (default) or normal")
+    dropout = "share of samples trained without labels and conditions (default: 0)"
+    add("--cond-dropout", type=float, default=0.0, metavar="X", help=dropout)
+
+    add = sub.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=int, default=128, metavar="N", help="samples in a step, 1 to 10000000 (default: 128)")
+    add(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="parts in which a batch goes through the network (default: 1)",
+    )
+    add("--optimizer", default="adam", metavar="NAME", help="adam (default), adamw, radam, sgd or muon")
+    add("--lr", type=float, default=1e-3, metavar="X", help="the rate after the warm-up, above 0 (default: 0.001)")
+    warmup = "steps over which the rate rises linearly, 0 or more (default: 1000)"
+    add("--warmup", type=int, default=1000, metavar="N", help=warmup)
+    add(
+        "--warmup-start",
+        type=int,
+        default=1,
+        metavar="N",
+        help="0: the rate rises from 0, 1: from lr/warmup (default: 1)",
+    )
+    schedule = "of the rate from there: constant (default), cosine, linear or inverse_sqrt"
+    add("--schedule", default="constant", metavar="NAME", help=schedule)
+    clip = "norm to which gradients are clipped, or none (default: 1)"
+    add("--grad-clip", type=_norm, default=1.0, metavar="X", help=clip)
+    bad = "a step that is not finite: skip (default; ten in a row raise) or raise"
+    add("--bad-step", default="skip", metavar="NAME", help=bad)
+    ema = "decay of the averaged weights, 0 to 1, or of several averages, as in 0.999,0.9999; the first is the model's"
+    add("--ema", type=_rates, default=0.999, metavar="X,…", help=f"{ema} (default: 0.999)")
+    rules = "how an average begins: diffusers (default), score_sde or constant"
+    add("--ema-rule", default="diffusers", metavar="NAME", help=rules)
+    posthoc = "keep snapshots, of which fastdiff.posthoc_ema makes averages of any width"
+    add("--posthoc", action="store_true", help=posthoc)
+    add("--precision", metavar="NAME", help="bf16 or fp16: autocast of the network (default: its own)")
+    add("--compile", action="store_true", help="the network by torch.compile")
+
+    add = sub.add_argument_group("run and watching").add_argument
+    add("--out", required=True, metavar="DIR", help="checkpoint directory; an unfinished run there is resumed")
+    add("--steps", type=int, required=True, metavar="N", help="step at which the training ends, 1 to 1000000000")
+    add("--seed", type=int, default=0, metavar="N", help="of first weights and all random numbers (default: 0)")
+    _add_device(add)
+    add("--fresh", action="store_true", help="start anew instead of resuming")
+    every = "steps between checkpoints (default: 1000)"
+    add("--checkpoint-every", type=int, default=1000, metavar="N", help=every)
+    add("--keep", type=int, metavar="N", help="also leave the last N checkpoints by their steps (default: none)")
+    timeout = "seconds after which a process of torchrun's gives up on others that do not answer (default: 300)"
+    add("--timeout", type=float, default=300, metavar="X", help=timeout)
+    held_out = "a share of the data, such as 0.1, or other data, to evaluate the loss on"
+    add("--validation", metavar="DATA", help=held_out)
+    evaluations = "steps between evaluations (default: 1000)"
+    add("--evaluate-every", type=int, default=1000, metavar="N", help=evaluations)
+    samples = "draw so many at each evaluation, as a picture; with --cond of its first entries (default: 0)"
+    add("--samples", type=int, default=0, metavar="N", help=samples)
+    patience = "end after so many evaluations without a lower validation loss"
+    add("--patience", type=int, metavar="N", help=patience)
+    add("--tensorboard", action="store_true", help="write the numbers for TensorBoard too")
+
+
+def _add_device(add: Callable[..., object]) -> None:
+    add("--device", default="cpu", help="where the network runs: cpu (default), cuda or cuda:1")
+
+
+def _rates(text: str) -> float | tuple[float, ...]:
+    """--ema: a number, or several with commas."""
+    try:
+        rates = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, or several as in 0.999,0.9999, got {text!r:.40}") from None
+    return rates if len(rates) > 1 else rates[0]
+
+
+def _norm(text: str) -> float | None:
+    """--grad-clip: a number or none."""
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, or none, got {text!r:.40}") from None
 
 
 def _channels(text: str) -> int | str:
