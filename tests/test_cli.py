@@ -593,7 +593,7 @@ def train_parser():
 def test_train_has_an_option_of_each_argument_of_train():
     known = {action.dest for action in train_parser()._actions}
     elsewhere = {
-        "model", "decay", "checkpoint", "resume", "progress", "callback", "stop", "evaluate",
+        "model", "decay", "checkpoint", "resume", "progress", "callback", "stop", "evaluate", "group",
     }  # the network's options, --schedule cosine, --out, --fresh, and what only Python can say  # fmt: skip
     assert set(inspect.signature(fastdiff.train).parameters) - elsewhere <= known
 
