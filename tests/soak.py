@@ -49,11 +49,10 @@ class Life:
         self.folder, self.options, self.world, self.chance = folder, options, world, chance
         self.log, self.step, self.kills = folder.with_suffix(".log"), 0, 0
 
-    def killed(self, first, last):
-        """One call of the command, killed after `first` to `last` seconds; False where it ended before that."""
+    def killed(self, due):
+        """One call of the command, killed as soon as due() is true; False where it ended before that."""
         processes = command(*TRAIN, *self.options, "--out", self.folder, world=self.world, log=self.log)
-        deadline = time.monotonic() + self.chance.uniform(first, last)
-        while time.monotonic() < deadline and any(p.is_alive() for p in processes):
+        while not due() and any(p.is_alive() for p in processes):
             time.sleep(0.0005)
         if not any(p.is_alive() for p in processes):
             assert [p.exitcode for p in processes] == [0] * self.world, self.log.read_text()
@@ -92,6 +91,12 @@ class Life:
         assert not list(self.folder.glob(".*")), "temporary files"
 
 
+def after(seconds):
+    """Whether so many seconds have gone by since this call."""
+    deadline = time.monotonic() + seconds
+    return lambda: time.monotonic() >= deadline
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=1000)
@@ -111,7 +116,7 @@ def main():
         while kills < given.kills:
             world = 2 if lives % 4 == 3 else 1
             life = Life(Path(place) / f"life{lives}", options, world, chance)
-            while kills < given.kills and life.killed(0.0, 0.8 * seconds[world]):
+            while kills < given.kills and life.killed(after(chance.uniform(0.0, 0.8 * seconds[world]))):
                 before, kills = kills, kills + 1
                 idle += life.step == 0
                 if kills // 100 > before // 100:

@@ -464,7 +464,7 @@ def test_the_command_line_without_labels(folder, capsys):
 def test_the_command_line_hands_over_arrays(folder, capsys, monkeypatch):
     net = Latent()
     model = fastdiff.ScoreModel(net, "vp", data_shape=(2,), data_range=(-4.0, 6.0))
-    monkeypatch.setattr("fastdiff.training.load", lambda name, net=None: model)
+    monkeypatch.setattr("fastdiff.training.load", lambda name, net=None, ema=None: model)
     context = np.random.default_rng(0).normal(size=(40, 4))
     np.save("context.npy", context)
     assert command(capsys, "sample", "m", "--steps", 2, "--cond", "context.npy")[0] == 0
