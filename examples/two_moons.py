@@ -88,14 +88,14 @@ def drawn(model: fastdiff.ScoreModel, x: np.ndarray, count: int) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Posteriors of two moons from simulations alone.")
     parser.add_argument("--simulations", type=int, default=10000, help="pairs of parameters and data (default: 10000)")
-    parser.add_argument("--steps", type=int, default=30000, help="of training (default: 30000)")
+    parser.add_argument("--steps", type=int, default=8000, help="of training (default: 8000)")
     parser.add_argument("--draws", type=int, default=10000, help="of each posterior (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of simulations, weights and training (default: 0)")
     a = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()
     model = trained(a.simulations, a.steps, a.seed)
-    print(f"trained on {a.simulations} simulations in {time.perf_counter() - began:.0f} s: {model}")
+    print(f"trained on {a.simulations} simulations in {time.perf_counter() - began:.0f} s: {model}", flush=True)
     accuracies = []
     for k, x in enumerate(OBSERVATIONS, start=1):
         exact = posterior(x, a.draws, np.random.default_rng(k))
