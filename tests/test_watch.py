@@ -156,21 +156,6 @@ def test_what_cannot_be_evaluated_is_refused():
         ({"patience": 3}, ConfigError, "patience=3 needs validation data: give validation=0.1"),
         ({"validation": 1.5}, ConfigError, "validation must be"),
         ({"validation": data(range=(-7.0, 7.0))}, DataError, "validation must have the range and levels of the data"),
-        (
-            {"validation": data(labels=torch.zeros(120, dtype=torch.long))},
-            DataError,
-            "labels and conditions where the data have",
-        ),
-        (
-            {"data": data(labels=torch.arange(120) % 3), "validation": data(labels=torch.arange(120) % 5)},
-            DataError,
-            "labels below the data's num_classes=3, got 4: give the data num_classes=",
-        ),
-        (
-            {"data": data(cond=torch.rand(120, 3)), "validation": data(cond=torch.rand(120, 2))},
-            ShapeError,
-            r"conditions of the data's shape \(3,\), got \(2,\)",
-        ),
         ({"evaluate": 3}, ConfigError, "evaluate must be"),
         ({"evaluate_every": 0}, ConfigError, "evaluate_every must be"),
         ({"tensorboard": True}, ConfigError, "tensorboard=True needs a directory to write in: give checkpoint="),
@@ -187,6 +172,52 @@ def test_what_cannot_be_evaluated_is_refused():
     ):
         with pytest.raises(error, match=words):
             fastdiff.train(tiny(), **{"data": data(), "steps": 1, **OPTIONS, **arguments})
+
+
+def conditioned():
+    """A network that takes labels of three classes and conditions (3,)."""
+    return fastdiff.ScoreModel(MLP((2,), hidden=8, num_classes=3, cond_shape=(3,)), "vp", "edm", data_shape=(2,))
+
+
+LABELS, COND = torch.arange(120) % 3, torch.rand(120, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("of_data", "of_validation", "error", "words"),
+    [
+        ({"labels": LABELS}, {}, DataError, "validation must have labels, as the data have and the network takes"),
+        (
+            {"labels": LABELS, "cond": COND},
+            {"labels": LABELS},
+            DataError,
+            "validation must have cond, as the data have",
+        ),
+        (
+            {"labels": LABELS},
+            {"labels": torch.arange(120) % 5},
+            DataError,
+            "labels below the data's num_classes=3, got 4: give the data num_classes=",
+        ),
+        ({"cond": COND}, {"cond": COND[:, :2]}, ShapeError, r"conditions of the data's shape \(3,\), got \(2,\)"),
+    ],
+)
+def test_validation_must_have_what_the_network_gets_of_the_data(of_data, of_validation, error, words):
+    with pytest.raises(error, match=words):
+        fastdiff.train(conditioned(), data(**of_data), steps=1, validation=data(**of_validation), **OPTIONS)
+
+
+@pytest.mark.filterwarnings("ignore:the data have labels of 3 classes, and the network takes none:UserWarning")
+def test_validation_may_have_and_lack_what_the_network_does_not_get(tmp_path):
+    """The losses are those without any of it."""
+    found = []
+    for of_data, of_validation in (({}, {}), ({"labels": LABELS}, {}), ({}, {"labels": LABELS % 2, "cond": COND})):
+        folder = tmp_path / str(len(found))
+        fastdiff.train(
+            tiny(), data(**of_data), steps=4, validation=data(**of_validation), evaluate_every=2, checkpoint=folder,
+            **OPTIONS,
+        )  # fmt: skip
+        found.append(lines(folder))
+    assert found[0] == found[1] == found[2]
 
 
 def test_what_a_run_opened_is_closed_after_an_error(tmp_path, monkeypatch):

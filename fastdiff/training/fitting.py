@@ -47,22 +47,30 @@ def held_out(data: Data | LazyData, validation: Any, model: ScoreModel) -> tuple
             f"validation must have the range and levels of the data, {data.range} and {data.bins}, got {kept.range} and "
             f"{kept.bins}: give both Data the same range= and bins="
         )
-    some = data.some if isinstance(data, LazyData) else data
-    beside = [(a is None) != (b is None) for a, b in ((some.labels, kept.labels), (some.cond, kept.cond))]
-    if any(beside):
-        raise DataError(
-            "validation must have labels and conditions where the data have them: give Data(..., labels=, cond=)"
-        )
-    if some.num_classes is not None and int(kept.labels.max()) >= some.num_classes:  # type: ignore[union-attr]
-        raise DataError(
-            f"validation must have labels below the data's num_classes={some.num_classes}, got {int(kept.labels.max())}: "  # type: ignore[union-attr]
-            "give the data num_classes="
-        )
-    if some.cond is not None and kept.cond is not None and some.cond.shape[1:] != kept.cond.shape[1:]:
-        raise ShapeError(
-            f"validation must have conditions of the data's shape {tuple(some.cond.shape[1:])}, got {tuple(kept.cond.shape[1:])}"
-        )
+    _check_beside(data.some if isinstance(data, LazyData) else data, kept, model)
     return data, kept
+
+
+def _check_beside(data: Data, kept: Data, model: ScoreModel) -> None:
+    """Refuse validation data `kept` without the labels and conditions that the network gets of the data, or with others."""
+    to_labels, to_cond = _places(model)
+    lacks = "validation must have {0}, as the data have and the network takes: give Data(..., {0}=)"
+    if to_labels and data.labels is not None:
+        if kept.labels is None:
+            raise DataError(lacks.format("labels"))
+        if int(kept.labels.max()) >= (data.num_classes or 0):
+            raise DataError(
+                f"validation must have labels below the data's num_classes={data.num_classes}, got {int(kept.labels.max())}: "
+                "give the data num_classes="
+            )
+    if to_cond and data.cond is not None:
+        if kept.cond is None:
+            raise DataError(lacks.format("cond"))
+        if data.cond.shape[1:] != kept.cond.shape[1:]:
+            raise ShapeError(
+                f"validation must have conditions of the data's shape {tuple(data.cond.shape[1:])}, got "
+                f"{tuple(kept.cond.shape[1:])}"
+            )
 
 
 def conditions(data: Data, model: ScoreModel, cond_dropout: float) -> dict[str, Any]:
@@ -74,7 +82,7 @@ def conditions(data: Data, model: ScoreModel, cond_dropout: float) -> dict[str, 
     cond_dropout      as it is
     """
     taken = model.takes
-    to_labels, to_cond = None if taken.classes == 0 else taken.labels, None if taken.shape == () else taken.tensor
+    to_labels, to_cond = _places(model)
     labels, cond = data.labels if to_labels else None, data.cond
     if data.labels is not None and labels is None:
         warn(
@@ -115,6 +123,12 @@ def conditions(data: Data, model: ScoreModel, cond_dropout: float) -> dict[str, 
         }
     arranged(taken, taken.joined(None if labels is None else labels[:1], None if cond is None else cond[:1]))
     return facts
+
+
+def _places(model: ScoreModel) -> tuple[str | None, str | None]:
+    """Where the network takes labels and another condition, None where it takes none."""
+    taken = model.takes
+    return None if taken.classes == 0 else taken.labels, None if taken.shape == () else taken.tensor
 
 
 def check_augmented(model: ScoreModel) -> None:
