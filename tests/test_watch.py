@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import multiprocessing
+import re
 import sys
 import types
 
@@ -16,6 +18,7 @@ from torch import nn
 import fastdiff
 from fastdiff.cli import commands, pictures
 from fastdiff.data import LazyData
+from fastdiff.data.readers import load_beside
 from fastdiff.errors import ConfigError, DataError, ShapeError
 from fastdiff.execution import ops
 from fastdiff.networks import MLP
@@ -155,7 +158,16 @@ def test_what_cannot_be_evaluated_is_refused():
     for arguments, error, words in (
         ({"patience": 3}, ConfigError, "patience=3 needs validation data: give validation=0.1"),
         ({"validation": 1.5}, ConfigError, "validation must be"),
-        ({"validation": data(range=(-7.0, 7.0))}, DataError, "validation must have the range and levels of the data"),
+        (
+            {"validation": Data(torch.zeros(9, 2, dtype=torch.uint8))},
+            DataError,
+            "validation must have the range and levels of the data",
+        ),
+        (
+            {"validation": np.zeros((9, 3), "float32") + [[1], [2], [3]] * 3},
+            ShapeError,
+            r"validation must have samples of",
+        ),
         ({"evaluate": 3}, ConfigError, "evaluate must be"),
         ({"evaluate_every": 0}, ConfigError, "evaluate_every must be"),
         ({"tensorboard": True}, ConfigError, "tensorboard=True needs a directory to write in: give checkpoint="),
@@ -218,6 +230,94 @@ def test_validation_may_have_and_lack_what_the_network_does_not_get(tmp_path):
         )  # fmt: skip
         found.append(lines(folder))
     assert found[0] == found[1] == found[2]
+
+
+def validated(folder, model, data, validation):
+    options = {**OPTIONS, "batch_size": 8, "evaluate_every": 1, "seed": 3}
+    fastdiff.train(model, data, steps=1, validation=validation, checkpoint=folder, **options)
+    return lines(folder)
+
+
+@pytest.mark.filterwarnings("error")
+def test_validation_from_a_file_is_in_the_units_of_the_data(tmp_path):
+    """Of pictures the data's range, inferred or given, and levels; of vectors the numbers as they are."""
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(0.1, 0.9, (20, 1, 4, 4)), rng.uniform(0.2, 0.8, (20, 1, 4, 4))
+    np.save(tmp_path / "y.npy", y)
+
+    def model():
+        torch.manual_seed(0)
+        return fastdiff.ScoreModel(MLP((1, 4, 4), hidden=8, layers=1), "vp", "edm", data_shape=(1, 4, 4))
+
+    data = fastdiff.load_data(x)
+    found = validated(tmp_path / "a", model(), data, tmp_path / "y.npy")
+    assert found == validated(tmp_path / "b", model(), data, Data(torch.from_numpy(y), range=data.range))
+    with pytest.raises(DataError, match=re.escape(f"give both range=({float(x.min())}, 0.95)")):
+        validated(tmp_path / "c", model(), data, np.where(y == y.max(), 0.95, y))
+    levels = Data(torch.from_numpy((x * 16).round().astype("uint8")), range=(0.0, 16.0), bins=17)
+    of_levels = (y * 16).round()
+    found = validated(tmp_path / "d", model(), levels, of_levels.astype("uint8"))
+    assert found == validated(tmp_path / "e", model(), levels, of_levels.astype("float32"))
+    with pytest.raises(DataError, match="validation, in the units of the data: x must lie on its 17 levels"):
+        validated(tmp_path / "f", model(), levels, y.astype("float32"))
+    vectors = rng.normal(size=(30, 2)) * 20
+    of_vectors = Data(torch.from_numpy(vectors[:20]), range=(-100.0, 100.0))
+    found = validated(tmp_path / "g", tiny(), of_vectors, vectors[20:])
+    assert found == validated(
+        tmp_path / "h", tiny(), of_vectors, Data(torch.from_numpy(vectors[20:]), range=(-99.0, 200.0))
+    )
+
+
+def test_the_classes_of_a_folder_have_the_numbers_of_the_data(tmp_path):
+    for k, place in enumerate(("a/x", "a/y", "a/z", "b/z", "c/z", "c/v")):
+        (tmp_path / place).mkdir(parents=True)
+        pictures.image(tmp_path / place / "0.png", np.full((1, 1, 8, 8), k / 9, "float32"), (0.0, 1.0))
+    data = fastdiff.load_data(tmp_path / "a")
+    assert load_beside("validation", tmp_path / "b", data).labels.tolist() == [2]
+    with pytest.raises(DataError, match="validation must have the classes of the data, x, y, z, got v: move"):
+        load_beside("validation", tmp_path / "c", data)
+
+
+def test_the_command_line_reads_validation_as_the_data(tmp_path, capsys):
+    """Layout, range, labels and conditions by options; what is missing is named with the option that gives it."""
+    rng = np.random.default_rng(0)
+    for name, count in (("x", 20), ("y", 10)):
+        np.save(tmp_path / f"{name}.npy", rng.integers(0, 9, (count, 8, 8)).astype("uint8"))
+        np.save(tmp_path / f"{name}-labels.npy", np.arange(count) % 3)
+        np.save(tmp_path / f"{name}-cond.npy", rng.normal(size=(count, 2)))
+
+    def status(*more):
+        start = ["train", str(tmp_path / "x.npy"), "--out", str(tmp_path / "m"), "--fresh", "--steps", "1", "--network", "mlp",
+                 "--channels", "1", "--range", "0", "8", "--evaluate-every", "1"]  # fmt: skip
+        return commands.main([*start, *(str(tmp_path / word) if word.endswith(".npy") else word for word in more)])
+
+    assert status("--validation", "y.npy") == 0
+    of_data = ["--classes", "--labels", "x-labels.npy", "--cond", "x-cond.npy"]
+    assert status("--validation", "y.npy", *of_data) == 2
+    assert "--validation must have labels, as the data have: give --validation-labels FILE" in capsys.readouterr().err
+    of_data += ["--validation-labels", "y-labels.npy"]
+    assert status("--validation", "y.npy", *of_data) == 2
+    assert "--validation must have cond, as the data have: give --validation-cond FILE" in capsys.readouterr().err
+    of_data += ["--validation-cond", "y-cond.npy"]
+    assert status("--validation", "y.npy", *of_data) == 0
+    assert {row["name"] for row in lines(tmp_path / "m")} == {"validation", "loss", "lr"}
+    assert status("--validation", "0.2", *of_data) == 2
+    said = "--validation-labels is of validation data in a file of their own: give --validation FILE"
+    assert said in capsys.readouterr().err
+
+
+def test_the_training_data_of_an_evaluation_are_in_the_units_of_its_data(tmp_path, capsys):
+    """Samples that are copies of training data, whose own ends are others, are found beside them."""
+    x = np.random.default_rng(0).uniform(0.2, 0.8, (20, 1, 4, 4)).astype("float32")
+    x[0, 0, 0, :2] = 0, 1
+    np.save(tmp_path / "data.npy", x)
+    np.save(tmp_path / "train.npy", x[1:])
+    np.save(tmp_path / "samples.npy", 2 * x[1:9] - 1)
+    paths = [str(tmp_path / name) for name in ("samples.npy", "data.npy", "train.npy", "found.json")]
+    arguments = ["--metrics", "nearest", "--samples-range", "-1", "1", "--out", paths[3]]
+    assert commands.main(["evaluate", paths[0], "--data", paths[1], "--train", paths[2], *arguments]) == 0
+    nearest = json.loads((tmp_path / "found.json").read_text())["metrics"]["nearest (median)"]
+    assert nearest["samples"]["value"] < 1e-5
 
 
 def test_what_a_run_opened_is_closed_after_an_error(tmp_path, monkeypatch):

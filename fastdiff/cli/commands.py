@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..data import Data
+    from ..data import Data, LazyData
     from ..model import ScoreModel
 
 # Threads that wait should sleep: spinning ones stall each other as soon as anything else runs on the machine.
@@ -255,6 +255,7 @@ def _train_among(a: argparse.Namespace) -> int:
 
 def _evaluate(a: argparse.Namespace) -> None:
     from .. import files
+    from ..data.readers import load_beside
     from ..errors import ConfigError
     from . import evaluation_report as report
 
@@ -272,11 +273,12 @@ def _evaluate(a: argparse.Namespace) -> None:
     else:
         source = _model(a)
     data = _data(a)
+    train: Any = None if a.train is None else load_beside("train", a.train, data, **_as_read(a))
     if picture is not None:
         report.check_drawable(data.shape)
     features = _made(a.features, "--features") if ":" in a.features else a.features
     found = report.evaluate(
-        source, files.shown(a.model), data, train=None if a.train is None else _data(a, source=a.train),
+        source, files.shown(a.model), data, train=train,
         num_samples=a.num_samples, seed=a.seed, metrics=metrics, features=features, quantise=a.quantise,
         samples_range=a.samples_range and tuple(a.samples_range), options={**run, "clip": _clip(a.clip)},
     )  # fmt: skip
@@ -342,7 +344,7 @@ def _train(a: argparse.Namespace) -> int:
             seed=a.seed, dequantize=a.dequantize, cond_dropout=a.cond_dropout, checkpoint=a.out, resume=not a.fresh,
             checkpoint_every=a.checkpoint_every, keep=a.keep,
             callback=_said(a.steps), stop=lambda: received, augment=a.augment and a.augment.split(","),
-            validation=_validation(a.validation),
+            validation=_validation(a, data),
             evaluate=_drawn(a.out, a.samples, model, some) if a.samples else None, evaluate_every=a.evaluate_every,
             patience=a.patience, tensorboard=a.tensorboard,
         )  # fmt: skip
@@ -354,12 +356,29 @@ def _train(a: argparse.Namespace) -> int:
     return 128 + number
 
 
-def _validation(value: str | None) -> Any:
-    """--validation as `train` takes it: a share, or a source of data."""
-    try:
-        return None if value is None else float(value)
-    except ValueError:
-        return value
+def _validation(a: argparse.Namespace, data: Data | LazyData) -> Any:
+    """--validation as `train` takes it: a share, or data that are read as the others are, in their units."""
+    from ..data import LazyData
+    from ..data.readers import load_beside
+    from ..errors import ConfigError
+
+    share: float | None = None
+    with contextlib.suppress(TypeError, ValueError):
+        share = float(a.validation)
+    if a.validation is None or share is not None:
+        for name in ("labels", "cond"):
+            if getattr(a, f"validation_{name}") is not None:
+                raise ConfigError(
+                    f"--validation-{name} is of validation data in a file of their own: give --validation FILE"
+                )
+        return share
+    beside = {"labels": a.validation_labels, "cond": a.validation_cond}
+    kept = load_beside("validation", a.validation, data, **_as_read(a), **beside)
+    some = data.some if isinstance(data, LazyData) else data
+    for name in beside:
+        if getattr(some, name) is not None and getattr(kept, name) is None:
+            raise ConfigError(f"--validation must have {name}, as the data have: give --validation-{name} FILE")
+    return kept
 
 
 def _drawn(out: str, count: int, model: ScoreModel, data: Data) -> Callable[[ScoreModel, int], None]:
@@ -539,18 +558,17 @@ def _doctor(a: argparse.Namespace) -> int:
     return 0
 
 
-def _data(a: argparse.Namespace, source: str | None = None, **options: Any) -> Data:
-    """The data of a command, or of another of its options, read as its options say."""
+def _data(a: argparse.Namespace, **options: Any) -> Data:
+    """The data of a command, read as its options say."""
     from ..data import load_data
 
-    return load_data(
-        a.data if source is None else source,
-        range=a.range and tuple(a.range),
-        bins=a.bins,
-        channels=a.channels,
-        size=a.size and tuple(a.size),
-        **options,
-    )
+    return load_data(a.data, **_as_read(a), **options)
+
+
+def _as_read(a: argparse.Namespace) -> dict[str, Any]:
+    """The options of `_reading`, as `load_data` takes them."""
+    ends, size = a.range and tuple(a.range), a.size and tuple(a.size)
+    return {"range": ends, "bins": a.bins, "channels": a.channels, "size": size}
 
 
 def _device(a: argparse.Namespace) -> torch.device:
@@ -892,6 +910,8 @@ def _train_options(sub: argparse.ArgumentParser, data: str, net: str) -> None:
     add("--timeout", type=float, default=300, metavar="X", help=timeout)
     held_out = "a share of the data, such as 0.1, or other data, to evaluate the loss on"
     add("--validation", metavar="DATA", help=held_out)
+    add("--validation-labels", metavar="FILE", help="of --validation, as --labels is of the data (default: its own)")
+    add("--validation-cond", metavar="FILE", help="of --validation, as --cond is of the data (default: its own)")
     evaluations = "steps between evaluations (default: 1000)"
     add("--evaluate-every", type=int, default=1000, metavar="N", help=evaluations)
     samples = "draw so many at each evaluation, as a picture; with --cond of its first entries (default: 0)"

@@ -12,9 +12,11 @@ import os
 import re
 import struct
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -116,6 +118,39 @@ def load_data(
         class_names=raw.class_names if labels is None else (),
         cond=raw.cond if cond is None else cond,
     )
+
+
+def load_beside(name: str, source: Any, data: Data | LazyData, **options: Any) -> Data | LazyData:
+    """A source in the units of `data`: with their range and levels, and their numbers of the classes that folders name.
+
+    Values beyond that range get the range that holds both. A `Data`, a `LazyData` and a Dataset say their own, and stay as they
+    are. name is the argument's, options are load_data's. Errors: those of `load_data`.
+    """
+    if isinstance(source, (Data, LazyData, Dataset)):
+        return load_data(source, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="x holds floats", category=UserWarning
+        )  # of a range that is not taken
+        found = load_data(source, **options)
+    if isinstance(found, LazyData):
+        return found
+    (low, high), ends = data.range, [end.item() for end in found.x.aminmax()]  # type: ignore[misc]
+    classes = {}
+    known = data.some.class_names if isinstance(data, LazyData) else data.class_names
+    if found.labels is not None and known and found.class_names:
+        new = [each for each in found.class_names if each not in known]
+        if new:
+            raise DataError(
+                f"{name} must have the classes of the data, {', '.join(known):.60}, got "
+                f"{files.shown(new[0])}: move that folder away"
+            )
+        number = torch.tensor([known.index(each) for each in found.class_names])
+        classes = {"labels": number[found.labels], "class_names": known, "num_classes": len(known)}
+    try:
+        return replace(found, range=(min(low, ends[0]), max(high, ends[1])), bins=data.bins, **classes)
+    except DataError as error:
+        raise DataError(f"{name}, in the units of the data: {error}") from error
 
 
 def _lazy(source: Any, options: dict[str, Any], workers: int) -> Data | LazyData:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..data import Data, LazyData, load_data
+from ..data import Data, LazyData
+from ..data.readers import load_beside
 from ..errors import ConfigError, DataError, ShapeError, warn
 from ..execution.calls import dtype_of
 from ..execution.conditions import Takes, arranged
@@ -38,14 +39,20 @@ def held_out(data: Data | LazyData, validation: Any, model: ScoreModel) -> tuple
             )
         kept, trained = data.split(share, seed=0)
         return trained, kept
-    kept = load_data(validation)
+    kept = load_beside("validation", validation, data)
     if isinstance(kept, LazyData):
         raise ConfigError("validation must be in memory, got data that are read lazily: give some of them, a Data")
-    check_data(kept, model, False)
-    if (kept.range, kept.bins) != (data.range, data.bins):
+    if kept.shape != data.shape:
+        raise ShapeError(f"validation must have samples of the data's shape {data.shape}, got {kept.shape}")
+    plain = model.standardize is not None or (
+        len(data.shape) == 1 and not model.range_given
+    )  # as they are, without a range
+    if kept.bins != data.bins or (kept.range != data.range and not (plain and data.bins is None)):
+        both = [*data.range, *kept.range]  # type: ignore[misc]
+        same = f"range=({min(both)}, {max(both)})" if kept.bins == data.bins else "Data the same range= and bins="
         raise DataError(
             f"validation must have the range and levels of the data, {data.range} and {data.bins}, got {kept.range} and "
-            f"{kept.bins}: give both Data the same range= and bins="
+            f"{kept.bins}: give both {same}"
         )
     _check_beside(data.some if isinstance(data, LazyData) else data, kept, model)
     return data, kept

@@ -162,8 +162,8 @@ def train(
                   options may be others, which a warning says; False overwrites it
     callback      called with (step, mean loss of the last 100 steps) every 100 steps and at the last one
     stop          asked in each step; where it says True, in any process, the run saves and ends with that step
-    validation    data to evaluate the averaged weights on every `evaluate_every` steps, in the same units and range, or the share
-                  of `data` that is held out for it; times and noise are the same at each evaluation
+    validation    data to evaluate the averaged weights on every `evaluate_every` steps, or the share of `data` that is held out
+                  for it; a file or an array is read in the range and levels of `data`; times and noise are the same each time
     evaluate      called at each evaluation with (model, step), the model with the averaged weights in evaluation mode; numbers
                   that it returns by name are kept with the others
     patience      evaluations in a row without a lower validation loss after which the run ends
