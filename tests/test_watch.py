@@ -9,6 +9,7 @@ import multiprocessing
 import re
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from fastdiff.data.readers import load_beside
 from fastdiff.errors import ConfigError, DataError, ShapeError
 from fastdiff.execution import ops
 from fastdiff.networks import MLP
-from fastdiff.training import Data
+from fastdiff.training import Data, checkpoint
 
 OPTIONS = {"batch_size": 32, "lr": 2e-3, "warmup": 10, "loss": "simple"}
 
@@ -132,6 +133,32 @@ def test_a_run_ends_where_nothing_improves_and_stays_ended(tmp_path):
     assert longer.steps == 25
     best = fastdiff.load(tmp_path / "best.safetensors")
     assert torch.isfinite(fastdiff.sample(best, steps=2, num_samples=2)).all()
+
+
+def test_other_validation_data_begin_with_a_best_of_their_own(tmp_path):
+    """Those of before had the lower loss; of checkpoints that do not say which they were the best goes on."""
+    options = {**OPTIONS, "evaluate_every": 5, "checkpoint": tmp_path}
+    held = (
+        data(40, seed=1),
+        data(40, seed=1, cond=torch.zeros(40, 1)),
+        Data(torch.full((40, 2), 6.0), range=(-6.0, 6.0)),
+    )
+    first = fastdiff.train(tiny(), data(), steps=20, validation=held[0], **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = fastdiff.train(tiny(), data(), steps=20, validation=held[0], **options)
+    assert again.best_step == first.best_step
+    with pytest.warns(UserWarning, match="the validation data are not those of before"):
+        other = fastdiff.train(tiny(), data(), steps=30, validation=held[2], **options)
+    found = {int(row["step"]): float(row["value"]) for row in lines(tmp_path) if row["name"] == "validation"}
+    assert other.best_step == min((25, 30), key=found.get)
+    assert min(found[25], found[30]) > max(found[step] for step in (5, 10, 15, 20))
+    header, tensors = checkpoint.read(tmp_path / checkpoint.FILE, "")
+    del header["watch"]["validation"]
+    checkpoint.write(tmp_path / checkpoint.FILE, tensors, header)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fastdiff.train(tiny(), data(), steps=30, validation=held[1], **options).best_step == other.best_step
 
 
 def test_running_statistics_and_modes_are_given_back():
