@@ -352,8 +352,8 @@ def test_what_a_run_opened_is_closed_after_an_error(tmp_path, monkeypatch):
     said = []
 
     class Writer:
-        def __init__(self, folder):
-            said.append(folder)
+        def __init__(self, folder, purge_step):
+            said.append((folder, purge_step))
 
         def add_scalar(self, name, value, step):
             said.append((name, step))
@@ -375,6 +375,7 @@ def test_what_a_run_opened_is_closed_after_an_error(tmp_path, monkeypatch):
         )
     assert kept.tb is not None
     assert multiprocessing.active_children() == []
+    assert said[0] == (str(tmp_path / "tensorboard"), 1)  # what is shown begins with the first step
     assert said[-1] == "closed"
     fastdiff.train(tiny(), lazy, steps=9, checkpoint=tmp_path, **OPTIONS)  # nor is the directory held
 
@@ -390,11 +391,28 @@ def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
         ):
             fastdiff.train(tiny(), data(), steps=100, **options)
         return
+
+    def agree():
+        """Each line of metrics.csv once, and no others, by the reader of TensorBoard's own pages."""
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        written = [(e.step, tag, e.value) for tag in events.Tags()["scalars"] for e in events.Scalars(tag)]
+        rows = [(int(row["step"]), row["name"], float(row["value"])) for row in lines(tmp_path)]
+        assert [line[:2] for line in sorted(written)] == [line[:2] for line in sorted(rows)]
+        for (*_, value), (*_, other) in zip(sorted(written), sorted(rows)):
+            assert math.isclose(value, other, rel_tol=1e-6)
+
+    def killed(model, step):
+        if step == 150:
+            raise KeyboardInterrupt
+
     fastdiff.train(tiny(), data(), steps=100, **options)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    written = {(e.step, tag): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
-    for row in lines(tmp_path):
-        assert math.isclose(written[int(row["step"]), row["name"]], float(row["value"]), rel_tol=1e-6)
+    agree()
+    with pytest.raises(KeyboardInterrupt):  # after lines of step 125 that no checkpoint has
+        fastdiff.train(tiny(), data(), steps=200, **{**options, "evaluate_every": 25, "evaluate": killed})
+    fastdiff.train(tiny(), data(), steps=200, **{**options, "evaluate_every": 25})
+    agree()
+    fastdiff.train(tiny(), data(), steps=100, resume=False, **options)
+    agree()
 
 
 def test_the_command_line_draws_samples_and_writes_the_numbers(tmp_path, capsys):

@@ -258,7 +258,7 @@ def train(
         if not ranks.first:  # one process is seen and heard
             evaluate, callback, progress, tensorboard = None, None, False, False
         kept = None if held_out is None else Batches(held_out, fitted, of_validation(objective), options)
-        written = writer(folder) if tensorboard else None
+        written = writer(folder, state.step) if tensorboard else None
         watch = Watch(model, kept, evaluate_every, patience, evaluate, folder if ranks.first else None, written)
         watch.resume(state.header, state.step)
         if watch.ended:

@@ -162,10 +162,11 @@ def _numbers(found: Any) -> dict[str, float]:
         ) from error
 
 
-def writer(folder: Path | None) -> Any:
-    """A writer of TensorBoard's in the run's folder; ConfigError where it is not installed."""
+def writer(folder: Path | None, step: int) -> Any:
+    """A writer of TensorBoard's in the run's folder, which goes on from `step`: numbers of later steps, as of a run that was
+    killed after its last checkpoint, are shown no more. ConfigError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("tensorboard=True needs tensorboard, which is missing: pip install tensorboard") from error
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
