@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def held_out(data: Data | LazyData, validation: Any, model: ScoreModel) -> tuple
             raise ConfigError(
                 f"validation={share:g} would divide data that are read lazily: give validation data of their own"
             )
-        kept, trained = data.split(share, seed=0)
+        kept, trained = data.hold_out(share)
         return trained, kept
     kept = load_beside("validation", validation, data)
     if isinstance(kept, LazyData):
@@ -205,7 +206,7 @@ def _check_conditions(data: Data, taken: Takes, to_cond: str | None, labels: Ten
 def _of_conditions(cond: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(mean, std) of each number of conditions [N, C], of each channel of fields [N, C, *], 1 for one that is constant."""
     flat = cond.movedim(1, -1).reshape(-1, cond.shape[1]).numpy()
-    mean, std = moments("cond", flat)
+    mean, std = moments("cond", len(flat), flat.__getitem__)
     constant = np.flatnonzero(std == 0)
     if len(constant) and len(cond) > 1:
         warn(
@@ -227,7 +228,7 @@ def units(data: Data, model: ScoreModel) -> dict[str, Any]:
         low, high = data.range
         mean, std = np.full(data.shape, (low + high) / 2), np.full(data.shape, (high - low) / 2)
     else:
-        mean, std = moments("x", data.x.numpy())
+        mean, std = moments("x", len(data), lambda piece: data.raw(piece).numpy())
     constant = np.flatnonzero(std == 0)
     vary = std[std > 0]
     apart = f"{vary.min():.3g} to {vary.max():.3g}" if len(vary) and vary.max() > 100 * vary.min() else None
@@ -263,14 +264,15 @@ def check_scale(data: Data, model: ScoreModel) -> None:
         warn(said)
 
 
-def moments(name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each column's mean and standard deviation, float64, in an order of additions that no thread count changes."""
-    pieces = [slice(start, start + 2**16) for start in range(0, len(x), 2**16)]
-    low, high = x.min(0), x.max(0)
+def moments(name: str, count: int, rows: Callable[[slice], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Each column's mean and standard deviation over `count` rows, float64, in an order of additions that no thread count changes."""
+    pieces = [slice(start, start + 2**16) for start in range(0, count, 2**16)]
+    low = np.min([rows(piece).min(0) for piece in pieces], 0)
+    high = np.max([rows(piece).max(0) for piece in pieces], 0)
     with np.errstate(all="ignore"):
-        mean = sum(x[piece].sum(0, dtype=np.float64) for piece in pieces) / len(x)
+        mean = sum(rows(piece).sum(0, dtype=np.float64) for piece in pieces) / count
         mean = np.where(low == high, low.astype(np.float64), mean)
-        std = np.sqrt(sum(((x[piece] - mean) ** 2).sum(0) for piece in pieces) / len(x))
+        std = np.sqrt(sum(((rows(piece) - mean) ** 2).sum(0) for piece in pieces) / count)
     if not (np.isfinite(mean) & np.isfinite(std)).all():
         raise DataError(f"{name} must have a mean and a variance that float64 holds: scale the data")
     return mean, std
