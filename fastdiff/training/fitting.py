@@ -265,7 +265,7 @@ def check_scale(data: Data, model: ScoreModel) -> None:
 
 
 def moments(name: str, count: int, rows: Callable[[slice], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Each column's mean and standard deviation over `count` rows, float64, in an order of additions that no thread count changes."""
+    """Each column's mean and standard deviation over the rows, float64, in an order of additions that no thread count changes."""
     pieces = [slice(start, start + 2**16) for start in range(0, count, 2**16)]
     low = np.min([rows(piece).min(0) for piece in pieces], 0)
     high = np.max([rows(piece).max(0) for piece in pieces], 0)
