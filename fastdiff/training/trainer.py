@@ -218,6 +218,7 @@ def train(
     if fitted.cond_dropout:
         fitting.check_null(fitted)
     objective = Objective.of(fitted, source, options["dequantize"], loss, weight, times, truncation, probe, vlb_weight)
+    objective.check_balance()
     options |= objective.options()
     options["augment"] = [each.config() for each in augmentations]
     ends = decay or schedule in ("cosine", "linear")  # such a rate depends on the end
