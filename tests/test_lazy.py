@@ -192,6 +192,15 @@ def test_what_cannot_be_read_lazily_is_refused(tmp_path):
         ),
         (lambda: fastdiff.load_data(tmp_path / "fortran.npy", lazy=True), DataError, "in Fortran's order"),
         (lambda: fastdiff.load_data(tmp_path / "x.npz", lazy=True), ConfigError, "lazy=True is for a .npy file"),
+        *(
+            (
+                lambda source=source, lazy=lazy: fastdiff.load_data(source, workers=2, lazy=lazy),
+                ConfigError,
+                "workers=2 read a folder of pictures or a torch.utils.data.Dataset ahead, got .*: leave it out",
+            )
+            for source in (x, tmp_path / "x.npz", tmp_path / "big.npy", "digits")
+            for lazy in (False, True)
+        ),
         (lambda: fastdiff.load_data(x, num_classes=3), ConfigError, "num_classes=3 is of a Dataset"),
         (lambda: fastdiff.train(unet(), LazyData(Items(x)), steps=1, validation=0.1), ConfigError, "read lazily"),
     ):

@@ -550,6 +550,7 @@ def test_what_does_not_go_together_is_refused():
         ({"loss": "vlb", "weight": "g2"}, "weight='g2' does not go with loss='vlb'"),
         ({"loss": "hybrid", "weight": "learned"}, "weight='learned' does not go with loss='hybrid'"),
         ({"vlb_weight": -1.0}, "vlb_weight must be"),
+        ({"vlb_weight": 0.1}, "vlb_weight=0.1 is of the bound in loss='hybrid', got loss='dsm': leave it out"),
         ({"weight": weights.MinSNR}, "weight must be an object or a name, got the class itself"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -197,6 +197,11 @@ def test_what_cannot_be_evaluated_is_refused():
         ),
         ({"evaluate": 3}, ConfigError, "evaluate must be"),
         ({"evaluate_every": 0}, ConfigError, "evaluate_every must be"),
+        (
+            {"evaluate_every": 5},
+            ConfigError,
+            "evaluate_every=5 has nothing to evaluate: give validation=0.1, or leave it",
+        ),
         ({"tensorboard": True}, ConfigError, "tensorboard=True needs a directory to write in: give checkpoint="),
         (
             {"evaluate": lambda model, step: 3.0, "evaluate_every": 1},
@@ -343,6 +348,8 @@ def test_the_training_data_of_an_evaluation_are_in_the_units_of_its_data(tmp_pat
     paths = [str(tmp_path / name) for name in ("samples.npy", "data.npy", "train.npy", "found.json")]
     arguments = ["--metrics", "nearest", "--samples-range", "-1", "1", "--out", paths[3]]
     assert commands.main(["evaluate", paths[0], "--data", paths[1], "--train", paths[2], *arguments]) == 0
+    assert commands.main(["evaluate", *paths[:1], "--data", paths[1], "--train", paths[2], "--metrics", "frechet"]) == 2
+    assert "--train is what the metric nearest looks for copies in, got --metrics frechet" in capsys.readouterr().err
     nearest = json.loads((tmp_path / "found.json").read_text())["metrics"]["nearest (median)"]
     assert nearest["samples"]["value"] < 1e-5
 

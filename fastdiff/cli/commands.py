@@ -831,7 +831,7 @@ def _train_options(sub: argparse.ArgumentParser, data: str, net: str) -> None:
     add("--cond", metavar="FILE", help=cond)
     _reading(of_data)
     add("--lazy", action="store_true", help="read a .npy file or pictures while training, not before")
-    workers = "processes that read pictures ahead, with --lazy (default: 0)"
+    workers = "processes that read pictures ahead, and --lazy with them (default: 0)"
     add("--workers", type=int, default=0, metavar="N", help=workers)
     add("--augment", metavar="NAMES", help="flip, flip_vertical or crop, or several, as in flip,crop")
     add("--dequantize", action="store_true", help="uniform dequantisation of discrete data")

@@ -80,7 +80,7 @@ def load_data(
         either, uint8 [N, H, W, 1, 3 or 4] is refused), 1 makes [N, H, W] to [N, 1, H, W]. For pictures 1 converts to
         grey, 3 to RGB; by default all must have the same number of channels.
     lazy: for more than memory holds. A .npy file is mapped into memory and read as it is asked for; a folder of pictures becomes
-        a `LazyData`, whose pictures are decoded as they are asked for, by `workers` processes ahead.
+        a `LazyData`, whose pictures are decoded as they are asked for, by `workers` processes ahead, which imply `lazy`.
     size: (H, W) to which every picture is stretched, by Pillow's bicubic filter with antialiasing; by default all
         pictures must have the same size.
 
@@ -162,13 +162,15 @@ def _lazy(source: Any, options: dict[str, Any], workers: int) -> Data | LazyData
                 "labels and cond must be None for a folder that is read lazily: sort it in a folder for each class"
             )
         return _lazy_folder(path, options["channels"], options["size"], options["range"], options["bins"], workers)
+    if workers and not isinstance(source, LazyData):
+        raise ConfigError(
+            f"workers={workers} read a folder of pictures or a torch.utils.data.Dataset ahead, got {short(source)}: leave it out"
+        )
     if path is None or path.suffix.lower() != ".npy":
         raise ConfigError(
             f"lazy=True is for a .npy file, a folder of pictures and a torch.utils.data.Dataset, got {short(source)}: leave "
             "it out, or write a .npy file"
         )
-    if workers:
-        raise ConfigError(f"workers={workers} is for folders and datasets, and a .npy file is mapped: leave it out")
     with _opened(path, " as a .npy file without pickle") as stream:
         shape, fortran, dtype = _npy_header(stream)
         offset = stream.tell()

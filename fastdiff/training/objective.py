@@ -12,12 +12,14 @@ from torch import Tensor
 
 from .. import checks, losses
 from ..data import Data
-from ..errors import CheckpointMismatchError, warn
+from ..errors import CheckpointMismatchError, ConfigError, warn
 from ..execution.loop import Condition
 from ..losses import times as rules
 from ..losses import weights
 from ..losses.objectives import untrained
 from ..model import ScoreModel
+
+VLB_WEIGHT = 0.001  # of train, unless given
 
 
 class Batch(NamedTuple):
@@ -49,7 +51,11 @@ class Objective:
         probe: str | None, vlb_weight: float,
     ) -> Objective:  # fmt: skip
         """Checked against the model and the data."""
-        kind = losses.check(model, loss, probe, weight)
+        kind, vlb_weight = losses.check(model, loss, probe, weight), checks.number("vlb_weight", vlb_weight, 0)
+        if vlb_weight != VLB_WEIGHT and loss != "hybrid":
+            raise ConfigError(
+                f"vlb_weight={vlb_weight:g} is of the bound in loss='hybrid', got loss={loss!r}: leave it out"
+            )
         loss, chosen = losses.pair(loss, weight)
         chosen, rule = copy.deepcopy((chosen, rules.get(times, model.process)))  # the caller's objects learn nothing
         rules.check(rule, truncation, model.process)
@@ -57,7 +63,7 @@ class Objective:
         if loss in losses.BOUNDED and data.bins is not None and not dequantize:
             own = model.standardize is not None
             levels = losses.levels_of(model, data.range if own else model.data_range, data.bins)  # type: ignore[arg-type]
-        return cls(model, loss, chosen, rule, truncation, kind, checks.number("vlb_weight", vlb_weight, 0), levels)
+        return cls(model, loss, chosen, rule, truncation, kind, vlb_weight, levels)
 
     def check_balance(self) -> None:
         """Say where a hundredth of the times has nine tenths of an untrained network's loss, and what evens it out."""

@@ -203,6 +203,10 @@ def train(
     augmentations = augment_of(augment, model.data_shape)
     checks.function("evaluate", evaluate)
     evaluate_every = checks.integer("evaluate_every", evaluate_every, 1, 10**9)
+    if evaluate_every != 1000 and held_out is None and evaluate is None:
+        raise ConfigError(
+            f"evaluate_every={evaluate_every} has nothing to evaluate: give validation=0.1, or leave it out"
+        )
     if patience is not None and held_out is None:
         raise ConfigError(f"patience={patience} needs validation data: give validation=0.1 to hold out a tenth")
     patience = None if patience is None else checks.integer("patience", patience, 1, 10**9)
