@@ -333,6 +333,8 @@ def test_the_command_line_reads_validation_as_the_data(tmp_path, capsys):
     of_data += ["--validation-cond", "y-cond.npy"]
     assert status("--validation", "y.npy", *of_data) == 0
     assert {row["name"] for row in lines(tmp_path / "m")} == {"validation", "loss", "lr"}
+    assert status("--validation", "z.npy") == 2
+    assert 'validation: source must be "digits" or the path of a file' in capsys.readouterr().err
     assert status("--validation", "0.2", *of_data) == 2
     said = "--validation-labels is of validation data in a file of their own: give --validation FILE"
     assert said in capsys.readouterr().err

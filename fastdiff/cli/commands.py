@@ -114,9 +114,10 @@ def _in_options(message: str, arguments: argparse.Namespace) -> str:
         if name not in arguments:
             return found[0]
         value = several.replace(",", "") if several else (one or "").strip("\"'")
+        value = {"True": "", "tensor": "FILE"}.get(value, value)
         return f"--{name.replace('_', '-')} {value}".rstrip()
 
-    return re.sub(r"\b([a-z_]+)=(?:\(([^()]*)\)|(\"\w+\"|'[\w+*.]+'|[\w.+-]+)?)", option, message)
+    return re.sub(r"(?<![-\w])([a-z_]+)=(?:\(([^()]*)\)|(\"\w+\"|'[\w+*.]+'|[\w.+-]+)?)", option, message)
 
 
 def _demo(a: argparse.Namespace) -> None:
@@ -129,7 +130,7 @@ def _demo(a: argparse.Namespace) -> None:
 def _sample(a: argparse.Namespace) -> None:
     import numpy as np
 
-    from .. import files
+    from .. import checks, files
     from ..execution.calls import device_of, moved, picked
     from ..sampling import sample
 
@@ -156,7 +157,7 @@ def _sample(a: argparse.Namespace) -> None:
         from . import pictures
 
         pictures.check_drawable(count, model.data_shape)
-    x, info = draw(0, count, a.batch_size)
+    x, info = draw(0, checks.integer("--num-samples", count, 1, 2**32), a.batch_size)
     if out.suffix == ".npy":
         with files.replacing(out) as handle:
             np.save(handle, x.cpu().numpy())
@@ -272,7 +273,7 @@ def _evaluate(a: argparse.Namespace) -> None:
         source = _tensor("model", a.model)
     else:
         source = _model(a)
-    data = _data(a)
+    data = _data(a, labels=a.labels, cond=a.cond)
     train: Any = None if a.train is None else load_beside("train", a.train, data, **_as_read(a))
     if picture is not None:
         report.check_drawable(data.shape)
@@ -317,10 +318,14 @@ def _train(a: argparse.Namespace) -> int:
         if some.labels is None:
             raise ConfigError(f"--classes needs labels, and {a.data} has none: leave it out")
         options["num_classes"] = some.num_classes
-    elif some.labels is not None and data is some:
+    elif some.labels is not None:
         if launched().rank == 0:
             print(f"fastdiff train: the labels of {a.data} are not used: --classes conditions on them", file=sys.stderr)
-        data = replace(data, labels=None, num_classes=None, class_names=())
+        warnings.filterwarnings(
+            "ignore", message="the data have labels of", category=UserWarning
+        )  # of those read lazily
+        if data is some:
+            data = replace(data, labels=None, num_classes=None, class_names=())
     if some.cond is not None:
         options["cond_shape"] = list(some.cond.shape[1:])
     if a.variance is not None:
@@ -740,6 +745,8 @@ def _parser() -> argparse.ArgumentParser:
         of_data,
     )
     sub.add_argument("--data", required=True, help=f"{data}; best what the model was not trained on")
+    sub.add_argument("--labels", metavar="FILE", help="class numbers of --data, a .npy or IDX file (default: its own)")
+    sub.add_argument("--cond", metavar="FILE", help="conditions of --data, a .npy array (default: its own)")
     sub.add_argument("--train", help="its training data, to look for copies of (default: half of --data)")
     sub.add_argument(
         "-n", "--num-samples", type=int, default=1000, help="at most, and at most half of the data (default: 1000)"

@@ -35,6 +35,7 @@ _PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".apng", ".ppm", "
 # what Pillow may take a file for, whatever its name: others start programs (PostScript) or read other files
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _NOT_READ = (".avif", ".eps", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".npy", ".npz", ".psd", ".svg", ".tga")
+_TEXTS = (".csv", ".tsv", ".txt")
 _MOST_PACKED = 1100  # deflate's largest ratio is 1032
 # what numpy and zipfile raise over a damaged file
 _NUMPY_ERRORS = (
@@ -128,11 +129,12 @@ def load_beside(name: str, source: Any, data: Data | LazyData, **options: Any) -
     """
     if isinstance(source, (Data, LazyData, Dataset)):
         return load_data(source, **options)
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="x holds floats", category=UserWarning
-        )  # of a range that is not taken
-        found = load_data(source, **options)
+    try:
+        with warnings.catch_warnings():  # of a range that is not taken
+            warnings.filterwarnings("ignore", message="x holds floats", category=UserWarning)
+            found = load_data(source, **options)
+    except (DataError, ShapeError, DTypeError) as error:
+        raise type(error)(f"{name}: {error}") from error
     if isinstance(found, LazyData):
         return found
     (low, high), ends = data.range, [end.item() for end in found.x.aminmax()]  # type: ignore[misc]
@@ -259,7 +261,7 @@ def _labels(path: Path) -> np.ndarray:
         raise DataError(
             f"labels must be class numbers, or a .npy or IDX file of them, got {files.shown(path)}: no such file"
         )
-    return _numpy_file(path, True)[0] if path.suffix.lower() == ".npy" else _idx_file(path)
+    return _numpy_file(path, True)[0] if path.suffix.lower() == ".npy" else _idx_file(path, "labels")
 
 
 def _conditions(path: Path) -> np.ndarray:
@@ -434,21 +436,32 @@ def _the_name(path: Path, names: list[str], candidates: tuple[str, ...]) -> str 
     return present[0] if present else None
 
 
-def _idx_file(path: Path) -> np.ndarray:
+def _idx_file(path: Path, argument: str = "source") -> np.ndarray:
     with _opened(path, "") as stream:
         packed = stream.read(2) == b"\x1f\x8b"
         stream.seek(0)
         if not packed:
-            return _idx_array(path, stream)
+            return _idx_array(path, stream, argument)
         with gzip.GzipFile(fileobj=stream) as unpacked:
-            return _idx_array(path, unpacked)  # type: ignore[arg-type]
+            return _idx_array(path, unpacked, argument)  # type: ignore[arg-type]
 
 
-def _idx_array(path: Path, stream: IO[bytes]) -> np.ndarray:
+def _idx_array(path: Path, stream: IO[bytes], argument: str) -> np.ndarray:
     magic = stream.read(4)
-    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_DTYPES or not 1 <= magic[3] <= 32:
+    if path.suffix.lower() in _TEXTS:
+        dtype, comma = (
+            "int64" if argument == "labels" else "float32",
+            ', delimiter=","' * (path.suffix.lower() == ".csv"),
+        )
         raise DataError(
-            f"source {path.name} must be a .npy, .npz or IDX file or a folder of pictures, got a file that starts with {magic!r}"
+            f"{argument} {files.shown(path.name)} is a table of text: write it as a .npy file, "
+            f'numpy.save("{files.shown(path.stem)}.npy", numpy.loadtxt("{files.shown(path.name)}"{comma}, dtype="{dtype}"))'
+        )
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_DTYPES or not 1 <= magic[3] <= 32:
+        others = argument == "source"
+        raise DataError(
+            f"{argument} {path.name} must be a .npy{', .npz' * others} or IDX file{' or a folder of pictures' * others}, got a "
+            f"file that starts with {magic!r}"
         )
     header = stream.read(4 * magic[3])
     if len(header) < 4 * magic[3]:

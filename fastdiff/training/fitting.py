@@ -26,7 +26,7 @@ def check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
         raise ShapeError(f"data must have the model's data_shape {model.data_shape}, got samples of {data.shape}")
     if dequantize and data.bins is None:
         raise ConfigError(
-            "dequantize=True needs data on discrete levels, got bins=None: give Data(..., bins=) or leave it out"
+            "dequantize=True needs data on discrete levels, and these are continuous: give their number, bins=, or leave it out"
         )
 
 
