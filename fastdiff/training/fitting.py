@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,27 @@ def check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
         )
 
 
-def held_out(data: Data | LazyData, validation: Any, model: ScoreModel) -> tuple[Data | LazyData, Data]:
+def sources(data: Any, validation: Any, model: ScoreModel, dequantize: bool) -> tuple[Data | LazyData, Data | None]:
+    """(the data to train on, the data to evaluate on or None), checked against the model."""
+    whole = load_data(data)
+    check_data(whole.some if isinstance(whole, LazyData) else whole, model, dequantize)
+    return (whole, None) if validation is None else _held_out(whole, validation, model)
+
+
+def fitted(model: ScoreModel, data: Data, cond_dropout: float, augmented: bool) -> tuple[ScoreModel, dict[str, Any]]:
+    """(a model of the same network with what it learns from the data, those facts), all checked against one another."""
+    facts = {**conditions(data, model, cond_dropout), **units(data, model)}
+    made = copy.copy(model)
+    vars(made).update(facts)
+    check_scale(data, made)
+    if augmented:
+        check_augmented(made)
+    if made.cond_dropout:
+        check_null(made)
+    return made, facts
+
+
+def _held_out(data: Data | LazyData, validation: Any, model: ScoreModel) -> tuple[Data | LazyData, Data]:
     """(the data to train on, the data to evaluate on): a share of the first, or a source of its own."""
     if isinstance(validation, (int, float)) and not isinstance(validation, bool):
         share = checks.number("validation", validation, 0, 1, above=True, below=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import losses, networks
 from ..errors import CheckpointMismatchError, ConfigError, CorruptCheckpointError, short, warn
-from ..execution import modules
+from ..execution import cpu, modules
 from ..execution.torch_private import foreach_mul_, foreach_norm
 from ..files import shown
 from . import averages, optimisers, tensor_file
@@ -65,6 +65,13 @@ class State:
         rates = options["ema"] if isinstance(options["ema"], list) else [options["ema"]]
         self.averages = averages.Averages(self.weights, rates, options["ema_rule"], options["posthoc"])
         self.scaler = Scaler() if options["precision"] == "fp16" else None
+        # norm, clipping, Adam and the average by the compiled library; torch's schedulers want to see the optimiser's `step`
+        self.one_pass = (
+            cpu.available
+            and isinstance(self.optimisers[0], optimisers.Fused)
+            and not self.rate.schedulers
+            and optimisers.on_cpu_alike(self.weights)
+        )
         # up to torch 2.11 Adam counts its steps in a tensor of the default device, which may hold no data
         self.elsewhere = torch.get_default_device().type != "cpu"
         self.modules = list(net.modules())
@@ -125,28 +132,17 @@ class State:
             loss = self._exchange(told)
         gradients = optimisers.laid_out(self.weights)
         scale = 1.0 if self.scaler is None else self.scaler.scale
-        norm = _norm(gradients) if gradients else torch.zeros_like(loss)
-        norm = norm if scale == 1 else norm / scale
-        kind = torch.promote_types(loss.dtype, norm.dtype)
-        value, total = torch.stack((loss.to(kind), norm.to(loss.device, kind))).tolist()  # one wait for the device
+        value, total = self._measured(loss, gradients)
+        total /= scale
         finite = math.isfinite(value) and math.isfinite(total)
         self.rate.set(self.step)
         self.step += 1
         if finite:
-            if scale != 1:
-                foreach_mul_(gradients, 1 / scale)
-            clip = self.options["grad_clip"]
+            clip, factor = self.options["grad_clip"], 1.0
             if clip is not None and total + 1e-6 > 0.999 * clip:  # below, it is a product with one
-                factor = (clip / (norm + 1e-6)).clamp(max=1.0)
-                for place, those in _by_device(gradients).items():
-                    foreach_mul_(those, factor.to(place))
-            with torch.device("cpu") if self.elsewhere else contextlib.nullcontext():
-                for optimiser in self.optimisers:
-                    optimiser.step()
-            with torch.no_grad():
-                for p, weight in self.rounded:
-                    p.copy_(weight)
-            self.averages.update(self.updates)
+                norm = torch.tensor(total, dtype=gradients[0].dtype, device="cpu")  # rounded as clip_grad_norm_ does
+                factor = float((clip / (norm + 1e-6)).clamp(max=1.0))
+            self._update(gradients, factor / scale)
             self.updates += 1
         else:
             self._give_buffers_back()
@@ -154,6 +150,32 @@ class State:
         if self.scaler is not None:
             return self.scaler.after(finite, math.isfinite(value))
         return finite
+
+    def _measured(self, loss: Tensor, gradients: list[Tensor]) -> tuple[float, float]:
+        """The loss, and the norm of all gradients together."""
+        if self.one_pass:
+            return float(loss), math.sqrt(cpu.sum_of_squares(gradients))
+        norm = _norm(gradients) if gradients else torch.zeros_like(loss)
+        kind = torch.promote_types(loss.dtype, norm.dtype)
+        value, total = torch.stack((loss.to(kind), norm.to(loss.device, kind))).tolist()  # one wait for the device
+        return value, total
+
+    def _update(self, gradients: list[Tensor], factor: float) -> None:
+        """The optimisers' step by `factor` times the gradients, and the averages'."""
+        fused: Any = self.optimisers[0]
+        one_pass = self.one_pass and fused.counts_alike()
+        if one_pass:
+            fused.update(factor, self.averages.tensors[0], self.averages.share(self.updates))
+        else:
+            if factor != 1:
+                foreach_mul_(gradients, factor)
+            with torch.device("cpu") if self.elsewhere else contextlib.nullcontext():
+                for optimiser in self.optimisers:
+                    optimiser.step()
+        with torch.no_grad():
+            for p, weight in self.rounded:
+                p.copy_(weight)
+        self.averages.update(self.updates, done=int(one_pass))
 
     @torch.no_grad()
     def _give_buffers_back(self) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checks, losses
-from ..data import LazyData, load_data
+from .. import checks
+from ..data import LazyData
 from ..data.augment import get as augment_of
 from ..errors import (
     CheckpointError,
     ConfigError,
-    DataError,
     DeviceError,
     choose,
     names_keywords,
@@ -41,13 +37,9 @@ from . import checkpoint as files
 from .batches import Batches
 from .objective import Objective
 from .ranks import Ranks
+from .run import Run
 from .state import PRECISIONS, State
 from .watch import Watch, of_validation, writer
-
-# Steps in a row without a finite loss and gradient after which a run gives up.
-MOST_SKIPPED = 10
-# Between the seeds of two processes' dropout: so far apart that no step of one has that of another's.
-APART = 0x4F1BBCDCBFA53E0B
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -194,12 +186,8 @@ def train(
         )
     files.describe(model)
     _check_tensors([*model.net.parameters(), *model.net.buffers()])
-    whole, held_out = load_data(data), None
+    whole, held_out = fitting.sources(data, validation, model, options["dequantize"])
     source = whole.some if isinstance(whole, LazyData) else whole
-    fitting.check_data(source, model, options["dequantize"])
-    if validation is not None:
-        whole, held_out = fitting.held_out(whole, validation, model)
-        source = whole.some if isinstance(whole, LazyData) else whole
     augmentations = augment_of(augment, model.data_shape)
     checks.function("evaluate", evaluate)
     evaluate_every = checks.integer("evaluate_every", evaluate_every, 1, 10**9)
@@ -212,15 +200,8 @@ def train(
     patience = None if patience is None else checks.integer("patience", patience, 1, 10**9)
     if checks.flag("tensorboard", tensorboard) and checkpoint is None:
         raise ConfigError("tensorboard=True needs a directory to write in: give checkpoint=")
-    facts = {**fitting.conditions(source, model, options["cond_dropout"]), **fitting.units(source, model)}
-    fitted = copy.copy(model)
-    vars(fitted).update(facts)
+    fitted, facts = fitting.fitted(model, source, options["cond_dropout"], bool(augmentations))
     described = files.describe(fitted)
-    fitting.check_scale(source, fitted)
-    if augmentations:
-        fitting.check_augmented(fitted)
-    if fitted.cond_dropout:
-        fitting.check_null(fitted)
     objective = Objective.of(fitted, source, options["dequantize"], loss, weight, times, truncation, probe, vlb_weight)
     objective.check_balance()
     options |= objective.options()
@@ -276,11 +257,11 @@ def train(
         try:
             with compiled(model.net, compile), bar(progress, steps, "train", "step", first) as display:
                 batches = Batches(whole, model, objective, options, augmentations, rows)
+                run = Run(
+                    model, state, batches, watch, options, described, steps, folder, checkpoint_every, keep, callback, stop
+                )  # fmt: skip
                 try:
-                    recorded, stopped = _loop(
-                        state, batches, options, steps, model, folder, checkpoint_every, keep, described, display, callback, stop,
-                        watch,
-                    )  # fmt: skip
+                    run.all(display)
                 finally:  # also after an error, whose traceback would keep the readers
                     batches.close()
             state.average_into(model.net)
@@ -292,131 +273,8 @@ def train(
                     module.training = training
     with stepping(model.net):
         model.eval()
-    skipped = int(recorded.isnan().sum())
-    best = watch.best_step or None
-    return Training(recorded.cpu(), max(state.step, first), time.perf_counter() - began, skipped, best, stopped)
-
-
-def _loop(
-    state: State,
-    batches: Batches,
-    options: dict[str, Any],
-    steps: int,
-    model: ScoreModel,
-    folder: Path | None,
-    checkpoint_every: int,
-    keep: int | None,
-    described: dict[str, Any],
-    display: Any,
-    callback: Callable[[int, float], object] | None,
-    stop: Callable[[], object] | None,
-    watch: Watch,
-) -> tuple[Tensor, bool]:
-    """Every step from state.step to `steps`, or to where `stop` says so, and whether it did; their losses, NaN where a step was
-    skipped."""
-    objective, ranks, first, skipped = batches.objective, state.ranks, state.step, 0  # skipped: in a row, until now
-    said = stopped = ended = False
-    recorded = torch.full((max(steps - first, 0),), math.nan, dtype=torch.float32, device=batches.device)
-    with stepping(model.net):
-        model.net.train()
-    for step in range(first, steps):
-        seen, ranks.step = [], step
-        with stepping(model.net), _seeded((options["seed"] * 1_000_003 + step + ranks.rank * APART) % 2**63):
-            state.keep_buffers()
-            for batch in batches.parts(step, options["accumulate"]):
-                with state.computing():
-                    values = objective.per_sample(batch, model)
-                    value = objective.mean(values, batch.drawn)
-                with losses.differentiating(options["loss"]):
-                    state.add(value / options["accumulate"] if options["accumulate"] > 1 else value)
-                seen.append((batch.drawn, values.detach()))
-            value, stopped = state.loss, stop is not None and bool(stop())
-            told = ranks.tell([values for _, values in seen], batches.rows, stopped)
-            taken = state.take(told)
-            if told is not None:  # of the whole batch
-                seen, stopped = [(batch.everyones, told[:-1])], bool(told[-1])
-                value = objective.mean(told[:-1], batch.everyones)
-        if taken:
-            recorded[step - first], skipped = value, 0
-            if objective.learns:
-                objective.observe(seen)
-        else:
-            skipped += 1
-            most = 1 if options["bad_step"] == "raise" else MOST_SKIPPED
-            if skipped == most or (step + 1 == steps and skipped == steps - first):
-                raise _nothing_finite(step, skipped, folder)
-            if not said:
-                warn(
-                    f"the loss or its gradient is not finite at step {step}: it is skipped, and so is any other such step"
-                )
-            said = True
-        if watch.due(step + 1):
-            with state.averaged(model):
-                ended = watch.look(step + 1)
-            ended = ranks.any(ended)
-        last = stopped or ended or step + 1 == steps
-        # not in the midst of skipped steps: another lr may do better with those than this one
-        save_now = folder is not None and (((step + 1) % checkpoint_every == 0 and taken) or last)
-        if (step + 1) % 100 == 0 or last:
-            recent = float(recorded[: step + 1 - first][-100:].nanmean())
-            display.set_postfix(loss=f"{recent:.4f}")
-            watch.note(step + 1, {"loss": recent, "lr": state.rate(step, state.rate.base[0])})
-            if callback is not None:
-                callback(step + 1, recent)
-        if save_now:
-            state.check_alike()
-        if save_now and ranks.first:
-            if options["posthoc"] and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
-                state.write_snapshot(folder, described, options)  # type: ignore[arg-type]
-            # last, so that all of the step that a run goes on from is there
-            state.write(folder / files.FILE, described, options, watch.config())  # type: ignore[operator]
-            if keep is not None:
-                files.keep_last(folder, state.step, keep)  # type: ignore[arg-type]
-        display.update()
-        if stopped or ended:
-            break
-    return recorded[: max(state.step - first, 0)], stopped
-
-
-def _nothing_finite(step: int, skipped: int, folder: Path | None) -> DataError:
-    """Too many skipped steps in a row, or all of a call."""
-    saved = None if folder is None else files.saved_step(folder / files.FILE)
-    good = "the model has the weights from before them"
-    if saved is not None:
-        good = f"the last good checkpoint is {shown(folder / files.FILE)}, of step {saved}"  # type: ignore[operator]
-    more = f" and the {skipped - 1} after it" if skipped > 1 else ""
-    return DataError(
-        f"the loss or its gradient is not finite at step {step + 1 - skipped}{more}: lower lr, or check the data; {good}"
-    )
-
-
-_generators = threading.Lock()
-_locks: set[int] = set()  # descriptors of directories that this process holds
-
-
-def _after_fork() -> None:
-    """A child holds neither its parent's directories nor its generators."""
-    global _generators
-    _generators = threading.Lock()
-    for descriptor in _locks:
-        os.close(descriptor)
-    _locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-@contextlib.contextmanager
-def _seeded(number: int) -> Iterator[None]:
-    """torch's generators, of which there is one for all threads and from which networks draw (dropout), seeded for one step and
-    given back after it; one training at a time."""
-    with _generators, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        if torch.accelerator.is_available():
-            torch.manual_seed(number)
-        else:  # which without a device spends a hundred times as long on notes for later devices
-            torch.default_generator.manual_seed(number)
-        yield
+    skipped, best = int(run.recorded.isnan().sum()), watch.best_step or None
+    return Training(run.recorded.cpu(), max(state.step, first), time.perf_counter() - began, skipped, best, run.stopped)
 
 
 def _autocast(net: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -439,6 +297,20 @@ def _check_tensors(values: list[Tensor]) -> None:
             raise ConfigError(
                 "model must not be made within torch.inference_mode, whose tensors cannot be trained: build it outside"
             )
+
+
+_locks: set[int] = set()  # descriptors of directories that this process holds
+
+
+def _after_fork() -> None:
+    """A child does not hold its parent's directories."""
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextlib.contextmanager
