@@ -106,7 +106,7 @@ class Batches:
         if self.dequantize:
             x0 = data.dequantized(index, data_range, seed=self.seed, draw=draw, first_sample=first)
         elif own and data.bins is None:
-            x0 = data.x.index_select(0, index).double()
+            x0 = data.raw(index).double()
         else:
             x0 = data.batch(index, data_range)
         return self.model.standardized(x0).float()

@@ -154,8 +154,8 @@ def train(
                   options may be others, which a warning says; False overwrites it
     callback      called with (step, mean loss of the last 100 steps) every 100 steps and at the last one
     stop          asked in each step; where it says True, in any process, the run saves and ends with that step
-    validation    data to evaluate the averaged weights on every `evaluate_every` steps, in the same units and range, or the share
-                  of `data` that is held out for it; times and noise are the same at each evaluation
+    validation    data to evaluate the averaged weights on every `evaluate_every` steps, or the share of `data` that is held out
+                  for it; a file or an array is read in the range and levels of `data`; times and noise are the same each time
     evaluate      called at each evaluation with (model, step), the model with the averaged weights in evaluation mode; numbers
                   that it returns by name are kept with the others
     patience      evaluations in a row without a lower validation loss after which the run ends
@@ -191,6 +191,10 @@ def train(
     augmentations = augment_of(augment, model.data_shape)
     checks.function("evaluate", evaluate)
     evaluate_every = checks.integer("evaluate_every", evaluate_every, 1, 10**9)
+    if evaluate_every != 1000 and held_out is None and evaluate is None:
+        raise ConfigError(
+            f"evaluate_every={evaluate_every} has nothing to evaluate: give validation=0.1, or leave it out"
+        )
     if patience is not None and held_out is None:
         raise ConfigError(f"patience={patience} needs validation data: give validation=0.1 to hold out a tenth")
     patience = None if patience is None else checks.integer("patience", patience, 1, 10**9)
@@ -199,6 +203,7 @@ def train(
     fitted, facts = fitting.fitted(model, source, options["cond_dropout"], bool(augmentations))
     described = files.describe(fitted)
     objective = Objective.of(fitted, source, options["dequantize"], loss, weight, times, truncation, probe, vlb_weight)
+    objective.check_balance()
     options |= objective.options()
     options["augment"] = [each.config() for each in augmentations]
     ends = decay or schedule in ("cosine", "linear")  # such a rate depends on the end
@@ -239,7 +244,7 @@ def train(
         if not ranks.first:  # one process is seen and heard
             evaluate, callback, progress, tensorboard = None, None, False, False
         kept = None if held_out is None else Batches(held_out, fitted, of_validation(objective), options)
-        written = writer(folder) if tensorboard else None
+        written = writer(folder, state.step) if tensorboard else None
         watch = Watch(model, kept, evaluate_every, patience, evaluate, folder if ranks.first else None, written)
         watch.resume(state.header, state.step)
         if watch.ended:
