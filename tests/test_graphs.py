@@ -890,7 +890,7 @@ def test_the_faster_engine_is_kept(captures, sde, sampler, steps, faster):
         if seed == 0:
             assert all(map(torch.equal, ours, expected))
         took = "3 ms" if faster == "eager" else "1 ms"
-        how = "its loop runs eagerly: a row" if faster == "eager" else "its rows replay as CUDA graphs (a row"
+        how = "its loop runs eagerly: a row" if faster == "eager" else "its loop replays CUDA graphs (a row"
         assert f"{how} takes {took} as CUDA graphs and 2 ms without" in info.why
         assert info.engine == faster
         assert captures.clock.read == 1  # later runs know
