@@ -256,7 +256,8 @@ class ScoreModel(nn.Module):
             return cond.to(dtype)
         per_channel = (-1, *[1] * (cond.ndim - 2))
         mean, std = (processes.placed(v, cond, torch.float64).view(per_channel) for v in self.standardize_cond)
-        return ((cond.double() - mean) / std).to(dtype)
+        standardized: Tensor = (cond.double() - mean) / std
+        return standardized.to(dtype)
 
     def __repr__(self) -> str:
         net = modules.inner(self.net)

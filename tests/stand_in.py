@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch._dynamo  # which the tape would import
 from step_cases import dispatched
-from watching import Tape
+from watching import on_tape
 
 
 class Event:
@@ -29,16 +29,6 @@ class Event:
 
     def elapsed_time(self, end):
         return 1e6 * (end.at - self.at)  # a device so slow is asked for few calls
-
-
-def on_tape(warm, bodies, device):
-    warm()
-    tapes = []
-    for body in bodies:
-        with Tape() as tape:
-            body()
-        tapes.append(tape)
-    return tapes
 
 
 def compiled(function, **options):

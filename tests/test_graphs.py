@@ -21,7 +21,7 @@ import torch._dynamo.testing
 from runs import one_of_each_kind
 from step_cases import dispatched
 from torch import nn
-from watching import NOT_WHILE_CAPTURING, Tape
+from watching import NOT_WHILE_CAPTURING, Tape, on_tape
 
 import fastdiff
 from fastdiff.errors import ConfigError, GraphError, NonFiniteError
@@ -70,17 +70,6 @@ def captures(request, monkeypatch):
             return sum(graph() is not None for graph in self)  # (weak references)
 
     seen, capture = Captures(), graphs.capture
-
-    def on_tape(warm, bodies, device):
-        warm()
-        tapes = [Tape() for _ in bodies]
-        try:
-            for tape, body in zip(tapes, bodies):
-                with tape:
-                    body()
-        except Exception as error:
-            raise GraphError(str(error).partition("\n")[0]) from error
-        return tapes
 
     def counted(warm, bodies, device):
         first = len(seen)

@@ -9,6 +9,7 @@ from torch import Tensor, ops
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastdiff.errors import GraphError
 from fastdiff.execution.torch_private import is_alias_of
 
 # what CUDA says of what no capture can hold
@@ -108,6 +109,19 @@ class Tape(TorchDispatchMode):
             if is_new:
                 for memory, value in zip(made, tensors(again), strict=True):
                     memory.copy_(value)
+
+
+def on_tape(warm, bodies, device):
+    """cuda_graph.capture, on tapes."""
+    warm()
+    tapes = [Tape() for _ in bodies]
+    try:
+        for tape, body in zip(tapes, bodies):
+            with tape:
+                body()
+    except Exception as error:
+        raise GraphError(str(error).partition("\n")[0]) from error
+    return tapes
 
 
 def written(func, args, kwargs):

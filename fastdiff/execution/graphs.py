@@ -206,7 +206,11 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def record(
-    net: Any, calls: Callable[[], Iterator[None]], bodies: Sequence[Callable[[], None]], device: torch.device, known: Any = None
+    net: Any,
+    calls: Callable[[], Iterator[None]],
+    bodies: Sequence[Callable[[], None]],
+    device: torch.device,
+    known: Any = None,
 ) -> tuple[list[Any], Any]:
     """CUDA graphs of `bodies`, and the network's fingerprint under them.
 

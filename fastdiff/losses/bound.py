@@ -60,10 +60,11 @@ def chain_step(process: Process, t: Tensor) -> Step:
     before = (t - 1).clamp(min=process.first_time)
     alpha_s, sigma_s = process.alpha(before), process.sigma(before) * ~last
     c, posterior, beta = _transition(process, t, alpha_s, sigma_s)
-    second = torch.full_like(t[:1], min(2, process.T))
-    earlier = _transition(process, second, process.alpha(second - 1), process.sigma(second - 1))[1]
-    earlier = earlier if process.T > 1 else beta  # a chain of one step has no step before
-    posterior = torch.where(last, earlier, posterior)
+    if bool(last.any()):
+        second = torch.full_like(t[:1], min(2, process.T))
+        earlier = _transition(process, second, process.alpha(second - 1), process.sigma(second - 1))[1]
+        earlier = earlier if process.T > 1 else beta  # a chain of one step has no step before
+        posterior = torch.where(last, earlier, posterior)
     return Step(c, posterior.log(), beta.log(), last)
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,30 +108,41 @@ class _Fused(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         (group,) = self.param_groups
+        if self.is_one_call():
+            # a device's kernel reads the rate that a CUDA graph has in its memory as float32: the same without a graph
+            self.apply(float(np.float32(group["lr"])) if group["params"][0].is_cuda else group["lr"])
+            return None
+        if self._count is not None:
+            for w in group["params"]:
+                self.state[w]["step"] = self._count.clone()
+            self._count = None
+        return super().step(closure)
+
+    def is_one_call(self) -> bool:
+        """Whether all weights have gradients, and have been stepped as often as each other."""
+        (group,) = self.param_groups
         weights = group["params"]
-        gradients = [w.grad for w in weights]
         if self._count is None and len(self.state) == len(weights):
             counts = [self.state[w]["step"] for w in weights]
             if len({c.device for c in counts}) == 1 and len(torch.stack(counts).unique()) == 1:
                 self._count = counts[0]
-        if self._count is None or any(g is None for g in gradients):
-            if self._count is not None:
-                for w in weights:
-                    self.state[w]["step"] = self._count.clone()
-                self._count = None
-            return super().step(closure)
-        self._count += 1
+        return self._count is not None and all(w.grad is not None for w in weights)
+
+    def apply(self, lr: float | Tensor) -> None:
+        """The one call, which reads nothing on the host where the rate is a tensor."""
+        (group,) = self.param_groups
+        weights = group["params"]
+        self._count += 1  # type: ignore[operator]
         states = [self.state[w] for w in weights]
         for state in states:
             state["step"] = self._count
         beta1, beta2 = group["betas"]
         with torch.no_grad():
             type(self).kernel(
-                weights, gradients, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-                [self._count] * len(weights), lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
+                weights, [w.grad for w in weights], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
+                [self._count] * len(weights), lr=lr, beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
                 eps=group["eps"], amsgrad=False, maximize=False,
             )  # fmt: skip
-        return None
 
     step.hooked = True  # type: ignore[attr-defined]  # by which torch knows steps that it has wrapped for its profiler
 
@@ -145,6 +157,12 @@ class Adam(_Fused, torch.optim.Adam):
 
 class AdamW(_Fused, torch.optim.AdamW):
     kernel = staticmethod(fused_adamw_)
+
+
+def in_one_call(optimisers: list[Optimiser]) -> _Fused | None:
+    """The optimiser whose step is one call, where there is no other."""
+    one = optimisers[0] if len(optimisers) == 1 else None
+    return one if isinstance(one, _Fused) and one.is_one_call() else None
 
 
 class Rate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ class State:
         self.modules = list(net.modules())
         self.buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
         self.loss: Tensor | None = None
+        self.gradients: list[Tensor] = []
+        self.norm = torch.zeros((), device="cpu")
 
     def check_saved(self) -> None:
         """Refuse before the first step what a checkpoint could not hold after it."""
@@ -95,7 +97,7 @@ class State:
                         was[1].copy_(buffer.detach())
 
     def add(self, loss: Tensor) -> None:
-        """The backward pass of a step's loss, or of a part of it: gradients add up until `take`."""
+        """The backward pass of a step's loss, or of a part of it: gradients add up until `measure`."""
         if self.loss is None:
             for p in self.parameters:
                 p.grad = None
@@ -111,41 +113,40 @@ class State:
         told.copy_(self.ranks.exchange(self.weights, told, buffers, changed))
         return told.sum()
 
-    def take(self, told: Tensor | None = None) -> bool:
-        """One step of the optimiser and of the averages; False, and nothing changed, where the loss or gradient is not finite.
+    def measure(self, told: Tensor | None = None) -> Tensor:
+        """[2]: the step's loss and the norm of its gradient, of all processes; both stay on the device, as `norm` does.
 
         told   what this process tells the others (Ranks.tell), and then what all of them did; None where it is alone
         """
         loss, self.loss = self.loss, None
         if loss is None:
-            raise RuntimeError("take() follows add()")
+            raise RuntimeError("measure() follows add()")
         for p, weight in self.rounded:
             weight.grad = None if p.grad is None else p.grad.to_dense().float()
         if told is not None:
             loss = self._exchange(told)
-        gradients = optimisers.laid_out(self.weights)
+        self.gradients = optimisers.laid_out(self.weights)
         scale = 1.0 if self.scaler is None else self.scaler.scale
-        norm = _norm(gradients) if gradients else torch.zeros_like(loss)
-        norm = norm if scale == 1 else norm / scale
+        norm = _norm(self.gradients) if self.gradients else torch.zeros_like(loss)
+        self.norm = norm if scale == 1 else norm / scale
         kind = torch.promote_types(loss.dtype, norm.dtype)
-        value, total = torch.stack((loss.to(kind), norm.to(loss.device, kind))).tolist()  # one wait for the device
+        return torch.stack((loss.to(kind), self.norm.to(loss.device, kind)))
+
+    def take(self, measured: Tensor, update: Callable[[bool], None] | None = None) -> bool:
+        """One step of the optimiser and of the averages; False, and nothing changed, where the loss or gradient is not finite.
+
+        measured   what `measure` gave
+        update     `update`, or its replay
+        """
+        value, total = measured.tolist()  # one wait for the device
         finite = math.isfinite(value) and math.isfinite(total)
         self.rate.set(self.step)
         self.step += 1
         if finite:
-            if scale != 1:
-                foreach_mul_(gradients, 1 / scale)
+            if self.scaler is not None and self.scaler.scale != 1:
+                foreach_mul_(self.gradients, 1 / self.scaler.scale)
             clip = self.options["grad_clip"]
-            if clip is not None and total + 1e-6 > 0.999 * clip:  # below, it is a product with one
-                factor = (clip / (norm + 1e-6)).clamp(max=1.0)
-                for place, those in _by_device(gradients).items():
-                    foreach_mul_(those, factor.to(place))
-            with torch.device("cpu") if self.elsewhere else contextlib.nullcontext():
-                for optimiser in self.optimisers:
-                    optimiser.step()
-            with torch.no_grad():
-                for p, weight in self.rounded:
-                    p.copy_(weight)
+            (update or self.update)(clip is not None and total + 1e-6 > 0.999 * clip)  # below, it is a product with one
             self.averages.update(self.updates)
             self.updates += 1
         else:
@@ -154,6 +155,22 @@ class State:
         if self.scaler is not None:
             return self.scaler.after(finite, math.isfinite(value))
         return finite
+
+    def update(self, clips: bool, lr: Tensor | None = None) -> None:
+        """The optimisers' step, by gradients of the norm `grad_clip` where it `clips`.
+
+        lr   the rate in the device's memory, of an optimiser whose step is one call (optimisers.in_one_call)
+        """
+        if clips:
+            factor = (self.options["grad_clip"] / (self.norm + 1e-6)).clamp(max=1.0)
+            for place, those in _by_device(self.gradients).items():
+                foreach_mul_(those, factor.to(place))
+        with torch.device("cpu") if self.elsewhere else contextlib.nullcontext():
+            for optimiser in self.optimisers:
+                optimiser.step() if lr is None else optimiser.apply(lr)  # type: ignore[attr-defined]
+        with torch.no_grad():
+            for p, weight in self.rounded:
+                p.copy_(weight)
 
     @torch.no_grad()
     def _give_buffers_back(self) -> None:
