@@ -42,6 +42,7 @@ def pytest_configure(config):
     import recorder
 
     from fastdiff.execution import conditions, cuda_graph, graphs, ops
+    from fastdiff.training import optimisers
 
     recorder.is_cuda = lambda device: True
     nothing = {name: lambda *args, **kwargs: None for name in ("synchronize", "empty_cache", "reset_peak_memory_stats")}
@@ -57,6 +58,7 @@ def pytest_configure(config):
         None if noise is None else "the noise comes from the caller"
     )
     conditions.are_seen = lambda value, looks=False: False
+    optimisers.on_cpu_alike = lambda weights: False
     operations = ModuleType("operations")
     vars(operations).update(vars(dispatched()))
     ops.backend_module = lambda name: operations

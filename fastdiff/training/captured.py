@@ -37,7 +37,7 @@ class Passes(NamedTuple):
 
     values: list[Tensor]
     loss: Tensor
-    measured: Tensor | None = None
+    measured: Tensor | tuple[float, float] | None = None
 
 
 def resolve(
@@ -78,11 +78,13 @@ class CapturedStep:
         self.device, self.tables = device, dict[Any, Any]()
         # CUDA's fused kernels read a rate of float32, the CPU's one of any precision
         self.lr = torch.zeros((), dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
-        self.updates: dict[bool, Any] = {}
-        bodies = [functools.partial(self._pass, passes)]
-        if optimisers.in_one_call(state.optimisers) is not None:
-            self.updates = dict.fromkeys((False, True) if state.options["grad_clip"] is not None else (False,))
-            bodies += [functools.partial(state.update, clips, self.lr) for clips in self.updates]
+        self.factor = torch.zeros(
+            (), dtype=state.weights[0].dtype, device=device
+        )  # of the gradients, where they are clipped
+        bodies, factors = [functools.partial(self._pass, passes)], dict[bool, Any]()
+        if optimisers.in_one_call(state.optimisers):
+            factors = {False: 1.0, True: self.factor} if state.options["grad_clip"] is not None else {False: 1.0}
+            bodies += [functools.partial(state.update, factor, self.lr) for factor in factors.values()]
         buffers = [(buffer, buffer.detach().clone()) for buffer in state.net.buffers()]
         try:
             # the warm-up draws, of which the step that follows knows nothing
@@ -94,7 +96,7 @@ class CapturedStep:
                 for buffer, was in buffers:  # which the passes of the warm-up have changed
                     buffer.copy_(was)
         self.graph, *updates = made
-        self.updates = dict(zip(self.updates, updates))
+        self.updates = dict(zip(factors, updates))  # by whether gradients are clipped
         self.gradients = [w.grad for w in state.weights]
         self.baked = self._baked()
 
@@ -119,13 +121,14 @@ class CapturedStep:
         return self.left
 
     @property
-    def update(self) -> Callable[[bool], None] | None:
+    def update(self) -> Callable[[float], None] | None:
         """The replay of State.update, or None where it was not captured."""
         return self._update if self.updates else None
 
-    def _update(self, clips: bool) -> None:
+    def _update(self, factor: float) -> None:
         self.lr.fill_(self.state.optimisers[0].param_groups[0]["lr"])
-        self.updates[clips].replay()
+        self.factor.fill_(factor)
+        self.updates[factor != 1].replay()
 
     def fits(self) -> bool:
         """Whether the network, and the settings that a capture bakes in, are as they were then."""

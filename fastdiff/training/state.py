@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import losses, networks
 from ..errors import CheckpointMismatchError, ConfigError, CorruptCheckpointError, short, warn
-from ..execution import modules
+from ..execution import cpu, modules
 from ..execution.torch_private import foreach_mul_, foreach_norm
 from ..files import shown
 from . import averages, optimisers, tensor_file
@@ -65,13 +65,19 @@ class State:
         rates = options["ema"] if isinstance(options["ema"], list) else [options["ema"]]
         self.averages = averages.Averages(self.weights, rates, options["ema_rule"], options["posthoc"])
         self.scaler = Scaler() if options["precision"] == "fp16" else None
+        # norm, clipping, Adam and the average by the compiled library; torch's schedulers want to see the optimiser's `step`
+        self.one_pass = (
+            cpu.available
+            and isinstance(self.optimisers[0], optimisers.Fused)
+            and not self.rate.schedulers
+            and optimisers.on_cpu_alike(self.weights)
+        )
         # up to torch 2.11 Adam counts its steps in a tensor of the default device, which may hold no data
         self.elsewhere = torch.get_default_device().type != "cpu"
         self.modules = list(net.modules())
         self.buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
         self.loss: Tensor | None = None
         self.gradients: list[Tensor] = []
-        self.norm = torch.zeros((), device="cpu")
 
     def check_saved(self) -> None:
         """Refuse before the first step what a checkpoint could not hold after it."""
@@ -113,8 +119,8 @@ class State:
         told.copy_(self.ranks.exchange(self.weights, told, buffers, changed))
         return told.sum()
 
-    def measure(self, told: Tensor | None = None) -> Tensor:
-        """[2]: the step's loss and the norm of its gradient, of all processes; both stay on the device, as `norm` does.
+    def measure(self, told: Tensor | None = None) -> Tensor | tuple[float, float]:
+        """The step's loss and the norm of all its gradients together, [2] on the device or two numbers.
 
         told   what this process tells the others (Ranks.tell), and then what all of them did; None where it is alone
         """
@@ -126,28 +132,39 @@ class State:
         if told is not None:
             loss = self._exchange(told)
         self.gradients = optimisers.laid_out(self.weights)
-        scale = 1.0 if self.scaler is None else self.scaler.scale
+        if self.one_pass:
+            return float(loss), math.sqrt(cpu.sum_of_squares(self.gradients))
         norm = _norm(self.gradients) if self.gradients else torch.zeros_like(loss)
-        self.norm = norm if scale == 1 else norm / scale
         kind = torch.promote_types(loss.dtype, norm.dtype)
-        return torch.stack((loss.to(kind), self.norm.to(loss.device, kind)))
+        return torch.stack((loss.to(kind), norm.to(loss.device, kind)))
 
-    def take(self, measured: Tensor, update: Callable[[bool], None] | None = None) -> bool:
+    def take(self, measured: Tensor | tuple[float, float], update: Callable[[float], None] | None = None) -> bool:
         """One step of the optimiser and of the averages; False, and nothing changed, where the loss or gradient is not finite.
 
         measured   what `measure` gave
         update     `update`, or its replay
         """
-        value, total = measured.tolist()  # one wait for the device
+        value, total = measured.tolist() if isinstance(measured, Tensor) else measured  # one wait for the device
+        scale = 1.0 if self.scaler is None else self.scaler.scale
+        total /= scale
         finite = math.isfinite(value) and math.isfinite(total)
         self.rate.set(self.step)
         self.step += 1
         if finite:
-            if self.scaler is not None and self.scaler.scale != 1:
-                foreach_mul_(self.gradients, 1 / self.scaler.scale)
-            clip = self.options["grad_clip"]
-            (update or self.update)(clip is not None and total + 1e-6 > 0.999 * clip)  # below, it is a product with one
-            self.averages.update(self.updates)
+            clip, factor = self.options["grad_clip"], 1.0
+            if clip is not None and total + 1e-6 > 0.999 * clip:  # below, it is a product with one
+                norm = torch.tensor(
+                    total, dtype=self.gradients[0].dtype, device="cpu"
+                )  # rounded as clip_grad_norm_ does
+                factor = float((clip / (norm + 1e-6)).clamp(max=1.0))
+            fused: Any = self.optimisers[0]
+            one_pass = self.one_pass and fused.counts_alike()
+            if one_pass:
+                fused.update(factor / scale, self.averages.tensors[0], self.averages.share(self.updates))
+                self._round()
+            else:
+                (update or self.update)(factor / scale)
+            self.averages.update(self.updates, done=int(one_pass))
             self.updates += 1
         else:
             self._give_buffers_back()
@@ -156,21 +173,23 @@ class State:
             return self.scaler.after(finite, math.isfinite(value))
         return finite
 
-    def update(self, clips: bool, lr: Tensor | None = None) -> None:
-        """The optimisers' step, by gradients of the norm `grad_clip` where it `clips`.
+    def update(self, factor: float | Tensor, lr: Tensor | None = None) -> None:
+        """The optimisers' step by `factor` times the gradients.
 
-        lr   the rate in the device's memory, of an optimiser whose step is one call (optimisers.in_one_call)
+        factor, lr   where they are tensors the host reads nothing, for a CUDA graph (optimisers.in_one_call)
         """
-        if clips:
-            factor = (self.options["grad_clip"] / (self.norm + 1e-6)).clamp(max=1.0)
-            for place, those in _by_device(self.gradients).items():
-                foreach_mul_(those, factor.to(place))
+        if isinstance(factor, Tensor) or factor != 1:
+            foreach_mul_(self.gradients, factor)
         with torch.device("cpu") if self.elsewhere else contextlib.nullcontext():
             for optimiser in self.optimisers:
                 optimiser.step() if lr is None else optimiser.apply(lr)  # type: ignore[attr-defined]
-        with torch.no_grad():
-            for p, weight in self.rounded:
-                p.copy_(weight)
+        self._round()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """The network's weights of half precision, by those that are trained."""
+        for p, weight in self.rounded:
+            p.copy_(weight)
 
     @torch.no_grad()
     def _give_buffers_back(self) -> None:
