@@ -346,8 +346,8 @@ def _train(a: argparse.Namespace) -> int:
             vlb_weight=a.vlb_weight, probe=a.probe, batch_size=a.batch_size, accumulate=a.accumulate, optimizer=a.optimizer,
             lr=a.lr, warmup=a.warmup, warmup_start=a.warmup_start, schedule=a.schedule, grad_clip=a.grad_clip,
             bad_step=a.bad_step, ema=a.ema, ema_rule=a.ema_rule, posthoc=a.posthoc, precision=a.precision, compile=a.compile,
-            seed=a.seed, dequantize=a.dequantize, cond_dropout=a.cond_dropout, checkpoint=a.out, resume=not a.fresh,
-            checkpoint_every=a.checkpoint_every, keep=a.keep,
+            engine=a.engine, seed=a.seed, dequantize=a.dequantize, cond_dropout=a.cond_dropout, checkpoint=a.out,
+            resume=not a.fresh, checkpoint_every=a.checkpoint_every, keep=a.keep,
             callback=_said(a.steps), stop=lambda: received, augment=a.augment and a.augment.split(","),
             validation=_validation(a, data),
             evaluate=_drawn(a.out, a.samples, model, some) if a.samples else None, evaluate_every=a.evaluate_every,
@@ -903,6 +903,8 @@ def _train_options(sub: argparse.ArgumentParser, data: str, net: str) -> None:
     add("--posthoc", action="store_true", help=posthoc)
     add("--precision", metavar="NAME", help="bf16 or fp16: autocast of the network (default: its own)")
     add("--compile", action="store_true", help="the network by torch.compile")
+    engine = "steps as CUDA graphs: auto (default), graph or eager"
+    add("--engine", default="auto", metavar="NAME", help=engine)
 
     add = sub.add_argument_group("run and watching").add_argument
     add("--out", required=True, metavar="DIR", help="checkpoint directory; an unfinished run there is resumed")

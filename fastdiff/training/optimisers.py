@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -135,22 +136,28 @@ class Fused(torch.optim.Optimizer):
         return (weights, [w.grad for w in weights], *moments)
 
     def step(self, closure: Any = None) -> Any:
+        (group,) = self.param_groups
         if not self.counts_alike():
             if self._count is not None:
                 for state in self._states:
                     state["step"] = self._count.clone()
                 self._count = None
             return super().step(closure)
+        # a device's kernel reads a rate in its memory, as a CUDA graph has it, as float32: the same without a graph
+        self.apply(float(np.float32(group["lr"])) if group["params"][0].is_cuda else group["lr"])
+        return None
+
+    def apply(self, lr: float | Tensor) -> None:
+        """`step` of weights that `counts_alike`, which reads nothing on the host where the rate is a tensor."""
         (group,) = self.param_groups
         self._count += 1
         beta1, beta2 = group["betas"]
         with torch.no_grad():
             lists = self._lists()
             type(self).kernel(
-                *lists, [], [self._count] * len(lists[0]), lr=group["lr"], beta1=beta1, beta2=beta2,
+                *lists, [], [self._count] * len(lists[0]), lr=lr, beta1=beta1, beta2=beta2,
                 weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
             )  # fmt: skip
-        return None
 
     step.hooked = True  # type: ignore[attr-defined]  # by which torch knows steps that it has wrapped for its profiler
 
@@ -176,6 +183,11 @@ class Adam(Fused, torch.optim.Adam):
 
 class AdamW(Fused, torch.optim.AdamW):
     kernel, decoupled = staticmethod(fused_adamw_), True
+
+
+def in_one_call(optimisers: list[Optimiser]) -> bool:
+    """Whether the step of all is one call (`Fused.apply`)."""
+    return len(optimisers) == 1 and isinstance(optimisers[0], Fused) and optimisers[0].counts_alike()
 
 
 class Rate:

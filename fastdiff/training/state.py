@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class State:
         self.modules = list(net.modules())
         self.buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
         self.loss: Tensor | None = None
+        self.gradients: list[Tensor] = []
 
     def check_saved(self) -> None:
         """Refuse before the first step what a checkpoint could not hold after it."""
@@ -102,7 +103,7 @@ class State:
                         was[1].copy_(buffer.detach())
 
     def add(self, loss: Tensor) -> None:
-        """The backward pass of a step's loss, or of a part of it: gradients add up until `take`."""
+        """The backward pass of a step's loss, or of a part of it: gradients add up until `measure`."""
         if self.loss is None:
             for p in self.parameters:
                 p.grad = None
@@ -118,21 +119,33 @@ class State:
         told.copy_(self.ranks.exchange(self.weights, told, buffers, changed))
         return told.sum()
 
-    def take(self, told: Tensor | None = None) -> bool:
-        """One step of the optimiser and of the averages; False, and nothing changed, where the loss or gradient is not finite.
+    def measure(self, told: Tensor | None = None) -> Tensor | tuple[float, float]:
+        """The step's loss and the norm of all its gradients together, [2] on the device or two numbers.
 
         told   what this process tells the others (Ranks.tell), and then what all of them did; None where it is alone
         """
         loss, self.loss = self.loss, None
         if loss is None:
-            raise RuntimeError("take() follows add()")
+            raise RuntimeError("measure() follows add()")
         for p, weight in self.rounded:
             weight.grad = None if p.grad is None else p.grad.to_dense().float()
         if told is not None:
             loss = self._exchange(told)
-        gradients = optimisers.laid_out(self.weights)
+        self.gradients = optimisers.laid_out(self.weights)
+        if self.one_pass:
+            return float(loss), math.sqrt(cpu.sum_of_squares(self.gradients))
+        norm = _norm(self.gradients) if self.gradients else torch.zeros_like(loss)
+        kind = torch.promote_types(loss.dtype, norm.dtype)
+        return torch.stack((loss.to(kind), norm.to(loss.device, kind)))
+
+    def take(self, measured: Tensor | tuple[float, float], update: Callable[[float], None] | None = None) -> bool:
+        """One step of the optimiser and of the averages; False, and nothing changed, where the loss or gradient is not finite.
+
+        measured   what `measure` gave
+        update     `update`, or its replay
+        """
+        value, total = measured.tolist() if isinstance(measured, Tensor) else measured  # one wait for the device
         scale = 1.0 if self.scaler is None else self.scaler.scale
-        value, total = self._measured(loss, gradients)
         total /= scale
         finite = math.isfinite(value) and math.isfinite(total)
         self.rate.set(self.step)
@@ -140,9 +153,18 @@ class State:
         if finite:
             clip, factor = self.options["grad_clip"], 1.0
             if clip is not None and total + 1e-6 > 0.999 * clip:  # below, it is a product with one
-                norm = torch.tensor(total, dtype=gradients[0].dtype, device="cpu")  # rounded as clip_grad_norm_ does
+                norm = torch.tensor(
+                    total, dtype=self.gradients[0].dtype, device="cpu"
+                )  # rounded as clip_grad_norm_ does
                 factor = float((clip / (norm + 1e-6)).clamp(max=1.0))
-            self._update(gradients, factor / scale)
+            fused: Any = self.optimisers[0]
+            one_pass = self.one_pass and fused.counts_alike()
+            if one_pass:
+                fused.update(factor / scale, self.averages.tensors[0], self.averages.share(self.updates))
+                self._round()
+            else:
+                (update or self.update)(factor / scale)
+            self.averages.update(self.updates, done=int(one_pass))
             self.updates += 1
         else:
             self._give_buffers_back()
@@ -151,31 +173,23 @@ class State:
             return self.scaler.after(finite, math.isfinite(value))
         return finite
 
-    def _measured(self, loss: Tensor, gradients: list[Tensor]) -> tuple[float, float]:
-        """The loss, and the norm of all gradients together."""
-        if self.one_pass:
-            return float(loss), math.sqrt(cpu.sum_of_squares(gradients))
-        norm = _norm(gradients) if gradients else torch.zeros_like(loss)
-        kind = torch.promote_types(loss.dtype, norm.dtype)
-        value, total = torch.stack((loss.to(kind), norm.to(loss.device, kind))).tolist()  # one wait for the device
-        return value, total
+    def update(self, factor: float | Tensor, lr: Tensor | None = None) -> None:
+        """The optimisers' step by `factor` times the gradients.
 
-    def _update(self, gradients: list[Tensor], factor: float) -> None:
-        """The optimisers' step by `factor` times the gradients, and the averages'."""
-        fused: Any = self.optimisers[0]
-        one_pass = self.one_pass and fused.counts_alike()
-        if one_pass:
-            fused.update(factor, self.averages.tensors[0], self.averages.share(self.updates))
-        else:
-            if factor != 1:
-                foreach_mul_(gradients, factor)
-            with torch.device("cpu") if self.elsewhere else contextlib.nullcontext():
-                for optimiser in self.optimisers:
-                    optimiser.step()
-        with torch.no_grad():
-            for p, weight in self.rounded:
-                p.copy_(weight)
-        self.averages.update(self.updates, done=int(one_pass))
+        factor, lr   where they are tensors the host reads nothing, for a CUDA graph (optimisers.in_one_call)
+        """
+        if isinstance(factor, Tensor) or factor != 1:
+            foreach_mul_(self.gradients, factor)
+        with torch.device("cpu") if self.elsewhere else contextlib.nullcontext():
+            for optimiser in self.optimisers:
+                optimiser.step() if lr is None else optimiser.apply(lr)  # type: ignore[attr-defined]
+        self._round()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """The network's weights of half precision, by those that are trained."""
+        for p, weight in self.rounded:
+            p.copy_(weight)
 
     @torch.no_grad()
     def _give_buffers_back(self) -> None:

@@ -29,10 +29,11 @@ from ..execution import modules
 from ..execution.modes import leaves_no_trace, stepping
 from ..execution.modules import compiled
 from ..execution.monitor import bar
+from ..execution.ops import ENGINES
 from ..execution.torch_private import functorch_is_active
 from ..files import hold, path, reason, shown
 from ..model import ScoreModel
-from . import averages, fitting, optimisers
+from . import averages, captured, fitting, optimisers
 from . import checkpoint as files
 from .batches import Batches
 from .objective import Objective
@@ -46,7 +47,7 @@ from .watch import Watch, of_validation, writer
 class Training:
     """One call of `train`: the loss of each of its steps [steps], the number of the last step, its seconds, how many of the steps
     were skipped because their loss (NaN here) or its gradient was not finite, the step of the lowest validation loss, whether
-    `stop` ended it."""
+    `stop` ended it, the engine that ran it, "eager" or "graph", and why."""
 
     loss: Tensor
     steps: int
@@ -54,6 +55,8 @@ class Training:
     skipped: int = 0
     best_step: int | None = None
     stopped: bool = False
+    engine: str = "eager"
+    why: str = ""
 
     def __repr__(self) -> str:
         recent = f", mean loss {self.loss[-100:].nanmean():.4g} at the end" if len(self.loss) else ""
@@ -103,6 +106,7 @@ def train(
     schedule: str | Callable[[Any], Any] = "constant",
     precision: str | None = None,
     compile: bool = False,
+    engine: str = "auto",
     accumulate: int = 1,
     posthoc: bool = False,
     bad_step: str = "skip",
@@ -137,6 +141,8 @@ def train(
     precision     "bf16" or "fp16": autocast of the network and the loss, weights in float32; a float16 loss is scaled, and
                   a step whose scaled gradient overflows is taken with half the factor the next time
     compile       the network by torch.compile, for the training alone
+    engine        "eager", "graph", or "auto": steps as CUDA graphs on a CUDA device where they can be captured, with the weights
+                  of eager steps (docs/training.md); "graph" is refused where they cannot
     accumulate    the batch goes through the network in so many parts, and is one step
     augment       "flip", "flip_vertical", "crop", or objects of fastdiff.data.augment, in turn: random changes of each sample,
                   made anew at each step
@@ -178,6 +184,7 @@ def train(
         steps, checkpoint_every,
     )  # fmt: skip
     resume, compile = checks.flag("resume", resume), checks.flag("compile", compile)
+    choose("engine", engine, ENGINES)
     checks.function("callback", callback)
     checks.function("stop", stop)
     if functorch_is_active():
@@ -218,6 +225,7 @@ def train(
         files.as_json(described)  # refuse before the first step what could not be saved after it
     ranks = Ranks(group, next(model.net.parameters()).device)
     rows = ranks.rows(options["batch_size"], options["accumulate"])
+    used, why = captured.resolve(objective, ranks, options, steps, compile, engine)
     with (
         torch.inference_mode(False), torch.enable_grad(), _autocast(model.net), ranks,
         _directory(checkpoint, ranks.first) as folder,
@@ -258,7 +266,8 @@ def train(
             with compiled(model.net, compile), bar(progress, steps, "train", "step", first) as display:
                 batches = Batches(whole, model, objective, options, augmentations, rows)
                 run = Run(
-                    model, state, batches, watch, options, described, steps, folder, checkpoint_every, keep, callback, stop
+                    model, state, batches, watch, options, described, steps, folder, checkpoint_every, keep, callback, stop,
+                    used, engine, why,
                 )  # fmt: skip
                 try:
                     run.all(display)
@@ -274,7 +283,10 @@ def train(
     with stepping(model.net):
         model.eval()
     skipped, best = int(run.recorded.isnan().sum()), watch.best_step or None
-    return Training(run.recorded.cpu(), max(state.step, first), time.perf_counter() - began, skipped, best, run.stopped)
+    seconds = time.perf_counter() - began
+    return Training(
+        run.recorded.cpu(), max(state.step, first), seconds, skipped, best, run.stopped, run.engine, run.why
+    )
 
 
 def _autocast(net: nn.Module) -> contextlib.AbstractContextManager[Any]:
