@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..data import Data, LazyData
+from ..data import Data, LazyData, load_data
 from ..data.readers import load_beside
 from ..errors import ConfigError, DataError, ShapeError, warn
 from ..execution.calls import dtype_of
