@@ -295,6 +295,12 @@ def saved_step(path: Path) -> int | None:
         return None
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a training in its directory: the last, and then those by their steps that `keep` left, the latest first."""
+    last = folder / FILE
+    return [last] * last.exists() + sorted(folder.glob(NUMBERED.format(0).replace("0", "[0-9]")), reverse=True)
+
+
 def keep_last(folder: Path, step: int, keep: int) -> None:
     """The checkpoint of `step` also by its number, and only then no more than the last `keep` of such; none of later steps.
 

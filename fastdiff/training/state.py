@@ -50,6 +50,7 @@ class State:
         self.net, self.objective, self.options, self.step, self.updates = net, objective, options, 0, 0
         self.ranks = ranks
         self.header: dict[str, Any] = {}  # of the checkpoint that it goes on from
+        self.came_from: Path | None = None  # that checkpoint
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError("model must have parameters that require gradients: there is nothing to train")
@@ -337,7 +338,7 @@ class State:
         optimisers.load(self.optimisers, self.weights, entries)
         if self.scaler is not None and isinstance(header.get("scaler"), dict):
             self.scaler = Scaler(**header["scaler"])
-        self.step, self.updates, self.header = step, step - skipped, header
+        self.step, self.updates, self.header, self.came_from = step, step - skipped, header, path
         return described
 
 

@@ -19,6 +19,7 @@ from ..data.augment import get as augment_of
 from ..errors import (
     CheckpointError,
     ConfigError,
+    CorruptCheckpointError,
     DeviceError,
     choose,
     names_keywords,
@@ -242,11 +243,14 @@ def train(
         ranks.alike({**options, **more, "the model": described}, "start all with the same arguments")
         if folder is not None:
             state.check_saved()
-            if ranks.any(ranks.first and resume and (folder / files.FILE).exists()):
-                described = state.read(folder / files.FILE, options, described)
+            found = files.checkpoints(folder) if ranks.first and resume else []
+            if ranks.any(bool(found)):
+                described = _go_on(state, found or files.checkpoints(folder), options, described)
             if options["posthoc"] and ranks.first:
                 averages.drop_snapshots(folder, state.step)
-            if keep is not None and ranks.first and state.step:  # a kill may have come before it
+            if (
+                keep is not None and ranks.first and state.came_from == folder / files.FILE
+            ):  # a kill may have come before it
                 files.keep_last(folder, state.step, keep)
         state.check_alike()
         if not ranks.first:  # one process is seen and heard
@@ -287,6 +291,23 @@ def train(
     return Training(
         run.recorded.cpu(), max(state.step, first), seconds, skipped, best, run.stopped, run.engine, run.why
     )
+
+
+def _go_on(state: State, found: list[Path], options: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
+    """Go on from the latest checkpoint that is not damaged; a warning says so where that is not the last. Returns its model's
+    description."""
+    damaged = []
+    for place in found:
+        try:
+            described = state.read(place, options, described)
+        except CorruptCheckpointError as error:
+            damaged.append(error)
+            continue
+        if place.name != files.FILE:
+            why = str(damaged[0]) if damaged else f"{shown(place.parent / files.FILE)} is missing"
+            warn(f"{why}; the run goes on from {shown(place)}, of step {state.step}")
+        return described
+    raise damaged[0]
 
 
 def _autocast(net: nn.Module) -> contextlib.AbstractContextManager[Any]:
