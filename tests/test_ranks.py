@@ -509,7 +509,7 @@ def test_evaluations_see_the_whole_network_and_an_error_leaves_it(tmp_path):
 
 
 class Losing(torch.nn.Module):
-    """The second process is lost within its fourth call, before a block, which the other gathers, or whose gradients it awaits."""
+    """The second process is lost in its fourth call, before a block that the other gathers, or whose gradients it awaits."""
 
     def __init__(self, rank, how):
         super().__init__()
@@ -622,7 +622,7 @@ def test_what_cannot_be_in_shards_is_refused_in_each_process(what, said):
 
 def test_shards_need_several_processes():
     with pytest.raises(
-        ConfigError, match="shard=True must have a process group of several processes, .* got one process"
+        ConfigError, match=r"shard=True must have a process group of several processes, .* got one process"
     ):
         fastdiff.train(small(), vectors(), shard=True, **GIVEN)
     with pytest.raises(ConfigError, match="shard must be True or False, got 2"):

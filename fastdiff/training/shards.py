@@ -26,8 +26,8 @@ from ..model import ScoreModel
 from ..networks.layers import TimeConditioned
 from .ranks import Ranks, single
 
-# Numbers of a block's parameters from which it is gathered by itself; smaller ones go with what holds them, as a message takes its
-# time however short it is.
+# Numbers of a block's parameters from which it is gathered by itself; smaller ones go with what holds them, as a message takes
+# its time however short it is.
 BLOCK = 2**16
 ELEMENTWISE = ("adam", "adamw", "radam", "sgd")
 HALF = (torch.float16, torch.bfloat16)
