@@ -345,9 +345,9 @@ def _train(a: argparse.Namespace) -> int:
             model, data, steps=a.steps, loss=loss, weight=a.weight, times=a.times, truncation=a.truncation,
             vlb_weight=a.vlb_weight, probe=a.probe, batch_size=a.batch_size, accumulate=a.accumulate, optimizer=a.optimizer,
             lr=a.lr, warmup=a.warmup, warmup_start=a.warmup_start, schedule=a.schedule, grad_clip=a.grad_clip,
-            bad_step=a.bad_step, ema=a.ema, ema_rule=a.ema_rule, posthoc=a.posthoc, precision=a.precision, compile=a.compile,
-            engine=a.engine, seed=a.seed, dequantize=a.dequantize, cond_dropout=a.cond_dropout, checkpoint=a.out,
-            resume=not a.fresh, checkpoint_every=a.checkpoint_every, keep=a.keep,
+            bad_step=a.bad_step, shard=a.shard, ema=a.ema, ema_rule=a.ema_rule, posthoc=a.posthoc, precision=a.precision,
+            compile=a.compile, engine=a.engine, seed=a.seed, dequantize=a.dequantize, cond_dropout=a.cond_dropout,
+            checkpoint=a.out, resume=not a.fresh, checkpoint_every=a.checkpoint_every, keep=a.keep,
             callback=_said(a.steps), stop=lambda: received, augment=a.augment and a.augment.split(","),
             validation=_validation(a, data),
             evaluate=_drawn(a.out, a.samples, model, some) if a.samples else None, evaluate_every=a.evaluate_every,
@@ -917,6 +917,8 @@ def _train_options(sub: argparse.ArgumentParser, data: str, net: str) -> None:
     add("--keep", type=int, metavar="N", help="also leave the last N checkpoints by their steps (default: none)")
     timeout = "seconds after which a process of torchrun's gives up on others that do not answer (default: 300)"
     add("--timeout", type=float, default=300, metavar="X", help=timeout)
+    shards = "hold weights, gradients, moments and averages in shards, one in each process of torchrun's"
+    add("--shard", action="store_true", help=shards)
     held_out = "a share of the data, such as 0.1, or other data, to evaluate the loss on"
     add("--validation", metavar="DATA", help=held_out)
     add("--validation-labels", metavar="FILE", help="of --validation, as --labels is of the data (default: its own)")
