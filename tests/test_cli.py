@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import fastdiff
+from fastdiff import files
 from fastdiff.cli import commands, demo, demo_flow
 from fastdiff.execution import cpu
 from fastdiff.networks import MLP
@@ -709,3 +710,18 @@ def test_labels_and_conditions_of_data_to_evaluate_by_options(tmp_path, monkeypa
     assert "--num-samples must be an integer >= 1" in capsys.readouterr().err
     assert commands.main(["sample", "digits-vp", "--clip", "1"]) == 2
     assert " as in --clip=-1,1," in capsys.readouterr().err
+
+
+def test_a_path_stands_apart_from_its_option(tmp_path, capsys, monkeypatch):
+    """A run in a directory that another holds."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "a"
+    command = ["train", "digits", "--network", "mlp", "--steps", "2", "--out", "runs/a"]
+    folder.mkdir(parents=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        assert files.hold(held)
+        assert commands.main(command) == 2
+    finally:
+        os.close(held)
+    assert "--out runs/a is in use by another training" in capsys.readouterr().err

@@ -115,9 +115,10 @@ def _in_options(message: str, arguments: argparse.Namespace) -> str:
             return found[0]
         value = several.replace(",", "") if several else (one or "").strip("\"'")
         value = {"True": "", "tensor": "FILE"}.get(value, value)
-        return f"--{name.replace('_', '-')} {value}".rstrip()
+        apart = " " if message[found.end() : found.end() + 1].strip(" ,.:;)") else ""  # from a value of another form
+        return f"--{name.replace('_', '-')} {value}".rstrip() + apart
 
-    return re.sub(r"(?<![-\w])([a-z_]+)=(?:\(([^()]*)\)|(\"\w+\"|'[\w+*.]+'|[\w.+-]+)?)", option, message)
+    return re.sub(r"(?<![-\w])([a-z_]+)=(?:\(([^()]*)\)|(\"\w+\"|'[\w+*.]+'|[\w.+/~-]+)?)", option, message)
 
 
 def _demo(a: argparse.Namespace) -> None:
