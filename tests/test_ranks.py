@@ -243,6 +243,16 @@ def test_the_first_process_is_seen_and_heard_and_all_end_early_together(tmp_path
     assert first[1] == ["best.safetensors", "checkpoint.safetensors", "metrics.csv"]
 
 
+def only_looked_at(rank, world):
+    seen = []
+    fastdiff.train(small(), vectors(), evaluate=lambda model, step: seen.append(step), evaluate_every=5, **GIVEN)
+    return seen
+
+
+def test_an_evaluation_without_validation_data_is_the_first_process_s():
+    assert among(2, only_looked_at) == [[5, 10], []]
+
+
 # --- a process that is lost ------------------------------------------------------------------------------------------
 
 

@@ -225,6 +225,7 @@ def train(
             "checkpoint_every": checkpoint_every,
             "checkpoint": folder is None,
             "resume": resume,
+            "evaluate": evaluate is not None,
         }
         ranks.alike({**options, **more, "the model": described}, "start all with the same arguments")
         if folder is not None:
@@ -237,7 +238,8 @@ def train(
                 files.keep_last(folder, state.step, keep)
         state.check_alike()
         if not ranks.first:  # one process is seen and heard
-            evaluate, callback, progress, tensorboard = None, None, False, False
+            callback, progress, tensorboard = None, False, False
+            evaluate = None if evaluate is None else lambda model, step: None  # it waits for the first one's
         kept = None if held_out is None else Batches(held_out, fitted, of_validation(objective), options)
         written = writer(folder) if tensorboard else None
         watch = Watch(model, kept, evaluate_every, patience, evaluate, folder if ranks.first else None, written)
