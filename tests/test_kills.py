@@ -23,28 +23,30 @@ from fastdiff.networks import MLP
 from fastdiff.training import checkpoint
 
 OPTIONS = ["--steps", "60"]
+RUNS = {"one": (1, OPTIONS), "two": (2, OPTIONS), "shards": (2, [*OPTIONS, "--shard"])}
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """The checksums of an unbroken run of one process, and of two."""
+    """The checksums of an unbroken run of one process, of two, and of two shards."""
     place = tmp_path_factory.mktemp("unbroken")
-    for world in (1, 2):
-        soak.finish(place / f"{world}", OPTIONS, world, place / "log")
-    return {world: soak.sums(place / f"{world}") for world in (1, 2)}
+    for name, (world, options) in RUNS.items():
+        soak.finish(place / name, options, world, place / "log")
+    return {name: soak.sums(place / name) for name in RUNS}
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_killed_twice_and_gone_on_with(world, unbroken, tmp_path):
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_twice_and_gone_on_with(name, unbroken, tmp_path):
     """Killed as soon as its checkpoint has reached a step, on a machine of any speed; a run that ends before that is another."""
+    world, options = RUNS[name]
     chance = random.Random(world)
     for attempt in range(5):
-        life = soak.Life(tmp_path / f"run{attempt}", OPTIONS, world, chance)
+        life = soak.Life(tmp_path / f"run{attempt}", options, world, chance)
         if all(life.killed(lambda life=life, step=step: life.saved() >= step) for step in (5, 25)):
             break
     assert life.kills == 2
-    soak.finish(life.folder, OPTIONS, world, life.log)
-    life.check_end(unbroken[world])
+    soak.finish(life.folder, options, world, life.log)
+    life.check_end(unbroken[name])
     log = [line for line in life.log.read_text().splitlines() if "process" in line]
     assert all(re.search(r"process \d of 2 ended, or hangs, in step \d+", line) for line in log)
 
@@ -66,7 +68,7 @@ def test_under_torchrun_a_killed_worker_ends_the_run_and_the_same_command_goes_o
     again = subprocess.run(torchrun, capture_output=True, text=True, env=environment)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("step 60") == 1  # one process speaks
-    assert soak.sums(tmp_path / "run") == unbroken[2]
+    assert soak.sums(tmp_path / "run") == unbroken["two"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -84,7 +86,7 @@ def test_a_signal_to_one_process_ends_all_with_one_checkpoint(number, unbroken, 
     assert 0 < step < 60
     assert f"SIGTERM: saved at step {step}; the same command goes on" in (tmp_path / "log").read_text()
     soak.finish(tmp_path / "run", OPTIONS, 2, tmp_path / "log")
-    assert soak.sums(tmp_path / "run") == unbroken[2]
+    assert soak.sums(tmp_path / "run") == unbroken["two"]
 
 
 # --- in the midst of a write -----------------------------------------------------------------------------------------

@@ -344,7 +344,7 @@ def _train(a: argparse.Namespace) -> int:
             callback=_said(a.steps), stop=lambda: received, augment=a.augment and a.augment.split(","),
             validation=_validation(a.validation),
             evaluate=_drawn(a.out, a.samples, model, some) if a.samples else None, evaluate_every=a.evaluate_every,
-            patience=a.patience, tensorboard=a.tensorboard,
+            patience=a.patience, tensorboard=a.tensorboard, shard=a.shard,
         )  # fmt: skip
     print(f"{data!r}: step {done.steps} after {done.seconds:.0f} s; fastdiff.load({a.out!r}) gives the model")
     if not (received or done.stopped):
@@ -890,6 +890,8 @@ def _train_options(sub: argparse.ArgumentParser, data: str, net: str) -> None:
     add("--keep", type=int, metavar="N", help="also leave the last N checkpoints by their steps (default: none)")
     timeout = "seconds after which a process of torchrun's gives up on others that do not answer (default: 300)"
     add("--timeout", type=float, default=300, metavar="X", help=timeout)
+    shards = "hold weights, gradients, moments and averages in shards, one in each process of torchrun's"
+    add("--shard", action="store_true", help=shards)
     held_out = "a share of the data, such as 0.1, or other data, to evaluate the loss on"
     add("--validation", metavar="DATA", help=held_out)
     evaluations = "steps between evaluations (default: 1000)"

@@ -276,13 +276,14 @@ def saved(optimisers: list[Optimiser], weights: list[Tensor]) -> tuple[dict[str,
 
 def checked(
     optimisers: list[Optimiser], weights: list[Tensor], tensors: dict[str, Tensor], header: Any, path: Any, needed: bool,
-    groups: list[Any],
+    groups: list[Any], shapes: list[torch.Size],
 ) -> dict[int, dict[str, Any]]:  # fmt: skip
     """The state of a checkpoint by the weight's number; CheckpointMismatchError where it is missing, or another's.
 
     header   what `saved` gave beside the tensors, and `settings`; None in files of earlier versions, whose optimiser is Adam
     needed   a step was taken
     groups   the `settings` of now, as JSON has them
+    shapes   of the weights in one piece, as the tensors are
     """
     way_out = "choose another directory, or give resume=False"
     entries: dict[int, dict[str, Any]] = {}
@@ -296,7 +297,7 @@ def checked(
         for w in g["params"]
     }
     for index, entry in entries.items():
-        shape = weights[index].shape if 0 <= index < len(weights) else None
+        shape = shapes[index] if 0 <= index < len(weights) else None
         known = keys[id(weights[index])] if shape is not None else None
         per_weight = {key: value for key, value in entry.items() if key != "step"}
         if shape is None or (

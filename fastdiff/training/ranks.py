@@ -1,4 +1,5 @@
-"""The processes of a training, on torch.distributed: each has the whole state, and its share of every batch.
+"""The processes of a training, on torch.distributed: each has the whole state, or a shard (shards.py), and its share of every
+batch.
 
 Step n's batch is that of one process: of B samples, process r of W takes r·B/W … (r + 1)·B/W − 1, with the indices, times
 and noise that they have by their position in the whole batch. What the processes tell one another in a step is one sum: of the
@@ -17,7 +18,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -31,6 +32,12 @@ from ..execution.torch_private import default_store
 # Seconds after which a process looks whether others gave up, and in which those that live say so.
 LOOK, GRACE = 1.0, 3.0
 _runs: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)  # of each group; its processes count alike
+
+
+def single(collective: str) -> Callable[..., Any]:
+    """torch's all_gather or reduce_scatter of one tensor, by the name that it has had since torch 2.13, or by that of before."""
+    before = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
+    return getattr(dist, f"{collective}_single", None) or getattr(dist, before[collective])  # type: ignore[no-any-return]
 
 
 class Launch(NamedTuple):
@@ -139,11 +146,11 @@ class Ranks:
         sums = [hashlib.sha256(f"{name}={value}".encode()).digest()[:16] for name, value in facts.items()]
         sums.insert(0, hashlib.sha256(" ".join(facts).encode()).digest()[:16])
         own = torch.tensor([list(each) for each in sums], dtype=torch.uint8, device=self.device)
-        size = self._sum(torch.tensor([len(sums)], device=self.device))
+        size = self.sum(torch.tensor([len(sums)], device=self.device))
         if int(size) != len(sums) * self.world:
             raise RankError(f"the processes have other options than each other: {advice}", ())
         every = [torch.empty_like(own) for _ in range(self.world)]
-        self._finished(dist.all_gather(every, own, group=self.group, async_op=True))
+        self.finished(dist.all_gather(every, own, group=self.group, async_op=True))
         names = ["names", *facts]
         other = [(r, k) for r in range(1, self.world) for k in range(len(sums)) if not every[r][k].equal(every[0][k])]
         if other:
@@ -156,7 +163,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in any of the processes; all wait for one another."""
-        return flag if self.world == 1 else bool(self._sum(torch.tensor([float(flag)], device=self.device)))
+        return flag if self.world == 1 else bool(self.sum(torch.tensor([float(flag)], device=self.device)))
 
     @torch.no_grad()
     def share(self, tensors: Iterable[Tensor]) -> None:
@@ -166,7 +173,7 @@ class Ranks:
             return
         raw = [value.detach().contiguous().reshape(-1).view(torch.uint8).to(self.device) for value in values]
         sent = torch.cat(raw)
-        self._finished(dist.broadcast(sent, group=self.group, group_src=0, async_op=True))
+        self.finished(dist.broadcast(sent, group=self.group, group_src=0, async_op=True))
         for value, piece in zip(values, sent.split([len(piece) for piece in raw])):
             # copies are aligned, pieces need not be
             value.copy_(piece.clone().view(value.dtype).view(value.shape))
@@ -197,7 +204,7 @@ class Ranks:
             for g, n in zip(gradients, sizes)
         ]
         self.slowest = max(self.slowest, time.monotonic() - self.last)
-        flat = self._sum(torch.cat([*parts, has, told]))
+        flat = self.sum(torch.cat([*parts, has, told]))
         self.last = time.monotonic()
         *means, has, told = flat.split([*sizes, len(has), len(told)])
         *there, any_changed = (count > 0 for count in has.tolist())
@@ -207,11 +214,18 @@ class Ranks:
             self.share(buffers)
         return told
 
-    def _sum(self, value: Tensor) -> Tensor:
-        self._finished(dist.all_reduce(value, group=self.group, async_op=True))
+    def gathered(self, own: Tensor) -> Tensor:
+        """[W, *]: the tensors of all processes, which are of one shape."""
+        every = own.new_empty(self.world * own.numel())
+        self.finished(single("all_gather")(every, own.reshape(-1), group=self.group, async_op=True))
+        return every.view(self.world, *own.shape)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Over the processes, in place."""
+        self.finished(dist.all_reduce(value, group=self.group, async_op=True))
         return value
 
-    def _finished(self, work: Any) -> None:
+    def finished(self, work: Any) -> None:
         """Wait for the others; RankError where one of them ended, gave up, or hangs for as long as the group waits."""
         while True:
             try:

@@ -34,6 +34,7 @@ class Run:
     """What a training's steps need, and what they leave: `recorded`, the loss of each, NaN where it was skipped, and `stopped`,
     whether `stop` ended the run.
 
+    model      the one that is called in training, whose network is in shards or the caller's
     options    those that a checkpoint stores; described, the model's description, which it stores too
     """
 
@@ -109,6 +110,7 @@ class Run:
             return
         most = 1 if self.options["bad_step"] == "raise" else MOST_SKIPPED
         if self.skipped == most or (step + 1 == self.steps and self.skipped == self.steps - self.first):
+            self.state.give_back()
             raise _nothing_finite(step, self.skipped, self.folder)
         if not self.said:
             warn(f"the loss or its gradient is not finite at step {step}: it is skipped, and so is any other such step")
@@ -118,7 +120,7 @@ class Run:
         """The evaluation that is due after `step` steps; whether it ends the run, in any process."""
         if not self.watch.due(step):
             return False
-        with self.state.averaged(self.model):
+        with self.state.averaged(self.watch.model):
             ended = self.watch.look(step)
         return self.state.ranks.any(ended)
 
@@ -132,13 +134,11 @@ class Run:
 
     def _save(self, folder: Path, step: int) -> None:
         self.state.check_alike()
-        if not self.state.ranks.first:
-            return
         if self.options["posthoc"] and (step % self.checkpoint_every == 0 or step == self.steps):
             self.state.write_snapshot(folder, self.described, self.options)
         # last, so that all of the step that a run goes on from is there
         self.state.write(folder / files.FILE, self.described, self.options, self.watch.config())
-        if self.keep is not None:
+        if self.keep is not None and self.state.ranks.first:
             files.keep_last(folder, self.state.step, self.keep)
 
 

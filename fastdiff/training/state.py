@@ -21,6 +21,7 @@ from . import averages, optimisers, tensor_file
 from . import checkpoint as files
 from .objective import Objective
 from .ranks import Ranks
+from .shards import Shards
 
 # What may differ from one call to the next of a run; all else says which run it is.
 MAY_CHANGE = (
@@ -45,17 +46,24 @@ class State:
 
     def __init__(
         self, net: nn.Module, objective: Objective, ranks: Ranks, options: dict[str, Any],
-        optimizer: optimisers.Choice = "adam", schedule: Any = "constant", steps: int = 1,
+        optimizer: optimisers.Choice = "adam", schedule: Any = "constant", steps: int = 1, shards: Shards | None = None,
     ) -> None:  # fmt: skip
+        """shards   those of the network, where each process is to hold its own; everything of the weights is then of these"""
         self.net, self.objective, self.options, self.step, self.updates = net, objective, options, 0, 0
-        self.ranks = ranks
+        self.ranks, self.shards = ranks, shards
         self.header: dict[str, Any] = {}  # of the checkpoint that it goes on from
-        self.parameters = [p for p in net.parameters() if p.requires_grad]
-        if not self.parameters:
+        self.named = [p for p in net.parameters() if p.requires_grad]
+        if not self.named:
             raise ConfigError("model must have parameters that require gradients: there is nothing to train")
-        half = (torch.float16, torch.bfloat16)
-        self.weights = [p.detach().float().requires_grad_() if p.dtype in half else p for p in self.parameters]
-        self.rounded = [(p, w) for p, w in zip(self.parameters, self.weights) if p is not w]
+        self.rounded: list[tuple[Tensor, Tensor]] = []
+        if shards is None:
+            half = (torch.float16, torch.bfloat16)
+            self.parameters = self.named  # which get the gradients
+            self.weights = [p.detach().float().requires_grad_() if p.dtype in half else p for p in self.parameters]
+            self.rounded = [(p, w) for p, w in zip(self.parameters, self.weights) if p is not w]
+            self.exchanged = self.weights  # whose gradients are to be exchanged after the backward pass
+        else:
+            self.parameters, self.weights, self.exchanged = shards.parameters, shards.weights, shards.whole
         self.optimisers = optimisers.build(optimizer, list(self.weights), options["lr"])
         self.groups = optimisers.settings(self.optimisers)  # a scheduler may change them on the way
         self.rate = optimisers.Rate(self.optimisers, schedule, options, steps)
@@ -67,7 +75,7 @@ class State:
         self.scaler = Scaler() if options["precision"] == "fp16" else None
         # up to torch 2.11 Adam counts its steps in a tensor of the default device, which may hold no data
         self.elsewhere = torch.get_default_device().type != "cpu"
-        self.modules = list(net.modules())
+        self.modules = list((net if shards is None else shards.net).modules())
         self.buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
         self.loss: Tensor | None = None
 
@@ -78,10 +86,14 @@ class State:
 
     def computing(self) -> contextlib.AbstractContextManager[Any]:
         """Around the forward pass and the loss: autocast to the `precision`, if there is one."""
-        if self.options["precision"] is None:
-            return contextlib.nullcontext()
-        kind, dtype = self.parameters[0].device.type, PRECISIONS[self.options["precision"]]
-        return torch.autocast(kind, dtype=dtype, cache_enabled=False)  # which would keep weights past the step
+        around = contextlib.ExitStack()
+        if self.shards is not None:
+            around.enter_context(self.shards.calling())
+        if self.options["precision"] is not None:
+            kind, dtype = self.parameters[0].device.type, PRECISIONS[self.options["precision"]]
+            # without its cache, which would keep weights past the step
+            around.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
+        return around
 
     def keep_buffers(self) -> None:
         """Copies of the buffers, such as running statistics, which a step changes before its loss is known."""
@@ -108,7 +120,7 @@ class State:
         now = [(module._buffers[name], kept) for (module, name), (_, kept) in self.buffers.items()]
         changed = not all(buffer is not None and torch.equal(buffer, kept) for buffer, kept in now)
         buffers = [buffer for buffer, _ in now if buffer is not None]
-        told.copy_(self.ranks.exchange(self.weights, told, buffers, changed))
+        told.copy_(self.ranks.exchange(self.exchanged, told, buffers, changed))
         return told.sum()
 
     def take(self, told: Tensor | None = None) -> bool:
@@ -121,11 +133,14 @@ class State:
             raise RuntimeError("take() follows add()")
         for p, weight in self.rounded:
             weight.grad = None if p.grad is None else p.grad.to_dense().float()
+        if self.shards is not None:
+            self.shards.take_gradients()
         if told is not None:
             loss = self._exchange(told)
         gradients = optimisers.laid_out(self.weights)
         scale = 1.0 if self.scaler is None else self.scaler.scale
         norm = _norm(gradients) if gradients else torch.zeros_like(loss)
+        norm = norm if self.shards is None else self.shards.norm(norm)
         norm = norm if scale == 1 else norm / scale
         kind = torch.promote_types(loss.dtype, norm.dtype)
         value, total = torch.stack((loss.to(kind), norm.to(loss.device, kind))).tolist()  # one wait for the device
@@ -161,26 +176,36 @@ class State:
             module._buffers[name] = buffer
             buffer.copy_(kept)
 
+    def _in_one_piece(self, of: list[Tensor], to_file: bool = False) -> list[Tensor]:
+        """What is held of each weight, such as an average, in one piece (Shards.gathered)."""
+        return of if self.shards is None else self.shards.gathered(of, to_file=to_file)
+
     def _tensors(self, of: list[Tensor]) -> dict[str, Tensor]:
         """The network's tensors by name, with `of` in the place of the trained parameters."""
-        given = {id(p): value for p, value in zip(self.parameters, of)}
+        given = {id(p): value for p, value in zip(self.named, of)}
         return {name: given.get(id(value), value) for name, value in modules.state(self.net, keep_vars=True).items()}
 
     def _trained(self, of: list[Tensor]) -> dict[str, Tensor]:
         """The trained parameters by name, with their values in `of`."""
-        given = {id(p): value for p, value in zip(self.parameters, of)}
+        given = {id(p): value for p, value in zip(self.named, of)}
         state = modules.state(self.net, keep_vars=True)
         return {name: given[id(value)] for name, value in state.items() if id(value) in given}
 
     def average_into(self, net: nn.Module) -> None:
-        modules.load_state(net, self._tensors(self.averages.tensors[0]))
+        modules.load_state(net, self._tensors(self._in_one_piece(self.averages.tensors[0])))
+
+    def give_back(self) -> None:
+        """The trained weights to the network, which has no others where they are not in shards."""
+        if self.shards is not None:
+            modules.load_state(self.net, self._tensors(self._in_one_piece(self.weights)))
 
     @contextlib.contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:
         """The model with the averaged weights, in evaluation mode; then as it was."""
+        averaged = self._in_one_piece(self.averages.tensors[0])  # which also has the buffers of before
         trained = {name: value.detach().clone() for name, value in modules.state(self.net).items()}
         modes = [(module, module.training) for module in model.modules()]
-        self.average_into(self.net)
+        modules.load_state(self.net, self._tensors(averaged))
         model.eval()
         try:
             yield
@@ -191,40 +216,61 @@ class State:
 
     def _saved(self) -> dict[str, Tensor]:
         """Tensors named net.* are the averaged weights (which `load` reads), raw.* the trained ones, optimizer.* the optimiser's,
-        ema.* averages of a higher precision than the network's, ema1.*, … and power0.*, … further averages."""
-        plain, averaged = modules.state(self.net), self._tensors(self.averages.tensors[0])
+        ema.* averages of a higher precision than the network's, ema1.*, … and power0.*, … further averages. All processes take
+        part where there are shards, and the first has them in one piece."""
+        averaged = self._tensors(self._in_one_piece(self.averages.tensors[0], to_file=True))
+        plain = modules.state(self.net)
         tensors = {"net." + k: v.to(plain[k].dtype) for k, v in averaged.items()}
-        tensors |= {"raw." + k: v for k, v in self._tensors(self.weights).items()}
+        tensors |= {"raw." + k: v for k, v in self._tensors(self._in_one_piece(self.weights, to_file=True)).items()}
         tensors |= {"ema." + k: v for k, v in averaged.items() if v.dtype != plain[k].dtype}
         for part, average in zip(self.averages.names[1:], self.averages.tensors[1:]):
-            tensors |= {f"{part}.{k}": v for k, v in self._trained(average).items()}
-        tensors |= {f"optimizer.{k}": v for k, v in optimisers.saved(self.optimisers, self.weights)[0].items()}
+            tensors |= {f"{part}.{k}": v for k, v in self._trained(self._in_one_piece(average, to_file=True)).items()}
+        moments = optimisers.saved(self.optimisers, self.weights)[0]
+        if self.shards is not None:
+            numbers = [int(name.partition(".")[0]) for name in moments]
+            moments = dict(zip(moments, self.shards.gathered(list(moments.values()), numbers, to_file=True)))
+        tensors |= {f"optimizer.{k}": v for k, v in moments.items()}
         return tensors | {"objective." + k: v for k, v in self.objective.tensors().items()}
 
     def check_alike(self) -> None:
-        """RankError unless all processes have the same state, bit for bit."""
+        """RankError unless all processes have the same state, bit for bit, as far as all have it."""
         if self.ranks.world > 1:
-            tensors = {name: value.detach().cpu() for name, value in self._saved().items()}
+            held = self._saved() if self.shards is None else self._beside_shards()
+            tensors = {name: value.detach().cpu() for name, value in held.items()}
             advice = (
                 "a network that draws numbers of its own, or other machines, make them differ; do not go on from here"
             )
             facts = {"weights or their averages": tensor_file.digest(str(self.step), tensors)}
             self.ranks.alike(facts, advice, shows=False)
 
+    def _beside_shards(self) -> dict[str, Tensor]:
+        """What all processes have alike beside their shards."""
+        tensors = {"net." + k: v for k, v in modules.state(self.net).items()}
+        tensors |= {f"raw.{k}": w for k, w in enumerate(self.exchanged)}
+        return tensors | {"objective." + k: v for k, v in self.objective.tensors().items()}
+
     def write(self, path: Path, described: dict[str, Any], options: dict[str, Any], watched: dict[str, Any]) -> None:
-        """All that there is, in one file."""
+        """All that there is, in one file, by the first process."""
+        tensors = self._saved()
+        if not self.ranks.first:
+            return
         header = optimisers.saved(self.optimisers, self.weights)[1]
         more: dict[str, Any] = {"optimizer": {**header, "groups": self.groups}, "schedule": self.rate.state()}
         more |= watched | ({} if self.scaler is None else {"scaler": vars(self.scaler)})
         skipped = {"skipped": self.step - self.updates} if self.step > self.updates else {}
-        files.write(path, self._saved(), {"model": described, "step": self.step, **skipped, "options": options, **more})
+        files.write(path, tensors, {"model": described, "step": self.step, **skipped, "options": options, **more})
 
     def write_snapshot(self, folder: Path, described: dict[str, Any], options: dict[str, Any]) -> None:
-        """The averages of power functions as they are now (fastdiff.posthoc_ema)."""
+        """The averages of power functions as they are now (fastdiff.posthoc_ema), by the first process."""
+        self.give_back()
         tensors = {f"net.{k}": v for k, v in modules.state(self.net).items()}
         for part, average in zip(self.averages.names, self.averages.tensors):
             if part.startswith("power"):
-                tensors |= {f"{part}.{k}": v for k, v in self._trained(average).items()}
+                tensors |= {
+                    f"{part}.{k}": v for k, v in self._trained(self._in_one_piece(average, to_file=True)).items()
+                }
+        if not self.ranks.first:
+            return
         run = {name: value for name, value in options.items() if name not in MAY_CHANGE}
         header = {"model": described, "run": run, "step": self.step, "updates": self.updates}
         files.write(folder / averages.SNAPSHOT.format(self.step), tensors, {**header, "sigma_rel": averages.SIGMA_REL})
@@ -271,7 +317,7 @@ class State:
                 "convert it, or give resume=False"
             )
         further = [parts.get(part, {}) for part in self.averages.names[1:]]
-        shapes = {name: value.shape for name, value in self._trained(self.weights).items()}
+        shapes = {name: value.shape for name, value in self._trained(self.named).items()}  # type: ignore[arg-type]
         for part, values in zip(self.averages.names[1:], further):
             if {name: value.shape for name, value in values.items()} != shapes:
                 raise CheckpointMismatchError(
@@ -280,7 +326,7 @@ class State:
         # the moments of earlier versions, whose optimiser was Adam, have its name
         entries = optimisers.checked(
             self.optimisers, self.weights, parts["optimizer"] or parts["adam"], header.get("optimizer"), path, step > skipped,
-            self.groups,
+            self.groups, [p.shape for p in self.named],
         )  # fmt: skip
         if self.rate.schedulers and any(change.startswith("lr=") for change in changed):
             raise CheckpointMismatchError(
@@ -292,17 +338,24 @@ class State:
             warn(f"{shown(path)} goes on with {', '.join(changed)}")
         networks.adopt(self.net, net)
         modules.load_state(self.net, parts["raw"])
+        if self.shards is not None:
+            self.shards.follow()
+            entries = {k: {key: self._part(k, value) for key, value in entry.items()} for k, entry in entries.items()}
         names = {id(value): name for name, value in modules.state(self.net, keep_vars=True).items()}
         with torch.no_grad():
-            for k, (p, weight) in enumerate(zip(self.parameters, self.weights)):
-                weight.copy_(parts["raw"][names[id(p)]])
+            for k, (p, weight) in enumerate(zip(self.named, self.weights)):
+                weight.copy_(self._part(k, parts["raw"][names[id(p)]]))
                 for average, values in zip(self.averages.tensors, [averaged, *further]):
-                    average[k].copy_(values[names[id(p)]])
+                    average[k].copy_(self._part(k, values[names[id(p)]]))
         optimisers.load(self.optimisers, self.weights, entries)
         if self.scaler is not None and isinstance(header.get("scaler"), dict):
             self.scaler = Scaler(**header["scaler"])
         self.step, self.updates, self.header = step, step - skipped, header
         return described
+
+    def _part(self, k: int, value: Any) -> Any:
+        """What this process holds of a value of weight k."""
+        return value if self.shards is None or not isinstance(value, Tensor) else self.shards.part(k, value)
 
 
 def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[Tensor]]:

@@ -38,6 +38,8 @@ from .batches import Batches
 from .objective import Objective
 from .ranks import Ranks
 from .run import Run
+from .shards import Shards
+from .shards import check as check_shards
 from .state import PRECISIONS, State
 from .watch import Watch, of_validation, writer
 
@@ -106,6 +108,7 @@ def train(
     accumulate: int = 1,
     posthoc: bool = False,
     bad_step: str = "skip",
+    shard: bool = False,
 ) -> Training:
     """Train `model` in place up to step `steps`, and leave it with the averaged (EMA) weights, in evaluation mode.
 
@@ -163,6 +166,10 @@ def train(
     group         the processes of torch.distributed that train together, each with its share of every batch: a process group,
                   None for the default one where there is one, or alone (docs/training.md)
 
+    shard         hold weights, gradients, moments and averages in shards, one in each process of the group (torch's FSDP2): for
+                  "dsm", "dsm_vr", "vlb" and "hybrid", by "adam", "adamw", "radam" or "sgd"; the model's own network gets its
+                  weights at the end (docs/training.md)
+
     With `checkpoint` the loss of each 100 steps, the rate and the evaluations are lines of its metrics.csv (step, name, value),
     and the averaged model of the lowest validation loss is its best.safetensors.
 
@@ -177,7 +184,9 @@ def train(
          "optimizer": optimizer, "cond_dropout": cond_dropout},
         steps, checkpoint_every,
     )  # fmt: skip
-    resume, compile = checks.flag("resume", resume), checks.flag("compile", compile)
+    resume, compile, shard = (
+        checks.flag(name, flag) for name, flag in (("resume", resume), ("compile", compile), ("shard", shard))
+    )
     checks.function("callback", callback)
     checks.function("stop", stop)
     if functorch_is_active():
@@ -213,12 +222,15 @@ def train(
         files.as_json(described)  # refuse before the first step what could not be saved after it
     ranks = Ranks(group, next(model.net.parameters()).device)
     rows = ranks.rows(options["batch_size"], options["accumulate"])
+    if shard:
+        check_shards(model.net, ranks, objective.loss, optimizer, compile)
     with (
         torch.inference_mode(False), torch.enable_grad(), _autocast(model.net), ranks,
-        _directory(checkpoint, ranks.first) as folder,
+        _current(ranks.device, shard), _directory(checkpoint, ranks.first) as folder,
     ):  # fmt: skip
         ranks.share(modules.state(model.net).values())
-        state = State(model.net, objective, ranks, options, optimizer, schedule, steps)
+        shards = Shards(model.net, ranks) if shard else None
+        state = State(model.net, objective, ranks, options, optimizer, schedule, steps, shards)
         options |= state.made
         more = {
             "the last step": steps,
@@ -226,6 +238,7 @@ def train(
             "checkpoint": folder is None,
             "resume": resume,
             "evaluate": evaluate is not None,
+            "shard": shard,
         }
         ranks.alike({**options, **more, "the model": described}, "start all with the same arguments")
         if folder is not None:
@@ -254,8 +267,9 @@ def train(
         try:
             with compiled(model.net, compile), bar(progress, steps, "train", "step", first) as display:
                 batches = Batches(whole, model, objective, options, augmentations, rows)
+                called = model if shards is None else shards.model(model)
                 run = Run(
-                    model, state, batches, watch, options, described, steps, folder, checkpoint_every, keep, callback, stop
+                    called, state, batches, watch, options, described, steps, folder, checkpoint_every, keep, callback, stop
                 )  # fmt: skip
                 try:
                     run.all(display)
@@ -280,6 +294,11 @@ def _autocast(net: nn.Module) -> contextlib.AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
     return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
+
+
+def _current(device: torch.device, shard: bool) -> contextlib.AbstractContextManager[Any]:
+    """The network's GPU as torch's current one, where FSDP has its streams."""
+    return torch.cuda.device(device) if shard and device.type == "cuda" else contextlib.nullcontext()
 
 
 def _check_tensors(values: list[Tensor]) -> None:
