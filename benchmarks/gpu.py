@@ -52,6 +52,7 @@ PARTS = {
     "tests": Part("the tests marked gpu", 110, least=40),
     "operations": Part("operations against memory and eager PyTorch", 170),
     "profile": Part("the kernels' own times", 40),
+    "training": Part("training steps as graphs against eager ones", 50),
     "loops": Part("whole runs against eager and compiled loops, float32", 220),
     "sanitizer": Part("memory and races, by compute-sanitizer", 100),
     "counters": Part("what the device counts in a step, by ncu", 40),

@@ -7,6 +7,7 @@ mark of a part of gpu.py. A `promise` that is missed fails nothing, and is in gp
 
 import functools
 import gc
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from fastdiff import samplers
 from fastdiff.errors import GraphError
 from fastdiff.execution import cpu, graphs, ops, reference
 from fastdiff.execution.noise import PRIOR
+from fastdiff.networks import MLP, UNet
 from fastdiff.networks.layers import TimeConditioned
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the opponents', and the compiler's
@@ -39,6 +41,8 @@ CALLS = 20  # in one graph, and while the profiler looks
 EXACT = 2**20  # numbers that the reference can be asked for; for more, the compiled library, which has its bits
 CHECKED = 50  # steps
 EAGER, COMPILED, ENGINE = "eager loop", "reduce-overhead loop", "fastdiff's eager engine"
+EAGER_STEPS = "fastdiff's eager steps"
+WARM = 10  # steps of a training before the first that counts, the capture among them
 OURS_COMPILED = "fastdiff, torch.compile(net)"  # in mode "default", captured as any network is
 OF_A_COPY, OUTSIDE = (
     90,
@@ -360,6 +364,57 @@ def test_loop(gpu, recorder, promise, opponent, loop, dtype):
         percent = row("percent of a step outside the network", [100 * a / b for a, b in zip(outside, times["ours"])])
         if loop.large:
             promise(percent <= OUTSIDE, f"{c.name}: {percent:.2f} % outside the network, at most {OUTSIDE} %")
+
+
+class Training(NamedTuple):
+    """A network to train, and how many steps one measurement takes."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    batch: int
+    steps: int
+
+
+TRAININGS = {
+    "MLP 256x2": Training(functools.partial(MLP, (2,), hidden=128, layers=3), (2,), 256, 200),
+    "demo U-Net 64x1x8x8": Training(functools.partial(UNet, (1, 8, 8), channels=32, blocks=1), (1, 8, 8), 64, 100),
+    "U-Net 1.0M 64x1x28x28": Training(
+        functools.partial(UNet, (1, 28, 28), channels=32, multipliers=(1, 2, 2), blocks=2, attention=(1,)),
+        (1, 28, 28), 64, 50,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.training
+@pytest.mark.takes(12)
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training_step(gpu, recorder, promise, name):
+    """A step of fastdiff.train as CUDA graphs and eagerly, of equal weights; the capture and the steps before it left out."""
+    gpu.only(small=name.startswith("MLP"), cuda=True)
+    case = TRAININGS[name]
+    batch, steps = (8, 4) if gpu.quick else (case.batch, case.steps)
+    data = fastdiff.Data(torch.rand(8 * batch, *case.shape), range=(0, 1))
+
+    def trained(engine: str) -> tuple[float, Tensor]:
+        torch.manual_seed(0)
+        model = fastdiff.ScoreModel(case.make().to(gpu.device), "vp", data_shape=case.shape, data_range=(0, 1))
+        marks = []
+        done = fastdiff.train(
+            model, data, steps=WARM + steps, batch_size=batch, engine=engine, progress=False,
+            stop=lambda: marks.append(time.perf_counter()),
+        )  # fmt: skip
+        assert done.engine == engine, done.why
+        weights = torch.cat([p.detach().flatten() for p in model.net.parameters()])
+        return (marks[-1] - marks[WARM - 1]) / steps * 1e6, weights
+
+    apart = float((trained("graph")[1] - trained("eager")[1]).abs().max())
+    recorder.row("gpu training", name, batch, "weights apart, graphs and eager steps", [apart])
+    systems = {"ours": lambda: trained("graph")[0], EAGER_STEPS: lambda: trained("eager")[0]}
+    times = turns(systems, 0.0 if gpu.quick else 3.0, least=3)
+    ratio = recorder.pairs("gpu training", name, batch, "us per training step", times)[EAGER_STEPS]
+    promise(
+        ratio >= 1, f"training, {name}: {ratio:.2f} times as fast as eager steps, at least 1; weights {apart:.2g} apart"
+    )
 
 
 def peak(run: Run) -> float:

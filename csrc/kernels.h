@@ -5,6 +5,7 @@
 // fastdiff/execution/cpu.py (a test compares them); the comment before it lists the numbers that precede them in a call.
 #pragma once
 #include "step.h"
+#include "update.h"
 
 namespace {
 
@@ -239,6 +240,8 @@ inline int run(int op, const int64_t* a, bool wide) {
         case kTimestepEmbedding: return wide ? timestep_embedding<double>(a) : timestep_embedding<float>(a);
         case kProbeDot: return wide ? probe_dot<double>(a) : probe_dot<float>(a);
         case kRkError: return wide ? rk_error<double>(a) : rk_error<float>(a);
+        case kSumOfSquares: return wide ? sum_of_squares<double>(a) : sum_of_squares<float>(a);
+        case kAdam: return wide ? adam<double>(a) : adam<float>(a);
     }
     return kDone;
 }

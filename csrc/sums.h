@@ -22,6 +22,23 @@ inline double halve(double* v, int64_t n) {
 
 constexpr int kBlock = 1024;
 
+// The sum of element(0 … length - 1), of at most a block, by halves.
+template <class Element> inline double block_sum(int length, Element element) {
+    alignas(64) double v[kBlock];
+    int left = length;
+    if (length == kBlock) {  // the first three halvings without storing what they read
+        constexpr int n = kBlock / 8;
+        left = n;
+        for (int i = 0; i < n; ++i) {
+            const auto at = [&](int k) { return element(i + k * n); };
+            v[i] = ((at(0) + at(4)) + (at(2) + at(6))) + ((at(1) + at(5)) + (at(3) + at(7)));
+        }
+    } else {
+        for (int i = 0; i < length; ++i) v[i] = element(i);
+    }
+    return halve(v, left);
+}
+
 // Sums over each sample, from partial sums of blocks of 1024; `count` sums side by side.
 struct Sums {
     double* partial;
@@ -39,23 +56,12 @@ struct Sums {
     template <class Element> void add(const Tile& tile, int which, Element element) {
         const int each = int(tile.n / tile.samples);
         if (each <= 4 && blocks == 1) return add_small(tile, which, element, each);
-        alignas(64) double v[kBlock];
         for (int64_t s = 0; s < tile.samples; ++s)
             for (int from = 0; from < each; from += kBlock) {
                 const int length = each - from < kBlock ? each - from : kBlock, offset = int(s) * each + from;
-                int left = length;
-                if (length == kBlock) {  // the first three halvings without storing what they read
-                    constexpr int n = kBlock / 8;
-                    left = n;
-                    for (int i = 0; i < n; ++i) {
-                        const auto at = [&](int k) { return element(offset + i + k * n); };
-                        v[i] = ((at(0) + at(4)) + (at(2) + at(6))) + ((at(1) + at(5)) + (at(3) + at(7)));
-                    }
-                } else {
-                    for (int i = 0; i < length; ++i) v[i] = element(offset + i);
-                }
                 const int64_t block = (tile.element + from) / kBlock;
-                partial[((tile.sample + s) * count + which) * blocks + block] = halve(v, left);
+                partial[((tile.sample + s) * count + which) * blocks + block] =
+                    block_sum(length, [&](int i) { return element(offset + i); });
             }
     }
     // The same tree over samples of so few elements that its loops would cost more than its sums.

@@ -22,6 +22,8 @@ import torch
 import fastdiff
 from fastdiff.networks import MLP
 
+MOST = 1000  # rounds of proposals
+
 
 def moon(count: int, rng: np.random.Generator) -> np.ndarray:
     """x at θ = 0, [count, 2]."""
@@ -39,10 +41,14 @@ def posterior(x: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray
     """Exact draws of θ [count, 2] given one x [2].
 
     Given x, θ ↦ x − (−|θ₁ + θ₂|, −θ₁ + θ₂)/√2 keeps areas and takes two θ to each point; so with a flat prior these points are
-    distributed as a moon, where they have θ in the prior's square, and either sign of θ₁ + θ₂ is as likely.
+    distributed as a moon, where they have θ in the prior's square, and either sign of θ₁ + θ₂ is as likely. ValueError where
+    fewer than one in MOST have.
     """
-    found = np.empty((0, 2))
+    found, tries = np.empty((0, 2)), 0
     while len(found) < count:
+        if tries == MOST:
+            raise ValueError(f"x must be what some θ in the prior's square gives, got {np.asarray(x).tolist()}")
+        tries += 1
         plus, minus = ((moon(count, rng) - x) * math.sqrt(2) * [1, -1]).T
         plus, possible = plus * rng.choice([-1, 1], count), plus >= 0
         theta = np.stack((plus - minus, plus + minus), 1) / 2
@@ -75,6 +81,10 @@ def drawn(model: fastdiff.ScoreModel, x: np.ndarray, count: int) -> np.ndarray:
     """Draws of θ [count, 2] given one x [2], those within the prior's square."""
     found, first = np.empty((0, 2)), 0
     while len(found) < count:
+        if first == MOST * count:
+            raise ValueError(
+                f"the model's draws given x = {x.tolist()} are outside of the prior's square: train it for longer"
+            )
         cond = torch.from_numpy(x).expand(count, 2)
         theta = (
             fastdiff.sample(model, sampler="heun", steps=40, num_samples=count, first_sample=first, cond=cond)

@@ -18,7 +18,7 @@ from .planning.plan import plan
 from .planning.processes import DDPM, EDM, NCSN, OU, VE, VP, SubVP
 from .sampling import SampleInfo, sample
 from .table import StepTable
-from .training import Training, load, posthoc_ema, save, train
+from .training import Training, load, load_tensors, posthoc_ema, save, train
 
 models = networks  # its former name
 
@@ -60,6 +60,7 @@ __all__ = [
     "interpolate",
     "load",
     "load_data",
+    "load_tensors",
     "log_likelihood",
     "losses",
     "mcmc",

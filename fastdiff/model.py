@@ -174,9 +174,9 @@ class ScoreModel(nn.Module):
         if times.ndim > 1 or (times.ndim == 1 and times.shape[0] != 1 and times.shape[0] != x.shape[0]):
             raise ShapeError(f"t must be one time or one for each of {len(x)} samples, got shape {tuple(times.shape)}")
         # on other devices a look at the values would stall them, in a compiled graph it would break it
-        if times.device.type == "cpu" and not torch.compiler.is_compiling():
+        if conditions.are_seen(times):
             first, last = self.process.first_time, self.process.T * 1.000001
-            low, high = times.aminmax() if times.numel() else (times.new_tensor(last), times.new_tensor(last))
+            low, high = times.aminmax()
             # of the lowest σ, as σ/α grows with t; which time it is only where one is
             inside = float(low) >= first and float(high) <= last
             if not inside or (self.process.linear and not float(self.process.sigma(low)) > 0):
@@ -255,8 +255,9 @@ class ScoreModel(nn.Module):
         if self.standardize_cond is None:
             return cond.to(dtype)
         per_channel = (-1, *[1] * (cond.ndim - 2))
-        mean, std = (torch.from_numpy(values).to(cond.device).view(per_channel) for values in self.standardize_cond)
-        return ((cond.double() - mean) / std).to(dtype)
+        mean, std = (processes.placed(v, cond, torch.float64).view(per_channel) for v in self.standardize_cond)
+        standardized: Tensor = (cond.double() - mean) / std
+        return standardized.to(dtype)
 
     def __repr__(self) -> str:
         net = modules.inner(self.net)

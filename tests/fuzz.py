@@ -7,10 +7,12 @@ bounded, so that a file that asks for more than it explains ends in a MemoryErro
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import itertools
 import math
+import pickle
 import resource
 import sys
 import tempfile
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 import fastdiff
 from fastdiff.errors import FastdiffError
@@ -48,6 +51,7 @@ def seeds(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     rng, made = np.random.default_rng(0), []
     made.append(fastdiff.save(fastdiff.ScoreModel(MLP((2,), hidden=4, layers=1), "vp", data_shape=(2,)), folder / "m"))
+    made += others(folder)
     x = rng.integers(0, 256, (3, 4, 5), dtype=np.uint8)
     np.save(folder / "a.npy", x)
     np.savez_compressed(folder / "a.npz", x=x, y=np.arange(3))
@@ -59,6 +63,26 @@ def seeds(folder: Path) -> list[Path]:
         frames[0].save(folder / name, **many)
         made.append(folder / name)
     return made
+
+
+def others(folder: Path) -> list[Path]:
+    """Checkpoints of other libraries: an archive of torch.save, its former format, a pickle, safetensors."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    saved = {
+        "net": net.state_dict(),
+        "ema": [each.detach() for each in net.parameters()],
+        "x": np.arange(6.0).reshape(2, 3).T,
+    }
+    saved |= {"args": argparse.Namespace(lr=1e-3), "module": net, "half": torch.ones(3, dtype=torch.bfloat16)[::2]}
+    try:
+        torch.serialization.set_crc32_options(False)  # or no mutant's pickle would be read
+        torch.save(saved, folder / "t.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    torch.save(saved, folder / "t.pth", _use_new_zipfile_serialization=False)
+    (folder / "t.pkl").write_bytes(pickle.dumps(saved))
+    save_file(net.state_dict(), folder / "t.safetensors")
+    return [folder / name for name in ("t.pt", "t.pth", "t.pkl", "t.safetensors")]
 
 
 def mutant(raw: bytes, rng: np.random.Generator) -> bytes:
@@ -95,7 +119,7 @@ def files(seed: int, count: int, folder: Path, numbers: list[int] | None = None)
         file = target / path.name
         file.write_bytes(mutant(raw, rng))
         picture = path.name.startswith("p.")
-        call = fastdiff.load if path.suffix == ".safetensors" else fastdiff.load_data
+        call = {"m": fastdiff.load, "t": fastdiff.load_tensors}.get(path.stem, fastdiff.load_data)
         if text := _failure(call, target if picture else file):
             failures.append(f"file ({seed}, {number}), {path.name}: {text}")
         file.unlink()
@@ -160,6 +184,7 @@ CALLS = {
         ("sde", "steps", "sampler", "prediction", "grid", "t_min"),
     ),
     "load": (lambda path: fastdiff.load(path), ("path",)),
+    "load_tensors": (lambda **o: fastdiff.load_tensors(**{"path": "none.pt", **o}), ("path", "part")),
     "load_data": (
         lambda **o: fastdiff.load_data(**{"source": np.zeros((2, 3, 4), np.uint8), **o}),
         ("source", "labels", "range", "bins", "channels", "size"),

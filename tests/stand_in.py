@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch._dynamo  # which the tape would import
 from step_cases import dispatched
-from watching import Tape
+from watching import on_tape
 
 
 class Event:
@@ -31,16 +31,6 @@ class Event:
         return 1e6 * (end.at - self.at)  # a device so slow is asked for few calls
 
 
-def on_tape(warm, bodies, device):
-    warm()
-    tapes = []
-    for body in bodies:
-        with Tape() as tape:
-            body()
-        tapes.append(tape)
-    return tapes
-
-
 def compiled(function, **options):
     """A module of torch.compile's class, or the function, with nothing compiled."""
     module = isinstance(function, torch.nn.Module)
@@ -51,7 +41,8 @@ def compiled(function, **options):
 def pytest_configure(config):
     import recorder
 
-    from fastdiff.execution import cuda_graph, graphs, ops
+    from fastdiff.execution import conditions, cuda_graph, graphs, ops
+    from fastdiff.training import optimisers
 
     recorder.is_cuda = lambda device: True
     nothing = {name: lambda *args, **kwargs: None for name in ("synchronize", "empty_cache", "reset_peak_memory_stats")}
@@ -66,6 +57,8 @@ def pytest_configure(config):
     graphs.obstacle = lambda net, device, rows, noise, engine: (
         None if noise is None else "the noise comes from the caller"
     )
+    conditions.are_seen = lambda value, looks=False: False
+    optimisers.on_cpu_alike = lambda weights: False
     operations = ModuleType("operations")
     vars(operations).update(vars(dispatched()))
     ops.backend_module = lambda name: operations

@@ -651,3 +651,61 @@ def test_a_wrong_option_of_train_is_said(given, said, tmp_path, capsys):
     assert code == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), 'source table.csv is a table of text: write it as a .npy file, numpy.save("table.npy", numpy.loadtxt('),
+        (
+            ("table.npy", "--labels", "words.txt"),
+            'labels words.txt is a table of text: write it as a .npy file, numpy.save("',
+        ),
+        (
+            ("table.npy", "--dequantize"),
+            "--dequantize needs data on discrete levels, and these are continuous: give their",
+        ),
+        (("table.npy", "--vlb-weight", "0.1"), "--vlb-weight 0.1 is of the bound in --loss hybrid, got --loss simple"),
+        (
+            ("table.npy", "--evaluate-every", "1"),
+            "--evaluate-every 1 has nothing to evaluate: give --validation 0.1, or",
+        ),
+        (
+            ("table.npy", "--workers", "2"),
+            "--workers 2 read a folder of pictures or a torch.utils.data.Dataset ahead, got",
+        ),
+    ],
+)
+def test_a_newcomers_calls_end_in_what_to_do(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.savetxt("table.csv", np.eye(9), delimiter=",")
+    np.savetxt("words.txt", np.arange(9), fmt="%d")
+    np.save("table.npy", np.eye(9, dtype="float32"))
+    assert commands.main(["train", *(arguments or ("table.csv",)), "--out", "m", "--steps", "1", "--fresh"]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    if "numpy.save" in said:  # the advice as it stands
+        exec("import numpy; " + said[said.index("numpy.save") :])
+        assert np.load("table.npy" if "csv" in words else "words.npy").shape in ((9, 9), (9,))
+
+
+def test_labels_and_conditions_of_data_to_evaluate_by_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    np.save("x.npy", rng.normal(size=(40, 2)).astype("float32"))
+    np.save("labels.npy", np.arange(40) % 3)
+    np.save("cond.npy", rng.normal(size=(40, 2)))
+    files = ["--labels", "labels.npy", "--cond", "cond.npy"]
+    assert (
+        commands.main(["train", "x.npy", "--classes", *files, "--out", "m", "--steps", "2", "--batch-size", "8"]) == 0
+    )
+    evaluate = ["evaluate", "m", "--data", "x.npy", "--steps", "2", "--metrics", "frechet"]
+    assert commands.main(evaluate) == 2
+    assert "give labelled data, or --labels" in capsys.readouterr().err
+    assert commands.main([*evaluate, *files[:2]]) == 2
+    assert "give --cond" in capsys.readouterr().err
+    assert commands.main([*evaluate, *files]) == 0
+    assert commands.main(["sample", "m", "--labels", "1", *files[2:], "-n", "0"]) == 2
+    assert "--num-samples must be an integer >= 1" in capsys.readouterr().err
+    assert commands.main(["sample", "digits-vp", "--clip", "1"]) == 2
+    assert " as in --clip=-1,1," in capsys.readouterr().err

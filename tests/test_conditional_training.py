@@ -803,6 +803,18 @@ def test_two_moons_posterior_is_exact(two_moons):
             assert abs(what(draws).std() / deviation - 1) < 0.1
 
 
+@pytest.mark.parametrize("x", [(5.0, 5.0), (0.6, 0.0), (math.nan, 0.0)])
+def test_two_moons_of_an_impossible_observation_end(x, two_moons):
+    with pytest.raises(ValueError, match="x must be what some θ in the prior's square gives, got"):
+        two_moons.posterior(np.array(x), 10, np.random.default_rng(0))
+
+
+def test_two_moons_of_a_model_that_never_meets_the_prior_end(two_moons, monkeypatch):
+    monkeypatch.setattr(fastdiff, "sample", lambda *_, num_samples, **options: torch.full((num_samples, 2), 7.0))
+    with pytest.raises(ValueError, match="are outside of the prior's square: train it for longer"):
+        two_moons.drawn(None, np.zeros(2), 10)
+
+
 def test_two_moons_is_learned(two_moons):
     """By little training: draws lie on both sides, and near the exact ones."""
     model = two_moons.trained(1000, 150, 0)

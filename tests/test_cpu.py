@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -52,16 +53,16 @@ def snake(names):
 def test_operations_slots_and_columns_are_numbered_alike_on_both_sides():
     """cpu.py and csrc/ name the same operations, tensors and columns in the same order."""
     face = (CSRC / "fastdiff.h").read_text()
-    assert snake(re.search(r"enum Operation \{(.*?)\}", face, re.S)[1]) == tuple(cpu.OPERATIONS)
+    assert snake(re.search(r"enum Operation \{(.*?)\}", face, re.S)[1]) == (*cpu.OPERATIONS, *cpu.LISTS)
     results = snake(re.search(r"enum Result \{(.*?)\}", face, re.S)[1])
     assert set(cpu._FAULTS) == set(range(1, len(results)))
     assert int(re.search(r"kMaxStages = (\d+)", face)[1]) == cpu.MAX_STAGES
-    source = (CSRC / "kernels.h").read_text() + (CSRC / "step.h").read_text()
+    source = "".join((CSRC / name).read_text() for name in ("kernels.h", "step.h", "update.h"))
     slots = {
         name: snake(names) for name, names in re.findall(r"namespace (\w+)_slots \{.*?enum \{(.*?)\}", source, re.S)
     }
     fill = slots.pop("fill")
-    assert {**slots, "normal": fill, "rademacher": fill, "words": fill} == cpu.OPERATIONS
+    assert {**slots, "normal": fill, "rademacher": fill, "words": fill} == cpu.OPERATIONS | cpu.LISTS
     row = re.search(r"struct Row \{\s*S (.*?);", source, re.S)[1].replace("b[4]", "b0, b1, b2, b3")
     assert tuple(row.split(", ")) == COLUMNS
     assert set(cpu.OPERATIONS) - {"words"} == set(ops.SCHEMAS)  # which nothing asks of torch's dispatcher
@@ -216,6 +217,114 @@ def test_sums_round_once_on_every_instruction_set(instructions):
     reference.step(expected, table, ops.cursor(0, 0, 0), 1, x, x)
     assert torch.equal(out, expected)
     assert float(out[0, 0]) == 1 + 2.0**-23
+
+
+SIZES = [(0,), (1,), (7, 3), (1024,), (5, 1000), (40, 33, 31)]
+
+
+def lists(count, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in SIZES] for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_adam_is_torchs(instructions, dtype, decoupled):
+    """Twenty steps against torch's plain loop in float64, with decay, clipping and an average; its own arithmetic is float64's
+    or float32's, which rounds each number some ten times a step."""
+    weights, average, first, second = (
+        *lists(2, dtype),
+        *([torch.zeros_like(w) for w in lists(1, dtype)[0]] for _ in "12"),
+    )
+    exact, averages = (
+        [w.double().clone().requires_grad_(k == 0) for w in those] for k, those in enumerate((weights, average))
+    )
+    numbers = {"lr": 3e-3, "eps": 1e-8, "weight_decay": 0.1}
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    opponent = kind(exact, betas=(0.9, 0.99), foreach=False, **numbers)
+    for step in range(1, 21):
+        (gradients,) = lists(1, dtype, seed=step)
+        share, factor = 1 / step, 0.3  # at first from the weights' end
+        cpu.adam(
+            weights, gradients, first, second, average, step=step, factor=factor, beta1=0.9, beta2=0.99, decoupled=decoupled,
+            share=share, **numbers,
+        )  # fmt: skip
+        for w, g in zip(exact, gradients):
+            w.grad = factor * g.double()
+        opponent.step()
+        averages = [a.lerp(w.detach(), share) for a, w in zip(averages, exact)]
+    tolerance = {"rtol": 0, "atol": 1e-12 if dtype is torch.float64 else 2e-5}
+    for w, a, m, v, w64, a64 in zip(weights, average, first, second, exact, averages):
+        torch.testing.assert_close(w.double(), w64.detach(), **tolerance)
+        torch.testing.assert_close(a.double(), a64, **tolerance)
+        torch.testing.assert_close(m.double(), opponent.state[w64]["exp_avg"], **tolerance)
+        torch.testing.assert_close(v.double(), opponent.state[w64]["exp_avg_sq"], **tolerance)
+
+
+def updated(threads=1):
+    torch.set_num_threads(threads)
+    weights, gradients, first, second, average = lists(5, torch.float32)
+    numbers = {"lr": 3e-3, "eps": 1e-8, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "decoupled": True}
+    second = [v.square() for v in second]
+    for step in (1, 2):
+        cpu.adam(weights, gradients, first, second, average, step=step, factor=0.7, share=0.01, **numbers)
+    return cpu.sum_of_squares(gradients), [*weights, *first, *second, *average]
+
+
+def test_an_update_is_the_same_on_every_instruction_set_and_any_threads(instructions):
+    norm, numbers = updated()
+    cpu.use("plain")
+    plain, as_plain = updated()
+    cpu.use(instructions)
+    threads = torch.get_num_threads()
+    try:
+        more, as_more = updated(threads=5)
+    finally:
+        torch.set_num_threads(threads)
+    assert norm == plain == more
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(numbers, as_plain, as_more))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sum_of_squares_is_exact_to_a_rounding_for_each_halving(instructions, dtype):
+    (tensors,) = lists(1, dtype)
+    exact = math.fsum(float(v) ** 2 for tensor in tensors for v in tensor.double().flatten())
+    assert cpu.sum_of_squares(tensors) == pytest.approx(exact, rel=1e-14)
+    assert cpu.sum_of_squares([]) == 0.0
+    tensors[-1][3, 2, 1] = torch.inf
+    assert cpu.sum_of_squares(tensors) == math.inf
+    tensors[2][0, 0] = torch.nan
+    assert math.isnan(cpu.sum_of_squares(tensors))
+
+
+@pytest.mark.parametrize(
+    ("other", "error"),
+    [
+        (torch.zeros(4, 3), ShapeError),
+        (torch.zeros(4, 3).t(), ShapeError),
+        (torch.zeros(3, 4, dtype=torch.float64), ShapeError),
+        (torch.zeros(3, 4, device="meta"), ShapeError),
+    ],
+    ids=["shape", "strides", "dtype", "device"],
+)
+def test_lists_that_are_not_alike_are_refused(other, error):
+    alike = [torch.zeros(3, 4)]
+    options = {
+        "step": 1,
+        "factor": 1.0,
+        "lr": 1.0,
+        "eps": 1.0,
+        "weight_decay": 0.0,
+        "beta1": 0.5,
+        "beta2": 0.5,
+        "share": 1.0,
+    }
+    with pytest.raises(error, match="tensors of adam must be on the CPU and all"):
+        cpu.adam(alike, alike, alike, [other], alike, decoupled=True, **options)
+    with pytest.raises(DTypeError):
+        cpu.sum_of_squares([torch.zeros(3, dtype=torch.float16)])
 
 
 def test_rare_combinations_mean_what_the_reference_says(instructions):

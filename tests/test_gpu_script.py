@@ -85,7 +85,7 @@ def test_every_part_is_tried_on_a_stand_in(tmp_path, gpu):
     rows = list(csv.DictReader((tmp_path / "a-stand-in-quick.csv").read_text().splitlines()))
     assert list(rows[0]) == COLUMNS.split()
     assert {(row["device"], row["commit"], row["threads"]) for row in rows} == {("a-stand-in-quick", "abc", "")}
-    assert {row["group"] for row in rows} == {"gpu ops", "gpu loops"}
+    assert {row["group"] for row in rows} == {"gpu ops", "gpu loops", "gpu training"}
 
     def of(metric, column="ours"):
         return {row["case"]: row[column] for row in rows if row["metric"] == metric}
@@ -102,6 +102,8 @@ def test_every_part_is_tried_on_a_stand_in(tmp_path, gpu):
     compiled = {f"{name}, torch.compile(net)" for name in NETWORKS}
     assert of("us per step").keys() == NETWORKS | compiled
     assert {row["opponent"] for row in rows if row["case"] in compiled} == {"reduce-overhead loop"}
+    assert of("weights apart, graphs and eager steps") == {"MLP 256x2": "0"}
+    assert of("us per training step").keys() == {"MLP 256x2"}
     assert of("us outside the network per step").keys() == of("peak MiB").keys() == NETWORKS
     for row in rows:
         if row["theirs"] and row["metric"].startswith("us"):
@@ -199,13 +201,14 @@ def test_parts_run_in_their_order_each_within_its_seconds(gpu, monkeypatch, caps
         "tests",
         "operations",
         "profile",
+        "training",
         "loops",
         "sanitizer",
         "counters",
         "bf16",
     ]
     assert all(seconds <= gpu.PARTS[name].seconds for name, seconds in device.ran.items())
-    assert "a card, torch 2; commit abc; 180 s" in verdict
+    assert "a card, torch 2; commit abc; 200 s" in verdict
     assert "VERDICT: HELD (exit code 0)" in verdict
     assert "in another command: make gpu ONLY=large" in verdict
     command, environment = device.commands["kernels"]
@@ -226,7 +229,7 @@ def test_what_there_is_no_time_for_is_named(gpu, monkeypatch, capsys, tmp_path):
     code, verdict = ended(gpu, capsys, tmp_path)
     assert code == 0
     assert device.now <= gpu.SECONDS < 600
-    assert list(device.ran) == ["bits", "kernels", "tests", "operations", "profile", "loops"]
+    assert list(device.ran) == ["bits", "kernels", "tests", "operations", "profile", "training", "loops"]
     for name in ("sanitizer", "counters", "bf16"):
         assert f"{name}: left out for want of time" in verdict
     assert "in another command: make gpu ONLY=sanitizer,counters,bf16,large" in verdict

@@ -21,7 +21,7 @@ import torch._dynamo.testing
 from runs import one_of_each_kind
 from step_cases import dispatched
 from torch import nn
-from watching import NOT_WHILE_CAPTURING, Tape
+from watching import NOT_WHILE_CAPTURING, Tape, on_tape
 
 import fastdiff
 from fastdiff.errors import ConfigError, GraphError, NonFiniteError
@@ -70,17 +70,6 @@ def captures(request, monkeypatch):
             return sum(graph() is not None for graph in self)  # (weak references)
 
     seen, capture = Captures(), graphs.capture
-
-    def on_tape(warm, bodies, device):
-        warm()
-        tapes = [Tape() for _ in bodies]
-        try:
-            for tape, body in zip(tapes, bodies):
-                with tape:
-                    body()
-        except Exception as error:
-            raise GraphError(str(error).partition("\n")[0]) from error
-        return tapes
 
     def counted(warm, bodies, device):
         first = len(seen)
@@ -890,7 +879,7 @@ def test_the_faster_engine_is_kept(captures, sde, sampler, steps, faster):
         if seed == 0:
             assert all(map(torch.equal, ours, expected))
         took = "3 ms" if faster == "eager" else "1 ms"
-        how = "its loop runs eagerly: a row" if faster == "eager" else "its rows replay as CUDA graphs (a row"
+        how = "its loop runs eagerly: a row" if faster == "eager" else "its loop replays CUDA graphs (a row"
         assert f"{how} takes {took} as CUDA graphs and 2 ms without" in info.why
         assert info.engine == faster
         assert captures.clock.read == 1  # later runs know

@@ -18,7 +18,7 @@ from processes import command, started
 
 import fastdiff
 from fastdiff import files
-from fastdiff.errors import CheckpointError, ConfigError
+from fastdiff.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from fastdiff.networks import MLP
 from fastdiff.training import checkpoint
 
@@ -214,3 +214,30 @@ def test_the_last_checkpoints_stay_by_their_steps(links, tmp_path, monkeypatch):
         fastdiff.train(model(0.1), data, steps=7, keep=2)
     with pytest.raises(ConfigError, match="keep must be an integer >= 1"):
         fastdiff.train(model(0.1), data, steps=7, keep=0, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["by links", "by copies"])
+@pytest.mark.parametrize("how", ["cut", "changed", "missing"])
+def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(how, links, tmp_path, monkeypatch):
+    """By links the damage is in the last one by its step too."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    data = fastdiff.Data(torch.randn(50, 2).clamp(-4, 4), range=(-4, 4))
+    given = {"batch_size": 4, "checkpoint": tmp_path, "checkpoint_every": 2, "progress": False, "warmup": 0}
+    fastdiff.train(whole := model(0.1), data, steps=8, **{**given, "checkpoint": tmp_path / "whole"})
+    fastdiff.train(model(0.1), data, steps=6, keep=2, **given)
+    last = tmp_path / checkpoint.FILE
+    content = bytearray(last.read_bytes())
+    content[-1] ^= how == "changed"
+    last.write_bytes(content[: len(content) // 2] if how == "cut" else content)  # in place, as a disk does
+    if how == "missing":
+        last.unlink()
+    step = 4 if links and how != "missing" else 6
+    with pytest.warns(UserWarning, match=rf"goes on from .*step-0*{step}\.safetensors, of step {step}"):
+        fastdiff.train(again := model(0.1), data, steps=8, keep=2, **given)
+    assert all(torch.equal(a, b) for a, b in zip(again.net.parameters(), whole.net.parameters()))
+    assert [checkpoint.saved_step(path) for path in checkpoint.checkpoints(tmp_path)] == [8, 8, 6]
+    for path in checkpoint.checkpoints(tmp_path):
+        path.write_bytes(b"")
+    with pytest.raises(CorruptCheckpointError, match=re.escape(checkpoint.FILE)):
+        fastdiff.train(model(0.1), data, steps=9, keep=2, **given)

@@ -82,8 +82,9 @@ def test_vectors_are_standardized_by_some_of_the_samples():
     np.testing.assert_allclose(std, x[::3].std(0), rtol=1e-5)
 
 
-def test_a_file_is_mapped_and_never_held_as_a_whole(tmp_path):
-    """A file of 256 MiB, trained on by a process that may have 160 MiB more than one that imports fastdiff."""
+@pytest.mark.parametrize(("options", "most"), [({}, 160), ({"validation": 0.001}, 220)])
+def test_a_file_is_mapped_and_never_held_as_a_whole(options, most, tmp_path):
+    """A file of 256 MiB, trained on by a process that may have so many MiB more than one that imports fastdiff."""
     path = tmp_path / "large.npy"
     x = np.lib.format.open_memmap(path, "w+", np.uint8, (2**16, 1, 64, 64))
     x[::97] = 7
@@ -95,11 +96,40 @@ def test_a_file_is_mapped_and_never_held_as_a_whole(tmp_path):
         ".split('RssAnon:')[1].split()[0]) // 1024\n"
         "model = fastdiff.ScoreModel(MLP((1, 64, 64), hidden=4, layers=1), 'vp', 'edm', data_shape=(1, 64, 64))\n"
         "before = held(); data = fastdiff.load_data(sys.argv[1], lazy=True)\n"
-        "fastdiff.train(model, data, steps=2, batch_size=4)\n"
-        "print(held() - before)"
+        "most = []\n"
+        f"fastdiff.train(model, data, steps=2, batch_size=4, stop=lambda: most.append(held()), **{options})\n"
+        "print(max(most) - before)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 160
+    assert int(done.stdout) < most
+
+
+@pytest.mark.parametrize("kind", ["levels", "vectors"])
+def test_what_is_trained_on_beside_a_held_out_share_stays_where_it_is(kind):
+    """It is the second part of `split` in every number, and none of its values is copied."""
+    rng, labels = np.random.default_rng(0), torch.arange(70) % 4
+    x = torch.from_numpy(rng.integers(0, 9, (70, 3)).astype("uint8") if kind == "levels" else rng.normal(size=(70, 3)))
+    data = Data(x, labels, bins=None if kind == "vectors" else 9, range=(-9.0, 9.0) if kind == "vectors" else (0.0, 8.0),
+                cond=torch.from_numpy(rng.normal(size=(70, 2))))  # fmt: skip
+    (kept, rest), (first, second) = data.hold_out(0.3), data.split(0.3)
+    assert rest.x.data_ptr() == data.x.data_ptr()
+    assert (len(kept), len(rest), repr(rest)) == (21, 49, repr(second))
+    assert (kept.fingerprint(), rest.fingerprint()) == (first.fingerprint(), second.fingerprint())
+    assert torch.equal(rest.raw(torch.arange(49)), second.x)
+    assert torch.equal(rest.labels, second.labels)
+    assert torch.equal(rest.cond, second.cond)
+    index = torch.tensor([3, 48, 0])
+    assert torch.equal(rest.batch(index, (-1, 1)), second.batch(index, (-1, 1)))
+    if kind == "levels":
+        assert torch.equal(rest.dequantized(index, (-1, 1), seed=3), second.dequantized(index, (-1, 1), seed=3))
+    trained = []
+    for source in (rest, second):
+        torch.manual_seed(0)
+        model = fastdiff.ScoreModel(MLP((3,), hidden=8, num_classes=4, cond_shape=(2,)), "vp", "edm", data_shape=(3,))
+        fastdiff.train(model, source, steps=9, **OPTIONS)
+        trained.append(model)
+    assert equal(*trained)
+    np.testing.assert_array_equal(trained[0].standardize, trained[1].standardize)
 
 
 def test_a_folder_of_pictures_is_decoded_as_it_is_asked_for(tmp_path, capsys):
@@ -162,6 +192,15 @@ def test_what_cannot_be_read_lazily_is_refused(tmp_path):
         ),
         (lambda: fastdiff.load_data(tmp_path / "fortran.npy", lazy=True), DataError, "in Fortran's order"),
         (lambda: fastdiff.load_data(tmp_path / "x.npz", lazy=True), ConfigError, "lazy=True is for a .npy file"),
+        *(
+            (
+                lambda source=source, lazy=lazy: fastdiff.load_data(source, workers=2, lazy=lazy),
+                ConfigError,
+                "workers=2 read a folder of pictures or a torch.utils.data.Dataset ahead, got .*: leave it out",
+            )
+            for source in (x, tmp_path / "x.npz", tmp_path / "big.npy", "digits")
+            for lazy in (False, True)
+        ),
         (lambda: fastdiff.load_data(x, num_classes=3), ConfigError, "num_classes=3 is of a Dataset"),
         (lambda: fastdiff.train(unet(), LazyData(Items(x)), steps=1, validation=0.1), ConfigError, "read lazily"),
     ):

@@ -416,13 +416,29 @@ def test_ranks_are_counted_and_tested_by_pearsons_chi_square():
     found = metrics.sbc_ranks(theta, draws)
     wanted = [[sum(draws[i, :, k] < theta[i, k]) for k in range(2)] for i in range(97)]
     assert found.ranks.tolist() == wanted
-    assert (found.draws, found.bins) == (30, 19)
+    assert (found.draws, found.bins) == (30, 15)
     for k in range(2):
-        places = np.arange(31) * 19 // 31
+        places = np.arange(31) * 15 // 31
         expected = np.bincount(places) * 97 / 31
-        statistic, p = scipy.stats.chisquare(np.bincount(places[found.ranks[:, k]], minlength=19), expected)
+        statistic, p = scipy.stats.chisquare(np.bincount(places[found.ranks[:, k]], minlength=15), expected)
         assert found.chi_square[k] == pytest.approx(statistic)
         assert found.p_values[k] == pytest.approx(p)
+
+
+@pytest.mark.parametrize("n", [10, 23, 100, 400])
+@pytest.mark.parametrize("draws", [2, 9, 24, 100])
+def test_each_bin_is_expected_five_times(n, draws):
+    """As Pearson's test needs; two bins at least, as many as can be, up to twenty."""
+    found = metrics.sbc_ranks(*conjugate(n, draws))
+
+    def fewest(bins):
+        return np.bincount(np.arange(draws + 1) * bins // (draws + 1), minlength=bins).min() * n / (draws + 1)
+
+    assert found.bins == 2 or fewest(found.bins) >= 5
+    assert found.bins == 20 or fewest(found.bins + 1) < 5
+    assert torch.isfinite(found.p_values).all()
+    assert repr(found).startswith(f"SBC({n} simulations, {draws} draws, {found.bins} bins, p-values 0.")
+    assert repr(metrics.tarp(*conjugate(n, draws))).startswith(f"TARP({n} simulations, {draws} draws, p-value ")
 
 
 def test_ranks_of_the_exact_posterior_are_uniform_and_of_one_too_narrow_are_not():
@@ -469,7 +485,12 @@ def test_the_picture_of_coverage(tmp_path):
     metrics.coverage_plot(tmp_path / "c.png", theta, draws, names=["mass", "radius"])
     with Image.open(tmp_path / "c.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 10
-    for options, words in (({"names": ["a"]}, "names"), ({"path": tmp_path / "c.xyz"}, "path")):
+    given = (
+        ({"names": ["a"]}, "names"),
+        ({"names": "ab"}, "names must be a list"),
+        ({"names": 3}, "names must be a list"),
+    )
+    for options, words in (*given, ({"path": tmp_path / "c.xyz"}, "path")):
         with pytest.raises(ConfigError, match=words):
             metrics.coverage_plot(**{"path": tmp_path / "d.png", "theta": theta, "draws": draws, **options})
     assert [path.name for path in tmp_path.iterdir()] == ["c.png"]
@@ -480,7 +501,9 @@ def test_bad_simulations_are_one_sentence(function):
     theta, draws = conjugate(20, 5)
     for given, words in (
         ((theta, draws[:, 0]), "[n, L, d]"), ((theta[:19], draws), "[n, L, d]"), ((theta[:9], draws[:9]), "at least 10"),
-        ((theta / 0, draws), "finite"), ((theta[:, 0], draws), "theta[:, None]"), ((theta, draws.tolist()), "tensor"),
+        ((theta / 0, draws), "finite"), ((theta, draws[:, :1]), "draws must be two or more of each"),
+        ((theta, draws.transpose(0, 1)), "got [20, 2] and [5, 20, 2]: use draws.transpose(0, 1)"),
+        ((theta[:, 0], draws), "theta[:, None]"), ((theta, draws.tolist()), "tensor"),
     ):  # fmt: skip
         with pytest.raises(FastdiffError) as caught:
             function(*given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -549,6 +550,7 @@ def test_what_does_not_go_together_is_refused():
         ({"loss": "vlb", "weight": "g2"}, "weight='g2' does not go with loss='vlb'"),
         ({"loss": "hybrid", "weight": "learned"}, "weight='learned' does not go with loss='hybrid'"),
         ({"vlb_weight": -1.0}, "vlb_weight must be"),
+        ({"vlb_weight": 0.1}, "vlb_weight=0.1 is of the bound in loss='hybrid', got loss='dsm': leave it out"),
         ({"weight": weights.MinSNR}, "weight must be an object or a name, got the class itself"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -582,3 +584,46 @@ def test_the_objective_of_a_batch_weighs_by_the_density():
     values = torch.arange(64.0)
     torch.testing.assert_close(of.mean(values, drawn), (values * drawn.factor).mean())
     assert of.options()["times"] == {"name": "importance"}
+
+
+def crowded(process, prediction, **options):
+    """The warnings of a training about few samples that count."""
+    torch.manual_seed(0)
+    model = fastdiff.ScoreModel(MLP((2,), hidden=4, layers=1), process, prediction, data_shape=(2,))
+    data = fastdiff.Data(torch.randn(50, 2, generator=torch.Generator().manual_seed(0)), range=(-5.0, 5.0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fastdiff.train(model, data, steps=2, batch_size=8, **options)
+    return [str(each.message) for each in caught if "few samples count" in str(each.message)]
+
+
+@pytest.mark.parametrize("weight", ["edm", "learned"])
+def test_a_weight_that_few_samples_would_carry_is_said_with_ways_out_that_work(weight):
+    """EDM's weight of the error of eps is (sigma/alpha)^2 + 1, which a cosine schedule takes to 10^8 and more."""
+    chain = fastdiff.DDPM("cosine")
+    (said,) = crowded(chain, "eps", weight=weight)
+    factor = np.sort((chain.sigma(np.arange(1, 1001.0)) / chain.alpha(np.arange(1, 1001.0))) ** 2 + 1)
+    share = factor[-10:].sum() / factor.sum()
+    assert share > 0.999
+    assert f"weight='{weight}' puts {share:.1%} of the loss" in said
+    assert "t = 991 to 1000" in said
+    assert said.endswith("give loss='dsm' with weight='min_snr', or prediction='v'")
+    assert not crowded(chain, "eps", loss="dsm", weight="min_snr")
+    assert not crowded(chain, "v", weight=weight)
+    assert not crowded(chain, "edm", weight=weight)  # of whose output the weight is 1 (Karras et al. 2022, eq. 8)
+
+
+def test_the_bound_of_a_network_that_predicts_the_data_is_even_by_importance():
+    (said,) = crowded("vp", "x0", loss="likelihood")
+    assert "give times='importance', which leaves the integral, or loss='dsm' with weight='min_snr'" in said
+    assert not crowded("vp", "x0", loss="likelihood", times="importance")
+
+
+@pytest.mark.parametrize("process", ["ve", "vp", "ou", "edm", "ddpm", "ncsn"])
+@pytest.mark.parametrize(
+    ("prediction", "weight"),
+    [("eps", "edm"), ("eps", "g2"), ("eps", "p2"), ("edm", "edm"), ("edm", "g2"), ("v", "learned"), ("x0", "min_snr"),
+     ("score", "sigma2"), ("eps", "target")],
+)  # fmt: skip
+def test_a_weight_that_many_samples_carry_is_not_spoken_of(process, prediction, weight):
+    assert not crowded(process, prediction, weight=weight)

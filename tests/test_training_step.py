@@ -99,7 +99,10 @@ def test_a_named_optimiser_is_torchs(name, clip):
         model := tiny(), points(), steps=6, batch_size=8, lr=1e-2, warmup=4, grad_clip=clip, optimizer=name, **LAST
     )
     plain = by_hand(tiny(), points(), NAMED[name], steps=6, lr=1e-2, warmup=4, clip=clip)
-    assert torch.equal(weights(model), weights(plain))
+    if name in ("adam", "adamw"):  # whose pass is fastdiff's own (tests/test_cpu.py), with roundings of its own
+        torch.testing.assert_close(weights(model), weights(plain), rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(weights(model), weights(plain))
 
 
 @pytest.mark.parametrize("own", OWN.values(), ids=OWN)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import multiprocessing
+import re
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -16,10 +19,11 @@ from torch import nn
 import fastdiff
 from fastdiff.cli import commands, pictures
 from fastdiff.data import LazyData
+from fastdiff.data.readers import load_beside
 from fastdiff.errors import ConfigError, DataError, ShapeError
 from fastdiff.execution import ops
 from fastdiff.networks import MLP
-from fastdiff.training import Data
+from fastdiff.training import Data, checkpoint
 
 OPTIONS = {"batch_size": 32, "lr": 2e-3, "warmup": 10, "loss": "simple"}
 
@@ -131,6 +135,32 @@ def test_a_run_ends_where_nothing_improves_and_stays_ended(tmp_path):
     assert torch.isfinite(fastdiff.sample(best, steps=2, num_samples=2)).all()
 
 
+def test_other_validation_data_begin_with_a_best_of_their_own(tmp_path):
+    """Those of before had the lower loss; of checkpoints that do not say which they were the best goes on."""
+    options = {**OPTIONS, "evaluate_every": 5, "checkpoint": tmp_path}
+    held = (
+        data(40, seed=1),
+        data(40, seed=1, cond=torch.zeros(40, 1)),
+        Data(torch.full((40, 2), 6.0), range=(-6.0, 6.0)),
+    )
+    first = fastdiff.train(tiny(), data(), steps=20, validation=held[0], **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = fastdiff.train(tiny(), data(), steps=20, validation=held[0], **options)
+    assert again.best_step == first.best_step
+    with pytest.warns(UserWarning, match="the validation data are not those of before"):
+        other = fastdiff.train(tiny(), data(), steps=30, validation=held[2], **options)
+    found = {int(row["step"]): float(row["value"]) for row in lines(tmp_path) if row["name"] == "validation"}
+    assert other.best_step == min((25, 30), key=found.get)
+    assert min(found[25], found[30]) > max(found[step] for step in (5, 10, 15, 20))
+    header, tensors = checkpoint.read(tmp_path / checkpoint.FILE, "")
+    del header["watch"]["validation"]
+    checkpoint.write(tmp_path / checkpoint.FILE, tensors, header)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fastdiff.train(tiny(), data(), steps=30, validation=held[1], **options).best_step == other.best_step
+
+
 def test_running_statistics_and_modes_are_given_back():
     class Net(nn.Module):
         def __init__(self):
@@ -155,24 +185,23 @@ def test_what_cannot_be_evaluated_is_refused():
     for arguments, error, words in (
         ({"patience": 3}, ConfigError, "patience=3 needs validation data: give validation=0.1"),
         ({"validation": 1.5}, ConfigError, "validation must be"),
-        ({"validation": data(range=(-7.0, 7.0))}, DataError, "validation must have the range and levels of the data"),
         (
-            {"validation": data(labels=torch.zeros(120, dtype=torch.long))},
+            {"validation": Data(torch.zeros(9, 2, dtype=torch.uint8))},
             DataError,
-            "labels and conditions where the data have",
+            "validation must have the range and levels of the data",
         ),
         (
-            {"data": data(labels=torch.arange(120) % 3), "validation": data(labels=torch.arange(120) % 5)},
-            DataError,
-            "labels below the data's num_classes=3, got 4: give the data num_classes=",
-        ),
-        (
-            {"data": data(cond=torch.rand(120, 3)), "validation": data(cond=torch.rand(120, 2))},
+            {"validation": np.zeros((9, 3), "float32") + [[1], [2], [3]] * 3},
             ShapeError,
-            r"conditions of the data's shape \(3,\), got \(2,\)",
+            r"validation must have samples of",
         ),
         ({"evaluate": 3}, ConfigError, "evaluate must be"),
         ({"evaluate_every": 0}, ConfigError, "evaluate_every must be"),
+        (
+            {"evaluate_every": 5},
+            ConfigError,
+            "evaluate_every=5 has nothing to evaluate: give validation=0.1, or leave it",
+        ),
         ({"tensorboard": True}, ConfigError, "tensorboard=True needs a directory to write in: give checkpoint="),
         (
             {"evaluate": lambda model, step: 3.0, "evaluate_every": 1},
@@ -189,13 +218,151 @@ def test_what_cannot_be_evaluated_is_refused():
             fastdiff.train(tiny(), **{"data": data(), "steps": 1, **OPTIONS, **arguments})
 
 
+def conditioned():
+    """A network that takes labels of three classes and conditions (3,)."""
+    return fastdiff.ScoreModel(MLP((2,), hidden=8, num_classes=3, cond_shape=(3,)), "vp", "edm", data_shape=(2,))
+
+
+LABELS, COND = torch.arange(120) % 3, torch.rand(120, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("of_data", "of_validation", "error", "words"),
+    [
+        ({"labels": LABELS}, {}, DataError, "validation must have labels, as the data have and the network takes"),
+        (
+            {"labels": LABELS, "cond": COND},
+            {"labels": LABELS},
+            DataError,
+            "validation must have cond, as the data have",
+        ),
+        (
+            {"labels": LABELS},
+            {"labels": torch.arange(120) % 5},
+            DataError,
+            "labels below the data's num_classes=3, got 4: give the data num_classes=",
+        ),
+        ({"cond": COND}, {"cond": COND[:, :2]}, ShapeError, r"conditions of the data's shape \(3,\), got \(2,\)"),
+    ],
+)
+def test_validation_must_have_what_the_network_gets_of_the_data(of_data, of_validation, error, words):
+    with pytest.raises(error, match=words):
+        fastdiff.train(conditioned(), data(**of_data), steps=1, validation=data(**of_validation), **OPTIONS)
+
+
+@pytest.mark.filterwarnings("ignore:the data have labels of 3 classes, and the network takes none:UserWarning")
+def test_validation_may_have_and_lack_what_the_network_does_not_get(tmp_path):
+    """The losses are those without any of it."""
+    found = []
+    for of_data, of_validation in (({}, {}), ({"labels": LABELS}, {}), ({}, {"labels": LABELS % 2, "cond": COND})):
+        folder = tmp_path / str(len(found))
+        fastdiff.train(
+            tiny(), data(**of_data), steps=4, validation=data(**of_validation), evaluate_every=2, checkpoint=folder,
+            **OPTIONS,
+        )  # fmt: skip
+        found.append(lines(folder))
+    assert found[0] == found[1] == found[2]
+
+
+def validated(folder, model, data, validation):
+    options = {**OPTIONS, "batch_size": 8, "evaluate_every": 1, "seed": 3}
+    fastdiff.train(model, data, steps=1, validation=validation, checkpoint=folder, **options)
+    return lines(folder)
+
+
+@pytest.mark.filterwarnings("error")
+def test_validation_from_a_file_is_in_the_units_of_the_data(tmp_path):
+    """Of pictures the data's range, inferred or given, and levels; of vectors the numbers as they are."""
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(0.1, 0.9, (20, 1, 4, 4)), rng.uniform(0.2, 0.8, (20, 1, 4, 4))
+    np.save(tmp_path / "y.npy", y)
+
+    def model():
+        torch.manual_seed(0)
+        return fastdiff.ScoreModel(MLP((1, 4, 4), hidden=8, layers=1), "vp", "edm", data_shape=(1, 4, 4))
+
+    data = fastdiff.load_data(x)
+    found = validated(tmp_path / "a", model(), data, tmp_path / "y.npy")
+    assert found == validated(tmp_path / "b", model(), data, Data(torch.from_numpy(y), range=data.range))
+    with pytest.raises(DataError, match=re.escape(f"give both range=({float(x.min())}, 0.95)")):
+        validated(tmp_path / "c", model(), data, np.where(y == y.max(), 0.95, y))
+    levels = Data(torch.from_numpy((x * 16).round().astype("uint8")), range=(0.0, 16.0), bins=17)
+    of_levels = (y * 16).round()
+    found = validated(tmp_path / "d", model(), levels, of_levels.astype("uint8"))
+    assert found == validated(tmp_path / "e", model(), levels, of_levels.astype("float32"))
+    with pytest.raises(DataError, match="validation, in the units of the data: x must lie on its 17 levels"):
+        validated(tmp_path / "f", model(), levels, y.astype("float32"))
+    vectors = rng.normal(size=(30, 2)) * 20
+    of_vectors = Data(torch.from_numpy(vectors[:20]), range=(-100.0, 100.0))
+    found = validated(tmp_path / "g", tiny(), of_vectors, vectors[20:])
+    assert found == validated(
+        tmp_path / "h", tiny(), of_vectors, Data(torch.from_numpy(vectors[20:]), range=(-99.0, 200.0))
+    )
+
+
+def test_the_classes_of_a_folder_have_the_numbers_of_the_data(tmp_path):
+    for k, place in enumerate(("a/x", "a/y", "a/z", "b/z", "c/z", "c/v")):
+        (tmp_path / place).mkdir(parents=True)
+        pictures.image(tmp_path / place / "0.png", np.full((1, 1, 8, 8), k / 9, "float32"), (0.0, 1.0))
+    data = fastdiff.load_data(tmp_path / "a")
+    assert load_beside("validation", tmp_path / "b", data).labels.tolist() == [2]
+    with pytest.raises(DataError, match="validation must have the classes of the data, x, y, z, got v: move"):
+        load_beside("validation", tmp_path / "c", data)
+
+
+def test_the_command_line_reads_validation_as_the_data(tmp_path, capsys):
+    """Layout, range, labels and conditions by options; what is missing is named with the option that gives it."""
+    rng = np.random.default_rng(0)
+    for name, count in (("x", 20), ("y", 10)):
+        np.save(tmp_path / f"{name}.npy", rng.integers(0, 9, (count, 8, 8)).astype("uint8"))
+        np.save(tmp_path / f"{name}-labels.npy", np.arange(count) % 3)
+        np.save(tmp_path / f"{name}-cond.npy", rng.normal(size=(count, 2)))
+
+    def status(*more):
+        start = ["train", str(tmp_path / "x.npy"), "--out", str(tmp_path / "m"), "--fresh", "--steps", "1", "--network", "mlp",
+                 "--channels", "1", "--range", "0", "8", "--evaluate-every", "1"]  # fmt: skip
+        return commands.main([*start, *(str(tmp_path / word) if word.endswith(".npy") else word for word in more)])
+
+    assert status("--validation", "y.npy") == 0
+    of_data = ["--classes", "--labels", "x-labels.npy", "--cond", "x-cond.npy"]
+    assert status("--validation", "y.npy", *of_data) == 2
+    assert "--validation must have labels, as the data have: give --validation-labels FILE" in capsys.readouterr().err
+    of_data += ["--validation-labels", "y-labels.npy"]
+    assert status("--validation", "y.npy", *of_data) == 2
+    assert "--validation must have cond, as the data have: give --validation-cond FILE" in capsys.readouterr().err
+    of_data += ["--validation-cond", "y-cond.npy"]
+    assert status("--validation", "y.npy", *of_data) == 0
+    assert {row["name"] for row in lines(tmp_path / "m")} == {"validation", "loss", "lr"}
+    assert status("--validation", "z.npy") == 2
+    assert 'validation: source must be "digits" or the path of a file' in capsys.readouterr().err
+    assert status("--validation", "0.2", *of_data) == 2
+    said = "--validation-labels is of validation data in a file of their own: give --validation FILE"
+    assert said in capsys.readouterr().err
+
+
+def test_the_training_data_of_an_evaluation_are_in_the_units_of_its_data(tmp_path, capsys):
+    """Samples that are copies of training data, whose own ends are others, are found beside them."""
+    x = np.random.default_rng(0).uniform(0.2, 0.8, (20, 1, 4, 4)).astype("float32")
+    x[0, 0, 0, :2] = 0, 1
+    np.save(tmp_path / "data.npy", x)
+    np.save(tmp_path / "train.npy", x[1:])
+    np.save(tmp_path / "samples.npy", 2 * x[1:9] - 1)
+    paths = [str(tmp_path / name) for name in ("samples.npy", "data.npy", "train.npy", "found.json")]
+    arguments = ["--metrics", "nearest", "--samples-range", "-1", "1", "--out", paths[3]]
+    assert commands.main(["evaluate", paths[0], "--data", paths[1], "--train", paths[2], *arguments]) == 0
+    assert commands.main(["evaluate", *paths[:1], "--data", paths[1], "--train", paths[2], "--metrics", "frechet"]) == 2
+    assert "--train is what the metric nearest looks for copies in, got --metrics frechet" in capsys.readouterr().err
+    nearest = json.loads((tmp_path / "found.json").read_text())["metrics"]["nearest (median)"]
+    assert nearest["samples"]["value"] < 1e-5
+
+
 def test_what_a_run_opened_is_closed_after_an_error(tmp_path, monkeypatch):
     """Even while its traceback is kept: TensorBoard's writer holds numbers back, and readers are processes."""
     said = []
 
     class Writer:
-        def __init__(self, folder):
-            said.append(folder)
+        def __init__(self, folder, purge_step):
+            said.append((folder, purge_step))
 
         def add_scalar(self, name, value, step):
             said.append((name, step))
@@ -217,6 +384,7 @@ def test_what_a_run_opened_is_closed_after_an_error(tmp_path, monkeypatch):
         )
     assert kept.tb is not None
     assert multiprocessing.active_children() == []
+    assert said[0] == (str(tmp_path / "tensorboard"), 1)  # what is shown begins with the first step
     assert said[-1] == "closed"
     fastdiff.train(tiny(), lazy, steps=9, checkpoint=tmp_path, **OPTIONS)  # nor is the directory held
 
@@ -232,11 +400,28 @@ def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
         ):
             fastdiff.train(tiny(), data(), steps=100, **options)
         return
+
+    def agree():
+        """Each line of metrics.csv once, and no others, by the reader of TensorBoard's own pages."""
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        written = [(e.step, tag, e.value) for tag in events.Tags()["scalars"] for e in events.Scalars(tag)]
+        rows = [(int(row["step"]), row["name"], float(row["value"])) for row in lines(tmp_path)]
+        assert [line[:2] for line in sorted(written)] == [line[:2] for line in sorted(rows)]
+        for (*_, value), (*_, other) in zip(sorted(written), sorted(rows)):
+            assert math.isclose(value, other, rel_tol=1e-6)
+
+    def killed(model, step):
+        if step == 150:
+            raise KeyboardInterrupt
+
     fastdiff.train(tiny(), data(), steps=100, **options)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    written = {(e.step, tag): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
-    for row in lines(tmp_path):
-        assert math.isclose(written[int(row["step"]), row["name"]], float(row["value"]), rel_tol=1e-6)
+    agree()
+    with pytest.raises(KeyboardInterrupt):  # after lines of step 125 that no checkpoint has
+        fastdiff.train(tiny(), data(), steps=200, **{**options, "evaluate_every": 25, "evaluate": killed})
+    fastdiff.train(tiny(), data(), steps=200, **{**options, "evaluate_every": 25})
+    agree()
+    fastdiff.train(tiny(), data(), steps=100, resume=False, **options)
+    agree()
 
 
 def test_the_command_line_draws_samples_and_writes_the_numbers(tmp_path, capsys):

@@ -7,8 +7,9 @@ import threading
 import torch
 from torch import Tensor, ops
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastdiff.errors import GraphError
 from fastdiff.execution.torch_private import is_alias_of
 
 # what CUDA says of what no capture can hold
@@ -56,6 +57,12 @@ class Watch(TorchDispatchMode):
         return out
 
 
+# what reads a number on the host, or brings some from there
+FROM_OR_TO_THE_HOST = (
+    ops.aten._local_scalar_dense.default, ops.aten.nonzero.default, ops.aten.equal.default, ops.aten.lift_fresh.default,
+)  # fmt: skip
+
+
 class Tape(TorchDispatchMode):
     """Records operations, tensors by their memory and numbers by their value; `replay` repeats them without any Python.
 
@@ -83,7 +90,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in (ops.aten._local_scalar_dense.default, ops.aten.nonzero.default):
+        if func in FROM_OR_TO_THE_HOST:
             raise RuntimeError(f"{NOT_WHILE_CAPTURING}\nSearch for `cudaErrorStreamCaptureUnsupported' and more lines")
         for memory in written(func, args, kwargs):
             whole = torch.empty(0, dtype=memory.dtype).set_(memory.untyped_storage())
@@ -91,15 +98,30 @@ class Tape(TorchDispatchMode):
         out = func(*args, **kwargs)
         made, given = tensors(out), tensors((args, kwargs))
         is_new = not all(any(is_alias_of(v, w) for w in given) for v in made)
-        self.calls.append((func, args, kwargs, made, is_new))
+        # the memory alone: the tensors themselves become parts of autograd's graph
+        self.calls.append((func, *tree_map_only(Tensor, Tensor.detach, (args, kwargs, made)), is_new))
         return out
 
+    @torch.no_grad()
     def replay(self):
         for func, args, kwargs, made, is_new in self.calls:
             again = func(*args, **kwargs)
             if is_new:
                 for memory, value in zip(made, tensors(again), strict=True):
                     memory.copy_(value)
+
+
+def on_tape(warm, bodies, device):
+    """cuda_graph.capture, on tapes."""
+    warm()
+    tapes = [Tape() for _ in bodies]
+    try:
+        for tape, body in zip(tapes, bodies):
+            with tape:
+                body()
+    except Exception as error:
+        raise GraphError(str(error).partition("\n")[0]) from error
+    return tapes
 
 
 def written(func, args, kwargs):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..data import Data
+    from ..data import Data, LazyData
     from ..model import ScoreModel
 
 # Threads that wait should sleep: spinning ones stall each other as soon as anything else runs on the machine.
@@ -114,9 +114,10 @@ def _in_options(message: str, arguments: argparse.Namespace) -> str:
         if name not in arguments:
             return found[0]
         value = several.replace(",", "") if several else (one or "").strip("\"'")
+        value = {"True": "", "tensor": "FILE"}.get(value, value)
         return f"--{name.replace('_', '-')} {value}".rstrip()
 
-    return re.sub(r"\b([a-z_]+)=(?:\(([^()]*)\)|(\"\w+\"|'[\w+*.]+'|[\w.+-]+)?)", option, message)
+    return re.sub(r"(?<![-\w])([a-z_]+)=(?:\(([^()]*)\)|(\"\w+\"|'[\w+*.]+'|[\w.+-]+)?)", option, message)
 
 
 def _demo(a: argparse.Namespace) -> None:
@@ -129,7 +130,7 @@ def _demo(a: argparse.Namespace) -> None:
 def _sample(a: argparse.Namespace) -> None:
     import numpy as np
 
-    from .. import files
+    from .. import checks, files
     from ..execution.calls import device_of, moved, picked
     from ..sampling import sample
 
@@ -156,7 +157,7 @@ def _sample(a: argparse.Namespace) -> None:
         from . import pictures
 
         pictures.check_drawable(count, model.data_shape)
-    x, info = draw(0, count, a.batch_size)
+    x, info = draw(0, checks.integer("--num-samples", count, 1, 2**32), a.batch_size)
     if out.suffix == ".npy":
         with files.replacing(out) as handle:
             np.save(handle, x.cpu().numpy())
@@ -255,6 +256,7 @@ def _train_among(a: argparse.Namespace) -> int:
 
 def _evaluate(a: argparse.Namespace) -> None:
     from .. import files
+    from ..data.readers import load_beside
     from ..errors import ConfigError
     from . import evaluation_report as report
 
@@ -271,12 +273,13 @@ def _evaluate(a: argparse.Namespace) -> None:
         source = _tensor("model", a.model)
     else:
         source = _model(a)
-    data = _data(a)
+    data = _data(a, labels=a.labels, cond=a.cond)
+    train: Any = None if a.train is None else load_beside("train", a.train, data, **_as_read(a))
     if picture is not None:
         report.check_drawable(data.shape)
     features = _made(a.features, "--features") if ":" in a.features else a.features
     found = report.evaluate(
-        source, files.shown(a.model), data, train=None if a.train is None else _data(a, source=a.train),
+        source, files.shown(a.model), data, train=train,
         num_samples=a.num_samples, seed=a.seed, metrics=metrics, features=features, quantise=a.quantise,
         samples_range=a.samples_range and tuple(a.samples_range), options={**run, "clip": _clip(a.clip)},
     )  # fmt: skip
@@ -315,10 +318,14 @@ def _train(a: argparse.Namespace) -> int:
         if some.labels is None:
             raise ConfigError(f"--classes needs labels, and {a.data} has none: leave it out")
         options["num_classes"] = some.num_classes
-    elif some.labels is not None and data is some:
+    elif some.labels is not None:
         if launched().rank == 0:
             print(f"fastdiff train: the labels of {a.data} are not used: --classes conditions on them", file=sys.stderr)
-        data = replace(data, labels=None, num_classes=None, class_names=())
+        warnings.filterwarnings(
+            "ignore", message="the data have labels of", category=UserWarning
+        )  # of those read lazily
+        if data is some:
+            data = replace(data, labels=None, num_classes=None, class_names=())
     if some.cond is not None:
         options["cond_shape"] = list(some.cond.shape[1:])
     if a.variance is not None:
@@ -338,13 +345,13 @@ def _train(a: argparse.Namespace) -> int:
             model, data, steps=a.steps, loss=loss, weight=a.weight, times=a.times, truncation=a.truncation,
             vlb_weight=a.vlb_weight, probe=a.probe, batch_size=a.batch_size, accumulate=a.accumulate, optimizer=a.optimizer,
             lr=a.lr, warmup=a.warmup, warmup_start=a.warmup_start, schedule=a.schedule, grad_clip=a.grad_clip,
-            bad_step=a.bad_step, ema=a.ema, ema_rule=a.ema_rule, posthoc=a.posthoc, precision=a.precision, compile=a.compile,
-            seed=a.seed, dequantize=a.dequantize, cond_dropout=a.cond_dropout, checkpoint=a.out, resume=not a.fresh,
-            checkpoint_every=a.checkpoint_every, keep=a.keep,
+            bad_step=a.bad_step, shard=a.shard, ema=a.ema, ema_rule=a.ema_rule, posthoc=a.posthoc, precision=a.precision,
+            compile=a.compile, engine=a.engine, seed=a.seed, dequantize=a.dequantize, cond_dropout=a.cond_dropout,
+            checkpoint=a.out, resume=not a.fresh, checkpoint_every=a.checkpoint_every, keep=a.keep,
             callback=_said(a.steps), stop=lambda: received, augment=a.augment and a.augment.split(","),
-            validation=_validation(a.validation),
+            validation=_validation(a, data),
             evaluate=_drawn(a.out, a.samples, model, some) if a.samples else None, evaluate_every=a.evaluate_every,
-            patience=a.patience, tensorboard=a.tensorboard, shard=a.shard,
+            patience=a.patience, tensorboard=a.tensorboard,
         )  # fmt: skip
     print(f"{data!r}: step {done.steps} after {done.seconds:.0f} s; fastdiff.load({a.out!r}) gives the model")
     if not (received or done.stopped):
@@ -354,12 +361,29 @@ def _train(a: argparse.Namespace) -> int:
     return 128 + number
 
 
-def _validation(value: str | None) -> Any:
-    """--validation as `train` takes it: a share, or a source of data."""
-    try:
-        return None if value is None else float(value)
-    except ValueError:
-        return value
+def _validation(a: argparse.Namespace, data: Data | LazyData) -> Any:
+    """--validation as `train` takes it: a share, or data that are read as the others are, in their units."""
+    from ..data import LazyData
+    from ..data.readers import load_beside
+    from ..errors import ConfigError
+
+    share: float | None = None
+    with contextlib.suppress(TypeError, ValueError):
+        share = float(a.validation)
+    if a.validation is None or share is not None:
+        for name in ("labels", "cond"):
+            if getattr(a, f"validation_{name}") is not None:
+                raise ConfigError(
+                    f"--validation-{name} is of validation data in a file of their own: give --validation FILE"
+                )
+        return share
+    beside = {"labels": a.validation_labels, "cond": a.validation_cond}
+    kept = load_beside("validation", a.validation, data, **_as_read(a), **beside)
+    some = data.some if isinstance(data, LazyData) else data
+    for name in beside:
+        if getattr(some, name) is not None and getattr(kept, name) is None:
+            raise ConfigError(f"--validation must have {name}, as the data have: give --validation-{name} FILE")
+    return kept
 
 
 def _drawn(out: str, count: int, model: ScoreModel, data: Data) -> Callable[[ScoreModel, int], None]:
@@ -539,18 +563,17 @@ def _doctor(a: argparse.Namespace) -> int:
     return 0
 
 
-def _data(a: argparse.Namespace, source: str | None = None, **options: Any) -> Data:
-    """The data of a command, or of another of its options, read as its options say."""
+def _data(a: argparse.Namespace, **options: Any) -> Data:
+    """The data of a command, read as its options say."""
     from ..data import load_data
 
-    return load_data(
-        a.data if source is None else source,
-        range=a.range and tuple(a.range),
-        bins=a.bins,
-        channels=a.channels,
-        size=a.size and tuple(a.size),
-        **options,
-    )
+    return load_data(a.data, **_as_read(a), **options)
+
+
+def _as_read(a: argparse.Namespace) -> dict[str, Any]:
+    """The options of `_reading`, as `load_data` takes them."""
+    ends, size = a.range and tuple(a.range), a.size and tuple(a.size)
+    return {"range": ends, "bins": a.bins, "channels": a.channels, "size": size}
 
 
 def _device(a: argparse.Namespace) -> torch.device:
@@ -722,6 +745,8 @@ def _parser() -> argparse.ArgumentParser:
         of_data,
     )
     sub.add_argument("--data", required=True, help=f"{data}; best what the model was not trained on")
+    sub.add_argument("--labels", metavar="FILE", help="class numbers of --data, a .npy or IDX file (default: its own)")
+    sub.add_argument("--cond", metavar="FILE", help="conditions of --data, a .npy array (default: its own)")
     sub.add_argument("--train", help="its training data, to look for copies of (default: half of --data)")
     sub.add_argument(
         "-n", "--num-samples", type=int, default=1000, help="at most, and at most half of the data (default: 1000)"
@@ -813,7 +838,7 @@ def _train_options(sub: argparse.ArgumentParser, data: str, net: str) -> None:
     add("--cond", metavar="FILE", help=cond)
     _reading(of_data)
     add("--lazy", action="store_true", help="read a .npy file or pictures while training, not before")
-    workers = "processes that read pictures ahead, with --lazy (default: 0)"
+    workers = "processes that read pictures ahead, and --lazy with them (default: 0)"
     add("--workers", type=int, default=0, metavar="N", help=workers)
     add("--augment", metavar="NAMES", help="flip, flip_vertical or crop, or several, as in flip,crop")
     add("--dequantize", action="store_true", help="uniform dequantisation of discrete data")
@@ -878,6 +903,8 @@ def _train_options(sub: argparse.ArgumentParser, data: str, net: str) -> None:
     add("--posthoc", action="store_true", help=posthoc)
     add("--precision", metavar="NAME", help="bf16 or fp16: autocast of the network (default: its own)")
     add("--compile", action="store_true", help="the network by torch.compile")
+    engine = "steps as CUDA graphs: auto (default), graph or eager"
+    add("--engine", default="auto", metavar="NAME", help=engine)
 
     add = sub.add_argument_group("run and watching").add_argument
     add("--out", required=True, metavar="DIR", help="checkpoint directory; an unfinished run there is resumed")
@@ -894,6 +921,8 @@ def _train_options(sub: argparse.ArgumentParser, data: str, net: str) -> None:
     add("--shard", action="store_true", help=shards)
     held_out = "a share of the data, such as 0.1, or other data, to evaluate the loss on"
     add("--validation", metavar="DATA", help=held_out)
+    add("--validation-labels", metavar="FILE", help="of --validation, as --labels is of the data (default: its own)")
+    add("--validation-cond", metavar="FILE", help="of --validation, as --cond is of the data (default: its own)")
     evaluations = "steps between evaluations (default: 1000)"
     add("--evaluate-every", type=int, default=1000, metavar="N", help=evaluations)
     samples = "draw so many at each evaluation, as a picture; with --cond of its first entries (default: 0)"

@@ -113,6 +113,10 @@ def evaluate(
     if not isinstance(source, ScoreModel):
         source = samples("samples", source)
         count = min(count, len(source))
+    if train is not None and "nearest" not in metrics:
+        raise ConfigError(
+            f"--train is what the metric nearest looks for copies in, got --metrics {','.join(metrics)}: leave it out"
+        )
     for given, whose in ((data, "data"), (train, "train")):
         shape = source.data_shape if isinstance(source, ScoreModel) else tuple(source.shape[1:])
         if given is not None and given.shape != shape:

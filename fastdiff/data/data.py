@@ -192,13 +192,19 @@ class Data:
 
     def fingerprint(self) -> str:
         """A checksum of the values, their range, the labels and the conditions, equal for equal data sets."""
-        text = f"{tuple(self.x.shape)} {self.x.dtype} {self.range} {self.bins}"
-        crc = zlib.crc32(self.x.numpy(), zlib.crc32(text.encode()))  # without a copy, which may not fit
+        text = f"{(len(self), *self.shape)} {self.x.dtype} {self.range} {self.bins}"
+        crc, step = zlib.crc32(text.encode()), max(1, 2**20 // math.prod(self.shape))
+        for start in range(0, len(self), step):  # without a copy of all, which may not fit
+            crc = zlib.crc32(self.raw(slice(start, start + step)).numpy(), crc)
         crc = crc if self.labels is None else zlib.crc32(self.labels.numpy().tobytes(), crc)
         if self.cond is not None:
             crc = zlib.crc32(f"cond {tuple(self.cond.shape)} {self.cond.dtype}".encode(), crc)
             crc = zlib.crc32(self.cond.numpy().tobytes(), crc)
         return f"{crc:08x}"
+
+    def raw(self, index: torch.Tensor | slice) -> torch.Tensor:
+        """The raw values of samples, by their numbers or a slice of them."""
+        return self.x[index] if isinstance(index, slice) else self.x.index_select(0, index)
 
     def batch(
         self, indices: Sequence[int] | torch.Tensor, data_range: tuple[float, float], noise: torch.Tensor | None = None
@@ -211,7 +217,7 @@ class Data:
         ShapeError, DTypeError, DeviceError.
         """
         a, b = checks.pair("data_range", data_range, "float32")
-        raw = self.x.index_select(0, _checked_indices(indices, len(self)))
+        raw = self.raw(_checked_indices(indices, len(self)))
         if noise is not None:
             self._check_noise(noise, raw)
         if self.bins is None:
@@ -282,6 +288,16 @@ class Data:
         Labels and conditions stay with their samples. The order comes from numpy's PCG64(seed) alone: no global generator is
         read or advanced. Both parts are copies. Errors: ConfigError, or DataError where a part would be empty.
         """
+        first, second = self._shuffled(fraction, seed)
+        return self._part(first), self._part(second)
+
+    def hold_out(self, fraction: float, seed: int = 0) -> tuple[Data, Data]:
+        """The parts of `split`, of which the second reads its values out of this one's, where they stay: for files mapped into
+        memory, and data that fit it once."""
+        first, second = self._shuffled(fraction, seed)
+        return self._part(first), _Rows(self, second)
+
+    def _shuffled(self, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         fraction = checks.number("fraction", fraction, 0, 1, above=True, below=True)
         generator = np.random.Generator(np.random.PCG64(checks.integer("seed", seed, 0, 2**64 - 1)))
         order = torch.from_numpy(generator.permutation(len(self)))
@@ -291,11 +307,31 @@ class Data:
                 f"fraction must leave samples in both parts, got {fraction:g} of {len(self)}, which gives {cut} and "
                 f"{len(self) - cut}: choose another"
             )
-        return self._part(order[:cut]), self._part(order[cut:])
+        return order[:cut], order[cut:]
 
     def _part(self, indices: torch.Tensor) -> Data:
         labels, cond = (None if beside is None else beside[indices] for beside in (self.labels, self.cond))
         return replace(self, x=self.x[indices], labels=labels, cond=cond)
+
+
+class _Rows(Data):
+    """Some samples of a `Data`, whose `x` are the values of them all."""
+
+    def __init__(self, of: Data, rows: torch.Tensor) -> None:
+        for name in ("x", "range", "bins", "num_classes", "class_names"):
+            self._set(name, getattr(of, name))
+        for name in ("labels", "cond"):
+            beside = getattr(of, name)
+            self._set(name, None if beside is None else beside[rows])
+        self._set("_rows", rows)
+
+    _rows: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def raw(self, index: torch.Tensor | slice) -> torch.Tensor:
+        return self.x.index_select(0, self._rows[index])
 
 
 def _linear(x: torch.Tensor, source: tuple[float, float], target: tuple[float, float]) -> torch.Tensor:

@@ -12,9 +12,11 @@ import os
 import re
 import struct
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -33,6 +35,7 @@ _PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".apng", ".ppm", "
 # what Pillow may take a file for, whatever its name: others start programs (PostScript) or read other files
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _NOT_READ = (".avif", ".eps", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".npy", ".npz", ".psd", ".svg", ".tga")
+_TEXTS = (".csv", ".tsv", ".txt")
 _MOST_PACKED = 1100  # deflate's largest ratio is 1032
 # what numpy and zipfile raise over a damaged file
 _NUMPY_ERRORS = (
@@ -78,7 +81,7 @@ def load_data(
         either, uint8 [N, H, W, 1, 3 or 4] is refused), 1 makes [N, H, W] to [N, 1, H, W]. For pictures 1 converts to
         grey, 3 to RGB; by default all must have the same number of channels.
     lazy: for more than memory holds. A .npy file is mapped into memory and read as it is asked for; a folder of pictures becomes
-        a `LazyData`, whose pictures are decoded as they are asked for, by `workers` processes ahead.
+        a `LazyData`, whose pictures are decoded as they are asked for, by `workers` processes ahead, which imply `lazy`.
     size: (H, W) to which every picture is stretched, by Pillow's bicubic filter with antialiasing; by default all
         pictures must have the same size.
 
@@ -118,6 +121,40 @@ def load_data(
     )
 
 
+def load_beside(name: str, source: Any, data: Data | LazyData, **options: Any) -> Data | LazyData:
+    """A source in the units of `data`: with their range and levels, and their numbers of the classes that folders name.
+
+    Values beyond that range get the range that holds both. A `Data`, a `LazyData` and a Dataset say their own, and stay as they
+    are. name is the argument's, options are load_data's. Errors: those of `load_data`.
+    """
+    if isinstance(source, (Data, LazyData, Dataset)):
+        return load_data(source, **options)
+    try:
+        with warnings.catch_warnings():  # of a range that is not taken
+            warnings.filterwarnings("ignore", message="x holds floats", category=UserWarning)
+            found = load_data(source, **options)
+    except (DataError, ShapeError, DTypeError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    if isinstance(found, LazyData):
+        return found
+    (low, high), ends = data.range, [end.item() for end in found.x.aminmax()]  # type: ignore[misc]
+    classes = {}
+    known = data.some.class_names if isinstance(data, LazyData) else data.class_names
+    if found.labels is not None and known and found.class_names:
+        new = [each for each in found.class_names if each not in known]
+        if new:
+            raise DataError(
+                f"{name} must have the classes of the data, {', '.join(known):.60}, got "
+                f"{files.shown(new[0])}: move that folder away"
+            )
+        number = torch.tensor([known.index(each) for each in found.class_names])
+        classes = {"labels": number[found.labels], "class_names": known, "num_classes": len(known)}
+    try:
+        return replace(found, range=(min(low, ends[0]), max(high, ends[1])), bins=data.bins, **classes)
+    except DataError as error:
+        raise DataError(f"{name}, in the units of the data: {error}") from error
+
+
 def _lazy(source: Any, options: dict[str, Any], workers: int) -> Data | LazyData:
     """load_data(lazy=True)."""
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
@@ -127,13 +164,15 @@ def _lazy(source: Any, options: dict[str, Any], workers: int) -> Data | LazyData
                 "labels and cond must be None for a folder that is read lazily: sort it in a folder for each class"
             )
         return _lazy_folder(path, options["channels"], options["size"], options["range"], options["bins"], workers)
+    if workers and not isinstance(source, LazyData):
+        raise ConfigError(
+            f"workers={workers} read a folder of pictures or a torch.utils.data.Dataset ahead, got {short(source)}: leave it out"
+        )
     if path is None or path.suffix.lower() != ".npy":
         raise ConfigError(
             f"lazy=True is for a .npy file, a folder of pictures and a torch.utils.data.Dataset, got {short(source)}: leave "
             "it out, or write a .npy file"
         )
-    if workers:
-        raise ConfigError(f"workers={workers} is for folders and datasets, and a .npy file is mapped: leave it out")
     with _opened(path, " as a .npy file without pickle") as stream:
         shape, fortran, dtype = _npy_header(stream)
         offset = stream.tell()
@@ -222,7 +261,7 @@ def _labels(path: Path) -> np.ndarray:
         raise DataError(
             f"labels must be class numbers, or a .npy or IDX file of them, got {files.shown(path)}: no such file"
         )
-    return _numpy_file(path, True)[0] if path.suffix.lower() == ".npy" else _idx_file(path)
+    return _numpy_file(path, True)[0] if path.suffix.lower() == ".npy" else _idx_file(path, "labels")
 
 
 def _conditions(path: Path) -> np.ndarray:
@@ -397,21 +436,32 @@ def _the_name(path: Path, names: list[str], candidates: tuple[str, ...]) -> str 
     return present[0] if present else None
 
 
-def _idx_file(path: Path) -> np.ndarray:
+def _idx_file(path: Path, argument: str = "source") -> np.ndarray:
     with _opened(path, "") as stream:
         packed = stream.read(2) == b"\x1f\x8b"
         stream.seek(0)
         if not packed:
-            return _idx_array(path, stream)
+            return _idx_array(path, stream, argument)
         with gzip.GzipFile(fileobj=stream) as unpacked:
-            return _idx_array(path, unpacked)  # type: ignore[arg-type]
+            return _idx_array(path, unpacked, argument)  # type: ignore[arg-type]
 
 
-def _idx_array(path: Path, stream: IO[bytes]) -> np.ndarray:
+def _idx_array(path: Path, stream: IO[bytes], argument: str) -> np.ndarray:
     magic = stream.read(4)
-    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_DTYPES or not 1 <= magic[3] <= 32:
+    if path.suffix.lower() in _TEXTS:
+        dtype, comma = (
+            "int64" if argument == "labels" else "float32",
+            ', delimiter=","' * (path.suffix.lower() == ".csv"),
+        )
         raise DataError(
-            f"source {path.name} must be a .npy, .npz or IDX file or a folder of pictures, got a file that starts with {magic!r}"
+            f"{argument} {files.shown(path.name)} is a table of text: write it as a .npy file, "
+            f'numpy.save("{files.shown(path.stem)}.npy", numpy.loadtxt("{files.shown(path.name)}"{comma}, dtype="{dtype}"))'
+        )
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_DTYPES or not 1 <= magic[3] <= 32:
+        others = argument == "source"
+        raise DataError(
+            f"{argument} {path.name} must be a .npy{', .npz' * others} or IDX file{' or a folder of pictures' * others}, got a "
+            f"file that starts with {magic!r}"
         )
     header = stream.read(4 * magic[3])
     if len(header) < 4 * magic[3]:

@@ -201,7 +201,7 @@ def check_labels(
         raise ShapeError(
             f"{argument} must hold {rule}, one for each of {count} samples, got shape {tuple(labels.shape)}"
         )
-    if not _seen(labels, looks):
+    if not are_seen(labels, looks):
         return labels
     low, high = (int(end) for end in labels.aminmax())
     if low >= 0 and high < classes:
@@ -235,7 +235,7 @@ def check_vectors(
         raise ShapeError(
             f"{argument} must hold {rule}, got shape {tuple(value.shape)}: one for all is .expand({count}, …)"
         )
-    if _seen(value, looks) and not math.isfinite(value.detach().sum(dtype=torch.float64)):
+    if are_seen(value, looks) and not math.isfinite(value.detach().sum(dtype=torch.float64)):
         bad = ~value.isfinite()
         if null:
             bad &= ~without(value).view(-1, *[1] * (value.ndim - 1))
@@ -251,7 +251,7 @@ def check_vectors(
 
 def check_together(labels: Tensor, cond: Tensor, null: int, looks: bool) -> None:
     """DataError where a sample has a label and no condition, or the other way round: a training leaves out both."""
-    if not (_seen(labels, looks) and _seen(cond, looks)):
+    if not (are_seen(labels, looks) and are_seen(cond, looks)):
         return
     apart = (labels == null) != without(cond)
     if bool(apart.any()):
@@ -275,9 +275,9 @@ def _entry(taken: Takes, cond: Condition, place: str | None, others: Sequence[st
     return (None if key is None else cond[key]), f"cond[{key!r}]" if by_name and key is not None else "cond"
 
 
-def _seen(value: Tensor, looks: bool) -> bool:
+def are_seen(value: Tensor, looks: bool = False) -> bool:
     """Whether a tensor's values are there to be looked at, without stalling a device unless the caller `looks`."""
-    hidden = value.is_meta or torch_private.functorch_is_active() or torch.compiler.is_compiling()
+    hidden = torch.compiler.is_compiling() or value.is_meta or torch_private.functorch_is_active()
     return not hidden and (looks or value.device.type == "cpu") and value.numel() > 0
 
 

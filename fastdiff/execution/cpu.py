@@ -47,7 +47,12 @@ OPERATIONS = {
     "probe_dot": ("total", "value", "cursor", "probe"),
     "rk_error": ("after", "norm", "x", "h", "stages"),
 }  # fmt: skip
-_NUMBERS = {name: number for number, name in enumerate(OPERATIONS)}
+# Those on lists of tensors (csrc/update.h), with their lists
+LISTS = {
+    "sum_of_squares": ("tensors",),
+    "adam": ("weights", "gradients", "first", "second", "average"),
+}
+_NUMBERS = {name: number for number, name in enumerate([*OPERATIONS, *LISTS])}
 
 # FASTDIFF_LIBRARY names another build of the same sources, such as that of `make sanitize`
 PACKAGED = Path(__file__).parent.parent / "libfastdiff.so"
@@ -503,6 +508,56 @@ def rk_error(
     tensors = (after, norm, x, *_columns(x, h), *(_like(k, shape) for k in stages))
     _call("rk_error", wide, shape, (len(stages), *_bits(*b, *e, rtol, atol)), tensors)
     return after, norm
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> float:
+    """Of all elements of all tensors, in float64, as a fixed tree over each block of 1024 and over these."""
+    total = ctypes.c_double()
+    _call_lists("sum_of_squares", (ctypes.addressof(total),), (tensors,))
+    return total.value
+
+
+def adam(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor],
+    average: Sequence[Tensor], *, step: float, factor: float, lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, decoupled: bool, share: float,
+) -> None:  # fmt: skip
+    """Step 1, 2, … of Adam, in place, and the average ← average + share·(weights − average) of the new weights, in one pass.
+
+    g' = factor·g + weight_decay·θ;  m ← β1 m + (1 − β1) g';  v ← β2 v + (1 − β2) g'²  (Kingma & Ba 2015, Algorithm 1)
+    θ ← θ − lr · m/(1 − β1^n) / (√(v/(1 − β2^n)) + eps);  `decoupled`: θ ← (1 − lr·weight_decay) θ before, and none of θ in g'
+    (Loshchilov & Hutter 2019, Algorithm 2)
+    """
+    scalars = _bits(
+        factor, beta1, beta2, eps, 0.0 if decoupled else weight_decay, 1 - lr * weight_decay if decoupled else 1.0,
+        lr / (1 - beta1**step), (1 - beta2**step) ** 0.5, share,
+    )  # fmt: skip
+    _call_lists("adam", scalars, (weights, gradients, first, second, average))
+
+
+def _call_lists(operation: str, scalars: Sequence[int], lists: Sequence[Sequence[Tensor]]) -> None:
+    """Run an operation on lists of tensors, those at the same place of one shape, one dtype and one layout, without gaps."""
+    packed = [len(lists[0]), *scalars]
+    dtype = lists[0][0].dtype if lists[0] else torch.float32
+    for tensors in zip(*lists, strict=True):
+        numel, stride = tensors[0].numel(), tensors[0].stride()
+        packed.append(numel)
+        for tensor in tensors:
+            address = tensor.data_ptr()
+            if (
+                tensor.dtype is not dtype
+                or tensor.stride() != stride
+                or tensor.numel() != numel
+                or (numel and not address)
+            ):
+                raise ShapeError(
+                    f"tensors of {operation} must be on the CPU and all {dtype} {tuple(tensors[0].shape)} with strides {stride}, "
+                    f"got {tensor.dtype} {tuple(tensor.shape)} with {tensor.stride()}"
+                )
+            packed.append(address)
+    if dtype not in _STATES:
+        raise DTypeError(f"tensors of {operation} must be float32 or float64, got {dtype}")
+    _check(_run(_NUMBERS[operation], _packer(len(packed))(*packed), dtype is torch.float64))
 
 
 def _bits(*values: float) -> tuple[int, ...]:

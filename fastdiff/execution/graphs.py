@@ -2,7 +2,7 @@
 
 A replay reads its row's number, its coefficients, its times and the seed from device memory, so one graph serves every row
 of its plan, every seed, grid and condition, and sees parameters that are updated in place. Graphs are kept for a module
-and reused while it is made of the same parts and its tensors stay where they are (`_fingerprint`). A network may keep what its
+and reused while it is made of the same parts and its tensors stay where they are (`fingerprint_of`). A network may keep what its
 first call makes (caches), and nothing that later ones make: a replay would not renew it. What a capture bakes in and nobody
 can see changing is a network's Python: counters, plain attributes, what a callable closes over. Call `clear()` after
 changing an attribute; run a network that counts its calls with engine="eager".
@@ -55,8 +55,8 @@ def obstacle(net: Any, device: torch.device, rows: int, noise: Any, engine: str)
         capturing = torch.cuda.is_current_stream_capturing()
     if capturing:
         raise ConfigError(
-            "sample() cannot run while the current stream is capturing, as it copies its table to the device: call it "
-            "outside, it captures its own rows"
+            "sample() and train() cannot run while the current stream is capturing, as they copy numbers to the device: call "
+            "them outside, they capture their own graphs"
         )
     if engine == "eager":
         return None
@@ -110,7 +110,7 @@ def borrowed(net: Any, key: Any, make: Callable[[], GraphLoop]) -> Iterator[Grap
     """
     cached, loop = None, None
     if isinstance(net, nn.Module):
-        now = _fingerprint(net)
+        now = fingerprint_of(net)
         with _lock:
             cached = _cache.get(net)
             if cached is None or cached.fingerprint != now:
@@ -139,7 +139,7 @@ def _keep(net: nn.Module, cached: _Cached, key: Any, loop: GraphLoop) -> None:
         cached.loops.setdefault(key, []).append(loop)
 
 
-def _fingerprint(net: Any) -> Any:
+def fingerprint_of(net: Any) -> Any:
     """What a module is made of, and where its tensors lie; of another callable nothing is known. Raises GraphError where that
     cannot be told."""
     if not isinstance(net, nn.Module):
@@ -203,6 +203,56 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
         return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
     except (RuntimeError, ValueError):  # without storage
         return (id(tensor),)
+
+
+def record(
+    net: Any,
+    calls: Callable[[], Iterator[None]],
+    bodies: Sequence[Callable[[], None]],
+    device: torch.device,
+    known: Any = None,
+) -> tuple[list[Any], Any]:
+    """CUDA graphs of `bodies`, and the network's fingerprint under them.
+
+    calls   makes the calls of the network that the bodies hold, one after another, for the warm-up
+    known   the fingerprint under which there are graphs already
+
+    Raises GraphError, with the network's tensors in their places, where it moves or replaces them, or cannot be captured.
+    """
+    before = steady = _Contents(net)
+    fingerprint: Any = None
+
+    def refuse_moved() -> None:
+        if steady.have_moved() or fingerprint_of(net) != fingerprint:
+            raise GraphError(REBINDS)
+
+    def warm() -> None:
+        nonlocal steady, fingerprint
+        for _ in calls():
+            pass
+        steady, fingerprint = _Contents(net), fingerprint_of(net)  # with caches that the first calls have filled
+        if known is not None and fingerprint != known:
+            raise GraphError(REBINDS)
+        for _ in itertools.chain(calls(), calls()):
+            refuse_moved()
+
+    # casts of the weights as part of the graph: one that autocast had kept from before would be stale in a replay
+    cast = torch.get_autocast_dtype(device.type)
+    enabled = torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, dtype=cast, enabled=enabled, cache_enabled=False):
+        try:
+            try:
+                graphs = capture(warm, bodies, device)
+            except torch.OutOfMemoryError:  # graphs that nobody runs may hold what is lacking
+                _retire()
+                with torch.cuda.device(device):
+                    torch.cuda.empty_cache()
+                graphs = capture(warm, bodies, device)
+            refuse_moved()
+        except BaseException:
+            before.put_back()  # the eager run is then the one that it would have been
+            raise
+    return graphs, fingerprint
 
 
 class Timing(NamedTuple):
@@ -346,49 +396,21 @@ class GraphLoop(Loop):
         return self.static[name].copy_(value)
 
     def _capture(self, plans: Sequence[RowPlan], network: Network, cond: Condition, first_sample: int) -> None:
-        net, device = self.net(), self.start.device
-        before = steady = _Contents(net)
         bodies = [functools.partial(self._replayed, plan, network, cond) for plan in plans]
 
-        def call() -> Iterator[None]:
+        def calls() -> Iterator[None]:
             for plan, body in zip(plans, bodies):
                 self.feed()
                 self._stand_at(self.plans.index(plan), first_sample)
                 body()
                 yield
 
-        def warm() -> None:
-            nonlocal steady
-            for _ in call():
-                pass
-            steady, now = _Contents(net), _fingerprint(net)  # with caches that the first calls have filled
-            if self.graphs and now != self.fingerprint:
-                raise GraphError(REBINDS)
-            self.fingerprint = now
-            for _ in itertools.chain(call(), call()):
-                refuse_moved()
-
-        def refuse_moved() -> None:
-            if steady.have_moved() or _fingerprint(net) != self.fingerprint:
-                raise GraphError(REBINDS)
-
-        # casts of the weights as part of the graph: one that autocast had kept from before would be stale in a replay
-        cast = torch.get_autocast_dtype(device.type)
-        enabled = torch.is_autocast_enabled(device.type)
-        with torch.autocast(device.type, dtype=cast, enabled=enabled, cache_enabled=False):
-            try:
-                try:
-                    graphs = capture(warm, bodies, device)
-                except torch.OutOfMemoryError:  # graphs that nobody runs may hold what is lacking
-                    _retire()
-                    with torch.cuda.device(device):
-                        torch.cuda.empty_cache()
-                    graphs = capture(warm, bodies, device)
-                refuse_moved()
-            except BaseException:
-                before.put_back()  # the eager run is then the one that it would have been
-                self.graphs.clear()
-                raise
+        known = self.fingerprint if self.graphs else None
+        try:
+            graphs, self.fingerprint = record(self.net(), calls, bodies, self.start.device, known)
+        except BaseException:
+            self.graphs.clear()
+            raise
         self.graphs.update(zip(plans, graphs))
 
     def _replayed(self, plan: RowPlan, network: Network, cond: Condition) -> None:

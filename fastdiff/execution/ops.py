@@ -78,7 +78,7 @@ def resolve(
     elif uncaptured is not None:
         manner = f"its loop runs eagerly: {uncaptured}"
     else:
-        loop, manner = "graph", "its rows replay as CUDA graphs"
+        loop, manner = "graph", "its loop replays CUDA graphs"
     if requested:
         return used, loop, f"{requested}; {manner}"
     if used == "reference":

@@ -264,6 +264,17 @@ def _of_output(model: ScoreModel, weight: Weight | None, t: Tensor, alpha: Tenso
     return factor
 
 
+def untrained(model: ScoreModel, weight: Weight | None, t: Tensor) -> Tensor:
+    """The denoising loss at times t [B] of a network whose output is 0, [B], for data of the process's sigma_data: λ q² times its
+    target's mean square r² σ_d² + w²."""
+    process = model.process
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    r, w = predictions.coordinates(model.prediction, process, t, alpha, sigma)
+    target = (r.double() * process.sigma_data) ** 2 + w.double() ** 2
+    value: Tensor = _of_output(model, weight, t, alpha, sigma).double() * target
+    return value
+
+
 def _mean_square(error: Tensor, factor: Tensor) -> Tensor:
     total: Tensor = factor.double() * reference.tree_sum(error.double() ** 2)
     return total / max(error[:1].numel(), 1)

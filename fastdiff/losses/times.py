@@ -33,6 +33,10 @@ class Drawn(NamedTuple):
         """Those of some of the samples."""
         return Drawn(self.t[rows], None if self.factor is None else self.factor[rows], self.v[rows])
 
+    def to(self, device: torch.device) -> Drawn:
+        """On this device."""
+        return Drawn(*(None if value is None else value.to(device, non_blocking=True) for value in self))  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Times:

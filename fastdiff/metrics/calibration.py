@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, files
-from ..errors import ConfigError, ShapeError, names_keywords, short
+from ..errors import ConfigError, DataError, ShapeError, names_keywords, short
 from ..execution import noise
 from .features import Samples, samples
 
@@ -33,6 +33,11 @@ class SBC(NamedTuple):
     chi_square: Tensor
     p_values: Tensor
 
+    def __repr__(self) -> str:
+        values = ", ".join(f"{value:.2g}" for value in self.p_values[:8].tolist())
+        more = ", …" * (len(self.p_values) > 8)
+        return f"SBC({len(self.ranks)} simulations, {self.draws} draws, {self.bins} bins, p-values {values}{more})"
+
 
 class TARP(NamedTuple):
     """Expected coverage [L + 1] at each `credibility` [L + 1] from 0 to 1, the ranks [n] behind it, and their p-value."""
@@ -42,17 +47,20 @@ class TARP(NamedTuple):
     ranks: Tensor
     p_value: float
 
+    def __repr__(self) -> str:
+        return f"TARP({len(self.ranks)} simulations, {len(self.credibility) - 2} draws, p-value {self.p_value:.2g})"
+
 
 @names_keywords
 def sbc_ranks(theta: Samples, draws: Samples, *, seed: int = 0) -> SBC:
     """Simulation-based calibration (Talts et al. 2018): how many of the L draws are below the true value, by parameter.
 
     Where the posterior is too narrow the ranks heap at both ends, where it is too wide in the middle, where it is shifted at one
-    end. Tested by Pearson's chi-square against the uniform distribution on 0 … L, over at most 20 bins of at least five expected
-    counts; a p-value is of one parameter, so that of d the least is to be multiplied by d. Ties are broken at random, by the
-    seed.
+    end. Tested by Pearson's chi-square against the uniform distribution on 0 … L, over 2 to 20 bins, as many as have five
+    expected counts each; a p-value is of one parameter, so that of d the least is to be multiplied by d. Ties are broken at
+    random, by the seed.
 
-    theta [n, d], draws [n, L, d], n ≥ 10. Errors: ShapeError, DTypeError, DataError (too few, not finite).
+    theta [n, d], draws [n, L, d], n ≥ 10, L ≥ 2. Errors: ShapeError, DTypeError, DataError (too few, not finite).
     """
     a, b = _simulations(theta, draws)
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
@@ -73,7 +81,7 @@ def tarp(theta: Samples, draws: Samples, *, seed: int = 0, references: Samples |
     references  [n, d]; default uniform in the box that theta fills, by the seed. Distances are Euclidean in units of that box.
                 A posterior that is the prior passes with references that know nothing of the data: give some that do
 
-    theta [n, d], draws [n, L, d], n ≥ 10. The p-value is of Pearson's chi-square of the ranks, as in `sbc_ranks`.
+    theta [n, d], draws [n, L, d], n ≥ 10, L ≥ 2. The p-value is of Pearson's chi-square of the ranks, as in `sbc_ranks`.
     Errors: ShapeError, DTypeError, DataError (too few, not finite).
     """
     a, b = _simulations(theta, draws)
@@ -121,6 +129,8 @@ def coverage_plot(
     files.check_writable("path", target)
     found, curve = sbc_ranks(theta, draws, seed=seed), tarp(theta, draws, seed=seed)
     count, parameters = found.ranks.shape
+    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
+        raise ConfigError(f"names must be a list of names, one for each parameter, got {short(names)}")
     labels = [f"θ{k}" for k in range(parameters)] if names is None else [str(name) for name in names]
     if len(labels) != parameters:
         raise ConfigError(f"names must be {parameters}, one for each parameter, got {short(names)}")
@@ -153,10 +163,17 @@ def coverage_plot(
 
 def _simulations(theta: Any, draws: Any) -> tuple[Tensor, Tensor]:
     """theta [n, d] and draws [n, L, d] as float64, on one device."""
-    a, b = samples("theta", theta, LEAST), samples("draws", draws, LEAST)
+    a, b = samples("theta", theta, LEAST), samples("draws", draws)
     if a.ndim != 2 or b.ndim != 3 or (len(b), b.shape[2]) != tuple(a.shape):
+        turned = a.ndim == 2 and b.ndim == 3 and tuple(b.shape[1:]) == tuple(a.shape)
+        way = "use draws.transpose(0, 1)" if turned else "stack the draws of each posterior along the second axis"
         raise ShapeError(
-            f"theta must be [n, d] and draws [n, L, d], L draws for each of n, got {list(a.shape)} and {list(b.shape)}"
+            f"theta must be [n, d] and draws [n, L, d], L draws for each of n, got {list(a.shape)} and {list(b.shape)}: {way}"
+        )
+    if b.shape[1] < 2:
+        raise DataError(
+            "draws must be two or more of each posterior, as the rank among a single one is even whatever its width, got 1: draw "
+            "a hundred"
         )
     return a.double(), b.to(a.device).double()
 
@@ -171,7 +188,8 @@ def _ranks(a: Tensor, b: Tensor, seed: int) -> Tensor:
 def _uniformity(ranks: Tensor, count: int) -> tuple[int, Tensor, Tensor]:
     """Pearson's test of ranks [n, d] on 0 … count: bins, chi-square and p-values [d]."""
     n = len(ranks)
-    bins = min(MOST_BINS, count + 1, n // 5)
+    # of ⌊(L + 1)/bins⌋ ranks or one more each, of which the fewest are to be expected five times
+    bins = max(b for b in range(2, MOST_BINS + 1) if b == 2 or (count + 1) // b * n >= 5 * (count + 1))
     places = torch.arange(count + 1, device=ranks.device) * bins // (count + 1)
     expected = torch.bincount(places, minlength=bins).double() * (n / (count + 1))
     counts = torch.stack([torch.bincount(places[column], minlength=bins) for column in ranks.T]).double()

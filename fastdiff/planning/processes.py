@@ -8,9 +8,11 @@ noise ratio σ̂ = σ/α, which is what different clocks on one path share.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -623,13 +625,38 @@ def _as(values: Any, t: Any) -> Any:
     return values.to(t.dtype) if hasattr(t, "detach") and t.is_floating_point() else values
 
 
+_tables = threading.local()  # .kept: of the thread that is making a CUDA graph
+
+
+@contextlib.contextmanager
+def keeping(tables: dict[Any, Any]) -> Iterator[None]:
+    """A block in which `placed` copies a table once and then takes it from `tables`: a CUDA graph can hold no copy from the
+    host, and replays read the tables for as long as somebody keeps them."""
+    _tables.kept = tables
+    try:
+        yield
+    finally:
+        _tables.kept = None
+
+
+def placed(table: Array, like: Any, dtype: Any = None) -> Any:
+    """The table as a tensor, on the device of another one, and in its dtype unless another is given."""
+    torch, tables = lib(like), getattr(_tables, "kept", None)
+    dtype = like.dtype if dtype is None else dtype
+    if tables is None:
+        return torch.as_tensor(table, dtype=dtype, device=like.device)
+    key = id(table), dtype, like.device
+    if key not in tables:  # with the table, so that no other comes to its place
+        tables[key] = torch.as_tensor(table, dtype=dtype, device=like.device), table
+    return tables[key][0]
+
+
 def _interpolate(t: Any, table: Array, first: int) -> Any:
     """Piecewise linear through table[k] at t = first + k, in t's own library."""
     if lib(t) is np:
         return np.interp(t, np.arange(first, first + len(table)), table)
-    torch = lib(t)
     t = t if t.is_floating_point() else t.double()
-    values = torch.as_tensor(table, dtype=t.dtype, device=t.device)
+    values = placed(table, t)
     k = (t - first).floor().long().clamp(0, len(table) - 2)
     return values[k] + (t - first - k) * (values[k + 1] - values[k])
 
@@ -638,7 +665,7 @@ def _position(value: Any, table: Array, first: int) -> Any:
     """The inverse of `_interpolate` for a rising table, whose end intervals go on beyond it: so that the caller sees by how
     much a level overshoots."""
     library = lib(value)
-    values = table if library is np else library.as_tensor(table, dtype=value.dtype, device=value.device)
+    values = table if library is np else placed(table, value)
     k = library.searchsorted(values, value).clip(1, len(table) - 1)
     return first + k - 1 + (value - values[k - 1]) / (values[k] - values[k - 1])
 
@@ -662,10 +689,10 @@ def _slope(t: Any, table: Array, first: int) -> Any:
     """The slope of that line on the interval that ends at or contains t."""
     if lib(t) is np:
         return np.diff(table)[np.clip(np.ceil(np.asarray(t) - first).astype(int) - 1, 0, len(table) - 2)]
-    torch = lib(t)
     t = t if t.is_floating_point() else t.double()
     k = ((t - first).ceil().long() - 1).clamp(0, len(table) - 2)
-    return torch.as_tensor(np.diff(table), dtype=t.dtype, device=t.device)[k]
+    values = placed(table, t, lib(t).float64)  # whose differences are rounded once
+    return (values[k + 1] - values[k]).to(t.dtype)
 
 
 def _checked_sigmas(sigma_min: float, sigma_max: float) -> tuple[float, float]:

@@ -57,11 +57,15 @@ class Averages:
             for which in places.values()
         ]
 
+    def share(self, n: int) -> float:
+        """1 − m of the first average at update n."""
+        return 1 - self.kept[0](n)
+
     @torch.no_grad()
-    def update(self, n: int) -> None:
-        """Update n = 0, 1, … by the weights as they are."""
+    def update(self, n: int, done: int = 0) -> None:
+        """Update n = 0, 1, … by the weights as they are, of all averages but the first `done`."""
         for weights, averages in self._groups:
-            for kept, average in zip(self.kept, averages):
+            for kept, average in zip(self.kept[done:], averages[done:]):
                 m = kept(n)
                 if m == 0:
                     for a, w in zip(average, weights):

@@ -36,7 +36,7 @@ class Batches:
         self.size, self.dequantize, self.augment = options["batch_size"], options["dequantize"], augment
         self.rows = slice(0, self.size) if rows is None else rows
         self.device = next(model.net.parameters()).device
-        self.places = torch.arange(self.size, device=self.device)
+        self.places = torch.arange(self.size, device="cpu")
         self.ready: Tensor | None = None  # all clean data as the network sees them, where they are few
         if isinstance(data, Data) and data.x.numel() <= FEW and not self.dequantize:
             every = torch.arange(len(data), device="cpu").split(max(1, 2**20 * len(data) // data.x.numel()))
@@ -45,12 +45,12 @@ class Batches:
         self.ahead: tuple[int, Iterator[Data]] = (-1, iter(()))  # the step that the readers give next
 
     def __call__(self, step: int) -> Batch:
-        # one number for each sample, and one for the step
-        u = ops.uniform(self.size + 1, (1,), stream=noise.TIMES, device=self.device, seed=self.seed, draw=step)[:, 0]
+        # one number for each sample, and one for the step; by the host, as a device takes a hundred small kernels for it
+        u = ops.uniform(self.size + 1, (1,), stream=noise.TIMES, seed=self.seed, draw=step)[:, 0]
         u, of_step = u[:-1], u[-1]
         if self.objective.times.stratified:
             u = (self.places + u) / self.size
-        drawn = self.objective.draw(u, float(of_step) if self.objective.truncation == "soft" else 0.0)
+        drawn = self.objective.draw(u, float(of_step) if self.objective.truncation == "soft" else 0.0).to(self.device)
         if isinstance(self.data, LazyData):
             data, index = self._read(step, self.data), torch.arange(self.rows.stop - self.rows.start, device="cpu")
         else:
@@ -61,7 +61,8 @@ class Batches:
         if self.augment:
             x0, cond = self._augmented(x0, cond, step)
         cursor = ops.cursor(step, first, self.seed, self.device)
-        return Batch(x0.to(self.device), cursor, self._conditions(*cond, step), drawn.of(self.rows), drawn)
+        x0 = x0.to(self.device, non_blocking=True)  # of memory that is not pinned: it is read before the call returns
+        return Batch(x0, cursor, self._conditions(*cond, step), drawn.of(self.rows), drawn)
 
     def parts(self, step: int, count: int) -> Iterator[Batch]:
         """Batch n in `count` equal parts: the same samples, times and noise."""
@@ -106,7 +107,7 @@ class Batches:
         if self.dequantize:
             x0 = data.dequantized(index, data_range, seed=self.seed, draw=draw, first_sample=first)
         elif own and data.bins is None:
-            x0 = data.x.index_select(0, index).double()
+            x0 = data.raw(index).double()
         else:
             x0 = data.batch(index, data_range)
         return self.model.standardized(x0).float()
@@ -139,7 +140,7 @@ class Batches:
                 labels = torch.where(u < share, self.model.null_label, labels)
             if cond is not None:
                 cond = torch.where((u < share).view(-1, *[1] * (cond.ndim - 1)), math.nan, cond)
-        labels, cond = (None if beside is None else beside.to(self.device) for beside in (labels, cond))
+        labels, cond = (v if v is None else v.to(self.device, non_blocking=True) for v in (labels, cond))
         return self.model.takes.joined(labels, cond)
 
     def _indices(self, step: int) -> Tensor:

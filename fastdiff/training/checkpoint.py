@@ -31,18 +31,19 @@ FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 FILE = "checkpoint.safetensors"
 NUMBERED = "step-{:09d}.safetensors"
-# how files that are no checkpoint begin, and what they are
+WRAP = "net.load_state_dict(fastdiff.load_tensors(path, part='...')), then ScoreModel(net, sde, ...)"
+OTHER = "read it by its own library, and wrap its network, ScoreModel(net, sde, ...)"
+# how files that are no checkpoint begin, what they are, and what to do
 FOREIGN = {
-    b"PK\3\4": "a zip archive, as torch.save writes .pt, .pth and .ckpt",
-    b"\x80": "a pickle, as torch.save once wrote .pt and .pth",
+    b"PK\3\4": f"a zip archive, as torch.save writes: {WRAP}",
+    b"\x80": f"a pickle, as torch.save wrote: {WRAP}",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
     b"<": "an HTML or XML page, not the file itself: download it again",
     b"\x1f\x8b": "a gzip archive: unpack it",
-    b"GGUF": "a GGUF file",
-    b"\x89HDF": "an HDF5 file",
-    b"\x93NUMPY": "a .npy array",
+    b"GGUF": f"a GGUF file: {OTHER}",
+    b"\x89HDF": f"an HDF5 file: {OTHER}",
+    b"\x93NUMPY": f"a .npy array: {OTHER}",
 }
-WRAP = "fill your network by net.load_state_dict and wrap it, ScoreModel(net, sde, ...)"
 _TEXT = frozenset(range(32, 127)) | frozenset(b"\t\n\r")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _digest = tensor_file.digest  # what a file must carry as its sha256
@@ -121,7 +122,7 @@ def model_of(
         raise CorruptCheckpointError(f"{files.shown(path)} does not describe a model: {short(error)}") from error
     check(network, tensors, path)
     if net is None:  # the file's tensors become the network's own, with their dtypes
-        network.load_state_dict({name: value.to(_place()) for name, value in tensors.items()}, assign=True)
+        network.load_state_dict({name: value.to(place()) for name, value in tensors.items()}, assign=True)
     else:
         modules.load_state(network, tensors)
     return model.eval()
@@ -147,12 +148,12 @@ def _skeleton(config: Any, tensors: dict[str, Tensor], path: Path) -> nn.Module:
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, networks.TimeEmbedding):  # holds numbers of its own, which no file has
-                with torch.device(_place()):
+                with torch.device(place()):
                     setattr(module, name, networks.TimeEmbedding(child.channels, child.kind, child.scale))
     return network
 
 
-def _place() -> torch.device:
+def place() -> torch.device:
     """Where a network is made: torch's default device, unless that drops all numbers."""
     place = torch.get_default_device()
     return torch.device("cpu") if place.type == "meta" else place
@@ -251,20 +252,28 @@ def read(path: Path, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, {name[len(prefix) :]: value for name, value in tensors.items()}
 
 
+def foreign(start: bytes) -> str | None:
+    """What a file is that begins with these bytes, and what to do; None where it can be safetensors, or is not known."""
+    if start[8:9] == b"{":  # which the header begins with, after its length
+        return None
+    for magic, kind in FOREIGN.items():
+        if start.lstrip().startswith(magic):
+            return kind
+    if not start.strip() or all(byte in _TEXT for byte in start):
+        what = "a text file" if start.strip() else "empty"
+        return f"{what}: give the path of a checkpoint"
+    return None
+
+
 def _parsed(handle: IO[bytes], prefix: str, name: str) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
     """The description, the tensors with `prefix`, whether the checksum is theirs."""
     start = handle.read(64)
     handle.seek(0)
-    for magic, kind in FOREIGN.items():
-        if start.lstrip().startswith(magic) and start[8:9] != b"{":  # which a safetensors header begins with
-            hint = "" if ":" in kind else f": {WRAP}"
-            raise CorruptCheckpointError(f"{name} is {kind}{hint}")
-    if not start.strip() or (start[8:9] != b"{" and all(byte in _TEXT for byte in start)):
-        what = "a text file" if start.strip() else "empty"
-        raise CorruptCheckpointError(f"{name} is {what}: give a file that fastdiff.save wrote, or its folder")
+    if kind := foreign(start):
+        raise CorruptCheckpointError(f"{name} is {kind}")
     metadata, entries = tensor_file.read_header(handle)
     if "fastdiff" not in metadata:
-        raise CorruptCheckpointError(f"{name} is a safetensors file that fastdiff.save did not write: {WRAP}")
+        raise CorruptCheckpointError(f"{name} is safetensors, but not of fastdiff.save: {WRAP}")
     text = metadata["fastdiff"]
     header = json.loads(text)
     form = header["format"]
@@ -284,6 +293,12 @@ def saved_step(path: Path) -> int | None:
         return int(read(path, "raw.")[0]["step"])
     except (CheckpointError, KeyError, TypeError, ValueError, OSError):
         return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a training in its directory: the last, and then those by their steps that `keep` left, the latest first."""
+    last = folder / FILE
+    return [last] * last.exists() + sorted(folder.glob(NUMBERED.format(0).replace("0", "[0-9]")), reverse=True)
 
 
 def keep_last(folder: Path, step: int, keep: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..data import Data, LazyData, load_data
+from ..data.readers import load_beside
 from ..errors import ConfigError, DataError, ShapeError, warn
 from ..execution.calls import dtype_of
 from ..execution.conditions import Takes, arranged
@@ -25,7 +27,7 @@ def check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
         raise ShapeError(f"data must have the model's data_shape {model.data_shape}, got samples of {data.shape}")
     if dequantize and data.bins is None:
         raise ConfigError(
-            "dequantize=True needs data on discrete levels, got bins=None: give Data(..., bins=) or leave it out"
+            "dequantize=True needs data on discrete levels, and these are continuous: give their number, bins=, or leave it out"
         )
 
 
@@ -57,33 +59,47 @@ def _held_out(data: Data | LazyData, validation: Any, model: ScoreModel) -> tupl
             raise ConfigError(
                 f"validation={share:g} would divide data that are read lazily: give validation data of their own"
             )
-        kept, trained = data.split(share, seed=0)
+        kept, trained = data.hold_out(share)
         return trained, kept
-    kept = load_data(validation)
+    kept = load_beside("validation", validation, data)
     if isinstance(kept, LazyData):
         raise ConfigError("validation must be in memory, got data that are read lazily: give some of them, a Data")
-    check_data(kept, model, False)
-    if (kept.range, kept.bins) != (data.range, data.bins):
+    if kept.shape != data.shape:
+        raise ShapeError(f"validation must have samples of the data's shape {data.shape}, got {kept.shape}")
+    plain = model.standardize is not None or (
+        len(data.shape) == 1 and not model.range_given
+    )  # as they are, without a range
+    if kept.bins != data.bins or (kept.range != data.range and not (plain and data.bins is None)):
+        both = [*data.range, *kept.range]  # type: ignore[misc]
+        same = f"range=({min(both)}, {max(both)})" if kept.bins == data.bins else "Data the same range= and bins="
         raise DataError(
             f"validation must have the range and levels of the data, {data.range} and {data.bins}, got {kept.range} and "
-            f"{kept.bins}: give both Data the same range= and bins="
+            f"{kept.bins}: give both {same}"
         )
-    some = data.some if isinstance(data, LazyData) else data
-    beside = [(a is None) != (b is None) for a, b in ((some.labels, kept.labels), (some.cond, kept.cond))]
-    if any(beside):
-        raise DataError(
-            "validation must have labels and conditions where the data have them: give Data(..., labels=, cond=)"
-        )
-    if some.num_classes is not None and int(kept.labels.max()) >= some.num_classes:  # type: ignore[union-attr]
-        raise DataError(
-            f"validation must have labels below the data's num_classes={some.num_classes}, got {int(kept.labels.max())}: "  # type: ignore[union-attr]
-            "give the data num_classes="
-        )
-    if some.cond is not None and kept.cond is not None and some.cond.shape[1:] != kept.cond.shape[1:]:
-        raise ShapeError(
-            f"validation must have conditions of the data's shape {tuple(some.cond.shape[1:])}, got {tuple(kept.cond.shape[1:])}"
-        )
+    _check_beside(data.some if isinstance(data, LazyData) else data, kept, model)
     return data, kept
+
+
+def _check_beside(data: Data, kept: Data, model: ScoreModel) -> None:
+    """Refuse validation data `kept` without the labels and conditions that the network gets of the data, or with others."""
+    to_labels, to_cond = _places(model)
+    lacks = "validation must have {0}, as the data have and the network takes: give Data(..., {0}=)"
+    if to_labels and data.labels is not None:
+        if kept.labels is None:
+            raise DataError(lacks.format("labels"))
+        if int(kept.labels.max()) >= (data.num_classes or 0):
+            raise DataError(
+                f"validation must have labels below the data's num_classes={data.num_classes}, got {int(kept.labels.max())}: "
+                "give the data num_classes="
+            )
+    if to_cond and data.cond is not None:
+        if kept.cond is None:
+            raise DataError(lacks.format("cond"))
+        if data.cond.shape[1:] != kept.cond.shape[1:]:
+            raise ShapeError(
+                f"validation must have conditions of the data's shape {tuple(data.cond.shape[1:])}, got "
+                f"{tuple(kept.cond.shape[1:])}"
+            )
 
 
 def conditions(data: Data, model: ScoreModel, cond_dropout: float) -> dict[str, Any]:
@@ -95,7 +111,7 @@ def conditions(data: Data, model: ScoreModel, cond_dropout: float) -> dict[str, 
     cond_dropout      as it is
     """
     taken = model.takes
-    to_labels, to_cond = None if taken.classes == 0 else taken.labels, None if taken.shape == () else taken.tensor
+    to_labels, to_cond = _places(model)
     labels, cond = data.labels if to_labels else None, data.cond
     if data.labels is not None and labels is None:
         warn(
@@ -136,6 +152,12 @@ def conditions(data: Data, model: ScoreModel, cond_dropout: float) -> dict[str, 
         }
     arranged(taken, taken.joined(None if labels is None else labels[:1], None if cond is None else cond[:1]))
     return facts
+
+
+def _places(model: ScoreModel) -> tuple[str | None, str | None]:
+    """Where the network takes labels and another condition, None where it takes none."""
+    taken = model.takes
+    return None if taken.classes == 0 else taken.labels, None if taken.shape == () else taken.tensor
 
 
 def check_augmented(model: ScoreModel) -> None:
@@ -205,7 +227,7 @@ def _check_conditions(data: Data, taken: Takes, to_cond: str | None, labels: Ten
 def _of_conditions(cond: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(mean, std) of each number of conditions [N, C], of each channel of fields [N, C, *], 1 for one that is constant."""
     flat = cond.movedim(1, -1).reshape(-1, cond.shape[1]).numpy()
-    mean, std = moments("cond", flat)
+    mean, std = moments("cond", len(flat), flat.__getitem__)
     constant = np.flatnonzero(std == 0)
     if len(constant) and len(cond) > 1:
         warn(
@@ -227,7 +249,7 @@ def units(data: Data, model: ScoreModel) -> dict[str, Any]:
         low, high = data.range
         mean, std = np.full(data.shape, (low + high) / 2), np.full(data.shape, (high - low) / 2)
     else:
-        mean, std = moments("x", data.x.numpy())
+        mean, std = moments("x", len(data), lambda piece: data.raw(piece).numpy())
     constant = np.flatnonzero(std == 0)
     vary = std[std > 0]
     apart = f"{vary.min():.3g} to {vary.max():.3g}" if len(vary) and vary.max() > 100 * vary.min() else None
@@ -263,14 +285,15 @@ def check_scale(data: Data, model: ScoreModel) -> None:
         warn(said)
 
 
-def moments(name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each column's mean and standard deviation, float64, in an order of additions that no thread count changes."""
-    pieces = [slice(start, start + 2**16) for start in range(0, len(x), 2**16)]
-    low, high = x.min(0), x.max(0)
+def moments(name: str, count: int, rows: Callable[[slice], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Each column's mean and standard deviation over the rows, float64, in an order of additions that no thread count changes."""
+    pieces = [slice(start, start + 2**16) for start in range(0, count, 2**16)]
+    low = np.min([rows(piece).min(0) for piece in pieces], 0)
+    high = np.max([rows(piece).max(0) for piece in pieces], 0)
     with np.errstate(all="ignore"):
-        mean = sum(x[piece].sum(0, dtype=np.float64) for piece in pieces) / len(x)
+        mean = sum(rows(piece).sum(0, dtype=np.float64) for piece in pieces) / count
         mean = np.where(low == high, low.astype(np.float64), mean)
-        std = np.sqrt(sum(((x[piece] - mean) ** 2).sum(0) for piece in pieces) / len(x))
+        std = np.sqrt(sum(((rows(piece) - mean) ** 2).sum(0) for piece in pieces) / count)
     if not (np.isfinite(mean) & np.isfinite(std)).all():
         raise DataError(f"{name} must have a mean and a variance that float64 holds: scale the data")
     return mean, std

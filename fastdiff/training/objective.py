@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +12,14 @@ from torch import Tensor
 
 from .. import checks, losses
 from ..data import Data
-from ..errors import CheckpointMismatchError
+from ..errors import CheckpointMismatchError, ConfigError, warn
 from ..execution.loop import Condition
 from ..losses import times as rules
 from ..losses import weights
+from ..losses.objectives import untrained
 from ..model import ScoreModel
+
+VLB_WEIGHT = 0.001  # of train, unless given
 
 
 class Batch(NamedTuple):
@@ -48,7 +51,11 @@ class Objective:
         probe: str | None, vlb_weight: float,
     ) -> Objective:  # fmt: skip
         """Checked against the model and the data."""
-        kind = losses.check(model, loss, probe, weight)
+        kind, vlb_weight = losses.check(model, loss, probe, weight), checks.number("vlb_weight", vlb_weight, 0)
+        if vlb_weight != VLB_WEIGHT and loss != "hybrid":
+            raise ConfigError(
+                f"vlb_weight={vlb_weight:g} is of the bound in loss='hybrid', got loss={loss!r}: leave it out"
+            )
         loss, chosen = losses.pair(loss, weight)
         chosen, rule = copy.deepcopy((chosen, rules.get(times, model.process)))  # the caller's objects learn nothing
         rules.check(rule, truncation, model.process)
@@ -56,7 +63,41 @@ class Objective:
         if loss in losses.BOUNDED and data.bins is not None and not dequantize:
             own = model.standardize is not None
             levels = losses.levels_of(model, data.range if own else model.data_range, data.bins)  # type: ignore[arg-type]
-        return cls(model, loss, chosen, rule, truncation, kind, checks.number("vlb_weight", vlb_weight, 0), levels)
+        return cls(model, loss, chosen, rule, truncation, kind, vlb_weight, levels)
+
+    def check_balance(self) -> None:
+        """Say where a hundredth of the times has nine tenths of an untrained network's loss, and what evens it out."""
+        if self.weight is None or self.loss in losses.BOUNDED or not self.model.process.linear:
+            return
+        share, t = self._crowded()
+        if share < 0.9:
+            return
+        tried: dict[str, Objective] = {}
+        if self.weight.name in ("g2", "one"):  # for whose own sake they were chosen
+            tried["times='importance', which leaves the integral"] = replace(
+                self, times=rules.Importance(), truncation="hard"
+            )
+        tried[f"loss={self.loss!r} with weight='min_snr'"] = replace(self, weight=weights.MinSNR())
+        if self.weight.name in ("edm", "learned"):
+            of_v = copy.copy(self.model)
+            vars(of_v)["prediction"] = "v"
+            tried["prediction='v'"] = replace(self, model=of_v)
+        ways = [way for way, other in tried.items() if other._crowded()[0] < 0.5]
+        warn(
+            f"weight={self.weight.name!r} puts {share:.1%} of the loss of an untrained network of "
+            f"prediction={self.model.prediction!r} on a hundredth of the times, t = {t[0]:.4g} to {t[1]:.4g}, so that few "
+            "samples count" + f": give {', or '.join(ways)}" * bool(ways)
+        )
+
+    def _crowded(self) -> tuple[float, tuple[float, float]]:
+        """The share that the largest hundredth has of an untrained network's loss, and its times."""
+        u = (torch.arange(4096, dtype=torch.float64, device="cpu") + 0.5) / 4096
+        drawn = self.draw(u, 0.0)
+        values = untrained(self.model, self.weight, drawn.t)
+        values = values if drawn.factor is None else values * drawn.factor.double()
+        top = values.topk(41).indices
+        ends = drawn.t[top].aminmax()
+        return float(values[top].sum() / values.sum()), (float(ends.min), float(ends.max))
 
     def options(self) -> dict[str, Any]:
         """What says which run this is, as a checkpoint stores it."""

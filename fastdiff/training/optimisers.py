@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError, ConfigError, choose, short
+from ..execution import cpu
 from ..execution.torch_private import fused_adam_, fused_adamw_
 from ..files import shown
 from . import checkpoint as files
@@ -79,6 +81,15 @@ def _fusible(weights: list[Tensor]) -> bool:
     return all(w.is_floating_point() and w.device.type in ("cpu", "cuda") and _is_dense(w) for w in weights)
 
 
+def on_cpu_alike(weights: list[Tensor]) -> bool:
+    """Whether the compiled library takes them (execution.cpu.adam): plain tensors there, of one dtype."""
+    kinds = {(w.dtype, type(w), w.device.type) for w in weights}
+    return len({kind[0] for kind in kinds}) == 1 and all(
+        dtype in (torch.float32, torch.float64) and kind in (Tensor, nn.Parameter) and device == "cpu"
+        for dtype, kind, device in kinds
+    )
+
+
 def _is_dense(w: Tensor) -> bool:
     return torch.empty_like(w, device="meta").stride() == w.stride()
 
@@ -98,53 +109,85 @@ def laid_out(weights: list[Tensor]) -> list[Tensor]:
     return gradients
 
 
-class _Fused(torch.optim.Optimizer):
+class Fused(torch.optim.Optimizer):
     """torch.optim.Adam or AdamW with one group, whose step is the one call of torch's fused kernel, with a count of steps that
     all weights share; where some have no gradient it is torch's own, with theirs."""
 
     kernel: ClassVar[Callable[..., None]]
+    decoupled: ClassVar[bool]  # whether the decay of weights is apart from the gradient
     _count: Tensor | None = None
 
-    def step(self, closure: Any = None) -> Any:
-        (group,) = self.param_groups
-        weights = group["params"]
-        gradients = [w.grad for w in weights]
+    def counts_alike(self) -> bool:
+        """Whether all weights have a gradient, and have taken the same number of steps, not 0: `_count`."""
+        weights = self.param_groups[0]["params"]
         if self._count is None and len(self.state) == len(weights):
             counts = [self.state[w]["step"] for w in weights]
             if len({c.device for c in counts}) == 1 and len(torch.stack(counts).unique()) == 1:
                 self._count = counts[0]
-        if self._count is None or any(g is None for g in gradients):
+                self._states = [self.state[w] for w in weights]
+                for state in self._states:
+                    state["step"] = self._count
+        return self._count is not None and all(w.grad is not None for w in weights)
+
+    def _lists(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """(weights, gradients, first moments, second moments)"""
+        weights = self.param_groups[0]["params"]
+        moments = ([state[name] for state in self._states] for name in ("exp_avg", "exp_avg_sq"))
+        return (weights, [w.grad for w in weights], *moments)
+
+    def step(self, closure: Any = None) -> Any:
+        (group,) = self.param_groups
+        if not self.counts_alike():
             if self._count is not None:
-                for w in weights:
-                    self.state[w]["step"] = self._count.clone()
+                for state in self._states:
+                    state["step"] = self._count.clone()
                 self._count = None
             return super().step(closure)
-        self._count += 1
-        states = [self.state[w] for w in weights]
-        for state in states:
-            state["step"] = self._count
-        beta1, beta2 = group["betas"]
-        with torch.no_grad():
-            type(self).kernel(
-                weights, gradients, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-                [self._count] * len(weights), lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
-                eps=group["eps"], amsgrad=False, maximize=False,
-            )  # fmt: skip
+        # a device's kernel reads a rate in its memory, as a CUDA graph has it, as float32: the same without a graph
+        self.apply(float(np.float32(group["lr"])) if group["params"][0].is_cuda else group["lr"])
         return None
 
+    def apply(self, lr: float | Tensor) -> None:
+        """`step` of weights that `counts_alike`, which reads nothing on the host where the rate is a tensor."""
+        (group,) = self.param_groups
+        self._count += 1
+        beta1, beta2 = group["betas"]
+        with torch.no_grad():
+            lists = self._lists()
+            type(self).kernel(
+                *lists, [], [self._count] * len(lists[0]), lr=lr, beta1=beta1, beta2=beta2,
+                weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
+            )  # fmt: skip
+
     step.hooked = True  # type: ignore[attr-defined]  # by which torch knows steps that it has wrapped for its profiler
+
+    def update(self, factor: float, average: list[Tensor], share: float) -> None:
+        """`step` by `factor` times the gradients, and average ← average + share·(weights − average), in one pass over weights on
+        the CPU that `counts_alike`."""
+        (group,) = self.param_groups
+        self._count += 1
+        beta1, beta2 = group["betas"]
+        cpu.adam(
+            *self._lists(), average, step=float(self._count), factor=factor, lr=group["lr"], beta1=beta1, beta2=beta2,
+            eps=group["eps"], weight_decay=group["weight_decay"], decoupled=self.decoupled, share=share,
+        )  # fmt: skip
 
     def load_state_dict(self, state_dict: Any) -> None:
         super().load_state_dict(state_dict)
         self._count = None
 
 
-class Adam(_Fused, torch.optim.Adam):
-    kernel = staticmethod(fused_adam_)
+class Adam(Fused, torch.optim.Adam):
+    kernel, decoupled = staticmethod(fused_adam_), False
 
 
-class AdamW(_Fused, torch.optim.AdamW):
-    kernel = staticmethod(fused_adamw_)
+class AdamW(Fused, torch.optim.AdamW):
+    kernel, decoupled = staticmethod(fused_adamw_), True
+
+
+def in_one_call(optimisers: list[Optimiser]) -> bool:
+    """Whether the step of all is one call (`Fused.apply`)."""
+    return len(optimisers) == 1 and isinstance(optimisers[0], Fused) and optimisers[0].counts_alike()
 
 
 class Rate:

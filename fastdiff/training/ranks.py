@@ -1,5 +1,5 @@
-"""The processes of a training, on torch.distributed: each has the whole state, or a shard (shards.py), and its share of every
-batch.
+"""The processes of a training, on torch.distributed: each has the whole state, or its shard (`shards`), and its share of
+every batch.
 
 Step n's batch is that of one process: of B samples, process r of W takes r·B/W … (r + 1)·B/W − 1, with the indices, times
 and noise that they have by their position in the whole batch. What the processes tell one another in a step is one sum: of the

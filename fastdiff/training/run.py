@@ -6,20 +6,24 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import losses
-from ..errors import DataError, warn
+from ..errors import DataError, GraphError, warn
+from ..execution import verify
 from ..execution.modes import stepping
 from ..files import shown
 from ..model import ScoreModel
 from . import checkpoint as files
 from .batches import Batches
+from .captured import EAGER_STEPS, CapturedStep, Passes, failed
+from .objective import Batch
 from .state import State
 from .watch import Watch
 
@@ -36,6 +40,7 @@ class Run:
 
     model      the one that is called in training, whose network is in shards or the caller's
     options    those that a checkpoint stores; described, the model's description, which it stores too
+    engine     "eager" or "graph", for the reason `why`; asked, as the caller named it
     """
 
     model: ScoreModel
@@ -50,6 +55,9 @@ class Run:
     keep: int | None
     callback: Callable[[int, float], object] | None
     stop: Callable[[], object] | None
+    engine: str = "eager"
+    asked: str = "auto"
+    why: str = ""
     stopped: bool = False
 
     def __post_init__(self) -> None:
@@ -57,6 +65,8 @@ class Run:
         self.recorded = torch.full(
             (max(self.steps - self.first, 0),), math.nan, dtype=torch.float32, device=self.batches.device
         )
+        self.taken = 0  # steps of this call
+        self.graphs: CapturedStep | None = None
         self.skipped, self.said = 0, False  # steps skipped in a row, until now; whether one was spoken of
 
     def all(self, display: Any) -> None:
@@ -76,32 +86,78 @@ class Run:
             display.update()
             if last:
                 break
+        self._release()
         self.recorded = self.recorded[: max(self.state.step - self.first, 0)]
 
     def _step(self, step: int) -> bool:
         """Forward, backward, and the optimiser's step; whether it was taken."""
         state, ranks, batches, objective = self.state, self.state.ranks, self.batches, self.batches.objective
-        parts, seen, ranks.step = self.options["accumulate"], [], step
+        ranks.step = step
         with stepping(self.model.net), _seeded((self.options["seed"] * 1_000_003 + step + ranks.rank * APART) % 2**63):
-            state.keep_buffers()
-            for batch in batches.parts(step, parts):
-                with state.computing():
-                    values = objective.per_sample(batch, self.model)
-                    value = objective.mean(values, batch.drawn)
-                with losses.differentiating(self.options["loss"]):
-                    state.add(value / parts if parts > 1 else value)
-                seen.append((batch.drawn, values.detach()))
-            value, self.stopped = state.loss, self.stop is not None and bool(self.stop())
-            told = ranks.tell([values for _, values in seen], batches.rows, self.stopped)
-            taken = state.take(told)
+            parts = list(batches.parts(step, self.options["accumulate"]))
+            captured = self._captured(parts)
+            made = Passes(self._passes(parts), state.loss) if captured is None else captured.passes(parts)  # type: ignore[arg-type]
+            seen, value = [(batch.drawn, values) for batch, values in zip(parts, made.values)], made.loss
+            self.stopped = self.stop is not None and bool(self.stop())
+            told = ranks.tell(made.values, batches.rows, self.stopped)
+            measured = state.measure(told) if made.measured is None else made.measured
+            taken = state.take(measured, None if captured is None else captured.update)
             if told is not None:  # of the whole batch
-                seen, self.stopped = [(batch.everyones, told[:-1])], bool(told[-1])
-                value = objective.mean(told[:-1], batch.everyones)
+                seen, self.stopped = [(parts[0].everyones, told[:-1])], bool(told[-1])
+                value = objective.mean(told[:-1], parts[0].everyones)
         if taken:
+            self.taken += 1
             self.recorded[step - self.first] = value
             if objective.learns:
                 objective.observe(seen)
         return taken
+
+    def _passes(self, parts: Sequence[Batch]) -> list[Tensor]:
+        """Forward, loss and backward of a step's parts; the losses of each. The step's own is then `state.loss`."""
+        state, objective = self.state, self.batches.objective
+        losses_of = []
+        state.keep_buffers()
+        for batch in parts:
+            with state.computing():
+                values = objective.per_sample(batch, self.model)
+                value = objective.mean(values, batch.drawn)
+            with losses.differentiating(self.options["loss"]):
+                state.add(value / len(parts) if len(parts) > 1 else value)
+            losses_of.append(values.detach())
+        return losses_of
+
+    def _captured(self, parts: Sequence[Batch]) -> CapturedStep | None:
+        """The step as CUDA graphs, where the engine is of them, and once the first steps were taken."""
+        if self.engine == "graph" and self.graphs is None and self.taken >= EAGER_STEPS:
+            try:
+                self.graphs = CapturedStep(self.state, self._passes, parts)
+            except (GraphError, torch.OutOfMemoryError) as error:
+                self._fall_back(error)
+        return self.graphs
+
+    def _fall_back(self, error: Exception) -> None:
+        """From here on eager steps."""
+        refused = verify.refusal(self.batches.device)  # of which a warning has been given
+        reason = refused or failed(error)
+        if self.asked == "graph":
+            raise GraphError(f"{reason}: use engine='auto' or 'eager'") from error
+        self.engine, self.why = "eager", f"its loop runs eagerly: {reason}"
+        if not refused:
+            warn(
+                f"{reason}, so it runs eagerly, slower where the network is small; engine='eager' does so without this warning",
+                RuntimeWarning,
+            )
+
+    def _release(self) -> None:
+        """Forget the graphs."""
+        if self.graphs is not None:
+            self.graphs.close()
+            self.graphs = None
+
+    def _look_again(self) -> None:
+        """After code of the caller's, which may have changed what a capture bakes in: then the next step is captured anew."""
+        if self.graphs is not None and not self.graphs.fits():
+            self._release()
 
     def _judge(self, step: int, taken: bool) -> None:
         """Warn of the first step that was skipped; a DataError where there are too many."""
@@ -122,6 +178,7 @@ class Run:
             return False
         with self.state.averaged(self.watch.model):
             ended = self.watch.look(step)
+        self._look_again()
         return self.state.ranks.any(ended)
 
     def _tell(self, step: int, display: Any) -> None:
@@ -131,6 +188,7 @@ class Run:
         self.watch.note(step + 1, {"loss": recent, "lr": self.state.rate(step, self.state.rate.base[0])})
         if self.callback is not None:
             self.callback(step + 1, recent)
+            self._look_again()
 
     def _save(self, folder: Path, step: int) -> None:
         self.state.check_alike()

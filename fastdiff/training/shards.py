@@ -164,8 +164,8 @@ class Shards:
                 padded[: len(own)] = own.detach()
                 whole = self.ranks.gathered(padded).flatten(0, 1)[: shape[0]]
             found.append(whole if not to_file else whole.cpu() if self.ranks.first else own)
-        for theirs, module in zip(self.owner.modules(), self.net.modules()):
-            theirs._buffers.update(module._buffers)  # of which a step may have put others in their place
+        for mine, theirs in zip(self.owner.modules(), self.net.modules()):
+            mine._buffers.update(theirs._buffers)  # of which a step may have put others in their place
         return found
 
     def part(self, k: int, whole: Tensor) -> Tensor:
@@ -179,8 +179,8 @@ class Shards:
         """What a checkpoint changed in the caller's network beside the trained parameters."""
         if isinstance(self.net, TimeConditioned):
             self.net.set_time_scale(self.owner.config["time_scale"])  # type: ignore[index]
-        for own, theirs in zip(self.net.modules(), self.owner.modules()):
-            own._buffers.update(theirs._buffers)
+        for mine, theirs in zip(self.net.modules(), self.owner.modules()):
+            mine._buffers.update(theirs._buffers)
 
 
 def _blocks(net: nn.Module) -> list[nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import losses, networks
 from ..errors import CheckpointMismatchError, ConfigError, CorruptCheckpointError, short, warn
-from ..execution import modules
+from ..execution import cpu, modules
 from ..execution.torch_private import foreach_mul_, foreach_norm
 from ..files import shown
 from . import averages, optimisers, tensor_file
@@ -52,6 +52,7 @@ class State:
         self.net, self.objective, self.options, self.step, self.updates = net, objective, options, 0, 0
         self.ranks, self.shards = ranks, shards
         self.header: dict[str, Any] = {}  # of the checkpoint that it goes on from
+        self.came_from: Path | None = None  # that checkpoint
         self.named = [p for p in net.parameters() if p.requires_grad]
         if not self.named:
             raise ConfigError("model must have parameters that require gradients: there is nothing to train")
@@ -73,11 +74,19 @@ class State:
         rates = options["ema"] if isinstance(options["ema"], list) else [options["ema"]]
         self.averages = averages.Averages(self.weights, rates, options["ema_rule"], options["posthoc"])
         self.scaler = Scaler() if options["precision"] == "fp16" else None
+        # norm, clipping, Adam and the average by the compiled library; torch's schedulers want to see the optimiser's `step`
+        self.one_pass = (
+            cpu.available
+            and isinstance(self.optimisers[0], optimisers.Fused)
+            and not self.rate.schedulers
+            and optimisers.on_cpu_alike(self.weights)
+        )
         # up to torch 2.11 Adam counts its steps in a tensor of the default device, which may hold no data
         self.elsewhere = torch.get_default_device().type != "cpu"
         self.modules = list((net if shards is None else shards.net).modules())
         self.buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
         self.loss: Tensor | None = None
+        self.gradients: list[Tensor] = []
 
     def check_saved(self) -> None:
         """Refuse before the first step what a checkpoint could not hold after it."""
@@ -107,7 +116,7 @@ class State:
                         was[1].copy_(buffer.detach())
 
     def add(self, loss: Tensor) -> None:
-        """The backward pass of a step's loss, or of a part of it: gradients add up until `take`."""
+        """The backward pass of a step's loss, or of a part of it: gradients add up until `measure`."""
         if self.loss is None:
             for p in self.parameters:
                 p.grad = None
@@ -123,45 +132,56 @@ class State:
         told.copy_(self.ranks.exchange(self.exchanged, told, buffers, changed))
         return told.sum()
 
-    def take(self, told: Tensor | None = None) -> bool:
-        """One step of the optimiser and of the averages; False, and nothing changed, where the loss or gradient is not finite.
+    def measure(self, told: Tensor | None = None) -> Tensor | tuple[float, float]:
+        """The step's loss and the norm of all its gradients together, [2] on the device or two numbers.
 
         told   what this process tells the others (Ranks.tell), and then what all of them did; None where it is alone
         """
         loss, self.loss = self.loss, None
         if loss is None:
-            raise RuntimeError("take() follows add()")
+            raise RuntimeError("measure() follows add()")
         for p, weight in self.rounded:
             weight.grad = None if p.grad is None else p.grad.to_dense().float()
         if self.shards is not None:
             self.shards.take_gradients()
         if told is not None:
             loss = self._exchange(told)
-        gradients = optimisers.laid_out(self.weights)
-        scale = 1.0 if self.scaler is None else self.scaler.scale
-        norm = _norm(gradients) if gradients else torch.zeros_like(loss)
+        self.gradients = optimisers.laid_out(self.weights)
+        if self.one_pass:
+            norm = torch.tensor(math.sqrt(cpu.sum_of_squares(self.gradients)), dtype=torch.float64, device="cpu")
+            return float(loss), float(norm if self.shards is None else self.shards.norm(norm))
+        norm = _norm(self.gradients) if self.gradients else torch.zeros_like(loss)
         norm = norm if self.shards is None else self.shards.norm(norm)
-        norm = norm if scale == 1 else norm / scale
         kind = torch.promote_types(loss.dtype, norm.dtype)
-        value, total = torch.stack((loss.to(kind), norm.to(loss.device, kind))).tolist()  # one wait for the device
+        return torch.stack((loss.to(kind), norm.to(loss.device, kind)))
+
+    def take(self, measured: Tensor | tuple[float, float], update: Callable[[float], None] | None = None) -> bool:
+        """One step of the optimiser and of the averages; False, and nothing changed, where the loss or gradient is not finite.
+
+        measured   what `measure` gave
+        update     `update`, or its replay
+        """
+        value, total = measured.tolist() if isinstance(measured, Tensor) else measured  # one wait for the device
+        scale = 1.0 if self.scaler is None else self.scaler.scale
+        total /= scale
         finite = math.isfinite(value) and math.isfinite(total)
         self.rate.set(self.step)
         self.step += 1
         if finite:
-            if scale != 1:
-                foreach_mul_(gradients, 1 / scale)
-            clip = self.options["grad_clip"]
+            clip, factor = self.options["grad_clip"], 1.0
             if clip is not None and total + 1e-6 > 0.999 * clip:  # below, it is a product with one
-                factor = (clip / (norm + 1e-6)).clamp(max=1.0)
-                for place, those in _by_device(gradients).items():
-                    foreach_mul_(those, factor.to(place))
-            with torch.device("cpu") if self.elsewhere else contextlib.nullcontext():
-                for optimiser in self.optimisers:
-                    optimiser.step()
-            with torch.no_grad():
-                for p, weight in self.rounded:
-                    p.copy_(weight)
-            self.averages.update(self.updates)
+                norm = torch.tensor(
+                    total, dtype=self.gradients[0].dtype, device="cpu"
+                )  # rounded as clip_grad_norm_ does
+                factor = float((clip / (norm + 1e-6)).clamp(max=1.0))
+            fused: Any = self.optimisers[0]
+            one_pass = self.one_pass and fused.counts_alike()
+            if one_pass:
+                fused.update(factor / scale, self.averages.tensors[0], self.averages.share(self.updates))
+                self._round()
+            else:
+                (update or self.update)(factor / scale)
+            self.averages.update(self.updates, done=int(one_pass))
             self.updates += 1
         else:
             self._give_buffers_back()
@@ -169,6 +189,24 @@ class State:
         if self.scaler is not None:
             return self.scaler.after(finite, math.isfinite(value))
         return finite
+
+    def update(self, factor: float | Tensor, lr: Tensor | None = None) -> None:
+        """The optimisers' step by `factor` times the gradients.
+
+        factor, lr   where they are tensors the host reads nothing, for a CUDA graph (optimisers.in_one_call)
+        """
+        if isinstance(factor, Tensor) or factor != 1:
+            foreach_mul_(self.gradients, factor)
+        with torch.device("cpu") if self.elsewhere else contextlib.nullcontext():
+            for optimiser in self.optimisers:
+                optimiser.step() if lr is None else optimiser.apply(lr)  # type: ignore[attr-defined]
+        self._round()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """The network's weights of half precision, by those that are trained."""
+        for p, weight in self.rounded:
+            p.copy_(weight)
 
     @torch.no_grad()
     def _give_buffers_back(self) -> None:
@@ -202,7 +240,7 @@ class State:
     @contextlib.contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:
         """The model with the averaged weights, in evaluation mode; then as it was."""
-        averaged = self._in_one_piece(self.averages.tensors[0])  # which also has the buffers of before
+        averaged = self._in_one_piece(self.averages.tensors[0])  # which also gives the network the buffers of a step
         trained = {name: value.detach().clone() for name, value in modules.state(self.net).items()}
         modes = [(module, module.training) for module in model.modules()]
         modules.load_state(self.net, self._tensors(averaged))
@@ -216,8 +254,8 @@ class State:
 
     def _saved(self) -> dict[str, Tensor]:
         """Tensors named net.* are the averaged weights (which `load` reads), raw.* the trained ones, optimizer.* the optimiser's,
-        ema.* averages of a higher precision than the network's, ema1.*, … and power0.*, … further averages. All processes take
-        part where there are shards, and the first has them in one piece."""
+        ema.* averages of a higher precision than the network's, ema1.*, … and power0.*, … further averages. Of shards all
+        processes take part, and the first has them in one piece."""
         averaged = self._tensors(self._in_one_piece(self.averages.tensors[0], to_file=True))
         plain = modules.state(self.net)
         tensors = {"net." + k: v.to(plain[k].dtype) for k, v in averaged.items()}
@@ -350,7 +388,7 @@ class State:
         optimisers.load(self.optimisers, self.weights, entries)
         if self.scaler is not None and isinstance(header.get("scaler"), dict):
             self.scaler = Scaler(**header["scaler"])
-        self.step, self.updates, self.header = step, step - skipped, header
+        self.step, self.updates, self.header, self.came_from = step, step - skipped, header, path
         return described
 
     def _part(self, k: int, value: Any) -> Any:

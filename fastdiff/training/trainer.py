@@ -19,6 +19,7 @@ from ..data.augment import get as augment_of
 from ..errors import (
     CheckpointError,
     ConfigError,
+    CorruptCheckpointError,
     DeviceError,
     choose,
     names_keywords,
@@ -29,10 +30,11 @@ from ..execution import modules
 from ..execution.modes import leaves_no_trace, stepping
 from ..execution.modules import compiled
 from ..execution.monitor import bar
+from ..execution.ops import ENGINES
 from ..execution.torch_private import functorch_is_active
 from ..files import hold, path, reason, shown
 from ..model import ScoreModel
-from . import averages, fitting, optimisers
+from . import averages, captured, fitting, optimisers
 from . import checkpoint as files
 from .batches import Batches
 from .objective import Objective
@@ -48,7 +50,7 @@ from .watch import Watch, of_validation, writer
 class Training:
     """One call of `train`: the loss of each of its steps [steps], the number of the last step, its seconds, how many of the steps
     were skipped because their loss (NaN here) or its gradient was not finite, the step of the lowest validation loss, whether
-    `stop` ended it."""
+    `stop` ended it, the engine that ran it, "eager" or "graph", and why."""
 
     loss: Tensor
     steps: int
@@ -56,6 +58,8 @@ class Training:
     skipped: int = 0
     best_step: int | None = None
     stopped: bool = False
+    engine: str = "eager"
+    why: str = ""
 
     def __repr__(self) -> str:
         recent = f", mean loss {self.loss[-100:].nanmean():.4g} at the end" if len(self.loss) else ""
@@ -105,6 +109,7 @@ def train(
     schedule: str | Callable[[Any], Any] = "constant",
     precision: str | None = None,
     compile: bool = False,
+    engine: str = "auto",
     accumulate: int = 1,
     posthoc: bool = False,
     bad_step: str = "skip",
@@ -140,6 +145,8 @@ def train(
     precision     "bf16" or "fp16": autocast of the network and the loss, weights in float32; a float16 loss is scaled, and
                   a step whose scaled gradient overflows is taken with half the factor the next time
     compile       the network by torch.compile, for the training alone
+    engine        "eager", "graph", or "auto": steps as CUDA graphs on a CUDA device where they can be captured, with the weights
+                  of eager steps (docs/training.md); "graph" is refused where they cannot
     accumulate    the batch goes through the network in so many parts, and is one step
     augment       "flip", "flip_vertical", "crop", or objects of fastdiff.data.augment, in turn: random changes of each sample,
                   made anew at each step
@@ -157,8 +164,8 @@ def train(
                   options may be others, which a warning says; False overwrites it
     callback      called with (step, mean loss of the last 100 steps) every 100 steps and at the last one
     stop          asked in each step; where it says True, in any process, the run saves and ends with that step
-    validation    data to evaluate the averaged weights on every `evaluate_every` steps, in the same units and range, or the share
-                  of `data` that is held out for it; times and noise are the same at each evaluation
+    validation    data to evaluate the averaged weights on every `evaluate_every` steps, or the share of `data` that is held out
+                  for it; a file or an array is read in the range and levels of `data`; times and noise are the same each time
     evaluate      called at each evaluation with (model, step), the model with the averaged weights in evaluation mode; numbers
                   that it returns by name are kept with the others
     patience      evaluations in a row without a lower validation loss after which the run ends
@@ -187,6 +194,7 @@ def train(
     resume, compile, shard = (
         checks.flag(name, flag) for name, flag in (("resume", resume), ("compile", compile), ("shard", shard))
     )
+    choose("engine", engine, ENGINES)
     checks.function("callback", callback)
     checks.function("stop", stop)
     if functorch_is_active():
@@ -200,6 +208,10 @@ def train(
     augmentations = augment_of(augment, model.data_shape)
     checks.function("evaluate", evaluate)
     evaluate_every = checks.integer("evaluate_every", evaluate_every, 1, 10**9)
+    if evaluate_every != 1000 and held_out is None and evaluate is None:
+        raise ConfigError(
+            f"evaluate_every={evaluate_every} has nothing to evaluate: give validation=0.1, or leave it out"
+        )
     if patience is not None and held_out is None:
         raise ConfigError(f"patience={patience} needs validation data: give validation=0.1 to hold out a tenth")
     patience = None if patience is None else checks.integer("patience", patience, 1, 10**9)
@@ -208,6 +220,7 @@ def train(
     fitted, facts = fitting.fitted(model, source, options["cond_dropout"], bool(augmentations))
     described = files.describe(fitted)
     objective = Objective.of(fitted, source, options["dequantize"], loss, weight, times, truncation, probe, vlb_weight)
+    objective.check_balance()
     options |= objective.options()
     options["augment"] = [each.config() for each in augmentations]
     ends = decay or schedule in ("cosine", "linear")  # such a rate depends on the end
@@ -224,6 +237,7 @@ def train(
     rows = ranks.rows(options["batch_size"], options["accumulate"])
     if shard:
         check_shards(model.net, ranks, objective.loss, optimizer, compile)
+    used, why = captured.resolve(objective, ranks, options, steps, compile, engine)
     with (
         torch.inference_mode(False), torch.enable_grad(), _autocast(model.net), ranks,
         _current(ranks.device, shard), _directory(checkpoint, ranks.first) as folder,
@@ -243,18 +257,21 @@ def train(
         ranks.alike({**options, **more, "the model": described}, "start all with the same arguments")
         if folder is not None:
             state.check_saved()
-            if ranks.any(ranks.first and resume and (folder / files.FILE).exists()):
-                described = state.read(folder / files.FILE, options, described)
+            found = files.checkpoints(folder) if ranks.first and resume else []
+            if ranks.any(bool(found)):
+                described = _go_on(state, found or files.checkpoints(folder), options, described)
             if options["posthoc"] and ranks.first:
                 averages.drop_snapshots(folder, state.step)
-            if keep is not None and ranks.first and state.step:  # a kill may have come before it
+            if (
+                keep is not None and ranks.first and state.came_from == folder / files.FILE
+            ):  # a kill may have come before it
                 files.keep_last(folder, state.step, keep)
         state.check_alike()
         if not ranks.first:  # one process is seen and heard
             callback, progress, tensorboard = None, False, False
             evaluate = None if evaluate is None else lambda model, step: None  # it waits for the first one's
         kept = None if held_out is None else Batches(held_out, fitted, of_validation(objective), options)
-        written = writer(folder) if tensorboard else None
+        written = writer(folder, state.step) if tensorboard else None
         watch = Watch(model, kept, evaluate_every, patience, evaluate, folder if ranks.first else None, written)
         watch.resume(state.header, state.step)
         if watch.ended:
@@ -267,9 +284,9 @@ def train(
         try:
             with compiled(model.net, compile), bar(progress, steps, "train", "step", first) as display:
                 batches = Batches(whole, model, objective, options, augmentations, rows)
-                called = model if shards is None else shards.model(model)
                 run = Run(
-                    called, state, batches, watch, options, described, steps, folder, checkpoint_every, keep, callback, stop
+                    model if shards is None else shards.model(model), state, batches, watch, options, described, steps, folder,
+                    checkpoint_every, keep, callback, stop, used, engine, why,
                 )  # fmt: skip
                 try:
                     run.all(display)
@@ -285,7 +302,27 @@ def train(
     with stepping(model.net):
         model.eval()
     skipped, best = int(run.recorded.isnan().sum()), watch.best_step or None
-    return Training(run.recorded.cpu(), max(state.step, first), time.perf_counter() - began, skipped, best, run.stopped)
+    seconds = time.perf_counter() - began
+    return Training(
+        run.recorded.cpu(), max(state.step, first), seconds, skipped, best, run.stopped, run.engine, run.why
+    )
+
+
+def _go_on(state: State, found: list[Path], options: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
+    """Go on from the latest checkpoint that is not damaged; a warning says so where that is not the last. Returns its model's
+    description."""
+    damaged = []
+    for place in found:
+        try:
+            described = state.read(place, options, described)
+        except CorruptCheckpointError as error:
+            damaged.append(error)
+            continue
+        if place.name != files.FILE:
+            why = str(damaged[0]) if damaged else f"{shown(place.parent / files.FILE)} is missing"
+            warn(f"{why}; the run goes on from {shown(place)}, of step {state.step}")
+        return described
+    raise damaged[0]
 
 
 def _autocast(net: nn.Module) -> contextlib.AbstractContextManager[Any]:

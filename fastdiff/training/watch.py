@@ -7,13 +7,14 @@ import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import files
-from ..errors import CheckpointError, ConfigError, short
+from ..errors import CheckpointError, ConfigError, short, warn
 from ..execution.modes import stepping
 from ..losses import times as rules
 from ..losses import weights
@@ -52,12 +53,23 @@ class Watch:
         if self.validation is None:
             return {}
         best = self.best if math.isfinite(self.best) else None
-        return {"watch": {"best": best, "best_step": self.best_step, "since": self.since}}
+        more = {"best": best, "best_step": self.best_step, "since": self.since}
+        return {"watch": {**more, "validation": self._validated}}
+
+    @cached_property
+    def _validated(self) -> str:
+        """Which validation data they are."""
+        return self.validation.data.fingerprint()  # type: ignore[union-attr]
 
     def resume(self, header: Mapping[str, Any], step: int) -> None:
         """Go on from a checkpoint of `step`: what was noted after it is noted again."""
         was = header.get("watch") or {}
         best = was.get("best")
+        if self.validation is not None and was.get("validation", self._validated) != self._validated:
+            warn(
+                "the validation data are not those of before: the lowest loss is counted anew, and best.safetensors with it"
+            )
+            was, best = {}, None
         self.best = math.inf if best is None else float(best)
         self.best_step, self.since = int(was.get("best_step", 0)), int(was.get("since", 0))
         if self.folder is None or not (self.folder / METRICS).is_file():
@@ -150,10 +162,11 @@ def _numbers(found: Any) -> dict[str, float]:
         ) from error
 
 
-def writer(folder: Path | None) -> Any:
-    """A writer of TensorBoard's in the run's folder; ConfigError where it is not installed."""
+def writer(folder: Path | None, step: int) -> Any:
+    """A writer of TensorBoard's in the run's folder, which goes on from `step`: numbers of later steps, as of a run that was
+    killed after its last checkpoint, are shown no more. ConfigError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("tensorboard=True needs tensorboard, which is missing: pip install tensorboard") from error
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
