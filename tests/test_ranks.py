@@ -412,14 +412,22 @@ def odd(rank, world, options):
     return *done, moments, net.calls.item(), net.norm.running_var.tolist()
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"precision": "fp16", "grad_clip": None}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"validation": 0.2, "evaluate_every": 5},
+        {"precision": "bf16", "grad_clip": None},
+        {"precision": "fp16", "grad_clip": None},
+    ],
+    ids=str,
+)
 def test_rows_that_do_not_divide_shared_frozen_and_running_ones(options):
     found, whole = among(2, in_shards, 1, odd, options), among(2, odd, options)
-    # of two processes a sum has one order, and what differs is that of the norm; of float32, rounded to 16 bits in between
-    as_of_shards(found, whole[0], *((2e-3, 1e-3) if options else ()))
+    # of two processes a sum has one order, and what differs is that of the norm, or the last bits of a step of Adam in float32
+    as_of_shards(found, whole[0], *((1e-5, 1e-6) if "precision" in options else ()))
     assert found[0][5:] == found[1][5:]
     assert found[0][5] == whole[0][5] > 0  # less than the steps where a loss of 16 bits overflows in some
-    torch.testing.assert_close(found[0][6], whole[0][6], rtol=1e-3 if options else 1e-9, atol=0)
+    torch.testing.assert_close(found[0][6], whole[0][6], rtol=1e-5 if "precision" in options else 1e-9, atol=0)
     trained_ones = [p.shape for p in Odd().parameters() if p.requires_grad]
     for r in (0, 1):  # rows of [3, 3] are 2 + 1, those of [1, 3] 1 + 0
         rows = [(((shape[0] + 1) // 2, shape[0] // 2)[r] if shape else 1) for shape in trained_ones]
@@ -509,7 +517,7 @@ def test_evaluations_see_the_whole_network_and_an_error_leaves_it(tmp_path):
 
 
 class Losing(torch.nn.Module):
-    """The second process is lost in its fourth call, before a block that the other gathers, or whose gradients it awaits."""
+    """The second process is lost within its fourth call: the other gathers a block's weights, or awaits its gradients."""
 
     def __init__(self, rank, how):
         super().__init__()

@@ -106,10 +106,9 @@ class Shards:
                 sharded: Any = fully_shard(module, mesh=mesh, ignored_params=ignored)
                 sharded.set_custom_all_gather(_Gather(ranks))
                 sharded.set_custom_reduce_scatter(_ReduceScatter(ranks, sum(rows)))
-        if hasattr(self.net, "set_reduce_scatter_unused_params"):  # older ones of torch lack it: see _ReduceScatter
-            self.net.set_reduce_scatter_unused_params(
-                True
-            )  # one process may make no use of a parameter of which another does
+        # one process may make no use of a parameter of which another does; older ones of torch cannot: see _ReduceScatter
+        if hasattr(self.net, "set_reduce_scatter_unused_params"):
+            self.net.set_reduce_scatter_unused_params(True)
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         with torch.no_grad():
             self.weights = [p if p.ndim == 0 else _local(p).requires_grad_() for p in self.parameters]
@@ -205,7 +204,7 @@ def _held(net: nn.Module) -> list[nn.Parameter]:
 
 def _no_view(block: nn.Module, inputs: Any, output: Any) -> Any:
     """A block's output with memory of its own: FSDP's hook on a view is lost where the network then changes that in place."""
-    return output.clone() if isinstance(output, Tensor) and output._is_view() else output
+    return output.clone() if isinstance(output, Tensor) and output._base is not None else output
 
 
 def _rows(shape: Sequence[int], world: int) -> int:

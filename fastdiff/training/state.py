@@ -240,9 +240,10 @@ class State:
     @contextlib.contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:
         """The model with the averaged weights, in evaluation mode; then as it was."""
+        averaged = self._in_one_piece(self.averages.tensors[0])  # which also gives the network the buffers of a step
         trained = {name: value.detach().clone() for name, value in modules.state(self.net).items()}
         modes = [(module, module.training) for module in model.modules()]
-        self.average_into(self.net)
+        modules.load_state(self.net, self._tensors(averaged))
         model.eval()
         try:
             yield

@@ -172,9 +172,9 @@ def train(
     tensorboard   also write the numbers for TensorBoard, into the directory
     group         the processes of torch.distributed that train together, each with its share of every batch: a process group,
                   None for the default one where there is one, or alone (docs/training.md)
-
     shard         hold weights, gradients, moments and averages in shards, one in each process of the group (torch's FSDP2): for
-                  "dsm", "dsm_vr", "vlb" and "hybrid", by "adam", "adamw", "radam" or "sgd" (docs/training.md)
+                  "dsm", "dsm_vr", "vlb" and "hybrid", by "adam", "adamw", "radam" or "sgd"; the model's own network gets its
+                  weights at the end (docs/training.md)
 
     With `checkpoint` the loss of each 100 steps, the rate and the evaluations are lines of its metrics.csv (step, name, value),
     and the averaged model of the lowest validation loss is its best.safetensors.
