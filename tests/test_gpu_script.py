@@ -120,7 +120,9 @@ def test_every_part_is_tried_on_a_stand_in(tmp_path, gpu):
     reasons = {reason.partition(":")[0] for reason in known.skipped}
     assert {"left out of a quick run", gpu.OF_TIME, "left out"} == reasons
     assert any("compute-sanitizer does not support this device" in reason for reason in known.skipped)
-    assert len(known.says["tried"]) == 4  # of two dtypes, against two opponents
+    tried = [line.partition(",")[0] for line in known.says["tried"]]
+    assert len(tried) == 5  # loops of two dtypes, against two opponents, and a training step
+    assert tried.count("training") == 1
     assert any(
         line.startswith("MLP") and "predicted elsewhere 22 to 26 (H100)" in line for line in known.says["predicted"]
     )
