@@ -311,6 +311,23 @@ def test_an_overflow_is_no_bad_step_and_halves_the_factor(tmp_path, recwarn):
     assert float(tensors["0.step"]) == 3
 
 
+@pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "torch"])
+@pytest.mark.parametrize("grad_clip", [1.0, None])
+def test_a_gradient_whose_square_overflows_is_skipped(tmp_path, monkeypatch, grad_clip, one_pass):
+    """It is finite, and its second moment would be infinite ever after."""
+    if not one_pass:
+        monkeypatch.setattr(optimisers, "on_cpu_alike", lambda weights: False)
+    options = {"batch_size": 8, "lr": 1e-2, "warmup": 1, "grad_clip": grad_clip, "checkpoint": tmp_path}
+    model = tiny()
+    calls = iter(range(1000))
+    model.net.out.weight.register_hook(lambda gradient: gradient * 1e25 if next(calls) == 1 else gradient)
+    with pytest.warns(UserWarning, match="not finite at step 1"):
+        done = fastdiff.train(model, points(), steps=3, **options)
+    assert done.skipped == 1
+    assert all(bool(v.isfinite().all()) for v in checkpoint.read(tmp_path / checkpoint.FILE, "")[1].values())
+    assert fastdiff.train(tiny(), points(), steps=4, **options).steps == 4
+
+
 def test_a_gradient_that_always_overflows_is_a_bad_one():
     with (
         pytest.warns(UserWarning, match="skipped"),

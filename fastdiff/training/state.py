@@ -148,8 +148,10 @@ class State:
             loss = self._exchange(told)
         self.gradients = optimisers.laid_out(self.weights)
         if self.one_pass:
-            norm = torch.tensor(math.sqrt(cpu.sum_of_squares(self.gradients)), dtype=torch.float64, device="cpu")
-            return float(loss), float(norm if self.shards is None else self.shards.norm(norm))
+            total = torch.tensor(math.sqrt(cpu.sum_of_squares(self.gradients)), dtype=torch.float64, device="cpu")
+            norm = float(total if self.shards is None else self.shards.norm(total))
+            # infinite, as torch has it, where its square is beyond the weights' dtype: second moments would be so ever after
+            return float(loss), norm if norm <= math.sqrt(torch.finfo(self.weights[0].dtype).max) else math.inf
         norm = _norm(self.gradients) if self.gradients else torch.zeros_like(loss)
         norm = norm if self.shards is None else self.shards.norm(norm)
         kind = torch.promote_types(loss.dtype, norm.dtype)
