@@ -321,7 +321,9 @@ def _go_on(state: State, found: list[Path], options: dict[str, Any], described: 
             why = str(damaged[0]) if damaged else f"{shown(place.parent / files.FILE)} is missing"
             warn(f"{why}; the run goes on from {shown(place)}, of step {state.step}")
         return described
-    raise damaged[0]
+    raise CorruptCheckpointError(
+        f"{damaged[0]}; no checkpoint of the run is whole: choose another directory, or give resume=False"
+    ) from damaged[0]
 
 
 def _autocast(net: nn.Module) -> contextlib.AbstractContextManager[Any]:
