@@ -55,9 +55,8 @@ def test_eight_threads_sample_from_one_model(device, kind):
     net = opened(Products() if kind == "products" else UNet((1, 8, 8), channels=8, blocks=1), device)
     model = fastdiff.ScoreModel(net, "vp", data_shape=(1, 8, 8))
     engine, together = "graph" if device.type == "cuda" else "eager", threading.Barrier(THREADS, timeout=60)
-    share = (
-        torch.get_num_threads()
-    )  # which a new thread does not take over, and by which a convolution may round (AVX2)
+    # which a new thread does not take over, and by which a convolution may round (AVX2)
+    share = torch.get_num_threads()
 
     def draw(seed, engine):
         return fastdiff.sample(model, steps=10, num_samples=2 + seed % 2, seed=seed, engine=engine, device=device)

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 import fastdiff
 from fastdiff.cli import commands
 from fastdiff.data import Data, LazyData, augment
+from fastdiff.data.data import hold_out
 from fastdiff.errors import CheckpointMismatchError, ConfigError, DataError, DTypeError, ShapeError
 from fastdiff.networks import MLP, UNet
 
@@ -111,7 +112,7 @@ def test_what_is_trained_on_beside_a_held_out_share_stays_where_it_is(kind):
     x = torch.from_numpy(rng.integers(0, 9, (70, 3)).astype("uint8") if kind == "levels" else rng.normal(size=(70, 3)))
     data = Data(x, labels, bins=None if kind == "vectors" else 9, range=(-9.0, 9.0) if kind == "vectors" else (0.0, 8.0),
                 cond=torch.from_numpy(rng.normal(size=(70, 2))))  # fmt: skip
-    (kept, rest), (first, second) = data.hold_out(0.3), data.split(0.3)
+    (kept, rest), (first, second) = hold_out(data, 0.3, "validation"), data.split(0.3)
     assert rest.x.data_ptr() == data.x.data_ptr()
     assert (len(kept), len(rest), repr(rest)) == (21, 49, repr(second))
     assert (kept.fingerprint(), rest.fingerprint()) == (first.fingerprint(), second.fingerprint())

@@ -185,6 +185,7 @@ def test_what_cannot_be_evaluated_is_refused():
     for arguments, error, words in (
         ({"patience": 3}, ConfigError, "patience=3 needs validation data: give validation=0.1"),
         ({"validation": 1.5}, ConfigError, "validation must be"),
+        ({"validation": 0.001}, DataError, "validation must leave samples in both parts"),
         (
             {"validation": Data(torch.zeros(9, 2, dtype=torch.uint8))},
             DataError,

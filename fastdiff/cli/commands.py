@@ -322,9 +322,8 @@ def _train(a: argparse.Namespace) -> int:
     elif some.labels is not None:
         if launched().rank == 0:
             print(f"fastdiff train: the labels of {a.data} are not used: --classes conditions on them", file=sys.stderr)
-        warnings.filterwarnings(
-            "ignore", message="the data have labels of", category=UserWarning
-        )  # of those read lazily
+        # of those read lazily, within the context of _train_among
+        warnings.filterwarnings("ignore", message="the data have labels of", category=UserWarning)
         if data is some:
             data = replace(data, labels=None, num_classes=None, class_names=())
     if some.cond is not None:

@@ -288,23 +288,17 @@ class Data:
         Labels and conditions stay with their samples. The order comes from numpy's PCG64(seed) alone: no global generator is
         read or advanced. Both parts are copies. Errors: ConfigError, or DataError where a part would be empty.
         """
-        first, second = self._shuffled(fraction, seed)
+        first, second = self._shuffled("fraction", fraction, seed)
         return self._part(first), self._part(second)
 
-    def hold_out(self, fraction: float, seed: int = 0) -> tuple[Data, Data]:
-        """The parts of `split`, of which the second reads its values out of this one's, where they stay: for files mapped into
-        memory, and data that fit it once."""
-        first, second = self._shuffled(fraction, seed)
-        return self._part(first), _Rows(self, second)
-
-    def _shuffled(self, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        fraction = checks.number("fraction", fraction, 0, 1, above=True, below=True)
+    def _shuffled(self, name: str, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        fraction = checks.number(name, fraction, 0, 1, above=True, below=True)
         generator = np.random.Generator(np.random.PCG64(checks.integer("seed", seed, 0, 2**64 - 1)))
         order = torch.from_numpy(generator.permutation(len(self)))
         cut = round(fraction * len(self))
         if not 0 < cut < len(self):
             raise DataError(
-                f"fraction must leave samples in both parts, got {fraction:g} of {len(self)}, which gives {cut} and "
+                f"{name} must leave samples in both parts, got {fraction:g} of {len(self)}, which gives {cut} and "
                 f"{len(self) - cut}: choose another"
             )
         return order[:cut], order[cut:]
@@ -314,8 +308,15 @@ class Data:
         return replace(self, x=self.x[indices], labels=labels, cond=cond)
 
 
+def hold_out(data: Data, share: float, name: str) -> tuple[Data, Data]:
+    """The parts of `data.split(share)`, of which the second, for a training, reads its values out of `data`, where they stay: in
+    a file that is mapped into memory, or in memory that has no room for a copy. name is the argument's."""
+    first, second = data._shuffled(name, share, 0)
+    return data._part(first), _Rows(data, second)
+
+
 class _Rows(Data):
-    """Some samples of a `Data`, whose `x` are the values of them all."""
+    """Some samples of a `Data`, whose `x` are the values of them all: `raw` has its own."""
 
     def __init__(self, of: Data, rows: torch.Tensor) -> None:
         for name in ("x", "range", "bins", "num_classes", "class_names"):

@@ -78,9 +78,8 @@ class CapturedStep:
         self.device, self.tables = device, dict[Any, Any]()
         # CUDA's fused kernels read a rate of float32, the CPU's one of any precision
         self.lr = torch.zeros((), dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
-        self.factor = torch.zeros(
-            (), dtype=state.weights[0].dtype, device=device
-        )  # of the gradients, where they are clipped
+        # of the gradients, where they are clipped
+        self.factor = torch.zeros((), dtype=state.weights[0].dtype, device=device)
         bodies, factors = [functools.partial(self._pass, passes)], dict[bool, Any]()
         if optimisers.in_one_call(state.optimisers):
             factors = {False: 1.0, True: self.factor} if state.options["grad_clip"] is not None else {False: 1.0}

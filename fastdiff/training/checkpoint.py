@@ -297,8 +297,14 @@ def saved_step(path: Path) -> int | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Those of a training in its directory: the last, and then those by their steps that `keep` left, the latest first."""
-    last = folder / FILE
-    return [last] * last.exists() + sorted(folder.glob(NUMBERED.format(0).replace("0", "[0-9]")), reverse=True)
+    last, steps = folder / FILE, _numbered(folder)
+    return [last] * last.exists() + [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    """Those by their steps."""
+    names = folder.glob(NUMBERED.format(0).replace("0", "[0-9]"))
+    return {int(path.stem.removeprefix("step-")): path for path in names}
 
 
 def keep_last(folder: Path, step: int, keep: int) -> None:
@@ -315,9 +321,7 @@ def keep_last(folder: Path, step: int, keep: int) -> None:
         except OSError:
             with files.open_regular(source) as handle, files.replacing(number, CheckpointError) as copy:
                 shutil.copyfileobj(handle, copy)
-    steps = {
-        int(path.stem.removeprefix("step-")): path for path in folder.glob(NUMBERED.format(0).replace("0", "[0-9]"))
-    }
+    steps = _numbered(folder)
     kept = sorted(k for k in steps if k <= step)[-keep:]
     try:
         for path in (path for k, path in steps.items() if k not in kept):

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..data import Data, LazyData, load_data
+from ..data.data import hold_out
 from ..data.readers import load_beside
 from ..errors import ConfigError, DataError, ShapeError, warn
 from ..execution.calls import dtype_of
@@ -54,21 +54,19 @@ def fitted(model: ScoreModel, data: Data, cond_dropout: float, augmented: bool) 
 def _held_out(data: Data | LazyData, validation: Any, model: ScoreModel) -> tuple[Data | LazyData, Data]:
     """(the data to train on, the data to evaluate on): a share of the first, or a source of its own."""
     if isinstance(validation, (int, float)) and not isinstance(validation, bool):
-        share = checks.number("validation", validation, 0, 1, above=True, below=True)
         if isinstance(data, LazyData):
             raise ConfigError(
-                f"validation={share:g} would divide data that are read lazily: give validation data of their own"
+                f"validation={validation:g} would divide data that are read lazily: give validation data of their own"
             )
-        kept, trained = data.hold_out(share)
+        kept, trained = hold_out(data, validation, "validation")
         return trained, kept
     kept = load_beside("validation", validation, data)
     if isinstance(kept, LazyData):
         raise ConfigError("validation must be in memory, got data that are read lazily: give some of them, a Data")
     if kept.shape != data.shape:
         raise ShapeError(f"validation must have samples of the data's shape {data.shape}, got {kept.shape}")
-    plain = model.standardize is not None or (
-        len(data.shape) == 1 and not model.range_given
-    )  # as they are, without a range
+    # vectors as they are, without a range
+    plain = model.standardize is not None or (len(data.shape) == 1 and not model.range_given)
     if kept.bins != data.bins or (kept.range != data.range and not (plain and data.bins is None)):
         both = [*data.range, *kept.range]  # type: ignore[misc]
         same = f"range=({min(both)}, {max(both)})" if kept.bins == data.bins else "Data the same range= and bins="

@@ -10,9 +10,8 @@ from __future__ import annotations
 import pickletools
 from typing import IO, Any
 
-OPERATIONS = (
-    1 << 20
-)  # of one pickle, and one more for each 16 bytes of the file; a network of 1000 tensors takes 30,000
+# of one pickle, and one more for each 16 bytes of the file; a network of 1000 tensors takes 30,000
+OPERATIONS = 1 << 20
 STORAGE = "storage of the file"  # the name of what a pickle says of data outside of it
 _VALUES = frozenset((
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",

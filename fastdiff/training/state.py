@@ -52,7 +52,6 @@ class State:
         self.net, self.objective, self.options, self.step, self.updates = net, objective, options, 0, 0
         self.ranks, self.shards = ranks, shards
         self.header: dict[str, Any] = {}  # of the checkpoint that it goes on from
-        self.came_from: Path | None = None  # that checkpoint
         self.named = [p for p in net.parameters() if p.requires_grad]
         if not self.named:
             raise ConfigError("model must have parameters that require gradients: there is nothing to train")
@@ -148,10 +147,11 @@ class State:
             loss = self._exchange(told)
         self.gradients = optimisers.laid_out(self.weights)
         if self.one_pass:
-            total = torch.tensor(math.sqrt(cpu.sum_of_squares(self.gradients)), dtype=torch.float64, device="cpu")
-            norm = float(total if self.shards is None else self.shards.norm(total))
+            total = math.sqrt(cpu.sum_of_squares(self.gradients))
+            if self.shards is not None:
+                total = float(self.shards.norm(torch.tensor(total, dtype=torch.float64, device="cpu")))
             # infinite, as torch has it, where its square is beyond the weights' dtype: second moments would be so ever after
-            return float(loss), norm if norm <= math.sqrt(torch.finfo(self.weights[0].dtype).max) else math.inf
+            return float(loss), total if total <= math.sqrt(torch.finfo(self.weights[0].dtype).max) else math.inf
         norm = _norm(self.gradients) if self.gradients else torch.zeros_like(loss)
         norm = norm if self.shards is None else self.shards.norm(norm)
         kind = torch.promote_types(loss.dtype, norm.dtype)
@@ -172,9 +172,8 @@ class State:
         if finite:
             clip, factor = self.options["grad_clip"], 1.0
             if clip is not None and total + 1e-6 > 0.999 * clip:  # below, it is a product with one
-                norm = torch.tensor(
-                    total, dtype=self.gradients[0].dtype, device="cpu"
-                )  # rounded as clip_grad_norm_ does
+                # rounded as clip_grad_norm_ does
+                norm = torch.tensor(total, dtype=self.gradients[0].dtype, device="cpu")
                 factor = float((clip / (norm + 1e-6)).clamp(max=1.0))
             fused: Any = self.optimisers[0]
             one_pass = self.one_pass and fused.counts_alike()
@@ -390,7 +389,7 @@ class State:
         optimisers.load(self.optimisers, self.weights, entries)
         if self.scaler is not None and isinstance(header.get("scaler"), dict):
             self.scaler = Scaler(**header["scaler"])
-        self.step, self.updates, self.header, self.came_from = step, step - skipped, header, path
+        self.step, self.updates, self.header = step, step - skipped, header
         return described
 
     def _part(self, k: int, value: Any) -> Any:

@@ -37,13 +37,15 @@ from ..model import ScoreModel
 from . import averages, captured, fitting, optimisers
 from . import checkpoint as files
 from .batches import Batches
-from .objective import Objective
+from .objective import VLB_WEIGHT, Objective
 from .ranks import Ranks
 from .run import Run
 from .shards import Shards
 from .shards import check as check_shards
 from .state import PRECISIONS, State
 from .watch import Watch, of_validation, writer
+
+EVALUATE_EVERY = 1000  # steps, unless given
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,7 +80,7 @@ def train(
     weight: Any = None,
     times: Any = "stratified",
     truncation: str = "hard",
-    vlb_weight: float = 0.001,
+    vlb_weight: float = VLB_WEIGHT,
     probe: str | None = None,
     batch_size: int = 128,
     lr: float | None = None,
@@ -98,7 +100,7 @@ def train(
     stop: Callable[[], object] | None = None,
     validation: Any = None,
     evaluate: Callable[[ScoreModel, int], Mapping[str, float] | None] | None = None,
-    evaluate_every: int = 1000,
+    evaluate_every: int = EVALUATE_EVERY,
     patience: int | None = None,
     tensorboard: bool = False,
     group: Any = None,
@@ -207,7 +209,7 @@ def train(
     augmentations = augment_of(augment, model.data_shape)
     checks.function("evaluate", evaluate)
     evaluate_every = checks.integer("evaluate_every", evaluate_every, 1, 10**9)
-    if evaluate_every != 1000 and held_out is None and evaluate is None:
+    if evaluate_every != EVALUATE_EVERY and held_out is None and evaluate is None:
         raise ConfigError(
             f"evaluate_every={evaluate_every} has nothing to evaluate: give validation=0.1, or leave it out"
         )
@@ -256,14 +258,12 @@ def train(
         ranks.alike({**options, **more, "the model": described}, "start all with the same arguments")
         if folder is not None:
             state.check_saved()
-            found = files.checkpoints(folder) if ranks.first and resume else []
-            if ranks.any(bool(found)):
-                described = _go_on(state, found or files.checkpoints(folder), options, described)
+            came_from, found = None, ranks.first and resume and bool(files.checkpoints(folder))
+            if ranks.any(found):
+                described, came_from = _go_on(state, folder, options, described)
             if options["posthoc"] and ranks.first:
                 averages.drop_snapshots(folder, state.step)
-            if (
-                keep is not None and ranks.first and state.came_from == folder / files.FILE
-            ):  # a kill may have come before it
+            if keep is not None and ranks.first and came_from == folder / files.FILE:  # a kill may have come before it
                 files.keep_last(folder, state.step, keep)
         state.check_alike()
         if not ranks.first:  # one process is seen and heard
@@ -307,20 +307,22 @@ def train(
     )
 
 
-def _go_on(state: State, found: list[Path], options: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
+def _go_on(
+    state: State, folder: Path, options: dict[str, Any], described: dict[str, Any]
+) -> tuple[dict[str, Any], Path]:
     """Go on from the latest checkpoint that is not damaged; a warning says so where that is not the last. Returns its model's
-    description."""
-    damaged = []
-    for place in found:
+    description, and where it is."""
+    damaged, last = [], folder / files.FILE
+    for place in files.checkpoints(folder):
         try:
             described = state.read(place, options, described)
         except CorruptCheckpointError as error:
             damaged.append(error)
             continue
-        if place.name != files.FILE:
-            why = str(damaged[0]) if damaged else f"{shown(place.parent / files.FILE)} is missing"
-            warn(f"{why}; the run goes on from {shown(place)}, of step {state.step}")
-        return described
+        if place != last:
+            what = "damaged" if damaged else "missing"
+            warn(f"{shown(last)} is {what}, and the run goes on from {shown(place)}, of step {state.step}")
+        return described, place
     raise CorruptCheckpointError(
         f"{damaged[0]}; no checkpoint of the run is whole: choose another directory, or give resume=False"
     ) from damaged[0]
