@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import multiprocessing
 import os
+import signal
 import socket
 import tempfile
 import warnings
@@ -70,6 +71,8 @@ def among(world, function, *arguments, timeout=30, lost=None):
 
 def _command(words, rank, world, port, log):
     torch.set_num_threads(1)
+    # which a shell's background job, and so its children, ignore
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if world > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

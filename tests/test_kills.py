@@ -73,23 +73,20 @@ def test_under_torchrun_a_killed_worker_ends_the_run_and_the_same_command_goes_o
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_ends_all_with_one_checkpoint(number, unbroken, tmp_path):
-    for attempt in range(5):  # a run that ended before the signal came is another
-        run, log = tmp_path / f"run{attempt}", tmp_path / f"log{attempt}"
-        processes = command(*soak.TRAIN, "--steps", "60", "--out", run, world=2, log=log)
-        while not (run / soak.FILE).exists():
-            time.sleep(0.001)
-        os.kill(processes[1].pid, number)
-        os.kill(processes[1].pid, number)  # as a terminal and torchrun both send it
-        for process in processes:
-            process.join(60)
-        if checkpoint.saved_step(run / soak.FILE) != 60:
-            break
+    given = [*soak.TRAIN, "--steps", "60", "--out", tmp_path / "run"]
+    processes = command(*given, world=2, log=tmp_path / "log")
+    while not (tmp_path / "run" / soak.FILE).exists():
+        time.sleep(0.001)
+    os.kill(processes[1].pid, number)
+    os.kill(processes[1].pid, number)  # as a terminal and torchrun both send it
+    for process in processes:
+        process.join(60)
     assert [process.exitcode for process in processes] == [143, 128 + number]
-    step = checkpoint.saved_step(run / soak.FILE)
+    step = checkpoint.saved_step(tmp_path / "run" / soak.FILE)
     assert 0 < step < 60
-    assert f"SIGTERM: saved at step {step}; the same command goes on" in log.read_text()
-    soak.finish(run, OPTIONS, 2, log)
-    assert soak.sums(run) == unbroken["two"]
+    assert f"SIGTERM: saved at step {step}; the same command goes on" in (tmp_path / "log").read_text()
+    soak.finish(tmp_path / "run", OPTIONS, 2, tmp_path / "log")
+    assert soak.sums(tmp_path / "run") == unbroken["two"]
 
 
 # --- in the midst of a write -----------------------------------------------------------------------------------------
