@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 import fastdiff
 from fastdiff.errors import ConfigError, DataError, RankError
 from fastdiff.networks import MLP, UNet
-from fastdiff.training import shards, trainer
+from fastdiff.training import run, shards, state, trainer
 from fastdiff.training.ranks import Ranks
 
 GIVEN = {"steps": 12, "batch_size": 24, "lr": 1e-2, "warmup": 5, "seed": 3, "progress": False}
@@ -229,6 +229,19 @@ def test_one_that_stops_stops_all_with_one_checkpoint(tmp_path):
     assert first[:5] == (5, True, 5, 12, False)
     assert first[5] == first[6]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "metrics.csv"]
+
+
+def slow(rank, world, folder):
+    run.LONGEST = math.inf if rank else 0.0
+    steps = []
+    check = state.State.check_alike
+    state.State.check_alike = lambda self: (steps.append(self.step), check(self))[0]
+    fastdiff.train(small(), vectors(), checkpoint=folder, **GIVEN)
+    return steps
+
+
+def test_the_first_process_s_clock_says_when_all_save(tmp_path):
+    assert among(2, slow, tmp_path) == [[0, 10, 12], [0, 10, 12]]
 
 
 def watched(rank, world, folder):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from fastdiff.errors import (
 )
 from fastdiff.networks import MLP, UNet
 from fastdiff.papers import score_based as papers
-from fastdiff.training import Data, checkpoint, load_data
+from fastdiff.training import Data, checkpoint, load_data, run, state
 
 PREDICTIONS = ["score", "eps", "x0", "v", "scaled_score", "edm", "prev_mean", "increment"]
 
@@ -454,6 +455,34 @@ def test_many_bad_steps_in_a_row_end_the_run_and_a_lower_rate_goes_on(tmp_path):
     assert weights(model).isfinite().all()
     with pytest.warns(UserWarning, match=r"goes on with lr=0.0001, which was 0.0002$"):
         assert len(fastdiff.train(faltering(), digits(), steps=60, lr=1e-4, **options).loss) == 10
+
+
+def test_slow_steps_are_saved_between_the_checkpoints_that_were_asked_for(tmp_path, monkeypatch):
+    """By a clock on which each step takes a minute, so that 60 of them would be lost an hour on: every five minutes, at tens."""
+    clock, saves = [0.0], []
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    write = state.State.write
+
+    def noted(self, *args):
+        saves.append(self.step)
+        write(self, *args)
+
+    monkeypatch.setattr(state.State, "write", noted)
+
+    def minute():
+        clock[0] += 60.0
+        return False
+
+    model, whole = tiny(), tiny()
+    fastdiff.train(
+        model, digits(), steps=34, batch_size=8, checkpoint=tmp_path, checkpoint_every=25, keep=2, stop=minute
+    )
+    assert saves == [10, 20, 25, 30, 34]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [
+        "step-000000025.safetensors", "step-000000034.safetensors",
+    ]  # fmt: skip
+    fastdiff.train(whole, digits(), steps=34, batch_size=8)
+    assert torch.equal(weights(model), weights(whole))
 
 
 def test_options_may_change_on_the_way_and_what_the_run_is_may_not(tmp_path):

@@ -912,7 +912,7 @@ def _train_options(sub: argparse.ArgumentParser, data: str, net: str) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of first weights and all random numbers (default: 0)")
     _add_device(add)
     add("--fresh", action="store_true", help="start anew instead of resuming")
-    every = "steps between checkpoints (default: 1000)"
+    every = "steps between checkpoints (default: 1000), which are five minutes apart at the most"
     add("--checkpoint-every", type=int, default=1000, metavar="N", help=every)
     add("--keep", type=int, metavar="N", help="also leave the last N checkpoints by their steps (default: none)")
     timeout = "seconds after which a process of torchrun's gives up on others that do not answer (default: 300)"

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from .watch import Watch
 MOST_SKIPPED = 10
 # Between the seeds of two processes' dropout: so far apart that no step of one has that of another's.
 APART = 0x4F1BBCDCBFA53E0B
+# Seconds after which slow steps are saved between the checkpoints that were asked for; each of so many steps looks at the clock.
+LONGEST, LOOKS = 300.0, 10
 
 
 @dataclass(eq=False, repr=False)
@@ -68,6 +71,7 @@ class Run:
         self.taken = 0  # steps of this call
         self.graphs: CapturedStep | None = None
         self.skipped, self.said = 0, False  # steps skipped in a row, until now; whether one was spoken of
+        self.saved = time.monotonic()  # when, or when the run began
 
     def all(self, display: Any) -> None:
         """Every step to the last, or to where `stop` or the watch ends the run."""
@@ -81,8 +85,9 @@ class Run:
             if (step + 1) % 100 == 0 or last:
                 self._tell(step, display)
             # not in the midst of skipped steps: another lr may do better with those than this one
-            if self.folder is not None and (((step + 1) % self.checkpoint_every == 0 and taken) or last):
-                self._save(self.folder, step + 1)
+            asked = last or (step + 1) % self.checkpoint_every == 0
+            if self.folder is not None and (last or (taken and (asked or self._late(step + 1)))):
+                self._save(self.folder, step + 1, asked)
             display.update()
             if last:
                 break
@@ -190,14 +195,21 @@ class Run:
             self.callback(step + 1, recent)
             self._look_again()
 
-    def _save(self, folder: Path, step: int) -> None:
+    def _late(self, step: int) -> bool:
+        """Whether the last checkpoint was long ago, by the first process's clock."""
+        ranks = self.state.ranks
+        return step % LOOKS == 0 and ranks.any(ranks.first and time.monotonic() - self.saved >= LONGEST)
+
+    def _save(self, folder: Path, step: int, asked: bool) -> None:
+        """asked   whether it is one of those that the caller named, which `keep` counts"""
         self.state.check_alike()
         if self.options["posthoc"] and (step % self.checkpoint_every == 0 or step == self.steps):
             self.state.write_snapshot(folder, self.described, self.options)
         # last, so that all of the step that a run goes on from is there
         self.state.write(folder / files.FILE, self.described, self.options, self.watch.config())
-        if self.keep is not None and self.state.ranks.first:
+        if self.keep is not None and self.state.ranks.first and asked:
             files.keep_last(folder, self.state.step, self.keep)
+        self.saved = time.monotonic()
 
 
 def _nothing_finite(step: int, skipped: int, folder: Path | None) -> DataError:

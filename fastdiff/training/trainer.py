@@ -158,8 +158,8 @@ def train(
                   Salimans 2021), and may be asked for either
     seed          data, times, noise and dropout of step n are a function of (seed, n) alone, so a resumed run gives the
                   same weights as an uninterrupted one; torch's generator is as it was after each step
-    checkpoint    a directory, written atomically every `checkpoint_every` steps and at the end; `fastdiff.load(directory)`
-                  gives the averaged model
+    checkpoint    a directory, written atomically every `checkpoint_every` steps, where those take longer every five minutes, and
+                  at the end; `fastdiff.load(directory)` gives the averaged model
     keep          also leave the last `keep` checkpoints by their steps, step-….safetensors, the oldest of which goes once the
                   new one is safe
     resume        go on from the checkpoint in that directory, which must have the same model, data, loss and seed; the other
