@@ -5,7 +5,7 @@ Public is what this module shows; the packages `planning` and `execution` are th
 
 import sys as _sys
 
-from . import errors, losses, mcmc, metrics, networks, training
+from . import errors, guidance, inverse, losses, mcmc, metrics, networks, training
 from .conventions import Check, check
 from .data import Data, dequantize, load_data
 from .execution import graphs

@@ -18,6 +18,7 @@ from .errors import ConfigError, DataError, DTypeError, choose, names_keywords, 
 from .execution import loop, tensor_checks
 from .execution.calls import device_of
 from .execution.modes import leaves_no_trace
+from .guidance.base import Setting, guided
 from .model import ScoreModel, as_model, check_path, opened
 from .planning import chains, processes, samplers
 from .planning.coverage import STANDARDIZED, misfit
@@ -201,8 +202,6 @@ def sample(
     """
     began = time.perf_counter()
     choose("check", check, loop.CHECKS)
-    if guidance is not None:
-        raise ConfigError("guidance is not built in this version: wrap the model instead, or leave guidance=None")
     seed = secrets.randbits(64) if seed is None else checks.integer("seed", seed, 0, 2**64 - 1)
     first_sample = checks.integer("first_sample", first_sample, 0, 2**32 - 1)
     num_samples = checks.integer("num_samples", num_samples, 0, 2**32 - first_sample)
@@ -241,7 +240,9 @@ def sample(
         table = check_table(table, model.prediction, model.time_input, model.process)
     else:
         process, solver = _process_and_sampler(model, sde, steps, sampler)
-    place = device_of(device, x_init, model.net)
+    place, unguided = device_of(device, x_init, model.net), model
+    if guidance is not None:
+        model, cond = guided(guidance, Setting(model, num_samples, state_dtype, place, seed, first_sample, cond))
     if (model.range_given or model.standardize is not None) and x_init is None and table is None:
         low, high = model.data_range if model.standardize is None else STANDARDIZED
         spread = (high - low) / 8 if t_min is None and (grid is None or isinstance(grid, str)) else None
@@ -253,7 +254,7 @@ def sample(
     )  # made, and so its tensors looked at, once the rest is known to be right
     if table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
         _refuse_fixed(solver, steps=steps, grid=grid, clip=pair, noise=noise, callback=callback)
-        end = end_time(model, sde, t_min, solver.default_t_min(process))
+        end = end_time(unguided, sde, t_min, solver.default_t_min(process))
         if end >= process.t_start:
             raise ConfigError(
                 f"t_min must be below {process.t_start:g}, where the run starts, got {end:g}: give a smaller one"

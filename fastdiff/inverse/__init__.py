@@ -1,0 +1,7 @@
+"""Inverse problems y = A x0 + noise: posterior samples from an unconditional model."""
+
+from .operators import Blur, Downsampling, Fourier, Grayscale, Mask, Matrix
+from .posterior_mean import MMPS, TMPD, DiffPIR, PiGDM, ScoreALD
+from .problem import Problem
+
+__all__ = ["MMPS", "TMPD", "Blur", "DiffPIR", "Downsampling", "Fourier", "Grayscale", "Mask", "Matrix", "PiGDM", "Problem", "ScoreALD"]
