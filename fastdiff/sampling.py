@@ -19,6 +19,7 @@ from .execution import loop, tensor_checks
 from .execution.calls import device_of
 from .execution.modes import leaves_no_trace
 from .guidance.base import Setting, guided
+from .inverse.smc import GRID, SMC, STEPS, run_smc
 from .model import ScoreModel, as_model, check_path, opened
 from .planning import chains, processes, samplers
 from .planning.coverage import STANDARDIZED, misfit
@@ -241,7 +242,9 @@ def sample(
     else:
         process, solver = _process_and_sampler(model, sde, steps, sampler)
     place, unguided = device_of(device, x_init, model.net), model
-    if guidance is not None:
+    if isinstance(guidance, SMC):
+        pass
+    elif guidance is not None:
         model, cond = guided(guidance, Setting(model, num_samples, state_dtype, place, seed, first_sample, cond))
     if (model.range_given or model.standardize is not None) and x_init is None and table is None:
         low, high = model.data_range if model.standardize is None else STANDARDIZED
@@ -252,7 +255,19 @@ def sample(
     request = functools.partial(
         Request, model, num_samples, seed, first_sample, cond, x_init, state_dtype, place, backend, engine, check
     )  # made, and so its tensors looked at, once the rest is known to be right
-    if table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
+    if isinstance(guidance, SMC):
+        if table is None:
+            solver = samplers.get("ancestral" if sampler is None else sampler, process)
+            table = make_table(
+                process, solver, STEPS if steps is None and grid is None else steps, prediction="x0", time_input="t", clock=model.process,
+                grid=GRID if grid is None else grid, t_min=t_min, clip=pair, denoise=denoise,
+            )  # fmt: skip
+        result = run_smc(
+            guidance,
+            Request(model, num_samples, seed, first_sample, cond, None, state_dtype, place, backend, engine, check),
+            table, cond, batch=batch, progress=progress,
+        )  # fmt: skip
+    elif table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
         _refuse_fixed(solver, steps=steps, grid=grid, clip=pair, noise=noise, callback=callback)
         end = end_time(unguided, sde, t_min, solver.default_t_min(process))
         if end >= process.t_start:

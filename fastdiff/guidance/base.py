@@ -128,7 +128,7 @@ class Guided(nn.Module):
         self.differentiates = any(each.differentiates for each in bound)
 
     def forward(self, x: Tensor, t: Tensor, **parts: Tensor) -> Tensor:
-        cond, own = _taken_apart(parts, len(self.bound))
+        cond, own = taken_apart(parts, len(self.bound))
         with _differentiable(self.differentiates):
             state = x.detach().clone().requires_grad_() if self.differentiates else x
             moment = Moment(self.model, state, t, cond, self.differentiates)
@@ -153,7 +153,7 @@ def _differentiable(wanted: bool) -> Iterator[None]:
         yield
 
 
-def _together(cond: Condition, bound: Sequence[Bound]) -> dict[str, Tensor]:
+def together(cond: Condition, bound: Sequence[Bound]) -> dict[str, Tensor]:
     """The caller's condition and the guidances' tensors in one dict, which is cut with the batch."""
     parts = {f"{OWN}.{key}": value for key, value in cond.items()} if isinstance(cond, dict) else {}
     if isinstance(cond, Tensor):
@@ -163,7 +163,7 @@ def _together(cond: Condition, bound: Sequence[Bound]) -> dict[str, Tensor]:
     return parts
 
 
-def _taken_apart(parts: dict[str, Tensor], count: int) -> tuple[Condition, list[dict[str, Tensor]]]:
+def taken_apart(parts: dict[str, Tensor], count: int) -> tuple[Condition, list[dict[str, Tensor]]]:
     own: list[dict[str, Tensor]] = [{} for _ in range(count)]
     cond: dict[str, Tensor] = {}
     for name, value in parts.items():
@@ -189,4 +189,4 @@ def guided(guidance: Any, setting: Setting) -> tuple[ScoreModel, dict[str, Tenso
         net, model.process, net.prediction, "t", model.data_shape,
         model.data_range if model.range_given else None, model.variance, standardize=model.standardize,
     )  # fmt: skip
-    return outer, _together(setting.cond, bound) or None
+    return outer, together(setting.cond, bound) or None

@@ -3,5 +3,6 @@
 from .operators import Blur, Downsampling, Fourier, Grayscale, Mask, Matrix
 from .posterior_mean import MMPS, TMPD, DiffPIR, PiGDM, ScoreALD
 from .problem import Problem
+from .smc import SMC
 
-__all__ = ["MMPS", "TMPD", "Blur", "DiffPIR", "Downsampling", "Fourier", "Grayscale", "Mask", "Matrix", "PiGDM", "Problem", "ScoreALD"]
+__all__ = ["MMPS", "SMC", "TMPD", "Blur", "DiffPIR", "Downsampling", "Fourier", "Grayscale", "Mask", "Matrix", "PiGDM", "Problem", "ScoreALD"]
