@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import checks
 from .errors import ConfigError, DataError, DTypeError, choose, names_keywords, short, warn
-from .execution import loop, tensor_checks
+from .execution import loop, ops, tensor_checks
 from .execution.calls import device_of
 from .execution.modes import leaves_no_trace
 from .guidance.base import Setting, guided
@@ -26,7 +26,7 @@ from .planning.coverage import STANDARDIZED, misfit
 from .planning.plan import MAX_STEPS, check_table, make_table
 from .planning.predictions import TimeInput
 from .probability_flow import end_time
-from .runs import Request, run_adaptive, run_table
+from .runs import Request, Result, run_adaptive, run_table
 from .table import StepTable
 
 
@@ -259,14 +259,13 @@ def sample(
         if table is None:
             solver = samplers.get("ancestral" if sampler is None else sampler, process)
             table = make_table(
-                process, solver, STEPS if steps is None and grid is None else steps, prediction="x0", time_input="t", clock=model.process,
-                grid=GRID if grid is None else grid, t_min=t_min, clip=pair, denoise=denoise,
+                process, solver, STEPS if steps is None and grid is None else steps, prediction="x0", time_input="t",
+                clock=model.process, grid=GRID if grid is None else grid, t_min=t_min, clip=pair, denoise=denoise,
             )  # fmt: skip
-        result = run_smc(
-            guidance,
-            Request(model, num_samples, seed, first_sample, cond, None, state_dtype, place, backend, engine, check),
-            table, cond, batch=batch, progress=progress,
-        )  # fmt: skip
+        ran = request().resolve("particles are drawn anew by their weights, which the host looks at")
+        setting = Setting(model, num_samples, state_dtype, place, seed, first_sample, cond)
+        x, calls = run_smc(guidance, setting, table, ops.backend_module(ran[0]), batch=batch, progress=progress)
+        result = Result(x, None, calls, *ops.ran(place, *ran), table)
     elif table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
         _refuse_fixed(solver, steps=steps, grid=grid, clip=pair, noise=noise, callback=callback)
         end = end_time(unguided, sde, t_min, solver.default_t_min(process))

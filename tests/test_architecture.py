@@ -35,7 +35,7 @@ RULES = {
     "probability_flow": MODEL,
     "runs": RUN - {"runs"},
     "guidance": MODEL,
-    "inverse": RUN | {"guidance"},
+    "inverse": MODEL | {"table", "guidance"},
     "sampling": RUN | {"guidance", "inverse"},
     "likelihood": RUN,
     "conventions": MODEL | {"data"},
@@ -43,7 +43,20 @@ RULES = {
     "training": MODEL | {"losses", "networks", "data"},
     "cli": MODEL | {"networks", "data", "sampling", "likelihood", "training", "conventions", "metrics"},
     FACE: MODEL
-    | {"guidance", "inverse", "table", "losses", "mcmc", "metrics", "networks", "data", "sampling", "likelihood", "training", "conventions"},
+    | {
+        "guidance",
+        "inverse",
+        "table",
+        "losses",
+        "mcmc",
+        "metrics",
+        "networks",
+        "data",
+        "sampling",
+        "likelihood",
+        "training",
+        "conventions",
+    },
 }
 NO_TORCH = {"planning", "table", "checks", "errors", "files"}
 

@@ -138,9 +138,7 @@ class Guided(nn.Module):
         if self.prediction == "x0":
             output = moment.base.detach() + change
         else:
-            pair = predictions.coordinates(
-                self.prediction, self.model.process, t.double(), moment.alpha, moment.sigma
-            )
+            pair = predictions.coordinates(self.prediction, self.model.process, t.double(), moment.alpha, moment.sigma)
             output = moment.output.detach() + like(pair[0] - pair[1] * moment.alpha / moment.sigma, x) * change
         if moment.variance is None:
             return output

@@ -5,4 +5,18 @@ from .posterior_mean import MMPS, TMPD, DiffPIR, PiGDM, ScoreALD
 from .problem import Problem
 from .smc import SMC
 
-__all__ = ["MMPS", "SMC", "TMPD", "Blur", "DiffPIR", "Downsampling", "Fourier", "Grayscale", "Mask", "Matrix", "PiGDM", "Problem", "ScoreALD"]
+__all__ = [
+    "MMPS",
+    "SMC",
+    "TMPD",
+    "Blur",
+    "DiffPIR",
+    "Downsampling",
+    "Fourier",
+    "Grayscale",
+    "Mask",
+    "Matrix",
+    "PiGDM",
+    "Problem",
+    "ScoreALD",
+]

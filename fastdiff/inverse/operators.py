@@ -112,7 +112,9 @@ class Downsampling(Operator):
         split, axes = [*x.shape[:2]], []
         for length in x.shape[2:]:
             if length % self.factor:
-                raise ShapeError(f"factor={self.factor} must divide the lengths of a sample's axes, got {tuple(x.shape[1:])}")
+                raise ShapeError(
+                    f"factor={self.factor} must divide the lengths of a sample's axes, got {tuple(x.shape[1:])}"
+                )
             axes.append(len(split) + 1)
             split += [length // self.factor, self.factor]
         if not axes:
@@ -127,7 +129,7 @@ class Downsampling(Operator):
 
 
 class Blur(Operator):
-    """Convolution of every channel with a kernel [k, …] around its middle, periodic at the ends, over the last axes of a sample."""
+    """Convolution of every channel with a kernel [k, …] around its middle over a sample's last axes, periodic at the ends."""
 
     def __init__(self, kernel: Tensor) -> None:
         tensor_checks.check_floating("kernel", kernel)
@@ -156,7 +158,9 @@ class Blur(Operator):
         axes = tuple(range(-self.kernel.ndim, 0))
         lengths = tuple(x.shape[axis] for axis in axes)
         if x.ndim < self.kernel.ndim + 1 or any(k > n for k, n in zip(self.kernel.shape, lengths)):
-            raise ShapeError(f"kernel {tuple(self.kernel.shape)} must fit into a sample's last axes {tuple(x.shape[1:])}")
+            raise ShapeError(
+                f"kernel {tuple(self.kernel.shape)} must fit into a sample's last axes {tuple(x.shape[1:])}"
+            )
         wide = x.new_zeros(lengths)
         wide[tuple(slice(k) for k in self.kernel.shape)] = self.kernel.to(x)
         middle = tuple(-(k // 2) for k in self.kernel.shape)
@@ -175,7 +179,9 @@ class Fourier(Operator):
     def A(self, x: Tensor) -> Tensor:
         axes = tuple(range(-self.mask.ndim, 0))
         if tuple(x.shape[x.ndim - self.mask.ndim :]) != tuple(self.mask.shape) or x.ndim < self.mask.ndim + 1:
-            raise ShapeError(f"mask {tuple(self.mask.shape)} must have the lengths of a sample's last axes {tuple(x.shape[1:])}")
+            raise ShapeError(
+                f"mask {tuple(self.mask.shape)} must have the lengths of a sample's last axes {tuple(x.shape[1:])}"
+            )
         return torch.view_as_real(torch.fft.fftn(x, dim=axes, norm="ortho")[..., self.mask.to(x.device)])
 
     def A_adjoint(self, y: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..errors import ConfigError, short
 from ..execution.calls import like
 from ..guidance.base import Bound, Guidance, Moment, Setting
 from .problem import Measurement, Problem, conjugate_gradients, dot
@@ -144,7 +143,7 @@ class RowSums(GaussianBound):
 
 @dataclass(frozen=True, eq=False)
 class PiGDM(Guidance):
-    """Pseudoinverse-guided diffusion (Song, Vahdat, Mardani & Kautz 2023, eq. 7 and 8): C = r² in p(y | x_t), r² = σ̂² s²/(σ̂² + s²).
+    """Pseudoinverse-guided diffusion (Song, Vahdat, Mardani & Kautz 2023, eq. 7 and 8): in p(y | x_t) C = r² = σ̂² s²/(σ̂² + s²).
 
     data_std   s, the standard deviation of the data in the network's units; 1 in the paper
     """
@@ -177,7 +176,11 @@ class Isotropic(GaussianBound):
 
         weights = conjugate_gradients(apply, residual, min(self.ITERATIONS, math.prod(measured.shape)))
         back = measured.adjoint(weights)
-        change = moment.tweedie * moment.pulled(back, last=True) if self.through else like(self.spread(moment).flatten(), back) * back
+        change = (
+            moment.tweedie * moment.pulled(back, last=True)
+            if self.through
+            else like(self.spread(moment).flatten(), back) * back
+        )
         return change, -0.5 * dot(residual, weights)
 
 

@@ -62,9 +62,15 @@ class Problem:
     def _noise_std(self) -> Any:
         given, model = self.noise_std, getattr(self.operator, "noise_model", None)
         own = getattr(model, "sigma", None)
-        own = float(own) if isinstance(own, (int, float, Tensor)) and (not isinstance(own, Tensor) or own.numel() == 1) else None
+        own = (
+            float(own)
+            if isinstance(own, (int, float, Tensor)) and (not isinstance(own, Tensor) or own.numel() == 1)
+            else None
+        )
         if given is None and own is None:
-            raise ConfigError("noise_std must be given, in the units of y, 0 for exact data: Problem(y, operator, 0.05)")
+            raise ConfigError(
+                "noise_std must be given, in the units of y, 0 for exact data: Problem(y, operator, 0.05)"
+            )
         if given is not None and own is not None and not math.isclose(given, own, rel_tol=1e-6):
             raise ConfigError(
                 f"noise_std={short(given)} contradicts the operator's own noise_model.sigma={own:g}: leave it out"
@@ -73,7 +79,7 @@ class Problem:
 
 
 class Measurement:
-    """A problem at the shape, dtype and device of a run, checked: A of states in the network's units, its linear part, adjoint."""
+    """A problem at the shape, dtype and device of a run, checked; A, its linear part and adjoint are of the network's units."""
 
     def __init__(self, problem: Problem, setting: Setting) -> None:
         self.problem, self.model = problem, setting.model
@@ -109,19 +115,23 @@ class Measurement:
         y = torch.randn((2, *self.shape), generator=generator).to(self.device, self.dtype)
         back = self._adjoint(y)
         if back.shape != x.shape:
-            raise ShapeError(f"operator.A_adjoint must return {tuple(x.shape)} of y {tuple(y.shape)}, got {tuple(back.shape)}")
+            raise ShapeError(
+                f"operator.A_adjoint must return {tuple(x.shape)} of y {tuple(y.shape)}, got {tuple(back.shape)}"
+            )
         left, right = (forward.double() * y).sum().item(), (x.double() * back).sum().item()
         size = float(forward.double().norm() * y.double().norm()) or 1.0
         if not abs(left - right) <= tolerance * size:
             raise DataError(
-                f"operator.A_adjoint is not the adjoint of A: <A x, y> = {left:.6g} and <x, A_adjoint y> = {right:.6g} for random "
-                "x and y: correct one of them, or give A alone as a function, whose adjoint is found by autograd"
+                f"operator.A_adjoint is not the adjoint of A: <A x, y> = {left:.6g} and <x, A_adjoint y> = {right:.6g} for "
+                "random x and y: correct one of them, or give A alone as a function, whose adjoint is found by autograd"
             )
 
     def _checked(self, out: Any, count: int) -> Tensor:
         if not isinstance(out, Tensor) or not out.is_floating_point():
             got = out.dtype if isinstance(out, Tensor) else type(out).__name__
-            raise DTypeError(f"operator must return a tensor of real numbers, got {got}: complex ones by torch.view_as_real")
+            raise DTypeError(
+                f"operator must return a tensor of real numbers, got {got}: complex ones by torch.view_as_real"
+            )
         if out.ndim == 0 or len(out) != count:
             raise ShapeError(
                 f"operator must be batched, [B, *] -> [B, *m], and gave {tuple(out.shape)} of {count} samples"

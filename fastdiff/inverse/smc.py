@@ -12,20 +12,18 @@ weights have grown uneven, particles are drawn anew by them (systematic resampli
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..errors import ConfigError, NonFiniteError, short
+from ..errors import ConfigError, NonFiniteError
 from ..execution import monitor, ops
-from ..execution.calls import like, picked
 from ..execution.modes import evaluating
 from ..execution.noise import ACCEPTANCE, PRIOR, SAMPLER
 from ..guidance.base import Guidance, Moment, Setting, taken_apart, together
-from ..runs import Request, Result
 from ..table import Row, StepTable
 from .posterior_mean import MMPS, GaussianBound
 from .problem import Problem
@@ -78,12 +76,12 @@ class Particles:
 
 
 def run_smc(
-    smc: SMC, request: Request, table: StepTable, cond: Any, *, batch: int, progress: bool | None
-) -> Result:  # fmt: skip
-    """Run the table, planned for predictions of x0 at process times, with particles. `cond` is as the caller gave it."""
+    smc: SMC, setting: Setting, table: StepTable, operations: Any, *, batch: int, progress: bool | None
+) -> tuple[Tensor, int]:
+    """Samples by the table, which is planned for predictions of x0 at process times, and the network calls."""
     check_rows(table)
-    model, count = request.model, request.count
-    setting = Setting(model, count, request.dtype, request.device, request.seed, request.first_sample, cond)
+    model, count = setting.model, setting.count
+    model.condition(setting.cond, count, looks=True)
     bound = _proposal(smc).bind(setting)
     if not isinstance(bound, GaussianBound):
         raise ConfigError(
@@ -93,17 +91,15 @@ def run_smc(
     size = _size(smc, count, shared)
     groups = 1 if shared else count
     many = groups * size
-    first = request.first_sample if shared else request.first_sample * size
+    first = setting.first_sample if shared else setting.first_sample * size
     if first + many > 2**32:
         raise ConfigError(f"particles={size} of {count} problems are more than 2**32: use fewer")
-    parts = {name: _repeated(value, shared, size) for name, value in together(cond, [bound]).items()}
-    backend, engine, why = request.resolve("particles are drawn anew by their weights, which the host looks at")
-    operations = ops.backend_module(backend)
-    x = torch.empty((many, *model.data_shape), dtype=request.dtype, device=request.device)
-    operations.normal(x, ops.cursor(0, first, request.seed, request.device), PRIOR)
+    parts = {name: _repeated(value, shared, size) for name, value in together(setting.cond, [bound]).items()}
+    x = torch.empty((many, *model.data_shape), dtype=setting.dtype, device=setting.device)
+    operations.normal(x, ops.cursor(0, first, setting.seed, setting.device), PRIOR)
     x.mul_(table.prior_std)
-    state = Particles(x, torch.zeros(groups, size, dtype=torch.float64), first, request.seed)
-    matrix = torch.from_numpy(table.numbers).to(request.device, request.dtype)
+    state = Particles(x, torch.zeros(groups, size, dtype=torch.float64), first, setting.seed)
+    matrix = torch.from_numpy(table.numbers).to(setting.device, setting.dtype)
     before: Tensor | None = None
     with evaluating(model.net), torch.no_grad(), monitor.bar(progress, len(table), "sample", "row") as display:
         for k, row in enumerate(table.rows):
@@ -119,7 +115,7 @@ def run_smc(
                 state.drawn += 1
                 state.x, own, guided, density = (value[index] for value in (state.x, own, guided, density))
             before = density
-            cursor, z = ops.cursor(k, first, request.seed, request.device), None
+            cursor, z = ops.cursor(k, first, setting.seed, setting.device), None
             if row.c != 0:
                 z = torch.empty_like(state.x)
                 operations.normal(z, cursor, SAMPLER)
@@ -129,16 +125,17 @@ def run_smc(
             operations.step(out, matrix, cursor, None, state.x, guided, z=z)
             state.x = out
             display.update()
-    x = state.x[state.chosen(len(table), count if shared else 1)]
-    calls = len(table) * math.ceil(many / batch)
-    return Result(x, None, calls, *ops.ran(request.device, backend, engine, why), table)
+    chosen = state.chosen(len(table), count if shared else 1)
+    return state.x[chosen], len(table) * math.ceil(many / batch)
 
 
 def _proposal(smc: SMC) -> Guidance:
     if smc.proposal is None:
         return MMPS(smc.problem)
     if getattr(smc.proposal, "problem", None) is not smc.problem:
-        raise ConfigError("proposal must be a method for the same Problem object: inverse.SMC(problem, proposal=inverse.TMPD(problem))")
+        raise ConfigError(
+            "proposal must be a method for the same Problem object: inverse.SMC(problem, proposal=inverse.TMPD(problem))"
+        )
     return smc.proposal
 
 
@@ -159,7 +156,9 @@ def _size(smc: SMC, count: int, shared: bool) -> int:
         return 64 if given is None else checks.integer("particles", given, 1, 2**24)
     size = count if given is None else checks.integer("particles", given, 1, 2**32)
     if size < count:
-        raise ConfigError(f"particles={size} are fewer than num_samples={count}, which are drawn from them: leave it out")
+        raise ConfigError(
+            f"particles={size} are fewer than num_samples={count}, which are drawn from them: leave it out"
+        )
     return size
 
 
@@ -168,7 +167,9 @@ def _repeated(value: Tensor, shared: bool, size: int) -> Tensor:
     if not shared:
         return value.repeat_interleave(size, 0)
     if not bool((value == value[:1]).all()):
-        raise ConfigError("cond must be the same for all samples of one y, whose particles are weighed together: give y for each")
+        raise ConfigError(
+            "cond must be the same for all samples of one y, whose particles are weighed together: give y for each"
+        )
     return value[:1].expand(size, *value.shape[1:])
 
 
@@ -195,8 +196,8 @@ def _check(state: Particles, k: int, row: Row) -> None:
     weights = state.log_weights
     if not bool((weights.max(1).values > -math.inf).all() & ~weights.isnan().any()):
         raise NonFiniteError(
-            f"the particles' weights are not finite at row {k} ({row.label}, t = {row.level.t:g}): look at the network's output and "
-            "at y there",
+            f"the particles' weights are not finite at row {k} ({row.label}, t = {row.level.t:g}): look at the network's output "
+            "and at y there",
             k, row.level.t, (),
         )  # fmt: skip
     state.smallest = min(state.smallest, float(state.effective().min()))
