@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,29 @@ from .probability_flow import Flow, ReverseSDE, Trace, denoised
 from .table import StepTable
 
 MAX_FEATURES = 2**28  # bytes of the time features of a whole run; beyond, the network makes them in each row
+
+
+class Guide(Protocol):
+    """What gives rows that guide a second output (fastdiff.guidance).
+
+    net   that of the run, or a module of it and another
+    key   what a capture bakes in beside the network
+    """
+
+    net: Any
+    key: tuple[Any, ...]
+
+    def weighed(self, table: StepTable) -> StepTable:
+        """The table with the weights of its rows."""
+
+    def conditions(self, cond: Condition) -> Condition:
+        """A run's condition as a call is given it."""
+
+    def features(self, times: Tensor, rows: int, most: int) -> Tensor | None:
+        """Time features, as execution.calls.time_features makes them, or None."""
+
+    def __call__(self, x: Tensor, time: Tensor, features: Tensor | None, cond: Any, guides: bool = False) -> Any:
+        """A Network of fastdiff.execution.loop."""
 
 
 class _Stopped(Exception):
@@ -59,6 +82,7 @@ class Request:
     engine: str
     check: str
     start_name: str = "x_init"
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         if self.x_init is not None:
@@ -67,7 +91,12 @@ class Request:
         finite = self.finite and not self.model.cond_shape  # of which the model looks for itself: NaN may mean "none"
         tensor_checks.check_condition(self.cond, self.count, self.device, finite)
         cond = self.model.condition(tensor_checks.resolved(self.cond), self.count, looks=True)
-        object.__setattr__(self, "cond", cond)
+        object.__setattr__(self, "cond", cond if self.guide is None else self.guide.conditions(cond))
+
+    @property
+    def net(self) -> Any:
+        """The network, or a module of all networks that the run calls."""
+        return self.model.net if self.guide is None else self.guide.net
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,9 +138,9 @@ class Result:
 
 
 @contextlib.contextmanager
-def _running(model: ScoreModel, progress: bool | None, total: int, what: str, unit: str) -> Iterator[Any]:
+def _running(net: Any, progress: bool | None, total: int, what: str, unit: str) -> Iterator[Any]:
     """Evaluation mode, no gradients, an NVTX range and a progress bar, which is what it yields."""
-    with evaluating(model.net), torch.no_grad(), monitor.range(what), monitor.bar(progress, total, what, unit) as bar:
+    with evaluating(net), torch.no_grad(), monitor.range(what), monitor.bar(progress, total, what, unit) as bar:
         yield bar
 
 
@@ -137,6 +166,13 @@ def run_table(
         _refuse_batch(
             batch, request.count, "norm='batch' takes its step from the whole batch; use norm='sample', corrector='ald'"
         )
+    if request.guide is not None:
+        table = request.guide.weighed(table)
+    elif table.guides:
+        raise ConfigError(
+            "table has rows with a guidance weight, and the run has no second output for them: give "
+            "guidance=guidance.ClassifierFree(scale), or the table that it was made of"
+        )
     draws = None if noise is None else _CallersNoise(request, table, noise)
     loops = _Loops(request, table, noise)
     result = torch.empty(request.shape, dtype=request.dtype, device=request.device)
@@ -145,7 +181,7 @@ def run_table(
     # a noise callable is called once for each row, so then all batches walk the rows together
     groups = [bounds] if callable(noise) else [[bound] for bound in bounds]
     slots, last = _slots(trajectory, len(table)), len(table) - 1
-    with _running(request.model, progress, len(table) * len(bounds), "sample", "row") as bar, loops:
+    with _running(request.net, progress, len(table) * len(bounds), "sample", "row") as bar, loops:
         for group in groups:
             runs = [loops.run(lo, hi, len(group) > 1, None if draws is None else draws.of(lo, hi)) for lo, hi in group]
             for k, now in enumerate(zip(*runs, strict=True), start=-1):
@@ -167,7 +203,7 @@ class _Loops(contextlib.ExitStack):
 
     def __init__(self, request: Request, table: StepTable, noise: Any) -> None:
         super().__init__()
-        net, device = request.model.net, request.device
+        net, device = request.net, request.device
         self.request, self.table = request, table
         uncaptured = graphs.obstacle(net, device, len(table), noise, request.engine)
         if table.finishing and uncaptured is None:
@@ -184,9 +220,14 @@ class _Loops(contextlib.ExitStack):
             raise raised[1].error
         return stopped
 
-    def _answer(self, *args: Any) -> tuple[Tensor, Tensor | None]:
+    def _answer(self, *args: Any) -> Any:
+        request = self.request
         try:
-            return answer(self.request.model.net, self.request.model.variance, *args)
+            return (
+                answer(request.model.net, request.model.variance, *args)
+                if request.guide is None
+                else request.guide(*args)
+            )
         except StopIteration as error:
             raise _Stopped(error) from None
 
@@ -214,13 +255,14 @@ class _Loops(contextlib.ExitStack):
     @functools.cached_property
     def features(self) -> Tensor | None:
         """The time features of each row, [rows, *], if the network can make them beforehand."""
-        net = self.request.model.net
+        net, guide = self.request.model.net, self.request.guide
         if not takes_features(net):
             return None
         times = torch.tensor(
             network_times(self.table, self.time_dtype), dtype=self.time_dtype, device=self.request.device
         )
-        return time_features(net, times, self.capacity, MAX_FEATURES)
+        make = functools.partial(time_features, net) if guide is None else guide.features
+        return make(times, self.capacity, MAX_FEATURES)
 
     @property
     def capacity(self) -> int:
@@ -229,7 +271,7 @@ class _Loops(contextlib.ExitStack):
 
     def _loop(self, count: int, cond: Condition) -> Loop:
         """A loop for `count` samples at a time."""
-        request, net = self.request, self.request.model.net
+        request, net = self.request, self.request.net
         shape, dtype, device = (count, *request.model.data_shape), request.dtype, request.device
 
         def make(make_loop: Callable[..., Any] = Loop) -> Any:
@@ -254,7 +296,7 @@ class _Loops(contextlib.ExitStack):
             # what follows from the network's own tensors, such as its dtype, is in its fingerprint
             key = (
                 shape, dtype, device, self.time_dtype, request.check, self.backend, of_cond, self.capacity,
-                cuda_graph.surroundings(device),
+                cuda_graph.surroundings(device), None if request.guide is None else request.guide.key,
             )  # fmt: skip
             graph_loop = functools.partial(graphs.GraphLoop, self.capacity, net)
             try:
@@ -281,7 +323,7 @@ class _Loops(contextlib.ExitStack):
         refused = verify.refusal(self.request.device)  # of which a warning has been given
         reason = refused or f"the network cannot be captured as CUDA graphs ({error})"
         if not refused and "out of memory" not in str(error):  # which a smaller batch need not meet
-            graphs.refuse(self.request.model.net, reason)
+            graphs.refuse(self.request.net, reason)
         if self.request.engine == "graph":
             raise GraphError(f"{reason}: use engine='auto' or 'eager'") from error
         _, self.engine, self.why = self.request.resolve(reason)
@@ -400,7 +442,7 @@ def follow(
     """
     operations = request.operations
     parts: list[Solution] = []
-    with _running(request.model, progress, len(x), what, "sample") as bar:
+    with _running(request.net, progress, len(x), what, "sample") as bar:
         for lo in range(0, len(x), batch):
             hi = min(lo + batch, len(x))
             x_part, cond = x[lo:hi], picked(request.cond, slice(lo, hi))

@@ -18,7 +18,7 @@ from .errors import ConfigError, DataError, DTypeError, choose, names_keywords, 
 from .execution import loop, ops, tensor_checks
 from .execution.calls import device_of
 from .execution.modes import leaves_no_trace
-from .guidance.base import Setting, guided
+from .guidance.base import Setting, guide_of, guided
 from .inverse.smc import GRID, SMC, STEPS, run_smc
 from .model import ScoreModel, as_model, check_path, opened
 from .planning import chains, processes, samplers
@@ -242,19 +242,25 @@ def sample(
     else:
         process, solver = _process_and_sampler(model, sde, steps, sampler)
     place, unguided = device_of(device, x_init, model.net), model
+    guide = None
     if isinstance(guidance, SMC):
         pass
     elif guidance is not None:
-        model, cond = guided(guidance, Setting(model, num_samples, state_dtype, place, seed, first_sample, cond))
+        setting = Setting(model, num_samples, state_dtype, place, seed, first_sample, cond, batch)
+        if table is not None or not isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
+            guide = guide_of(guidance, setting)
+        if guide is None:
+            model, cond = guided(guidance, setting)
     if (model.range_given or model.standardize is not None) and x_init is None and table is None:
         low, high = model.data_range if model.standardize is None else STANDARDIZED
         spread = (high - low) / 8 if t_min is None and (grid is None or isinstance(grid, str)) else None
         said = misfit(process, max(abs(low), abs(high)), spread)
         if said is not None:
             warn(said)
+    # made, and so its tensors looked at, once the rest is known to be right
     request = functools.partial(
-        Request, model, num_samples, seed, first_sample, cond, x_init, state_dtype, place, backend, engine, check
-    )  # made, and so its tensors looked at, once the rest is known to be right
+        Request, model, num_samples, seed, first_sample, cond, x_init, state_dtype, place, backend, engine, check, guide=guide
+    )  # fmt: skip
     if isinstance(guidance, SMC):
         if table is None:
             solver = samplers.get("ancestral" if sampler is None else sampler, process)

@@ -21,12 +21,13 @@ from .noise import PRIOR, SAMPLER
 
 Condition = Tensor | dict[str, Tensor] | None
 # (input already scaled [B, *], time [B], time features that replace it or None, condition)
-#     -> prediction [B, *], and the second half of its channels where the variance is learned
-Network = Callable[[Tensor, Tensor, Tensor | None, Condition], tuple[Tensor, Tensor | None]]
+#     -> prediction [B, *], and the second half of its channels where the variance is learned;
+# called with a last argument True, in rows that guide, also the output that guides, [B, *]
+Network = Callable[..., tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]]
 # (row number) -> noise like the state
 Draw = Callable[[int], Tensor]
-# (cursor, prediction, variance's half of the channels)
-Step = Callable[[Tensor, Tensor | None, Tensor | None], None]
+# (cursor, prediction, variance's half of the channels, and, in rows that guide, the output that guides)
+Step = Callable[..., None]
 
 CHECKS = ("final", "every", "off")
 BLOCK = 1024  # rows whose views are made at a time
@@ -46,6 +47,7 @@ class RowPlan(NamedTuple):
     pushed: int | None  # where the prediction is kept
     noise: int | None  # where a measured row leaves its noise
     calls_network: bool
+    guides: bool
     draws: bool
     norm: str | None  # of a measured row
     learned: bool  # the variance
@@ -83,7 +85,7 @@ def _plans(table: StepTable, keeps_noise: bool) -> list[RowPlan]:
         feeds = k + 1 < len(rows) and rows[k + 1].calls_network
         listed.append(RowPlan(
             x, out, base if row.e != 0 else None, history[: len(row.b) - row.calls_network], pushed, noise,
-            row.calls_network, row.draws, None if row.measure is None else row.measure.norm,
+            row.calls_network, row.guides, row.draws, None if row.measure is None else row.measure.norm,
             row.log_variance is not None, feeds,
         ))  # fmt: skip
         x = out
@@ -166,10 +168,12 @@ class Loop:
             for k, (plan, cursor, features) in enumerate(zip(self.plans[low:high], block, ahead), low):
                 if features is None and plan.calls_network:
                     self.time.fill_(self.times[k])
-                m = row(plan, network, cond, cursor, features, noise(k) if noise is not None and plan.draws else None)
+                m, guide = row(
+                    plan, network, cond, cursor, features, noise(k) if noise is not None and plan.draws else None
+                )
                 if k in finishing:
-                    self.finish(k, plan, m)
-                del m  # so that the next output may take its memory, which is still in the cache
+                    self.finish(k, plan, m, guide)
+                del m, guide  # so that the next output may take its memory, which is still in the cache
                 if every and first_bad is not None:
                     raise_if_bad(self.table, first_bad, first_sample)
                 yield self.buffers[plan.out]
@@ -199,37 +203,39 @@ class Loop:
         cursor: Tensor,
         features: Tensor | None,
         z: Tensor | None,
-    ) -> Tensor | None:
-        """One row; returns the network's output. `cursor`: see fastdiff.execution.reference; z: the caller's noise."""
-        m = v = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """One row; returns the network's outputs. `cursor`: see fastdiff.execution.reference; z: the caller's noise."""
+        m = v = guide = None
         if plan.calls_network:
             # tensors of their own, so that what a network does to them (grad, shape, data) is gone with them
-            m, v = network(self.net_input.detach(), self.time.detach(), features, cond)
+            given = self.net_input.detach(), self.time.detach(), features, cond
+            m, v, guide = network(*given, True) if plan.guides else (*network(*given), None)
             m, v = m.detach(), v.detach() if plan.learned and v is not None else None
+            guide = None if guide is None else guide.detach()
             storage, address, size = self._held
             if storage.data_ptr() != address or storage.nbytes() != size:
                 self.renew_input()
             # a network may return its input, which this row overwrites
-            elif plan.feeds and torch_private.is_alias_of(m, self.net_input):
-                m, v = m.clone(), None if v is None else v.clone()
+            elif plan.feeds and any(
+                torch_private.is_alias_of(each, self.net_input) for each in (m, guide) if each is not None
+            ):
+                m, v, guide = (each if each is None else each.clone() for each in (m, v, guide))
         if plan.norm is not None and m is not None:
             stored = None if plan.noise is None or z is not None else self.buffers[plan.noise]
             stream = SAMPLER if z is None else None
             state = self.buffers[plan.x]
-            self._measure(self.measured, self.matrix, cursor, stream, plan.norm == "batch", state, m, None, z, stored)
-        if z is not None:
-            self._prepare(plan, z)(cursor, m, v)
-            return m
-        step = self._steps.get(plan)
+            self._measure(self.measured, self.matrix, cursor, stream, plan.norm == "batch", state, m, guide, z, stored)
+        step = self._steps.get(plan) if z is None else self._prepare(plan, z)
         if step is None:
             step = self._steps[plan] = self._prepare(plan, None)
-        step(cursor, m, v)
-        return m
+        step(cursor, m, v) if guide is None else step(cursor, m, v, guide)
+        return m, guide
 
-    def finish(self, k: int, plan: RowPlan, m: Tensor | None) -> None:
+    def finish(self, k: int, plan: RowPlan, m: Tensor | None, guide: Tensor | None) -> None:
         """What a row does after its step: x ← clamp(x + raw·m), and the next network input anew."""
         row, x = self.table.rows[k], self.buffers[plan.out]
         if row.raw != 0 and m is not None:
+            m = m if guide is None else guide + row.guidance * (m - guide)
             x.add_(m.to(x.dtype), alpha=row.raw)
         if row.bounds is not None:
             x.clamp_(*row.bounds)
@@ -261,10 +267,11 @@ class Loop:
             "pushed": at(plan.pushed), "net_input": self.net_input if plan.feeds else None, "first_bad": self.first_bad,
         }  # fmt: skip
         out, x, matrix = self.buffers[plan.out], self.buffers[plan.x], self.matrix
-        if z is None:
+        if z is None and not plan.guides:
             return self.mark("step", self.operations.prepare_step(out, matrix, stream, x, **operands))  # type: ignore[no-any-return]
-        step = self.mark("step", self.operations.step)  # once, with this z: to prepare it would take longer
-        return lambda cursor, m, v: step(out, matrix, cursor, stream, x, m, v=v, **operands)
+        # once, with this z: to prepare it would take longer; and what is prepared takes no second output
+        step = self.mark("step", self.operations.step)
+        return lambda cursor, m, v, guide=None: step(out, matrix, cursor, stream, x, m, guide=guide, v=v, **operands)
 
 
 def network_times(table: StepTable, dtype: torch.dtype) -> Sequence[float]:

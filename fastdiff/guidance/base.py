@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ModelOutputError
+from ..errors import ConfigError, ModelOutputError, short
+from ..execution import tensor_checks
 from ..execution.calls import like
 from ..execution.loop import Condition
 from ..model import ScoreModel
@@ -32,6 +33,7 @@ class Setting:
     count, dtype, device  of the states [count, *model.data_shape]
     seed, first_sample    of its noise
     cond                  the caller's, as it was given
+    batch                 samples in one call; None: all
     """
 
     model: ScoreModel
@@ -41,23 +43,33 @@ class Setting:
     seed: int
     first_sample: int
     cond: Condition
+    batch: int | None = None
 
 
 class Moment:
     """One call of the network: the state x [B, *] at process times t [B], levels alpha and sigma [B, 1, …], and the prediction
-    x0 [B, *] that the guidances before have left."""
+    x0 [B, *] that the guidances before have left.
 
-    def __init__(self, model: ScoreModel, x: Tensor, t: Tensor, cond: Condition, differentiates: bool) -> None:
+    beside   further conditions that the same pass of the network answers, by who asks for them; `others` has the outputs
+    """
+
+    def __init__(
+        self, model: ScoreModel, x: Tensor, t: Tensor, cond: Condition, differentiates: bool,
+        beside: dict[Bound, Condition] | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.x, self.t, self.cond = model, x, t, cond
         wide = t.double()
         self.alpha, self.sigma = model.process.alpha(wide), model.process.sigma(wide)
         self.differentiates = differentiates
-        self.output, self.variance = self._called(model, cond)
+        beside = beside or {}
+        many = 1 + len(beside)
+        if beside:
+            x, t, cond = x.repeat(many, *[1] * (x.ndim - 1)), t.repeat(many), joined(cond, *beside.values())
+        output, variance = model.outputs(x, t, cond)
+        self.output, *others = output.to(x.dtype).chunk(many)
+        self.others = dict(zip(beside, others))
+        self.variance = None if variance is None else variance[: len(self.x)]
         self.x0 = self.base = self.clean(model, self.output)
-
-    def _called(self, model: ScoreModel, cond: Condition) -> tuple[Tensor, Tensor | None]:
-        output, variance = model.outputs(self.x, self.t, cond)
-        return output.to(self.x.dtype), variance
 
     def clean(self, model: ScoreModel, output: Tensor) -> Tensor:
         """x̂0 by what a model of the same process has predicted."""
@@ -66,7 +78,15 @@ class Moment:
 
     def predicted(self, model: ScoreModel, cond: Condition) -> Tensor:
         """x̂0 of another model, or under another condition."""
-        return self.clean(model, self._called(model, cond)[0])
+        return self.clean(model, model.outputs(self.x, self.t, cond)[0].to(self.x.dtype))
+
+    @property
+    def slope(self) -> Tensor:
+        """What a change of x̂0 is in the network's output m = r x0 + w ε: r − w α/σ, [B, 1, …]."""
+        r, w = predictions.coordinates(
+            self.model.prediction, self.model.process, self.t.double(), self.alpha, self.sigma
+        )
+        return like(r - w * self.alpha / self.sigma, self.x)
 
     @property
     def tweedie(self) -> Tensor:
@@ -98,9 +118,14 @@ class Bound:
     """A guidance made ready for one run; `parts` are its tensors [count, *], which are cut with the batch."""
 
     differentiates = False  # whether it asks for products with the network's Jacobian
+    modules: tuple[nn.Module, ...] = ()  # networks of its own, which the run sets to evaluation mode
 
     def __init__(self) -> None:
         self.parts: dict[str, Tensor] = {}
+
+    def beside(self, model: ScoreModel, t: Tensor, cond: Condition, parts: dict[str, Tensor]) -> Condition:
+        """Another condition that the network is to answer in the same pass, for `moment.others[self]`; None: none."""
+        return None
 
     def __call__(self, moment: Moment, parts: dict[str, Tensor]) -> Tensor:
         """The guided x̂0, [B, *]."""
@@ -114,6 +139,11 @@ class Guidance:
         """Checked against the run, before any work."""
         raise NotImplementedError
 
+    def guide(self, setting: Setting) -> Any:
+        """The same for the rows of a table, where it is a weight on two outputs of a network (fastdiff.runs.Guide); None where
+        it is not."""
+        return None
+
 
 class Guided(nn.Module):
     """The network of a guided model, (x [B, *], t [B], …) -> the output that stands for the guided x̂0.
@@ -124,6 +154,7 @@ class Guided(nn.Module):
     def __init__(self, model: ScoreModel, bound: Sequence[Bound]) -> None:
         super().__init__()
         self.model, self.bound = model, tuple(bound)
+        self.more = nn.ModuleList(module for each in bound for module in each.modules)
         self.prediction = "x0" if model.prediction == "edm" else model.prediction
         self.differentiates = any(each.differentiates for each in bound)
 
@@ -131,24 +162,40 @@ class Guided(nn.Module):
         cond, own = taken_apart(parts, len(self.bound))
         with _differentiable(self.differentiates):
             state = x.detach().clone().requires_grad_() if self.differentiates else x
-            moment = Moment(self.model, state, t, cond, self.differentiates)
+            wanted = {each: each.beside(self.model, t, cond, mine) for each, mine in zip(self.bound, own)}
+            beside = {each: other for each, other in wanted.items() if other is not None}
+            moment = Moment(self.model, state, t, cond, self.differentiates, beside)
             for each, mine in zip(self.bound, own):
                 moment.x0 = each(moment, mine)
         change = (moment.x0 - moment.base).detach()
-        if self.prediction == "x0":
-            output = moment.base.detach() + change
-        else:
-            pair = predictions.coordinates(self.prediction, self.model.process, t.double(), moment.alpha, moment.sigma)
-            output = moment.output.detach() + like(pair[0] - pair[1] * moment.alpha / moment.sigma, x) * change
+        output = (moment.base if self.prediction == "x0" else moment.output).detach()
+        output = output + (change if self.prediction == "x0" else moment.slope * change)
         if moment.variance is None:
             return output
         return torch.cat([output, moment.variance.detach().to(output.dtype)], 1)
+
+
+class _Outer(ScoreModel):
+    """The model of a guided run, whose condition is what `together` makes: the caller's was checked before."""
+
+    fits_times = False
+
+    def condition(self, cond: Any, count: int, looks: bool = False) -> Condition:
+        return cond  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
 def _differentiable(wanted: bool) -> Iterator[None]:
     with torch.inference_mode(False), torch.enable_grad() if wanted else torch.no_grad():
         yield
+
+
+def joined(*conds: Condition) -> Condition:
+    """Conditions of one form, one after another."""
+    first = conds[0]
+    if isinstance(first, dict):
+        return type(first)({key: torch.cat([each[key] for each in conds]) for key in first})  # type: ignore[index]
+    return torch.cat(conds) if isinstance(first, Tensor) else None  # type: ignore[arg-type]
 
 
 def together(cond: Condition, bound: Sequence[Bound]) -> dict[str, Tensor]:
@@ -170,21 +217,55 @@ def taken_apart(parts: dict[str, Tensor], count: int) -> tuple[Condition, list[d
     return (cond.get("", cond or None) if "" in cond else cond or None), own
 
 
-def guided(guidance: Any, setting: Setting) -> tuple[ScoreModel, dict[str, Tensor] | None]:
-    """The model of a guided run, and its condition."""
-    each = guidance if isinstance(guidance, (list, tuple)) else [guidance]
+def units(model: Any) -> Any:
+    """What numbers of the data are to a network of a model, or to a classifier: their mean and std, or their range."""
+    standardize, of_range = model.standardize, getattr(model, "range_given", True)
+    return (
+        [values.tolist() for values in standardize]
+        if standardize is not None
+        else model.data_range
+        if of_range
+        else None
+    )
+
+
+def listed(guidance: Any) -> list[Guidance]:
+    """The guidances of a run, in order."""
+    each = list(guidance) if isinstance(guidance, (list, tuple)) and guidance else [guidance]
     for one in each:
         if not isinstance(one, Guidance):
             raise ConfigError(
-                f"guidance must be an object of fastdiff.guidance or fastdiff.inverse, or a list of them, got {one!r:.60}"
+                f"guidance must be an object of fastdiff.guidance or fastdiff.inverse, or a list of them, got {short(one)}"
             )
+    return each
+
+
+def _check_model(setting: Setting) -> None:
     model = setting.model
     require_linear(model.process, "guidance", "use VE, VP or another process with alpha and sigma")
+    tensor_checks.check_condition(setting.cond, setting.count, setting.device, not model.cond_shape)
     model.condition(setting.cond, setting.count, looks=True)
+
+
+def guide_of(guidance: Any, setting: Setting) -> Any:
+    """What guides the rows of a table (fastdiff.runs.Guide), where it is one guidance, and one that is a weight on two outputs of
+    a network; else None."""
+    each = listed(guidance)
+    if len(each) != 1:
+        return None
+    _check_model(setting)
+    return each[0].guide(setting)
+
+
+def guided(guidance: Any, setting: Setting) -> tuple[ScoreModel, dict[str, Tensor] | None]:
+    """The model of a guided run, and its condition."""
+    each, model = listed(guidance), setting.model
+    _check_model(setting)
     bound = [one.bind(setting) for one in each]
     net = Guided(model, bound)
-    outer = ScoreModel(
+    outer = _Outer(
         net, model.process, net.prediction, "t", model.data_shape,
         model.data_range if model.range_given else None, model.variance, standardize=model.standardize,
     )  # fmt: skip
+    outer.cond_shape = model.cond_shape  # whose numbers may be NaN, which means none
     return outer, together(setting.cond, bound) or None
