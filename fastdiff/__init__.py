@@ -18,7 +18,7 @@ from .planning.plan import plan
 from .planning.processes import DDPM, EDM, NCSN, OU, VE, VP, SubVP
 from .sampling import SampleInfo, sample
 from .table import StepTable
-from .training import Training, load, load_tensors, posthoc_ema, save, train
+from .training import TimeClassifier, Training, load, load_tensors, posthoc_ema, save, train, train_classifier
 
 models = networks  # its former name
 
@@ -47,6 +47,7 @@ __all__ = [
     "ScoreModel",
     "StepTable",
     "SubVP",
+    "TimeClassifier",
     "Training",
     "VariationalBound",
     "bits_per_dim",
@@ -79,6 +80,7 @@ __all__ = [
     "save",
     "schedules",
     "train",
+    "train_classifier",
     "training",
     "vlb",
 ]

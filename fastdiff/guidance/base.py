@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelOutputError, short
 from ..execution import tensor_checks
-from ..execution.calls import like
+from ..execution.calls import answer, like, takes_features
 from ..execution.loop import Condition
 from ..model import ScoreModel
 from ..planning import predictions
@@ -46,34 +46,78 @@ class Setting:
     batch: int | None = None
 
 
+class Levels(NamedTuple):
+    """What a call takes of the times, each [B] or [1], float64: process times, α and σ, what the network is told and its input's
+    scale, x̂0 = p x + q m of its output m = r x0 + w ε, slope = r − w α/σ; and the network's own time features, or None."""
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    time: Tensor
+    scale: Tensor
+    p: Tensor
+    q: Tensor
+    slope: Tensor
+    features: Tensor | None = None
+
+    @classmethod
+    def at(cls, model: ScoreModel, t: Tensor) -> Levels:
+        """Those of process times t [n]."""
+        process, t = model.process, t.double()
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        p, q = model.conversion("x0", t, alpha, sigma)
+        r, w = predictions.coordinates(model.prediction, process, t, alpha, sigma)
+        time = predictions.network_time(model.time_input, process, t, alpha, sigma)
+        time = time.round() if model.time_input == "index" else time
+        scale = predictions.input_scale(model.prediction, process, alpha, sigma)
+        return cls(t, alpha, sigma, time, scale, p, q, r - w * alpha / sigma)
+
+    def told(self, model: ScoreModel, dtype: torch.dtype) -> Tensor:
+        """The time as the network takes it."""
+        return self.time.long() if model.time_input == "index" else self.time.to(dtype)
+
+
 class Moment:
-    """One call of the network: the state x [B, *] at process times t [B], levels alpha and sigma [B, 1, …], and the prediction
-    x0 [B, *] that the guidances before have left.
+    """One call of the network: the state x [B, *] at process times t [B], levels alpha and sigma [B], and the prediction x0
+    [B, *] that the guidances before have left.
 
     beside   further conditions that the same pass of the network answers, by who asks for them; `others` has the outputs
+    levels   of the times; None: made here
     """
 
     def __init__(
         self, model: ScoreModel, x: Tensor, t: Tensor, cond: Condition, differentiates: bool,
-        beside: dict[Bound, Condition] | None = None,
+        beside: dict[Bound, Condition] | None = None, levels: Levels | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.x, self.t, self.cond = model, x, t, cond
-        wide = t.double()
-        self.alpha, self.sigma = model.process.alpha(wide), model.process.sigma(wide)
-        self.differentiates = differentiates
+        self.model, self.x, self.cond, self.differentiates = model, x, cond, differentiates
+        self.levels = levels = Levels.at(model, t) if levels is None else levels
+        count = len(x)
+        self.t, self.alpha, self.sigma = (column.expand(count) for column in (levels.t.to(x.dtype), *levels[1:3]))
         beside = beside or {}
         many = 1 + len(beside)
+        self.seen = x.view_as(x) if differentiates else x  # by the network
+        state = self.seen if model.prediction != "edm" else like(levels.scale, x) * self.seen
+        time, features = levels.told(model, x.dtype).expand(count), levels.features
         if beside:
-            x, t, cond = x.repeat(many, *[1] * (x.ndim - 1)), t.repeat(many), joined(cond, *beside.values())
-        output, variance = model.outputs(x, t, cond)
+            state, time, cond = (
+                state.repeat(many, *[1] * (x.ndim - 1)),
+                time.repeat(many),
+                joined(cond, *beside.values()),
+            )
+            if features is not None and len(features) > 1:
+                features = features.repeat(many, 1)
+        cond = model.condition(cond, len(state))
+        output, variance = answer(model.net, model.variance, state, time, features, cond)
         self.output, *others = output.to(x.dtype).chunk(many)
         self.others = dict(zip(beside, others))
-        self.variance = None if variance is None else variance[: len(self.x)]
+        self.variance = None if variance is None else variance[:count]
         self.x0 = self.base = self.clean(model, self.output)
 
     def clean(self, model: ScoreModel, output: Tensor) -> Tensor:
         """x̂0 by what a model of the same process has predicted."""
-        p, q = model.conversion("x0", self.t.double(), self.alpha, self.sigma)
+        p, q = self.levels.p, self.levels.q
+        if model is not self.model:
+            p, q = model.conversion("x0", self.t.double(), self.alpha, self.sigma)
         return like(p, self.x) * self.x + like(q, self.x) * output
 
     def predicted(self, model: ScoreModel, cond: Condition) -> Tensor:
@@ -83,10 +127,7 @@ class Moment:
     @property
     def slope(self) -> Tensor:
         """What a change of x̂0 is in the network's output m = r x0 + w ε: r − w α/σ, [B, 1, …]."""
-        r, w = predictions.coordinates(
-            self.model.prediction, self.model.process, self.t.double(), self.alpha, self.sigma
-        )
-        return like(r - w * self.alpha / self.sigma, self.x)
+        return like(self.levels.slope, self.x)
 
     @property
     def tweedie(self) -> Tensor:
@@ -98,15 +139,23 @@ class Moment:
 
         last   no further product is asked for
         """
-        (product,) = gradient(self.base, self.x, v, retain=not last)
+        return self.gradient(self.base, v, retain=not last)
+
+    def gradient(self, value: Tensor, v: Tensor | None = None, retain: bool = True) -> Tensor:
+        """∂⟨value, v⟩/∂x_t of what was made of the prediction, [B, *]."""
+        (product,) = gradient(value, self.x, v, retain, self.seen)
         return product
 
 
-def gradient(value: Tensor, x: Tensor, v: Tensor | None = None, retain: bool = False) -> tuple[Tensor]:
-    """(∂⟨value, v⟩/∂x,); a ModelOutputError where the value is no function of x that autograd knows."""
+def gradient(
+    value: Tensor, x: Tensor, v: Tensor | None = None, retain: bool = False, seen: Tensor | None = None
+) -> tuple[Tensor]:
+    """(∂⟨value, v⟩/∂x,); a ModelOutputError where the value is no function of x that autograd knows, or not by way of `seen`,
+    x as the network has it."""
     if value.requires_grad:
-        product = torch.autograd.grad(value, x, v, retain_graph=retain, allow_unused=True)[0]
-        if product is not None:
+        inputs = (x,) if seen is None else (x, seen)
+        product, *by_network = torch.autograd.grad(value, inputs, v, retain_graph=retain, allow_unused=True)
+        if product is not None and None not in by_network:
             return (product,)
     raise ModelOutputError(
         "this guidance needs gradients through the model, and its output has none with respect to x: look in it for no_grad, "
@@ -148,7 +197,8 @@ class Guidance:
 class Guided(nn.Module):
     """The network of a guided model, (x [B, *], t [B], …) -> the output that stands for the guided x̂0.
 
-    With m = r x0 + w ε what the model predicts, a change Δ of x̂0 is one of (r − w α/σ) Δ of m.
+    With m = r x0 + w ε what the model predicts, a change Δ of x̂0 is one of (r − w α/σ) Δ of m. What depends on the time alone
+    is made for all rows of a run beforehand, as its time features.
     """
 
     def __init__(self, model: ScoreModel, bound: Sequence[Bound]) -> None:
@@ -158,13 +208,29 @@ class Guided(nn.Module):
         self.prediction = "x0" if model.prediction == "edm" else model.prediction
         self.differentiates = any(each.differentiates for each in bound)
 
-    def forward(self, x: Tensor, t: Tensor, **parts: Tensor) -> Tensor:
+    def time_features(self, t: Tensor) -> Tensor:
+        """The levels [n, 8] of process times t [n], float64, and beside them what the network makes of its times."""
+        levels = Levels.at(self.model, t)
+        columns = torch.stack([column.expand(len(t)) for column in levels[:8]], 1)
+        if not takes_features(self.model.net):
+            return columns
+        with torch.no_grad():
+            own = self.model.net.time_features(levels.told(self.model, t.dtype))
+        self.kind = own.dtype
+        return torch.cat((columns, own.double()), 1) if own.ndim == 2 else columns
+
+    def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None, **parts: Tensor) -> Tensor:
         cond, own = taken_apart(parts, len(self.bound))
+        levels = None
+        if features is not None:
+            levels = Levels(*features[:, :8].unbind(1))
+            levels = levels._replace(features=features[:, 8:].to(self.kind) if features.shape[1] > 8 else None)
+            t = levels.t.to(x.dtype).expand(len(x))
         with _differentiable(self.differentiates):
             state = x.detach().clone().requires_grad_() if self.differentiates else x
             wanted = {each: each.beside(self.model, t, cond, mine) for each, mine in zip(self.bound, own)}
             beside = {each: other for each, other in wanted.items() if other is not None}
-            moment = Moment(self.model, state, t, cond, self.differentiates, beside)
+            moment = Moment(self.model, state, t, cond, self.differentiates, beside, levels)
             for each, mine in zip(self.bound, own):
                 moment.x0 = each(moment, mine)
         change = (moment.x0 - moment.base).detach()
@@ -218,15 +284,11 @@ def taken_apart(parts: dict[str, Tensor], count: int) -> tuple[Condition, list[d
 
 
 def units(model: Any) -> Any:
-    """What numbers of the data are to a network of a model, or to a classifier: their mean and std, or their range."""
-    standardize, of_range = model.standardize, getattr(model, "range_given", True)
-    return (
-        [values.tolist() for values in standardize]
-        if standardize is not None
-        else model.data_range
-        if of_range
-        else None
-    )
+    """What numbers of the data are to a network of a model, or to a classifier: their mean and std, or their range, or None."""
+    standardize = getattr(model, "standardize", None)
+    if standardize is not None:
+        return [values.tolist() for values in standardize]
+    return model.data_range if getattr(model, "range_given", False) else None
 
 
 def listed(guidance: Any) -> list[Guidance]:

@@ -83,7 +83,8 @@ class OfOneNetwork(Extrapolated):
 
     def beside(self, model: ScoreModel, t: Tensor, cond: Condition, parts: dict[str, Tensor]) -> Condition:
         # where the host can see it, a call that no sample is guided in is left as it is
-        if t.device.type == "cpu" and not bool(self.within(model.process.sigma_hat(t.double())).any()):
+        seen = self.interval is not None and t.device.type == "cpu"
+        if seen and not bool(self.within(model.process.sigma_hat(t.double())).any()):
             return None
         return part(parts, "null", self.form)
 

@@ -17,7 +17,8 @@ from ..execution import tensor_checks
 from ..execution.calls import dtype_of, like, parameters
 from ..execution.conditions import INTEGERS
 from ..execution.modes import evaluating
-from .base import Bound, Guidance, Moment, Setting, gradient, units
+from ..planning.processes import Process
+from .base import Bound, Guidance, Moment, Setting, units
 from .weights import check_scale, each_of, scales
 
 SEED = 0x106  # of the samples that a function is asked with before a run
@@ -100,11 +101,11 @@ class OfPrediction(Bound):
         self.parts |= scales(self.scale, setting)
         for count in sizes(setting):
             x = setting.model.in_data_units(draws(count, setting))
-            probe(self.function, x, (), "function")
+            probe(self.function, x, (), "function", self.function)
 
     def __call__(self, moment: Moment, parts: dict[str, Tensor]) -> Tensor:
         value = self.function(moment.model.in_data_units(moment.x0))
-        (slope,) = gradient(value.sum(), moment.x, None, retain=True)
+        slope = moment.gradient(value.sum())
         return moment.x0 + like(each_of(self.scale, parts, moment.sigma), slope) * moment.tweedie * slope
 
 
@@ -125,7 +126,7 @@ class OfState(Bound):
 
     def ask(self, x: Tensor, t: Tensor) -> None:
         """Refuse a function that no run can use, by samples and times."""
-        probe(self.function, x, (t,), self.name)
+        probe(self.function, x, (t,), self.name, self.function)
 
     def value(self, x: Tensor, t: Tensor, parts: dict[str, Tensor]) -> Tensor:
         """log p(y | x_t), [B]."""
@@ -169,7 +170,7 @@ class OfClass(OfState):
             self.classes = logits.shape[1]
             return logits.log_softmax(1)[:, 0]
 
-        probe(highest, x, (t,), self.name)
+        probe(highest, x, (t,), self.name, self.function)
 
     def logits(self, x: Tensor, t: Tensor) -> Tensor:
         return self.function(x.to(dtype_of(self.function, x.dtype)), t)
@@ -182,17 +183,17 @@ def check_units(classifier: Any, setting: Setting) -> None:
     """Refuse a classifier that says what it was trained on, and was trained on something else than the model."""
     model = setting.model
     process = getattr(classifier, "process", None)
-    if process is not None and process != model.process:
+    if isinstance(process, Process) and process != model.process:
         raise ConfigError(
             f"classifier was trained on {short(process, 40)}, and the model on {short(model.process, 40)}: "
             "train_classifier(model, data, …)"
         )
-    shape = getattr(classifier, "data_shape", None)
-    if shape is not None and tuple(shape) != model.data_shape:
+    shape = getattr(classifier, "data_shape", model.data_shape)
+    if isinstance(process, Process) and tuple(shape) != model.data_shape:
         raise ShapeError(
             f"classifier is of samples {tuple(shape)}, and the model of {model.data_shape}: train one for it"
         )
-    own, wanted = None if process is None else units(classifier), units(model)
+    own, wanted = units(classifier), units(model)
     if own is not None and wanted is not None and own != wanted:
         raise ConfigError("classifier was trained in other units than the model: train_classifier(model, data, …)")
 
@@ -221,9 +222,12 @@ def draws(count: int, setting: Setting) -> Tensor:
     return x.to(setting.device, setting.dtype)
 
 
-def probe(function: Callable[..., Any], x: Tensor, more: tuple[Tensor, ...], name: str) -> None:
-    """Refuse a function that does not give [B] numbers of [B, *] samples, each with a gradient, and of its own sample alone."""
-    with evaluating(function), torch.inference_mode(False), torch.enable_grad():
+def probe(function: Callable[..., Any], x: Tensor, more: tuple[Tensor, ...], name: str, net: Any) -> None:
+    """Refuse a function that does not give [B] numbers of [B, *] samples, each with a gradient, and of its own sample alone.
+
+    net   what is asked in evaluation mode, if it is a network
+    """
+    with evaluating(net), torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         value = function(x, *more)
         if not isinstance(value, Tensor) or not value.is_floating_point():

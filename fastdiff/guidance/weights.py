@@ -129,7 +129,9 @@ class Extrapolated(Bound):
             return moment.x0
         weight = self.weight(moment, parts)
         guided = moment.x0 + like(weight - 1, moment.x0) * (moment.base - other)
-        return torch.where(like(weight, guided) == 1, moment.x0, guided)
+        if self.interval is None:
+            return guided
+        return torch.where(like(weight, guided) == 1, moment.x0, guided)  # whatever the other one is there
 
     def weight(self, moment: Moment, parts: dict[str, Tensor]) -> Tensor:
         """w of each sample, [B], float64."""
