@@ -26,8 +26,8 @@ def hmc_rows(level: Level, label: str, delta: float, leapfrog: int) -> list[Solv
 
         x_n = x_0 + n ε z + ε² (n/2 score_0 + Σ_{0<j<n} (n − j) score_j)
 
-    The first row draws z; from the next on it is what x_n has of it: x_{n+1} = (n+1)/n x_n − x_0/n + ε²/n Σ_{0<j≤n} j score_j. One
-    step is a Langevin row.
+    The first row draws z; from the next on it is what x_n has of it: x_{n+1} = (n+1)/n x_n − x_0/n + ε²/n Σ_{0<j≤n} j score_j.
+    One step is a Langevin row.
     """
     first = replace(langevin_row(level, label, delta), saves_base=leapfrog > 1)
     rows = [first]
