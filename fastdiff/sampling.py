@@ -373,7 +373,8 @@ def colorize(
 
 
 def posterior(model: Any, guidance: Any, sde: Any = None, steps: int | None = None, **options: Any) -> Any:
-    """sample(), by 100 ancestral steps where the caller says nothing of steps, sampler, grid or table; beside his own guidance."""
+    """sample(), beside the guidance of the options; by 100 ancestral steps where these say nothing of steps, sampler, grid or
+    table."""
     own = options.pop("guidance", None)
     if own is not None:
         guidance = [*(own if isinstance(own, (list, tuple)) else [own]), guidance]
