@@ -21,7 +21,7 @@ from .execution.modes import leaves_no_trace
 from .guidance.base import Setting, guided
 from .guidance.state import state_changes
 from .inverse.inpainting import Task, colorization, inpainting
-from .inverse.smc import GRID, SMC, STEPS, run_smc
+from .inverse.own_steps import OwnSteps, Steps
 from .model import ScoreModel, as_model, check_path, opened
 from .planning import chains, processes, samplers
 from .planning.coverage import STANDARDIZED, misfit
@@ -238,18 +238,16 @@ def sample(
             f"num_samples={num_samples} of shape {model.data_shape} need more than 2**48 numbers: ask for fewer"
         )
     dtype, state_dtype = _dtypes(dtype, x_init)
-    if table is not None:
-        check_path(sde, model.process)
-        table = check_table(table, model.prediction, model.time_input, model.process)
-    else:
-        process, solver = _process_and_sampler(model, sde, steps, sampler)
     place, unguided, changes = device_of(device, x_init, model.net), model, None
-    if isinstance(guidance, SMC):
-        pass
-    elif guidance is not None:
+    if table is None:
+        process, solver = _process_and_sampler(model, sde, steps, sampler)
+    if guidance is not None and not isinstance(guidance, OwnSteps):
         setting = Setting(model, num_samples, state_dtype, place, seed, first_sample, cond)
         model, cond, bound = guided(guidance, setting)
         changes = state_changes(bound)
+    if table is not None:
+        check_path(sde, model.process)
+        table = check_table(table, model.prediction, model.time_input, model.process)
     if (model.range_given or model.standardize is not None) and x_init is None and table is None:
         low, high = model.data_range if model.standardize is None else STANDARDIZED
         spread = (high - low) / 8 if t_min is None and (grid is None or isinstance(grid, str)) else None
@@ -259,16 +257,20 @@ def sample(
     request = functools.partial(
         Request, model, num_samples, seed, first_sample, cond, x_init, state_dtype, place, backend, engine, check
     )  # made, and so its tensors looked at, once the rest is known to be right
-    if isinstance(guidance, SMC):
-        if table is None:
-            solver = samplers.get("ancestral" if sampler is None else sampler, process)
-            table = make_table(
-                process, solver, STEPS if steps is None and grid is None else steps, prediction="x0", time_input="t",
-                clock=model.process, grid=GRID if grid is None else grid, t_min=t_min, clip=pair, denoise=denoise,
-            )  # fmt: skip
-        ran = request().resolve("particles are drawn anew by their weights, which the host looks at")
+    if isinstance(guidance, OwnSteps):
+        _refuse_own(
+            guidance, x_init, noise=noise, callback=callback, trajectory=trajectory or None, table=table, clip=pair
+        )
+        if sampler is None:
+            solver = samplers.get(guidance.sampler, process)
+        steps = guidance.steps if steps is None and grid is None else steps
+        table = make_table(
+            process, solver, steps, prediction="x0", time_input="t", clock=model.process,
+            grid=guidance.grid if grid is None else grid, t_min=t_min, denoise=denoise,
+        )  # fmt: skip
+        ran = request().resolve("the method has steps of its own")
         setting = Setting(model, num_samples, state_dtype, place, seed, first_sample, cond)
-        x, calls = run_smc(guidance, setting, table, ops.backend_module(ran[0]), batch=batch, progress=progress)
+        x, calls = guidance.run(Steps(setting, table, ops.backend_module(ran[0]), batch, progress))
         result = Result(x, None, calls, *ops.ran(place, *ran), table)
     elif table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
         if changes is not None:
@@ -379,7 +381,7 @@ def posterior(model: Any, guidance: Any, sde: Any = None, steps: int | None = No
     if own is not None:
         guidance = [*(own if isinstance(own, (list, tuple)) else [own]), guidance]
     named = steps is not None or any(options.get(name) is not None for name in ("sampler", "grid", "table"))
-    if not named and not isinstance(guidance, SMC):
+    if not named and not isinstance(guidance, OwnSteps):
         process = _described(model, sde, options).process
         chain = process.discrete or sde not in (None, process, process.name)
         options |= {"sampler": "ancestral", "grid": None if chain else "logsnr"}
@@ -407,6 +409,15 @@ def _warn_of_units(name: str, given: Tensor, model: ScoreModel) -> None:
 def _finished(task: Task, drawn: Any) -> Any:
     """What `sample` has returned, its samples finished."""
     return (task.finish(drawn[0]), *drawn[1:]) if isinstance(drawn, tuple) else task.finish(drawn)
+
+
+def _refuse_own(method: OwnSteps, x_init: Any, **given: Any) -> None:
+    """Refuse what a method with steps of its own has no place for."""
+    for name, value in {"x_init": x_init, **given}.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name} has no place in inverse.{type(method).__name__}, which has steps of its own: leave it out"
+            )
 
 
 def _process_and_sampler(

@@ -74,20 +74,22 @@ class Moment:
         return like(self.sigma**2 / self.alpha, self.x)
 
     def pulled(self, v: Tensor, last: bool = False) -> Tensor:
-        """Jᵀ v with the Jacobian J = ∂x̂0/∂x_t of the network's own prediction, [B, *]; J σ²/α is the covariance of x0 given x_t.
+        """Jᵀ v with the Jacobian J = ∂x̂0/∂x_t of the prediction as it stands, [B, *]; J σ²/α is the covariance of x0 given x_t.
 
         last   no further product is asked for
         """
-        (product,) = gradient(self.base, self.x, v, retain=not last)
-        return product
+        if self.x0 is not self.base:
+            return gradient(self.x0, self.x, v, retain=not last)
+        p, q = (like(part, self.x) for part in self.model.conversion("x0", self.t.double(), self.alpha, self.sigma))
+        return p * v + gradient(self.output, self.x, q * v, retain=not last)
 
 
-def gradient(value: Tensor, x: Tensor, v: Tensor | None = None, retain: bool = False) -> tuple[Tensor]:
-    """(∂⟨value, v⟩/∂x,); a ModelOutputError where the value is no function of x that autograd knows."""
+def gradient(value: Tensor, x: Tensor, v: Tensor | None = None, retain: bool = False) -> Tensor:
+    """∂⟨value, v⟩/∂x; a ModelOutputError where the value is no function of x that autograd knows."""
     if value.requires_grad:
-        product = torch.autograd.grad(value, x, v, retain_graph=retain, allow_unused=True)[0]
+        product: Tensor | None = torch.autograd.grad(value, x, v, retain_graph=retain, allow_unused=True)[0]
         if product is not None:
-            return (product,)
+            return product
     raise ModelOutputError(
         "this guidance needs gradients through the model, and its output has none with respect to x: look in it for no_grad, "
         "detach, argmax or numpy"

@@ -1,5 +1,7 @@
 """Inverse problems y = A x0 + noise: posterior samples from an unconditional model."""
 
+from .daps import DAPS
+from .ddrm import DDRM
 from .dps import DPS
 from .operators import Blur, Downsampling, Fourier, Grayscale, Mask, Matrix
 from .posterior_mean import MMPS, TMPD, DiffPIR, PiGDM, ScoreALD
@@ -9,6 +11,8 @@ from .replacement import RePaint, Replacement
 from .smc import SMC
 
 __all__ = [
+    "DAPS",
+    "DDRM",
     "DPS",
     "ILVR",
     "MMPS",

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..errors import ConfigError, ShapeError, choose, short
 from ..execution import tensor_checks
 from ..guidance.base import Bound, Guidance, Moment, Setting
+from .daps import DAPS
+from .ddrm import DDRM
 from .dps import DPS
 from .operators import Grayscale, Mask, Operator
 from .posterior_mean import MMPS, TMPD, DiffPIR, PiGDM, ScoreALD
@@ -31,6 +33,8 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "ilvr": ILVR,
     "noised": NoisedMeasurement,
     "score_ald": ScoreALD,
+    "ddrm": DDRM,
+    "daps": DAPS,
     "smc": SMC,
 }
 
