@@ -34,14 +34,14 @@ RULES = {
     "mcmc": MODEL,
     "probability_flow": MODEL,
     "runs": RUN - {"runs"},
-    "guidance": MODEL,
+    "guidance": MODEL | {"table"},
     "inverse": MODEL | {"table", "guidance"},
     "sampling": RUN | {"guidance", "inverse"},
     "likelihood": RUN,
     "conventions": MODEL | {"data"},
     "metrics": BASE | {"execution", "data"},
     "training": MODEL | {"losses", "networks", "data"},
-    "cli": MODEL | {"networks", "data", "sampling", "likelihood", "training", "conventions", "metrics"},
+    "cli": MODEL | {"networks", "data", "sampling", "likelihood", "training", "conventions", "metrics"} | {"inverse"},
     FACE: MODEL
     | {
         "guidance",

@@ -100,6 +100,7 @@ class Bound:
     """A guidance made ready for one run; `parts` are its tensors [count, *], which are cut with the batch."""
 
     differentiates = False  # whether it asks for products with the network's Jacobian
+    guides = True  # whether it changes the prediction, or looks at it
 
     def __init__(self) -> None:
         self.parts: dict[str, Tensor] = {}
@@ -172,8 +173,8 @@ def taken_apart(parts: dict[str, Tensor], count: int) -> tuple[Condition, list[d
     return (cond.get("", cond or None) if "" in cond else cond or None), own
 
 
-def guided(guidance: Any, setting: Setting) -> tuple[ScoreModel, dict[str, Tensor] | None]:
-    """The model of a guided run, and its condition."""
+def guided(guidance: Any, setting: Setting) -> tuple[ScoreModel, Condition, list[Bound]]:
+    """The model of a guided run, its condition, and the guidances as they are bound to it."""
     each = guidance if isinstance(guidance, (list, tuple)) else [guidance]
     for one in each:
         if not isinstance(one, Guidance):
@@ -183,10 +184,13 @@ def guided(guidance: Any, setting: Setting) -> tuple[ScoreModel, dict[str, Tenso
     model = setting.model
     require_linear(model.process, "guidance", "use VE, VP or another process with alpha and sigma")
     model.condition(setting.cond, setting.count, looks=True)
-    bound = [one.bind(setting) for one in each]
+    every = [one.bind(setting) for one in each]
+    bound = [one for one in every if one.guides]
+    if not bound:
+        return model, setting.cond, every
     net = Guided(model, bound)
     outer = ScoreModel(
         net, model.process, net.prediction, "t", model.data_shape,
         model.data_range if model.range_given else None, model.variance, standardize=model.standardize,
     )  # fmt: skip
-    return outer, together(setting.cond, bound) or None
+    return outer, together(setting.cond, bound) or None, every
