@@ -16,7 +16,7 @@ from .model import ScoreModel
 from .planning import grids, predictions, processes, samplers, schedules
 from .planning.plan import plan
 from .planning.processes import DDPM, EDM, NCSN, OU, VE, VP, SubVP
-from .sampling import SampleInfo, sample
+from .sampling import SampleInfo, colorize, inpaint, sample
 from .table import StepTable
 from .training import TimeClassifier, Training, load, load_tensors, posthoc_ema, save, train, train_classifier
 
@@ -52,6 +52,7 @@ __all__ = [
     "VariationalBound",
     "bits_per_dim",
     "check",
+    "colorize",
     "decode",
     "dequantize",
     "encode",
@@ -59,6 +60,7 @@ __all__ = [
     "graphs",
     "grids",
     "guidance",
+    "inpaint",
     "interpolate",
     "inverse",
     "load",

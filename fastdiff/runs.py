@@ -18,7 +18,7 @@ from .errors import ConfigError, DataError, DTypeError, GraphError, SolverError,
 from .execution import cuda_graph, graphs, monitor, ops, tensor_checks, verify
 from .execution.adaptive import Solution
 from .execution.calls import answer, dtype_of, memory_format_of, owned, picked, takes_features, time_features
-from .execution.loop import Condition, Draw, Loop, network_times
+from .execution.loop import UNCHANGED, Change, Condition, Draw, Loop, network_times
 from .execution.modes import evaluating
 from .execution.noise import PRIOR
 from .model import ScoreModel  # fmt: skip
@@ -50,6 +50,16 @@ class Guide(Protocol):
 
     def __call__(self, x: Tensor, time: Tensor, features: Tensor | None, cond: Any, guides: bool = False) -> Any:
         """A Network of fastdiff.execution.loop."""
+
+
+class Changes(Protocol):
+    """What a run of a table does to its states beside what the rows say."""
+
+    masks: bool  # whether part of the states is known
+    uncaptured: str | None  # why its rows cannot be captured
+
+    def of(self, table: StepTable, lo: int, hi: int) -> Change:
+        """For samples lo … hi − 1."""
 
 
 class _Stopped(Exception):
@@ -156,6 +166,7 @@ def run_table(
     trajectory: int = 0,
     callback: Callable[[int, float, Tensor], object] | None = None,
     progress: bool | None = None,
+    changes: Changes | None = None,
 ) -> Result:
     """Run the table for all samples, `batch` at a time. Arguments as in `fastdiff.sample`."""
     if request.x_init is None and math.isnan(table.prior_std):
@@ -173,8 +184,8 @@ def run_table(
             "table has rows with a guidance weight, and the run has no second output for them: give "
             "guidance=guidance.ClassifierFree(scale), or the table that it was made of"
         )
-    draws = None if noise is None else _CallersNoise(request, table, noise)
-    loops = _Loops(request, table, noise)
+    draws = None if noise is None else _CallersNoise(request, table, noise, changes is not None and changes.masks)
+    loops = _Loops(request, table, noise, changes)
     result = torch.empty(request.shape, dtype=request.dtype, device=request.device)
     states = result.new_empty((trajectory, *request.shape)) if trajectory else None
     bounds = [(lo, min(lo + batch, request.count)) for lo in range(0, request.count, batch)] if result.numel() else []
@@ -201,11 +212,14 @@ def run_table(
 class _Loops(contextlib.ExitStack):
     """The loops of one run of a table, one for each number of samples; as a context it gives borrowed graphs back."""
 
-    def __init__(self, request: Request, table: StepTable, noise: Any) -> None:
+    def __init__(self, request: Request, table: StepTable, noise: Any, changes: Changes | None) -> None:
         super().__init__()
         net, device = request.net, request.device
-        self.request, self.table = request, table
+        self.request, self.table, self.changes = request, table, changes
+        self.masked = changes is not None and changes.masks
         uncaptured = graphs.obstacle(net, device, len(table), noise, request.engine)
+        if changes is not None and uncaptured is None:
+            uncaptured = changes.uncaptured
         if table.finishing and uncaptured is None:
             uncaptured = "some rows have operations of their own after the step"
         self.backend, self.engine, self.why = request.resolve(uncaptured)
@@ -239,16 +253,17 @@ class _Loops(contextlib.ExitStack):
         request = self.request
         cond, first = owned(picked(request.cond, slice(lo, hi))), request.first_sample + lo
         x_init = None if request.x_init is None else request.x_init[lo:hi].detach()
+        change = UNCHANGED if self.changes is None else self.changes.of(self.table, lo, hi)
         loop = None if beside else self.loops.get(hi - lo)
         if loop is None:
             loop = self.loops[hi - lo] = self._loop(hi - lo, cond)
-        states = loop.run(self._answer, cond, first, x_init, noise)
+        states = loop.run(self._answer, cond, first, x_init, noise, change)
         try:
             start = next(states)
         except GraphError as error:
             self._fall_back(error)
             loop = self.loops[hi - lo] = self._loop(hi - lo, cond)
-            states = loop.run(self._answer, cond, first, x_init, noise)
+            states = loop.run(self._answer, cond, first, x_init, noise, change)
             start = next(states)
         return itertools.chain((start,), states)
 
@@ -288,6 +303,7 @@ class _Loops(contextlib.ExitStack):
                 self.features,
                 seed=request.seed,
                 check=request.check,
+                masked=self.masked,
             )
 
         if self.engine == "graph":
@@ -296,7 +312,7 @@ class _Loops(contextlib.ExitStack):
             # what follows from the network's own tensors, such as its dtype, is in its fingerprint
             key = (
                 shape, dtype, device, self.time_dtype, request.check, self.backend, of_cond, self.capacity,
-                cuda_graph.surroundings(device), None if request.guide is None else request.guide.key,
+                self.masked, cuda_graph.surroundings(device), None if request.guide is None else request.guide.key,
             )  # fmt: skip
             graph_loop = functools.partial(graphs.GraphLoop, self.capacity, net)
             try:
@@ -338,12 +354,12 @@ class _Loops(contextlib.ExitStack):
 class _CallersNoise:
     """The noise [rows, count, *] that the caller gives, a tensor or a callable row -> [count, *]."""
 
-    def __init__(self, request: Request, table: StepTable, noise: Any) -> None:
+    def __init__(self, request: Request, table: StepTable, noise: Any, masked: bool) -> None:
         self.request, self.noise = request, noise
         self.last: tuple[int, Tensor] | None = None  # a callable is called once for each row
         if isinstance(noise, Tensor):
             tensor_checks.check_tensor("noise", noise, (len(table), *request.shape), request.device, finite=False)
-            drawn = [k for k, row in enumerate(table.rows) if row.draws]
+            drawn = [k for k, row in enumerate(table.rows) if row.draws or (masked and k + 1 < len(table))]
             if request.finite and not math.isfinite(noise.detach().sum(dtype=torch.float64)):
                 tensor_checks.check_finite("noise", noise[drawn])  # rows that draw none may hold anything
         elif not callable(noise):

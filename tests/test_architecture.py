@@ -41,7 +41,7 @@ RULES = {
     "conventions": MODEL | {"data"},
     "metrics": BASE | {"execution", "data"},
     "training": MODEL | {"losses", "networks", "data"},
-    "cli": MODEL | {"networks", "data", "sampling", "likelihood", "training", "conventions", "metrics"},
+    "cli": MODEL | {"networks", "data", "sampling", "likelihood", "training", "conventions", "metrics"} | {"inverse"},
     FACE: MODEL
     | {
         "guidance",

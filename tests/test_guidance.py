@@ -65,7 +65,7 @@ def labels(count, shift=0):
 
 def bound(model, given, count, cond=None, dtype=F64):
     """The guided model, and a function of its x̂0 at (x, t)."""
-    outer, parts = guided(given, Setting(model, count, dtype, torch.device("cpu"), 0, 0, cond))
+    outer, parts, *_ = guided(given, Setting(model, count, dtype, torch.device("cpu"), 0, 0, cond))
     return lambda kind, x, t: outer.predict(kind, x, t, parts)
 
 
@@ -462,18 +462,19 @@ def test_networks_that_take_time_features_keep_them(kind, monkeypatch):
     model, weaker = made(num_classes=3), made()
     given = {"one": ClassifierFree(2.0), "two": Auto(weaker, 2.0), "torch": [ClassifierFree(2.0), Auto(weaker, 1.5)]}
     of_time, calls = type(model.net.conditioning).of_time, []
-    monkeypatch.setattr(
-        type(model.net.conditioning), "of_time", lambda self, t: (calls.append(len(t)), of_time(self, t))[1]
-    )
+
+    def noted(self, t):
+        calls.append((self is model.net.conditioning, len(t)))
+        return of_time(self, t)
+
+    monkeypatch.setattr(type(model.net.conditioning), "of_time", noted)
     for name, each in given.items():
         calls.clear()
         ahead = draw(model, each, sampler="ddim")
-        assert len([n for n in calls if n > 1]) == (2 if name == "two" else 1)
-        if name != "torch":  # where the weaker one is asked as any other network is
-            assert sum(calls) <= (1 + 8) * (2 if name == "two" else 1)
-        hooks = [
-            net.register_forward_hook(lambda *_: None) for net in (model.net, weaker.net)
-        ]  # which want every call as it is
+        assert [n for own, n in calls if own] == [1, 8]  # one, to see how large they are, and those of all rows
+        assert [n for own, n in calls if not own] == {"one": [], "two": [1, 8], "torch": [6] * 8}[name]
+        # hooks want every call as it is
+        hooks = [net.register_forward_hook(lambda *_: None) for net in (model.net, weaker.net)]
         plain = draw(model, each, sampler="ddim")
         for hook in hooks:
             hook.remove()
@@ -521,7 +522,7 @@ def test_a_trained_classifier_knows_its_classes_at_every_level(tmp_path):
     data = mixture_data()
     model = fastdiff.ScoreModel(MLP((2,)), "vp", data_shape=(2,), standardize=([10.0, 10.0], [5.0, 5.0]))
     before = torch.random.get_rng_state()
-    made = fastdiff.train_classifier(model, data, steps=400, seed=3, lr=3e-3)
+    made = fastdiff.train_classifier(model, data, steps=300, seed=3, lr=5e-3)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert isinstance(made.net, MLPClassifier)
     assert not made.training
@@ -535,11 +536,10 @@ def test_a_trained_classifier_knows_its_classes_at_every_level(tmp_path):
         best = torch.nn.functional.cross_entropy(density, data.labels)
         found = torch.nn.functional.cross_entropy(made(x, times), data.labels)
         assert found < best + 0.06, (t, float(found), float(best))
-    again = fastdiff.train_classifier(model, data, steps=400, seed=3, lr=3e-3)
-    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters()))
-    assert torch.equal(made.loss, again.loss)
-    other = fastdiff.train_classifier(model, data, steps=2, seed=4)
-    assert not torch.equal(other.loss, made.loss[:2])
+    one, again, other = (fastdiff.train_classifier(model, data, steps=4, seed=seed, dropout=0.2) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters()))
+    assert torch.equal(one.loss, again.loss)
+    assert not torch.equal(one.loss, other.loss)
     path = made.save(tmp_path / "classifier")
     loaded = fastdiff.TimeClassifier.load(path)
     assert torch.equal(loaded(x, times), made(x, times))
@@ -553,8 +553,8 @@ def test_a_trained_classifier_knows_its_classes_at_every_level(tmp_path):
 def test_classifier_guidance_raises_the_probability_of_the_class_on_the_digits():
     """By an independent classifier, trained on other batches by other means."""
     data, model = fastdiff.load_data("digits"), fastdiff.load("digits-vp")
-    net = WideResNet((1, 8, 8), 10, channels=16)
-    made = fastdiff.train_classifier(model, data, steps=120, batch_size=64, lr=3e-3, net=net)
+    net = MLPClassifier((1, 8, 8), 10)
+    made = fastdiff.train_classifier(model, data, steps=500, lr=3e-3, net=net)
     assert made.net is net
     judge = fastdiff.metrics.classifier(data, steps=300)
     share = []
@@ -580,8 +580,8 @@ def test_the_logits_of_a_sample_depend_on_no_other(make):
         x, u = torch.randn(6, *shape), torch.rand(6)
         whole = net(x, u)
         assert whole.shape == (6, 5)
-        torch.testing.assert_close(whole[2:4], net(x[2:4], u[2:4]), rtol=1e-5, atol=1e-6)
-        assert not torch.allclose(whole, net(x, 1 - u))
+        torch.testing.assert_close(whole[2:4], net(x[2:4], u[2:4]), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(whole, net(x, 1 - u), rtol=0.05)
 
 
 # --- refused before any work -------------------------------------------------------------------------------------------------

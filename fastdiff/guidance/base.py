@@ -135,28 +135,27 @@ class Moment:
         return like(self.sigma**2 / self.alpha, self.x)
 
     def pulled(self, v: Tensor, last: bool = False) -> Tensor:
-        """Jᵀ v with the Jacobian J = ∂x̂0/∂x_t of the network's own prediction, [B, *]; J σ²/α is the covariance of x0 given x_t.
+        """Jᵀ v with the Jacobian J = ∂x̂0/∂x_t of the prediction as it stands, [B, *]; J σ²/α is the covariance of x0 given x_t.
 
         last   no further product is asked for
         """
-        return self.gradient(self.base, v, retain=not last)
+        return self.gradient(self.x0, v, retain=not last)
 
     def gradient(self, value: Tensor, v: Tensor | None = None, retain: bool = True) -> Tensor:
         """∂⟨value, v⟩/∂x_t of what was made of the prediction, [B, *]."""
-        (product,) = gradient(value, self.x, v, retain, self.seen)
-        return product
+        return gradient(value, self.x, v, retain, self.seen)
 
 
 def gradient(
     value: Tensor, x: Tensor, v: Tensor | None = None, retain: bool = False, seen: Tensor | None = None
-) -> tuple[Tensor]:
-    """(∂⟨value, v⟩/∂x,); a ModelOutputError where the value is no function of x that autograd knows, or not by way of `seen`,
-    x as the network has it."""
+) -> Tensor:
+    """∂⟨value, v⟩/∂x; a ModelOutputError where the value is no function of x that autograd knows, or not by way of `seen`, x as
+    the network has it."""
     if value.requires_grad:
         inputs = (x,) if seen is None else (x, seen)
         product, *by_network = torch.autograd.grad(value, inputs, v, retain_graph=retain, allow_unused=True)
         if product is not None and None not in by_network:
-            return (product,)
+            return product  # type: ignore[no-any-return]
     raise ModelOutputError(
         "this guidance needs gradients through the model, and its output has none with respect to x: look in it for no_grad, "
         "detach, argmax or numpy"
@@ -167,6 +166,7 @@ class Bound:
     """A guidance made ready for one run; `parts` are its tensors [count, *], which are cut with the batch."""
 
     differentiates = False  # whether it asks for products with the network's Jacobian
+    guides = True  # whether it changes the prediction, or looks at it
     modules: tuple[nn.Module, ...] = ()  # networks of its own, which the run sets to evaluation mode
 
     def __init__(self) -> None:
@@ -291,43 +291,32 @@ def units(model: Any) -> Any:
     return model.data_range if getattr(model, "range_given", False) else None
 
 
-def listed(guidance: Any) -> list[Guidance]:
-    """The guidances of a run, in order."""
-    each = list(guidance) if isinstance(guidance, (list, tuple)) and guidance else [guidance]
+def guided(guidance: Any, setting: Setting, rows: bool = False) -> tuple[ScoreModel, Condition, list[Bound], Any]:
+    """The model of a guided run, its condition, the guidances as they are bound to it, and what guides its rows
+    (fastdiff.runs.Guide), or None.
+
+    rows   whether it is a table's: then one guidance alone that is a weight on two outputs of a network guides the rows, and
+           model and condition are the caller's
+    """
+    each, model = list(guidance) if isinstance(guidance, (list, tuple)) and guidance else [guidance], setting.model
     for one in each:
         if not isinstance(one, Guidance):
             raise ConfigError(
                 f"guidance must be an object of fastdiff.guidance or fastdiff.inverse, or a list of them, got {short(one)}"
             )
-    return each
-
-
-def _check_model(setting: Setting) -> None:
-    model = setting.model
     require_linear(model.process, "guidance", "use VE, VP or another process with alpha and sigma")
     tensor_checks.check_condition(setting.cond, setting.count, setting.device, not model.cond_shape)
     model.condition(setting.cond, setting.count, looks=True)
-
-
-def guide_of(guidance: Any, setting: Setting) -> Any:
-    """What guides the rows of a table (fastdiff.runs.Guide), where it is one guidance, and one that is a weight on two outputs of
-    a network; else None."""
-    each = listed(guidance)
-    if len(each) != 1:
-        return None
-    _check_model(setting)
-    return each[0].guide(setting)
-
-
-def guided(guidance: Any, setting: Setting) -> tuple[ScoreModel, dict[str, Tensor] | None]:
-    """The model of a guided run, and its condition."""
-    each, model = listed(guidance), setting.model
-    _check_model(setting)
-    bound = [one.bind(setting) for one in each]
+    every = [one.bind(setting) for one in each]
+    guiding = [(one, bound) for one, bound in zip(each, every) if bound.guides]
+    guide = guiding[0][0].guide(setting) if rows and len(guiding) == 1 else None
+    if not guiding or guide is not None:
+        return model, setting.cond, every, guide
+    bound = [bound for _, bound in guiding]
     net = Guided(model, bound)
     outer = _Outer(
         net, model.process, net.prediction, "t", model.data_shape,
         model.data_range if model.range_given else None, model.variance, standardize=model.standardize,
     )  # fmt: skip
     outer.cond_shape = model.cond_shape  # whose numbers may be NaN, which means none
-    return outer, together(setting.cond, bound) or None
+    return outer, together(setting.cond, bound) or None, every, None

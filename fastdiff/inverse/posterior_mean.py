@@ -61,10 +61,13 @@ class Dense(GaussianBound):
             a = measured.adjoint(unit.view(1, *measured.shape)).expand_as(moment.x)
             columns.append(moment.tweedie * moment.pulled(a, last=i + 1 == many))
             s[:, i] = measured.forward(columns[-1]).double().flatten(1)
-        # a trained network's Jacobian is no covariance: its symmetric part, without what is negative
+        # a trained network's Jacobian is no covariance: its symmetric part, in which nothing below the size of the other is known
         values, vectors = torch.linalg.eigh((s + s.mT) / 2)
-        values = values.clamp(min=0) + self.variance
-        values = values.clamp(min=1e-12 * float(values.max() if values.numel() else 1) + 1e-300)
+        unknown = torch.linalg.matrix_norm((s - s.mT) / 2)[:, None] / math.sqrt(
+            2
+        )  # at least its largest singular value
+        values = torch.maximum(values, unknown) + self.variance
+        values = torch.maximum(values, 1e-12 * values.amax(1, keepdim=True) + 1e-300)
         along = (vectors.mT @ residual.double().flatten(1)[..., None])[..., 0]
         weights = (vectors @ (along / values)[..., None])[..., 0]
         change = sum(like(weights[:, i], moment.x) * column for i, column in enumerate(columns))

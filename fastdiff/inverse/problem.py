@@ -206,10 +206,11 @@ def conjugate_gradients(
     apply: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float = 1e-6
 ) -> Tensor:
     """S⁻¹ b [B, *] for a symmetric positive definite S, each sample by its own steps (Hestenes & Stiefel 1952); a sample whose
-    residual is below `tolerance` of b, or whose S is not positive along the step, stands still."""
+    residual is below `tolerance` of b, or whose S is not positive along the step, stands still. Returned is the iterate of the
+    least residual: a trained network's Jacobian is not symmetric, and the later ones may diverge."""
     x, r = torch.zeros_like(b), b
     p, rr = r, dot(r, r)
-    least = tolerance**2 * rr
+    least, best, lowest = tolerance**2 * rr, x, rr
     for k in range(iterations):
         sp = apply(p)
         curvature = dot(p, sp)
@@ -220,6 +221,8 @@ def conjugate_gradients(
         x = x + like(step, b) * p
         r = r - like(step, b) * sp
         after = dot(r, r)
+        best = torch.where(like(after < lowest, b) > 0, x, best)
+        lowest = torch.minimum(after, lowest)
         p = r + like(torch.where(going, after / rr.where(going, 1.0), 0.0), b) * p
         rr = torch.where(going, after, rr)
-    return x
+    return best
