@@ -178,6 +178,7 @@ def sample(
                   of x0
     cond          a tensor or a dict of tensors with a leading num_samples axis, handed to the network as ScoreModel says; a model
                   that was trained with labels must be given them
+    guidance      an object of fastdiff.guidance, such as ClassifierFree(3.0), or of fastdiff.inverse, or a list, applied in order
     dtype         of the result; the run is float32, or float64 when that is asked for
     check         "final", "every" row or "off": where a run that is not finite is refused with NonFiniteError
                   (those that choose their steps look at each, whatever this says)
