@@ -24,6 +24,7 @@ from torch import nn
 from watching import NOT_WHILE_CAPTURING, Tape, on_tape
 
 import fastdiff
+from fastdiff import guidance
 from fastdiff.errors import ConfigError, GraphError, NonFiniteError
 from fastdiff.execution import cuda_graph, graphs, loop, ops
 from fastdiff.networks import MLP
@@ -1276,3 +1277,48 @@ def test_without_a_device_the_reason_is_said():
     _, info = fastdiff.sample(lambda x, t: -x, "vp", 5, shape=(2,), return_info=True, device="cpu")
     assert info.engine == "eager"
     assert "CUDA graphs need a CUDA device" in info.why
+
+
+# --- guidance ------------------------------------------------------------------------------------------------------------
+
+
+class Labelled(Net):
+    """Net of a label beside x."""
+
+    def forward(self, x, t, y):
+        return super().forward(x, t) + 0.3 * y.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def labelled(device, net=None):
+    net = Labelled(device) if net is None else net
+    return fastdiff.ScoreModel(net, "vp", "score", "t", (3, 5), num_classes=3, cond_dropout=0.1)
+
+
+@pytest.mark.parametrize(("sampler", "count"), [("euler_maruyama", 3), ("heun", 6), ("pc", 3)])
+def test_guided_rows_are_captured_with_both_outputs(captures, sampler, count):
+    """Each with the weight that the table holds then, and those beyond the interval with one output."""
+    device = captures.device
+    model, weaker = labelled(device), labelled(device)
+    cond = torch.arange(4, device=device) % 3
+    auto, steps = guidance.Auto(weaker, 2.0, interval=(0.3, 50.0)), {"steps": 12, "num_samples": 4, "sampler": sampler}
+    for given in (guidance.ClassifierFree(3.0, interval=(0.3, 50.0)), auto):
+        captures.clear()
+        for seed, labels in ((0, cond), (1, cond.flip(0))):
+            options = {**steps, "cond": labels, "seed": seed}
+            runs = [fastdiff.sample(model, engine=engine, guidance=given, **options) for engine in ("graph", "eager")]
+            assert torch.equal(*runs)
+            assert not torch.equal(runs[0], fastdiff.sample(model, engine="eager", **options))
+        kinds = len(captures)
+        assert kinds >= count
+        other = type(given)(*([weaker] if given is auto else []), 1.5, interval=(0.3, 50.0))
+        runs = [
+            fastdiff.sample(model, engine=engine, guidance=other, cond=cond, **steps) for engine in ("graph", "eager")
+        ]
+        assert torch.equal(*runs)
+        # classifier-free guidance is the model's own network, whose graphs any later run finds
+        assert (len(captures) == kinds) == (given is not auto)
+        with torch.no_grad():
+            weaker.net.weight.fill_(-0.2)
+            model.net.shift.fill_(0.3)
+        options = {**steps, "cond": cond, "guidance": given}
+        assert torch.equal(*(fastdiff.sample(model, engine=engine, **options) for engine in ("graph", "eager")))
