@@ -10,9 +10,9 @@ from torch import Tensor
 from .. import checks
 from ..errors import ConfigError, short
 from ..guidance.base import Guidance, Moment, Setting, gradient
-from ..guidance.state import Arrival, StateBound
 from ..table import StepTable
 from .problem import Measurement, Problem
+from .state import Arrival, StateBound
 
 
 @dataclass(frozen=True, eq=False)

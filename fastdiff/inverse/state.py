@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..execution.loop import Change
+from ..guidance.base import Bound
 from ..planning.jumps import with_jumps
 from ..table import Level, Row, StepTable
-from .base import Bound
 
 DATA = Level(0.0, 1.0, 0.0)  # where the last row is taken to end: its state is returned as data
 
