@@ -19,9 +19,9 @@ from .execution import loop, ops, tensor_checks
 from .execution.calls import device_of
 from .execution.modes import leaves_no_trace
 from .guidance.base import Setting, guided
-from .guidance.state import state_changes
 from .inverse.inpainting import Task, colorization, inpainting
 from .inverse.own_steps import OwnSteps, Steps
+from .inverse.state import state_changes
 from .model import ScoreModel, as_model, check_path, opened
 from .planning import chains, processes, samplers
 from .planning.coverage import STANDARDIZED, misfit

@@ -302,8 +302,8 @@ def guided(guidance: Any, setting: Setting, rows: bool = False) -> tuple[ScoreMo
     for one in each:
         if not isinstance(one, Guidance):
             raise ConfigError(
-                f"guidance must be an object of fastdiff.guidance or fastdiff.inverse, or a list of them, got {short(one, 40)}: "
-                "guidance=None for none"
+                "guidance must be an object of fastdiff.guidance or fastdiff.inverse, or a list of them, got "
+                f"{short(one)}: for none use guidance=None"
             )
     require_linear(model.process, "guidance", "use VE, VP or another process with alpha and sigma")
     tensor_checks.check_condition(setting.cond, setting.count, setting.device, not model.cond_shape)

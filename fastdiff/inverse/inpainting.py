@@ -54,6 +54,7 @@ def method_of(method: Any) -> Callable[[Any], Any]:
 def inpainting(known: Any, mask: Any, shape: tuple[int, ...], count: int, device: torch.device, method: Any) -> Task:
     """Samples of `shape` whose part under the mask is known: see fastdiff.inpaint."""
     made = method_of(method)
+    shared = isinstance(known, Tensor) and known.ndim == len(shape) and count > 0
     known, mask = arranged(known, mask, shape, count, device)
 
     def finish(x: Tensor) -> Tensor:
@@ -64,7 +65,8 @@ def inpainting(known: Any, mask: Any, shape: tuple[int, ...], count: int, device
         return Task((Replacement if nothing_to_do else made)((known, mask)), finish)
     if bool((mask == mask[:1]).all()):
         operator = Mask(mask[0])
-        return Task(made(Problem(operator.A(known), operator, 0.0)), finish)
+        y = operator.A(known[:1])[0] if shared else operator.A(known)
+        return Task(made(Problem(y, operator, 0.0)), finish)
     return Task(EachMasked(known.masked_fill(~mask, 0.0), mask, made), finish)
 
 
@@ -73,6 +75,7 @@ def colorization(gray: Any, weights: Any, shape: tuple[int, ...], method: Any) -
     made, operator = method_of(method), Grayscale(weights)
     tensor_checks.check_dense("gray", gray)
     tensor_checks.check_floating("gray", gray)
+    tensor_checks.check_finite("gray", gray)
     if len(shape) < 2 or shape[0] < 2:
         raise ShapeError(f"colorize needs a model of samples [C, *] with two channels or more, and its are {shape}")
     plain = gray[None] if tuple(gray.shape) == shape[1:] else gray

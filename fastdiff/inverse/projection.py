@@ -12,8 +12,8 @@ from .. import checks
 from ..execution import ops
 from ..execution.noise import MEASUREMENTS
 from ..guidance.base import Guidance, Setting
-from ..guidance.state import Arrival, StateBound
 from .problem import Measurement, Problem, conjugate_gradients, dot
+from .state import Arrival, StateBound
 
 ITERATIONS = 100  # of conjugate gradients at the most, which call no network
 

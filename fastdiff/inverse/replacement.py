@@ -12,10 +12,10 @@ from .. import checks
 from ..errors import ConfigError, DataError, DTypeError, ShapeError
 from ..execution import tensor_checks
 from ..guidance.base import Guidance, Setting
-from ..guidance.state import StateBound
 from .operators import Mask
 from .problem import Measurement, Problem
 from .projection import Projection
+from .state import StateBound
 
 
 @dataclass(frozen=True, eq=False)
