@@ -202,6 +202,47 @@ def test_samples_do_not_depend_on_the_batch(name, sampler):
     assert bool(runs[0].isfinite().all())
 
 
+def test_weights_stay_in_the_rows_beside_what_changes_the_state():
+    """Part of the samples is known, the rest follows the condition: one pass, with the numbers of the guided network's own."""
+    problem = fastdiff.inverse.Problem(torch.tensor([0.5]), fastdiff.inverse.Mask(torch.tensor([True, False])), 0.0)
+    model = exact()
+    both = [ClassifierFree(2.0), fastdiff.inverse.Replacement(problem)]
+    found, info = draw(model, both, sampler="euler_maruyama", dtype=F64, return_info=True)
+    assert model.net.seen == [12] * 8
+    assert info.table.guides
+    assert torch.equal(found[:, 0], torch.full((6,), 0.5, dtype=F64))
+    unfused = draw(model, [*both, NOTHING], sampler="euler_maruyama", dtype=F64)
+    torch.testing.assert_close(found, unfused, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", GUIDANCES)
+def test_networks_of_half_precision_guide_states_of_full_precision(name):
+    """What is computed of the prediction stands in the state's dtype, and so does the time; no gradient is left of either."""
+    torch.manual_seed(0)
+    seen, given = [], GUIDANCES[name]
+
+    def classifier(x, t):
+        seen.append((x.dtype, t.dtype, x.shape))
+        return -((x[:, None] - MEANS.to(x)) ** 2).sum(2)
+
+    net = MLP((2,), num_classes=3, hidden=32)
+    nn.init.normal_(net.out.weight, std=0.1)
+    model = fastdiff.ScoreModel(net, "vp", "v", data_shape=(2,), cond_dropout=0.1)
+    given = Auto(model, 2.0) if name == "auto" else Classifier(classifier, 1) if name == "classifier" else given
+    runs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        net.to(dtype)
+        runs.append(draw(model, given, 7, sampler="ddim"))
+        with torch.inference_mode():
+            assert torch.equal(draw(model, given, 7, sampler="ddim"), runs[-1])
+    assert runs[1].dtype == torch.float32
+    assert not runs[1].requires_grad
+    torch.testing.assert_close(*runs, rtol=0.02, atol=0.02)
+    assert {kind[:2] for kind in seen} <= {(torch.float32, torch.float32)}
+    if name != "of each sample":
+        assert draw(model, given, 0, sampler="ddim").shape == (0, 2)
+
+
 # --- Gaussians: what the guided process ends in ------------------------------------------------------------------------------
 
 A, B = (1.0, 0.25), (-0.3, 1.0)  # mean and variance with the condition and without
