@@ -149,6 +149,15 @@ def test_every_kind_of_row_takes_the_weight(sde, sampler, steps):
     assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 
 
+def test_clipped_rows_that_use_the_output_as_it_is_use_the_guided_one():
+    """DDIM of diffusers, clip_sample=True: x0 is clipped, ε is not."""
+    model, options = exact(VP, "eps"), {"sampler": samplers.DDIM(clips_eps=False), "clip": (-0.8, 0.8), "dtype": F64}
+    found, info = draw(model, ClassifierFree(2.5), return_info=True, **options)
+    assert any(row.raw for row in info.table.rows)
+    unfused = draw(model, [ClassifierFree(2.5), NOTHING], **options)
+    torch.testing.assert_close(found, unfused, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler_maruyama", "heun", "unipc", "pc", "rk45", "adaptive_sde"])
 @pytest.mark.parametrize("prediction", ["eps", "edm"])
 def test_scale_one_is_the_conditional_run_and_zero_the_unconditional_one(sampler, prediction):
@@ -540,6 +549,8 @@ def test_the_weaker_model_may_have_another_prediction_and_time():
 def test_a_table_keeps_its_weights():
     model = exact()
     x, info = draw(model, ClassifierFree(2.0, interval=(0.2, 4)), return_info=True)
+    _, other = draw(model, ClassifierFree(3.0, interval=(0.2, 4)), return_info=True)
+    assert [row.guidance for row in other.table.rows] == [1 + 2 * (row.guidance - 1) for row in info.table.rows]
     options = {"steps": None, "table": info.table}
     assert torch.equal(draw(model, ClassifierFree(2.0, interval=(0.2, 4)), **options), x)
     assert torch.equal(draw(model, ClassifierFree(1.0), **options), draw(model))
