@@ -23,7 +23,7 @@ from .execution.modes import evaluating
 from .execution.noise import PRIOR
 from .model import ScoreModel  # fmt: skip
 from .planning import samplers
-from .probability_flow import Flow, ReverseSDE, Trace, denoised
+from .probability_flow import Flow, ReverseSDE, Trace, denoised, end_time
 from .table import StepTable
 
 MAX_FEATURES = 2**28  # bytes of the time features of a whole run; beyond, the network makes them in each row
@@ -350,6 +350,19 @@ def _slots(trajectory: int, rows: int) -> dict[int, list[int]]:
 
 
 # --- a solver that chooses its steps ---------------------------------------------------------------------------------
+
+
+def adaptive_span(
+    model: ScoreModel, sde: Any, t_min: float | None, solver: samplers.Adaptive | samplers.AdaptiveSDE
+) -> tuple[float, float]:
+    """The process times between which a solver that chooses its steps runs, checked."""
+    process = model.process
+    end = end_time(model, sde, t_min, solver.default_t_min(process))
+    if end >= process.t_start:
+        raise ConfigError(
+            f"t_min must be below {process.t_start:g}, where the run starts, got {end:g}: give a smaller one"
+        )
+    return process.t_start, end
 
 
 def run_adaptive(

@@ -27,8 +27,7 @@ from .planning import chains, processes, samplers
 from .planning.coverage import STANDARDIZED, misfit
 from .planning.plan import MAX_STEPS, check_table, make_table
 from .planning.predictions import TimeInput
-from .probability_flow import end_time
-from .runs import Request, Result, run_adaptive, run_table
+from .runs import Request, Result, adaptive_span, run_adaptive, run_table
 from .table import StepTable
 
 
@@ -279,15 +278,11 @@ def sample(
                 "inverse.MMPS"
             )
         _refuse_fixed(solver, steps=steps, grid=grid, clip=pair, noise=noise, callback=callback)
-        end = end_time(unguided, sde, t_min, solver.default_t_min(process))
-        if end >= process.t_start:
-            raise ConfigError(
-                f"t_min must be below {process.t_start:g}, where the run starts, got {end:g}: give a smaller one"
-            )
+        start, end = adaptive_span(unguided, sde, t_min, solver)
         result = run_adaptive(
             request(),
             solver,
-            process.t_start,
+            start,
             end,
             batch=batch,
             trajectory=trajectory,

@@ -18,7 +18,7 @@ import fastdiff
 from fastdiff import errors, inverse, samplers
 from fastdiff.cli import commands
 from fastdiff.execution.noise import MEASUREMENTS, PRIOR, SAMPLER
-from fastdiff.planning.jumps import with_jumps
+from fastdiff.inverse.jumps import with_jumps
 from fastdiff.table import Row
 
 NAN = math.nan

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ModelOutputError
+from ..errors import ConfigError, ModelOutputError, short
 from ..execution.calls import like
 from ..execution.loop import Condition
 from ..model import ScoreModel
@@ -179,7 +179,8 @@ def guided(guidance: Any, setting: Setting) -> tuple[ScoreModel, Condition, list
     for one in each:
         if not isinstance(one, Guidance):
             raise ConfigError(
-                f"guidance must be an object of fastdiff.guidance or fastdiff.inverse, or a list of them, got {one!r:.60}"
+                "guidance must be an object of fastdiff.guidance or fastdiff.inverse, or a list of them, got "
+                f"{short(one)}: for none use guidance=None"
             )
     model = setting.model
     require_linear(model.process, "guidance", "use VE, VP or another process with alpha and sigma")

@@ -63,9 +63,11 @@ class Dense(GaussianBound):
             s[:, i] = measured.forward(columns[-1]).double().flatten(1)
         # a trained network's Jacobian is no covariance: its symmetric part, in which nothing below the size of the other is known
         values, vectors = torch.linalg.eigh((s + s.mT) / 2)
-        unknown = torch.linalg.matrix_norm((s - s.mT) / 2, 2)[:, None]
+        unknown = torch.linalg.matrix_norm((s - s.mT) / 2)[:, None] / math.sqrt(
+            2
+        )  # at least its largest singular value
         values = torch.maximum(values, unknown) + self.variance
-        values = values.clamp(min=1e-12 * float(values.max() if values.numel() else 1) + 1e-300)
+        values = torch.maximum(values, 1e-12 * values.amax(1, keepdim=True) + 1e-300)
         along = (vectors.mT @ residual.double().flatten(1)[..., None])[..., 0]
         weights = (vectors @ (along / values)[..., None])[..., 0]
         change = sum(like(weights[:, i], moment.x) * column for i, column in enumerate(columns))

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..execution.loop import Change
 from ..guidance.base import Bound
-from ..planning.jumps import with_jumps
 from ..table import Level, Row, StepTable
+from .jumps import with_jumps
 
 DATA = Level(0.0, 1.0, 0.0)  # where the last row is taken to end: its state is returned as data
 
@@ -35,9 +35,7 @@ class StateBound(Bound):
 
     guides, follows = False, True
     jumps: tuple[int, int] | None = None  # RePaint's jump_length and resamplings
-    known: tuple[Tensor, Tensor] | None = (
-        None  # x0 in the network's units where the mask, the second, is True; [count, *]
-    )
+    known: tuple[Tensor, Tensor] | None = None  # x0 in the network's units, and the mask where it is; [count, *]
 
     def retabled(self, table: StepTable) -> StepTable:
         """The table to run, ConfigError where the method has no meaning on some row."""
