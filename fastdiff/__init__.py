@@ -5,7 +5,7 @@ Public is what this module shows; the packages `planning` and `execution` are th
 
 import sys as _sys
 
-from . import errors, losses, mcmc, metrics, networks, training
+from . import errors, guidance, inverse, losses, mcmc, metrics, networks, training
 from .conventions import Check, check
 from .data import Data, dequantize, load_data
 from .execution import graphs
@@ -16,9 +16,9 @@ from .model import ScoreModel
 from .planning import grids, predictions, processes, samplers, schedules
 from .planning.plan import plan
 from .planning.processes import DDPM, EDM, NCSN, OU, VE, VP, SubVP
-from .sampling import SampleInfo, sample
+from .sampling import SampleInfo, colorize, inpaint, sample
 from .table import StepTable
-from .training import Training, load, load_tensors, posthoc_ema, save, train
+from .training import TimeClassifier, Training, load, load_tensors, posthoc_ema, save, train, train_classifier
 
 models = networks  # its former name
 
@@ -47,17 +47,22 @@ __all__ = [
     "ScoreModel",
     "StepTable",
     "SubVP",
+    "TimeClassifier",
     "Training",
     "VariationalBound",
     "bits_per_dim",
     "check",
+    "colorize",
     "decode",
     "dequantize",
     "encode",
     "errors",
     "graphs",
     "grids",
+    "guidance",
+    "inpaint",
     "interpolate",
+    "inverse",
     "load",
     "load_data",
     "load_tensors",
@@ -77,6 +82,7 @@ __all__ = [
     "save",
     "schedules",
     "train",
+    "train_classifier",
     "training",
     "vlb",
 ]

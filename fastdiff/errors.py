@@ -166,6 +166,12 @@ class RankError(FastdiffError, RuntimeError):
         return type(self), (str(self), self.ranks)
 
 
+def reason(error: BaseException) -> str:
+    """Why something failed, on one line, without the path, which the message names already."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:80] or type(error).__name__
+
+
 def one_line(message: str) -> str:
     """A message on one line of printable characters; a long one without its middle, where what was given stands."""
     message = printable(message)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import ConfigError, FastdiffError, WriteError, short
+from .errors import reason as reason  # what a message of a file says after its name
 
 try:
     import fcntl
@@ -41,12 +42,6 @@ def shown(path: os.PathLike[str] | str) -> str:
     text = os.fspath(path)
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= 60 else f"…{text[-59:]}"
-
-
-def reason(error: BaseException) -> str:
-    """Why something failed, without the path, which the message names already."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:80] or type(error).__name__
 
 
 def open_regular(path: Path) -> IO[bytes]:

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,15 +18,48 @@ from .errors import ConfigError, DataError, DTypeError, GraphError, SolverError,
 from .execution import cuda_graph, graphs, monitor, ops, tensor_checks, verify
 from .execution.adaptive import Solution
 from .execution.calls import answer, dtype_of, memory_format_of, owned, picked, takes_features, time_features
-from .execution.loop import Condition, Draw, Loop, network_times
+from .execution.loop import UNCHANGED, Change, Condition, Draw, Loop, network_times
 from .execution.modes import evaluating
 from .execution.noise import PRIOR
 from .model import ScoreModel  # fmt: skip
 from .planning import samplers
-from .probability_flow import Flow, ReverseSDE, Trace, denoised
+from .probability_flow import Flow, ReverseSDE, Trace, denoised, end_time
 from .table import StepTable
 
 MAX_FEATURES = 2**28  # bytes of the time features of a whole run; beyond, the network makes them in each row
+
+
+class Guide(Protocol):
+    """What gives rows that guide a second output (fastdiff.guidance).
+
+    net   that of the run, or a module of it and another
+    key   what a capture bakes in beside the network
+    """
+
+    net: Any
+    key: tuple[Any, ...]
+
+    def weighed(self, table: StepTable) -> StepTable:
+        """The table with the weights of its rows."""
+
+    def conditions(self, cond: Condition) -> Condition:
+        """A run's condition as a call is given it."""
+
+    def features(self, times: Tensor, rows: int, most: int) -> Tensor | None:
+        """Time features, as execution.calls.time_features makes them, or None."""
+
+    def __call__(self, x: Tensor, time: Tensor, features: Tensor | None, cond: Any, guides: bool = False) -> Any:
+        """A Network of fastdiff.execution.loop."""
+
+
+class Changes(Protocol):
+    """What a run of a table does to its states beside what the rows say."""
+
+    masks: bool  # whether part of the states is known
+    uncaptured: str | None  # why its rows cannot be captured
+
+    def of(self, table: StepTable, lo: int, hi: int) -> Change:
+        """For samples lo … hi − 1."""
 
 
 class _Stopped(Exception):
@@ -59,6 +92,7 @@ class Request:
     engine: str
     check: str
     start_name: str = "x_init"
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         if self.x_init is not None:
@@ -67,7 +101,12 @@ class Request:
         finite = self.finite and not self.model.cond_shape  # of which the model looks for itself: NaN may mean "none"
         tensor_checks.check_condition(self.cond, self.count, self.device, finite)
         cond = self.model.condition(tensor_checks.resolved(self.cond), self.count, looks=True)
-        object.__setattr__(self, "cond", cond)
+        object.__setattr__(self, "cond", cond if self.guide is None else self.guide.conditions(cond))
+
+    @property
+    def net(self) -> Any:
+        """The network, or a module of all networks that the run calls."""
+        return self.model.net if self.guide is None else self.guide.net
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,9 +148,9 @@ class Result:
 
 
 @contextlib.contextmanager
-def _running(model: ScoreModel, progress: bool | None, total: int, what: str, unit: str) -> Iterator[Any]:
+def _running(net: Any, progress: bool | None, total: int, what: str, unit: str) -> Iterator[Any]:
     """Evaluation mode, no gradients, an NVTX range and a progress bar, which is what it yields."""
-    with evaluating(model.net), torch.no_grad(), monitor.range(what), monitor.bar(progress, total, what, unit) as bar:
+    with evaluating(net), torch.no_grad(), monitor.range(what), monitor.bar(progress, total, what, unit) as bar:
         yield bar
 
 
@@ -127,6 +166,7 @@ def run_table(
     trajectory: int = 0,
     callback: Callable[[int, float, Tensor], object] | None = None,
     progress: bool | None = None,
+    changes: Changes | None = None,
 ) -> Result:
     """Run the table for all samples, `batch` at a time. Arguments as in `fastdiff.sample`."""
     if request.x_init is None and math.isnan(table.prior_std):
@@ -137,15 +177,22 @@ def run_table(
         _refuse_batch(
             batch, request.count, "norm='batch' takes its step from the whole batch; use norm='sample', corrector='ald'"
         )
-    draws = None if noise is None else _CallersNoise(request, table, noise)
-    loops = _Loops(request, table, noise)
+    if request.guide is not None:
+        table = request.guide.weighed(table)
+    elif table.guides:
+        raise ConfigError(
+            "table has rows with a guidance weight, and the run has no second output for them: give "
+            "guidance=guidance.ClassifierFree(scale), or the table that it was made of"
+        )
+    draws = None if noise is None else _CallersNoise(request, table, noise, changes is not None and changes.masks)
+    loops = _Loops(request, table, noise, changes)
     result = torch.empty(request.shape, dtype=request.dtype, device=request.device)
     states = result.new_empty((trajectory, *request.shape)) if trajectory else None
     bounds = [(lo, min(lo + batch, request.count)) for lo in range(0, request.count, batch)] if result.numel() else []
     # a noise callable is called once for each row, so then all batches walk the rows together
     groups = [bounds] if callable(noise) else [[bound] for bound in bounds]
     slots, last = _slots(trajectory, len(table)), len(table) - 1
-    with _running(request.model, progress, len(table) * len(bounds), "sample", "row") as bar, loops:
+    with _running(request.net, progress, len(table) * len(bounds), "sample", "row") as bar, loops:
         for group in groups:
             runs = [loops.run(lo, hi, len(group) > 1, None if draws is None else draws.of(lo, hi)) for lo, hi in group]
             for k, now in enumerate(zip(*runs, strict=True), start=-1):
@@ -165,11 +212,14 @@ def run_table(
 class _Loops(contextlib.ExitStack):
     """The loops of one run of a table, one for each number of samples; as a context it gives borrowed graphs back."""
 
-    def __init__(self, request: Request, table: StepTable, noise: Any) -> None:
+    def __init__(self, request: Request, table: StepTable, noise: Any, changes: Changes | None) -> None:
         super().__init__()
-        net, device = request.model.net, request.device
-        self.request, self.table = request, table
+        net, device = request.net, request.device
+        self.request, self.table, self.changes = request, table, changes
+        self.masked = changes is not None and changes.masks
         uncaptured = graphs.obstacle(net, device, len(table), noise, request.engine)
+        if changes is not None and uncaptured is None:
+            uncaptured = changes.uncaptured
         if table.finishing and uncaptured is None:
             uncaptured = "some rows have operations of their own after the step"
         self.backend, self.engine, self.why = request.resolve(uncaptured)
@@ -184,9 +234,14 @@ class _Loops(contextlib.ExitStack):
             raise raised[1].error
         return stopped
 
-    def _answer(self, *args: Any) -> tuple[Tensor, Tensor | None]:
+    def _answer(self, *args: Any) -> Any:
+        request = self.request
         try:
-            return answer(self.request.model.net, self.request.model.variance, *args)
+            return (
+                answer(request.model.net, request.model.variance, *args)
+                if request.guide is None
+                else request.guide(*args)
+            )
         except StopIteration as error:
             raise _Stopped(error) from None
 
@@ -198,29 +253,31 @@ class _Loops(contextlib.ExitStack):
         request = self.request
         cond, first = owned(picked(request.cond, slice(lo, hi))), request.first_sample + lo
         x_init = None if request.x_init is None else request.x_init[lo:hi].detach()
+        change = UNCHANGED if self.changes is None else self.changes.of(self.table, lo, hi)
         loop = None if beside else self.loops.get(hi - lo)
         if loop is None:
             loop = self.loops[hi - lo] = self._loop(hi - lo, cond)
-        states = loop.run(self._answer, cond, first, x_init, noise)
+        states = loop.run(self._answer, cond, first, x_init, noise, change)
         try:
             start = next(states)
         except GraphError as error:
             self._fall_back(error)
             loop = self.loops[hi - lo] = self._loop(hi - lo, cond)
-            states = loop.run(self._answer, cond, first, x_init, noise)
+            states = loop.run(self._answer, cond, first, x_init, noise, change)
             start = next(states)
         return itertools.chain((start,), states)
 
     @functools.cached_property
     def features(self) -> Tensor | None:
         """The time features of each row, [rows, *], if the network can make them beforehand."""
-        net = self.request.model.net
+        net, guide = self.request.model.net, self.request.guide
         if not takes_features(net):
             return None
         times = torch.tensor(
             network_times(self.table, self.time_dtype), dtype=self.time_dtype, device=self.request.device
         )
-        return time_features(net, times, self.capacity, MAX_FEATURES)
+        make = functools.partial(time_features, net) if guide is None else guide.features
+        return make(times, self.capacity, MAX_FEATURES)
 
     @property
     def capacity(self) -> int:
@@ -229,7 +286,7 @@ class _Loops(contextlib.ExitStack):
 
     def _loop(self, count: int, cond: Condition) -> Loop:
         """A loop for `count` samples at a time."""
-        request, net = self.request, self.request.model.net
+        request, net = self.request, self.request.net
         shape, dtype, device = (count, *request.model.data_shape), request.dtype, request.device
 
         def make(make_loop: Callable[..., Any] = Loop) -> Any:
@@ -246,6 +303,7 @@ class _Loops(contextlib.ExitStack):
                 self.features,
                 seed=request.seed,
                 check=request.check,
+                masked=self.masked,
             )
 
         if self.engine == "graph":
@@ -254,7 +312,7 @@ class _Loops(contextlib.ExitStack):
             # what follows from the network's own tensors, such as its dtype, is in its fingerprint
             key = (
                 shape, dtype, device, self.time_dtype, request.check, self.backend, of_cond, self.capacity,
-                cuda_graph.surroundings(device),
+                self.masked, cuda_graph.surroundings(device), None if request.guide is None else request.guide.key,
             )  # fmt: skip
             graph_loop = functools.partial(graphs.GraphLoop, self.capacity, net)
             try:
@@ -281,7 +339,7 @@ class _Loops(contextlib.ExitStack):
         refused = verify.refusal(self.request.device)  # of which a warning has been given
         reason = refused or f"the network cannot be captured as CUDA graphs ({error})"
         if not refused and "out of memory" not in str(error):  # which a smaller batch need not meet
-            graphs.refuse(self.request.model.net, reason)
+            graphs.refuse(self.request.net, reason)
         if self.request.engine == "graph":
             raise GraphError(f"{reason}: use engine='auto' or 'eager'") from error
         _, self.engine, self.why = self.request.resolve(reason)
@@ -296,12 +354,12 @@ class _Loops(contextlib.ExitStack):
 class _CallersNoise:
     """The noise [rows, count, *] that the caller gives, a tensor or a callable row -> [count, *]."""
 
-    def __init__(self, request: Request, table: StepTable, noise: Any) -> None:
+    def __init__(self, request: Request, table: StepTable, noise: Any, masked: bool) -> None:
         self.request, self.noise = request, noise
         self.last: tuple[int, Tensor] | None = None  # a callable is called once for each row
         if isinstance(noise, Tensor):
             tensor_checks.check_tensor("noise", noise, (len(table), *request.shape), request.device, finite=False)
-            drawn = [k for k, row in enumerate(table.rows) if row.draws]
+            drawn = [k for k, row in enumerate(table.rows) if row.draws or (masked and k + 1 < len(table))]
             if request.finite and not math.isfinite(noise.detach().sum(dtype=torch.float64)):
                 tensor_checks.check_finite("noise", noise[drawn])  # rows that draw none may hold anything
         elif not callable(noise):
@@ -334,6 +392,19 @@ def _slots(trajectory: int, rows: int) -> dict[int, list[int]]:
 
 
 # --- a solver that chooses its steps ---------------------------------------------------------------------------------
+
+
+def adaptive_span(
+    model: ScoreModel, sde: Any, t_min: float | None, solver: samplers.Adaptive | samplers.AdaptiveSDE
+) -> tuple[float, float]:
+    """The process times between which a solver that chooses its steps runs, checked."""
+    process = model.process
+    end = end_time(model, sde, t_min, solver.default_t_min(process))
+    if end >= process.t_start:
+        raise ConfigError(
+            f"t_min must be below {process.t_start:g}, where the run starts, got {end:g}: give a smaller one"
+        )
+    return process.t_start, end
 
 
 def run_adaptive(
@@ -400,7 +471,7 @@ def follow(
     """
     operations = request.operations
     parts: list[Solution] = []
-    with _running(request.model, progress, len(x), what, "sample") as bar:
+    with _running(request.net, progress, len(x), what, "sample") as bar:
         for lo in range(0, len(x), batch):
             hi = min(lo + batch, len(x))
             x_part, cond = x[lo:hi], picked(request.cond, slice(lo, hi))

@@ -15,16 +15,19 @@ from torch import Tensor
 
 from . import checks
 from .errors import ConfigError, DataError, DTypeError, choose, names_keywords, short, warn
-from .execution import loop, tensor_checks
+from .execution import loop, ops, tensor_checks
 from .execution.calls import device_of
 from .execution.modes import leaves_no_trace
+from .guidance.base import Setting, guided
+from .inverse.inpainting import Task, colorization, inpainting
+from .inverse.own_steps import OwnSteps, Steps
+from .inverse.state import state_changes
 from .model import ScoreModel, as_model, check_path, opened
 from .planning import chains, processes, samplers
 from .planning.coverage import STANDARDIZED, misfit
 from .planning.plan import MAX_STEPS, check_table, make_table
 from .planning.predictions import TimeInput
-from .probability_flow import end_time
-from .runs import Request, run_adaptive, run_table
+from .runs import Request, Result, adaptive_span, run_adaptive, run_table
 from .table import StepTable
 
 
@@ -175,6 +178,7 @@ def sample(
                   of x0
     cond          a tensor or a dict of tensors with a leading num_samples axis, handed to the network as ScoreModel says; a model
                   that was trained with labels must be given them
+    guidance      an object of fastdiff.guidance, such as ClassifierFree(3.0), or of fastdiff.inverse, or a list, applied in order
     dtype         of the result; the run is float32, or float64 when that is asked for
     check         "final", "every" row or "off": where a run that is not finite is refused with NonFiniteError
                   (those that choose their steps look at each, whatever this says)
@@ -201,8 +205,6 @@ def sample(
     """
     began = time.perf_counter()
     choose("check", check, loop.CHECKS)
-    if guidance is not None:
-        raise ConfigError("guidance is not built in this version: wrap the model instead, or leave guidance=None")
     seed = secrets.randbits(64) if seed is None else checks.integer("seed", seed, 0, 2**64 - 1)
     first_sample = checks.integer("first_sample", first_sample, 0, 2**32 - 1)
     num_samples = checks.integer("num_samples", num_samples, 0, 2**32 - first_sample)
@@ -236,32 +238,54 @@ def sample(
             f"num_samples={num_samples} of shape {model.data_shape} need more than 2**48 numbers: ask for fewer"
         )
     dtype, state_dtype = _dtypes(dtype, x_init)
+    place, unguided, changes, guide = device_of(device, x_init, model.net), model, None, None
+    if table is None:
+        process, solver = _process_and_sampler(model, sde, steps, sampler)
+    if guidance is not None and not isinstance(guidance, OwnSteps):
+        setting = Setting(model, num_samples, state_dtype, place, seed, first_sample, cond, batch)
+        fixed = table is not None or not isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE))
+        model, cond, bound, guide = guided(guidance, setting, rows=fixed)
+        changes = state_changes(bound)
     if table is not None:
         check_path(sde, model.process)
         table = check_table(table, model.prediction, model.time_input, model.process)
-    else:
-        process, solver = _process_and_sampler(model, sde, steps, sampler)
-    place = device_of(device, x_init, model.net)
     if (model.range_given or model.standardize is not None) and x_init is None and table is None:
         low, high = model.data_range if model.standardize is None else STANDARDIZED
         spread = (high - low) / 8 if t_min is None and (grid is None or isinstance(grid, str)) else None
         said = misfit(process, max(abs(low), abs(high)), spread)
         if said is not None:
             warn(said)
+    # made, and so its tensors looked at, once the rest is known to be right
     request = functools.partial(
-        Request, model, num_samples, seed, first_sample, cond, x_init, state_dtype, place, backend, engine, check
-    )  # made, and so its tensors looked at, once the rest is known to be right
-    if table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
-        _refuse_fixed(solver, steps=steps, grid=grid, clip=pair, noise=noise, callback=callback)
-        end = end_time(model, sde, t_min, solver.default_t_min(process))
-        if end >= process.t_start:
+        Request, model, num_samples, seed, first_sample, cond, x_init, state_dtype, place, backend, engine, check, guide=guide
+    )  # fmt: skip
+    if isinstance(guidance, OwnSteps):
+        _refuse_own(
+            guidance, x_init, noise=noise, callback=callback, trajectory=trajectory or None, table=table, clip=pair
+        )
+        if sampler is None:
+            solver = samplers.get(guidance.sampler, process)
+        steps = guidance.steps if steps is None and grid is None else steps
+        table = make_table(
+            process, solver, steps, prediction="x0", time_input="t", clock=model.process,
+            grid=guidance.grid if grid is None else grid, t_min=t_min, denoise=denoise,
+        )  # fmt: skip
+        ran = request().resolve("the method has steps of its own")
+        setting = Setting(model, num_samples, state_dtype, place, seed, first_sample, cond)
+        x, calls = guidance.run(Steps(setting, table, ops.backend_module(ran[0]), batch, progress))
+        result = Result(x, None, calls, *ops.ran(place, *ran), table)
+    elif table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
+        if changes is not None:
             raise ConfigError(
-                f"t_min must be below {process.t_start:g}, where the run starts, got {end:g}: give a smaller one"
+                f"guidance changes the state after each row, and sampler {solver.name!r} has none: use one of fixed steps, or "
+                "inverse.MMPS"
             )
+        _refuse_fixed(solver, steps=steps, grid=grid, clip=pair, noise=noise, callback=callback)
+        start, end = adaptive_span(unguided, sde, t_min, solver)
         result = run_adaptive(
             request(),
             solver,
-            process.t_start,
+            start,
             end,
             batch=batch,
             trajectory=trajectory,
@@ -274,9 +298,11 @@ def sample(
                 process, solver, steps, prediction=model.prediction, time_input=model.time_input, clock=model.process, grid=grid,
                 t_min=t_min, clip=pair, denoise=denoise,
             )  # fmt: skip
+        table = table if changes is None else changes.retabled(table)
         result = run_table(
-            request(), table, noise=noise, batch=batch, trajectory=trajectory, callback=callback, progress=progress
-        )
+            request(), table, noise=noise, batch=batch, trajectory=trajectory, callback=callback, progress=progress,
+            changes=changes,
+        )  # fmt: skip
     x = model.in_data_units(result.x)
     if clamps:
         x = x.clamp(*model.data_range)
@@ -285,7 +311,8 @@ def sample(
         far = model.outside(x, left if model.standardize is None else left * float(model.standardize[1].max()))
         if far is not None:
             warn(f"the samples run {far}: take more steps, another sampler or grid, or clip='data'")
-    x = _like_start(_narrowed(x, dtype, check), x_init)
+    x = _narrowed(x, dtype, check)
+    x = _like_start(x if changes is None else changes.finish(x), x_init)
     if result.states is None and not return_info:
         return x
     info = SampleInfo(
@@ -294,6 +321,101 @@ def sample(
     )  # fmt: skip
     states = [] if result.states is None else [_narrowed(model.in_data_units(result.states), dtype, check)]
     return (x, *states, *([info] if return_info else []))
+
+
+@leaves_no_trace
+def inpaint(
+    model: Any, known: Tensor, mask: Tensor | None = None, sde: Any = None, steps: int | None = None, *,
+    method: Any = "mmps", **options: Any,
+) -> Any:  # fmt: skip
+    """Samples of which a part is known, [num_samples, *shape]: the data themselves there, and drawn given them elsewhere.
+
+    known    [*shape], for all samples, or [num_samples, *shape], which then is the default of num_samples; in the units of the
+             samples. What it holds where it is not known, NaN included, is not looked at
+    mask     True, or 1, where known is known; it may broadcast, such as [1, H, W], and differ between samples. None: where known
+             is not NaN
+    method   a name ("mmps" "replacement" "repaint" "tmpd" "pigdm" "diffpir" "dps" "ilvr" "noised" "score_ald" "smc"), or a
+             function of an inverse.Problem that gives a guidance, as lambda problem: inverse.MMPS(problem, 3). The default is the
+             one whose samples are those of p(x0 | known) where the prior is Gaussian, and near them elsewhere; it takes products
+             with the network's Jacobian. "replacement" takes one call a step, and misses how what is known bears on the rest;
+             "repaint" mends most of that with ten times the calls (docs/inpainting.md compares them)
+    options  those of fastdiff.sample, and sde and steps, see there. Where neither steps, sampler, grid nor table is given: 100
+             ancestral steps, evenly spaced in the logarithm of the noise ratio or, on a chain, in its steps
+    """
+    model = opened(model)
+    of = _described(model, sde, options)
+    count = _count(options, known, of)
+    task = inpainting(known, mask, of.data_shape, count, device_of(options.get("device"), None, of.net), method)
+    shown = task.finish(torch.zeros((), dtype=known.dtype, device=known.device).expand(count, *of.data_shape))
+    _warn_of_units("known", shown, of)
+    return _finished(task, posterior(model, task.guidance, sde, steps, num_samples=count, **options))
+
+
+@leaves_no_trace
+def colorize(
+    model: Any, gray: Tensor, sde: Any = None, steps: int | None = None, *, method: Any = "mmps",
+    weights: Sequence[float] | None = None, **options: Any,
+) -> Any:  # fmt: skip
+    """Samples [num_samples, C, *] whose grey values are known: the mean of their channels is `gray`, but for rounding.
+
+    gray     [1, *] or [*], for all samples, or [num_samples, 1, *], which then is the default of num_samples; in the units of
+             the samples
+    weights  of the channels in the mean, of sum 1, such as (0.299, 0.587, 0.114); None: equal ones, as in the orthonormal matrix
+             of Song et al. 2021, App. I.3, whose method this is with method="replacement"
+    method, options  as in fastdiff.inpaint
+    """
+    model = opened(model)
+    of = _described(model, sde, options)
+    task = colorization(gray, weights, of.data_shape, method)
+    count = _count(options, gray, of)
+    _warn_of_units("gray", gray, of)
+    return _finished(task, posterior(model, task.guidance, sde, steps, num_samples=count, **options))
+
+
+def posterior(model: Any, guidance: Any, sde: Any = None, steps: int | None = None, **options: Any) -> Any:
+    """sample(), beside the guidance of the options; by 100 ancestral steps where these say nothing of steps, sampler, grid or
+    table."""
+    own = options.pop("guidance", None)
+    if own is not None:
+        guidance = [*(own if isinstance(own, (list, tuple)) else [own]), guidance]
+    named = steps is not None or any(options.get(name) is not None for name in ("sampler", "grid", "table"))
+    if not named and not isinstance(guidance, OwnSteps):
+        process = _described(model, sde, options).process
+        chain = process.discrete or sde not in (None, process, process.name)
+        options |= {"sampler": "ancestral", "grid": None if chain else "logsnr"}
+        steps = min(100, int(process.T)) if process.discrete else 100
+    return sample(model, sde, steps, guidance=guidance, **options)
+
+
+def _described(model: Any, sde: Any, options: dict[str, Any]) -> ScoreModel:
+    return as_model(model, sde, *(options.get(name) for name in ("shape", "prediction", "time_input")))
+
+
+def _count(options: dict[str, Any], given: Any, model: ScoreModel) -> int:
+    """num_samples, by default as many as are given."""
+    several = isinstance(given, Tensor) and given.ndim == len(model.data_shape) + 1
+    count = options.pop("num_samples", len(given) if several else 16)
+    return checks.integer("num_samples", count, 0, 2**32)
+
+
+def _warn_of_units(name: str, given: Tensor, model: ScoreModel) -> None:
+    far = model.outside(given) if model.range_given else None
+    if far is not None:
+        warn(f"{name} runs {far}: give it in the units of the samples")
+
+
+def _finished(task: Task, drawn: Any) -> Any:
+    """What `sample` has returned, its samples finished."""
+    return (task.finish(drawn[0]), *drawn[1:]) if isinstance(drawn, tuple) else task.finish(drawn)
+
+
+def _refuse_own(method: OwnSteps, x_init: Any, **given: Any) -> None:
+    """Refuse what a method with steps of its own has no place for."""
+    for name, value in {"x_init": x_init, **given}.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name} has no place in inverse.{type(method).__name__}, which has steps of its own: leave it out"
+            )
 
 
 def _process_and_sampler(

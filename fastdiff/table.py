@@ -79,6 +79,14 @@ class Row:
     log_variance: tuple[float, float] | None = None  # bounds that the network's second half interpolates; replaces c
     raw: float = 0.0  # of the network's output as it is, where h_0 is clipped
     bounds: tuple[float, float] | None = None  # of the state that the row leaves
+    guidance: float = (
+        1.0  # the network's output is guide + guidance·(output − guide), of a second output; 1: there is none
+    )
+
+    @property
+    def guides(self) -> bool:
+        """Whether the row takes a second output of the network."""
+        return self.calls_network and self.guidance != 1
 
     @property
     def finishes(self) -> bool:
@@ -111,7 +119,7 @@ class StepTable:
             raise ConfigError("a table needs at least one row")
         predictions, saved = 0, False
         for k, row in enumerate(self.rows):
-            call = (row.network_time, row.in_scale, row.p, row.q) if row.calls_network else ()
+            call = (row.network_time, row.in_scale, row.p, row.q, row.guidance) if row.calls_network else ()
             if not all(map(math.isfinite, (row.a, row.e, row.c, row.raw, *row.b, *call))):
                 raise ConfigError(f"row {k} ({row.label}, t = {row.level.t:g}) has a coefficient that is not finite")
             saved |= row.saves_base
@@ -153,6 +161,11 @@ class StepTable:
         return any(row.measure is not None and row.measure.norm == "batch" for row in self.rows)
 
     @cached_property
+    def guides(self) -> bool:
+        """Whether some row takes a second output of the network."""
+        return any(row.guides for row in self.rows)
+
+    @cached_property
     def finishing(self) -> dict[int, Row]:
         """The rows that have operations of their own after the step, by number."""
         return {k: row for k, row in enumerate(self.rows) if row.finishes}
@@ -183,7 +196,8 @@ class StepTable:
             gain, cap = (0.0, 0.0) if row.measure is None else (row.measure.gain, row.measure.cap)
             b = [*row.b, 0.0, 0.0, 0.0, 0.0][:MAX_HISTORY]
             lines.append((
-                row.a, row.e, *b, row.c, row.p, row.q, low, high, scale, 1.0, slope, mid, level.alpha, level.sigma, gain, cap,
+                row.a, row.e, *b, row.c, row.p, row.q, low, high, scale, row.guidance, slope, mid, level.alpha, level.sigma, gain,
+                cap,
             ))  # fmt: skip
         return np.array(lines)
 
@@ -241,7 +255,8 @@ def _describe(row: Row) -> list[str]:
     h0 = ""
     if row.calls_network:
         scale = "x" if row.in_scale == 1 else f"{row.in_scale:.4g}·x"
-        h0 = _sum([(row.p, "x"), (row.q, f"net({scale})")])
+        net = f"net({scale})" if not row.guides else f"guided({scale}, {row.guidance:.4g})"
+        h0 = _sum([(row.p, "x"), (row.q, net)])
         h0 = f"clip({h0})" if row.clips else h0
     start = 0 if row.calls_network else 1
     terms = [(row.a, "x"), (row.e, "base")] + [(b, f"h{j + start}") for j, b in enumerate(row.b)] + [(row.c, "z")]

@@ -34,14 +34,29 @@ RULES = {
     "mcmc": MODEL,
     "probability_flow": MODEL,
     "runs": RUN - {"runs"},
-    "sampling": RUN,
+    "guidance": MODEL | {"table"},
+    "inverse": MODEL | {"table", "guidance"},
+    "sampling": RUN | {"guidance", "inverse"},
     "likelihood": RUN,
     "conventions": MODEL | {"data"},
     "metrics": BASE | {"execution", "data"},
     "training": MODEL | {"losses", "networks", "data"},
-    "cli": MODEL | {"networks", "data", "sampling", "likelihood", "training", "conventions", "metrics"},
+    "cli": MODEL | {"networks", "data", "sampling", "likelihood", "training", "conventions", "metrics"} | {"inverse"},
     FACE: MODEL
-    | {"table", "losses", "mcmc", "metrics", "networks", "data", "sampling", "likelihood", "training", "conventions"},
+    | {
+        "guidance",
+        "inverse",
+        "table",
+        "losses",
+        "mcmc",
+        "metrics",
+        "networks",
+        "data",
+        "sampling",
+        "likelihood",
+        "training",
+        "conventions",
+    },
 }
 NO_TORCH = {"planning", "table", "checks", "errors", "files"}
 

@@ -24,6 +24,7 @@ from torch import nn
 from watching import NOT_WHILE_CAPTURING, Tape, on_tape
 
 import fastdiff
+from fastdiff import guidance, inverse
 from fastdiff.errors import ConfigError, GraphError, NonFiniteError
 from fastdiff.execution import cuda_graph, graphs, loop, ops
 from fastdiff.networks import MLP
@@ -208,6 +209,28 @@ def test_conditions_are_refreshed(captures, named):
         a, b = (torch.randn(4, 3, 5, generator=g).to(captures.device) for _ in range(2))
         assert torch.equal(*both(net, captures, cond={"cond": a, "label": b} if named else a, batch_size=2))
     assert len(captures) == 2
+
+
+@pytest.mark.parametrize("sampler", ["euler_maruyama", "ddim", "heun", "pc"])
+def test_known_parts_are_read_by_each_replay(captures, sampler):
+    """Graphs with a mask serve every mask, and those without none."""
+    net, kinds = Net(captures.device), 0
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        known, mask = torch.randn(4, 3, 5, generator=g), torch.rand(4, 3, 5, generator=g) < 0.5
+        replacement = inverse.Replacement((known.to(captures.device), mask.to(captures.device)))
+        replayed, eager = both(net, captures, guidance=replacement, sampler=sampler, batch_size=2)
+        assert torch.equal(replayed, eager)
+        assert torch.equal(replayed.cpu()[mask], known[mask])
+        kinds = kinds or len(captures)
+        assert len(captures) == kinds
+    assert torch.equal(*both(net, captures, sampler=sampler, batch_size=2))
+    assert len(captures) > kinds
+    dps = inverse.DPS(inverse.Problem(torch.zeros(15), inverse.Mask(torch.ones(5) > 0), 0.0))
+    with pytest.raises(
+        ConfigError, match="engine='graph' cannot run here: the guidance changes the state after each row"
+    ):
+        draw(net, engine="graph", place=captures.device, guidance=dps, sampler="ancestral")
 
 
 def test_parameters_changed_in_place_are_seen_and_new_ones_noticed(captures):
@@ -1276,3 +1299,48 @@ def test_without_a_device_the_reason_is_said():
     _, info = fastdiff.sample(lambda x, t: -x, "vp", 5, shape=(2,), return_info=True, device="cpu")
     assert info.engine == "eager"
     assert "CUDA graphs need a CUDA device" in info.why
+
+
+# --- guidance ------------------------------------------------------------------------------------------------------------
+
+
+class Labelled(Net):
+    """Net of a label beside x."""
+
+    def forward(self, x, t, y):
+        return super().forward(x, t) + 0.3 * y.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def labelled(device, net=None):
+    net = Labelled(device) if net is None else net
+    return fastdiff.ScoreModel(net, "vp", "score", "t", (3, 5), num_classes=3, cond_dropout=0.1)
+
+
+@pytest.mark.parametrize(("sampler", "count"), [("euler_maruyama", 3), ("heun", 6), ("pc", 3)])
+def test_guided_rows_are_captured_with_both_outputs(captures, sampler, count):
+    """Each with the weight that the table holds then, and those beyond the interval with one output."""
+    device = captures.device
+    model, weaker = labelled(device), labelled(device)
+    cond = torch.arange(4, device=device) % 3
+    auto, steps = guidance.Auto(weaker, 2.0, interval=(0.3, 50.0)), {"steps": 12, "num_samples": 4, "sampler": sampler}
+    for given in (guidance.ClassifierFree(3.0, interval=(0.3, 50.0)), auto):
+        captures.clear()
+        for seed, labels in ((0, cond), (1, cond.flip(0))):
+            options = {**steps, "cond": labels, "seed": seed}
+            runs = [fastdiff.sample(model, engine=engine, guidance=given, **options) for engine in ("graph", "eager")]
+            assert torch.equal(*runs)
+            assert not torch.equal(runs[0], fastdiff.sample(model, engine="eager", **options))
+        kinds = len(captures)
+        assert kinds >= count
+        other = type(given)(*([weaker] if given is auto else []), 1.5, interval=(0.3, 50.0))
+        runs = [
+            fastdiff.sample(model, engine=engine, guidance=other, cond=cond, **steps) for engine in ("graph", "eager")
+        ]
+        assert torch.equal(*runs)
+        # classifier-free guidance is the model's own network, whose graphs any later run finds
+        assert (len(captures) == kinds) == (given is not auto)
+        with torch.no_grad():
+            weaker.net.weight.fill_(-0.2)
+            model.net.shift.fill_(0.3)
+        options = {**steps, "cond": cond, "guidance": given}
+        assert torch.equal(*(fastdiff.sample(model, engine=engine, **options) for engine in ("graph", "eager")))

@@ -15,6 +15,7 @@ import torch
 
 import fastdiff
 from fastdiff.cli import main
+from fastdiff.inverse import inpainting
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -129,6 +130,7 @@ def test_files_and_make_targets_exist(page):
     [
         ("samplers.md", fastdiff.samplers.SAMPLERS),
         ("samplers.md", fastdiff.grids.GRIDS),
+        ("inpainting.md", inpainting.METHODS),
         ("training.md", fastdiff.losses.LOSSES),
         ("training.md", fastdiff.predictions.PREDICTIONS),
         ("training.md", fastdiff.predictions.TIME_INPUTS),

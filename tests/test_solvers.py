@@ -230,6 +230,47 @@ def test_predictor_corrector_is_algorithm_1(name, predictor, corrector, order):
     same(ours, theirs)
 
 
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("leapfrog", [1, 2, 3, 5])
+def test_the_hmc_corrector_is_the_leapfrog_of_a_momentum(name, leapfrog):
+    """Half a kick, drifts and kicks (Neal 2011, eq. 5.18 to 5.20), where the rows know positions and scores alone."""
+    score = scaled(name)
+    start, times, levels, steps = song(name)
+    sampler = PredictorCorrector("none", "hmc", snr=0.2, corrector_steps=2, leapfrog=leapfrog)
+    ours = states(score, name, N + 1, sampler=sampler, x_init=start)
+    x, row = start, 0
+    for i in range(N + 1):
+        epsilon = math.sqrt(2 * 2 * steps[min(i, N - 1)].ratio ** 2 * (0.2 * levels[i].sigma) ** 2)
+        for _ in range(2):
+            p = NOISE[row]
+            for k in range(leapfrog):
+                p = p + (0.5 if k == 0 else 1.0) * epsilon * score(x, times[i])
+                x = x + epsilon * p
+                assert (ours[row + k] - x).abs().max() < 1e-11 * max(1.0, float(x.abs().max()))
+            row += leapfrog
+
+
+def test_an_hmc_corrector_of_several_steps_is_nearer_than_as_many_of_ald():
+    """N(0, 1) data, VE, 200 levels, the exact score and the corrector alone: variance 4.89 by ald, 1.41 by three steps of it
+    at each, 1.10 by three leapfrog steps, which are as many calls."""
+    process = get("ve")
+
+    def variance(**options):
+        sampler = PredictorCorrector("none", **options)
+        net = exact("score", process, Gaussian([0.0, 0.0], std=1.0))
+        return float(fastdiff.sample(net, process, 200, sampler=sampler, shape=(2,), num_samples=4000).var())
+
+    by_ald, by_hmc = variance(corrector="ald", corrector_steps=3), variance(corrector="hmc", leapfrog=3)
+    assert abs(by_hmc - 1) < 0.15
+    assert by_ald - 1 > 2 * abs(by_hmc - 1)
+
+
+def test_an_hmc_corrector_and_a_multistep_predictor_are_refused():
+    with pytest.raises(ConfigError, match="both keep earlier predictions: use a predictor of single steps"):
+        fastdiff.plan("vp", 5, sampler=PredictorCorrector("dpmpp_2m", "hmc"))
+    fastdiff.plan("vp", 5, sampler=PredictorCorrector("dpmpp_2m", "hmc", leapfrog=2))  # which keeps none
+
+
 REFERENCE = [
     ("ve", "reverse_diffusion", "langevin"),
     ("ve", "reverse_diffusion", "ald"),

@@ -1,4 +1,4 @@
-"""The command line: `fastdiff demo | train | sample | evaluate | likelihood | check | plan | doctor`."""
+"""The command line: `fastdiff demo | train | sample | inpaint | solve | evaluate | likelihood | check | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -129,9 +129,7 @@ def _demo(a: argparse.Namespace) -> None:
 
 
 def _sample(a: argparse.Namespace) -> None:
-    import numpy as np
-
-    from .. import checks, files
+    from .. import checks
     from ..execution.calls import device_of, moved, picked
     from ..sampling import sample
 
@@ -158,11 +156,78 @@ def _sample(a: argparse.Namespace) -> None:
         from . import pictures
 
         pictures.check_drawable(count, model.data_shape)
-    x, info = draw(0, checks.integer("--num-samples", count, 1, 2**32), a.batch_size)
+    _write_samples(out, *draw(0, checks.integer("--num-samples", count, 1, 2**32), a.batch_size), model)
+
+
+def _inpaint(a: argparse.Namespace) -> None:
+    from ..sampling import inpaint
+    from . import measurements
+
+    out, model = _writable("--out", a.out, (".npy", ".png")), _model(a)
+    known = measurements.known(a.file, model)
+    mask = None if a.mask is None else measurements.mask(a.mask, model)
+    several = len(known) if known.ndim > len(model.data_shape) else None
+    count, options = _of_posterior(a, model, out, several)
+    device = options["device"]
+    drawn = inpaint(
+        model, known.to(device), None if mask is None else mask.to(device), steps=a.steps, method=a.method, num_samples=count,
+        **options,
+    )  # fmt: skip
+    _write_samples(out, *drawn, model)
+
+
+def _solve(a: argparse.Namespace) -> None:
+    import torch
+
+    from .. import inverse
+    from ..inverse.inpainting import method_of
+    from ..sampling import posterior
+    from . import measurements
+
+    out, model = _writable("--out", a.out, (".npy", ".png")), _model(a)
+    operator, channels = measurements.operator(a.operator, model)
+    y = measurements.values("y", a.file, model, channels)
+    several = len(y) if y.ndim > operator.A(torch.zeros((1, *model.data_shape))).ndim - 1 else None
+    count, options = _of_posterior(a, model, out, several)
+    problem = inverse.Problem(y.to(options["device"]), operator, a.noise_std)
+    drawn = posterior(model, method_of(a.method)(problem), steps=a.steps, num_samples=count, **options)
+    _write_samples(out, *drawn, model)
+
+
+def _of_posterior(
+    a: argparse.Namespace, model: ScoreModel, out: Path, several: int | None
+) -> tuple[int, dict[str, Any]]:
+    """How many samples, by default as many as are measured, and the options of their run."""
+    from .. import checks
+    from ..execution.calls import device_of, moved
+
+    given = None if a.cond is None else _array(a.cond, model)
+    count = checks.integer("--num-samples", next(n for n in (a.num_samples, several, 16) if n is not None), 1, 2**32)
+    if out.suffix == ".png":
+        from . import pictures
+
+        pictures.check_drawable(count, model.data_shape)
+    labels = _labels(a, model, count) if a.labels is not None or model.num_classes else None
+    device = device_of(None, None, model.net)
+    return count, {
+        "sampler": a.sampler, "grid": a.grid, "seed": a.seed, "first_sample": a.first_sample, "batch_size": a.batch_size,
+        "clip": _clip(a.clip), "cond": moved(model.takes.joined(labels, given), device), "device": device,
+        "return_info": True,
+    }  # fmt: skip
+
+
+def _write_samples(out: Path, x: Tensor, info: Any, model: ScoreModel) -> None:
+    """The samples as an array or a picture, and a line that says so."""
+    import numpy as np
+
+    from .. import files
+
     if out.suffix == ".npy":
         with files.replacing(out) as handle:
             np.save(handle, x.cpu().numpy())
     else:
+        from . import pictures
+
         pictures.image(out, x.cpu().numpy(), model.data_range)
     print(
         f"{tuple(x.shape)} samples in {files.shown(out)}, {_units(model)}: {info.network_calls} network calls, "
@@ -730,6 +795,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--shard-size", type=int, help="samples in a file of a folder (default: 1024)")
     sub.add_argument("--threads", type=int, help="of each process that fills a folder (default: 1)")
 
+    sub = command(
+        "inpaint", _inpaint, "Draw what is missing of samples, given the rest, which is kept.", of_a_model, of_a_plan
+    )
+    sub.add_argument("file", metavar="FILE", help="what is known: a .npy array in the data's units, or a picture")
+    mask = "1 or white where FILE is known: a .npy array or a picture (default: where FILE is not NaN)"
+    sub.add_argument("--mask", metavar="MASK", help=mask)
+    _posterior_options(sub, "inpainted.npy")
+
+    sub = command("solve", _solve, "Draw samples given measurements y = A x + noise of them.", of_a_model, of_a_plan)
+    sub.add_argument("file", metavar="FILE", help="the measurements y: a .npy array in the data's units, or a picture")
+    operators = "grayscale[:W,W,W], downsampling:FACTOR, blur:SIGMA, mask:FILE, fourier:FILE or matrix:FILE"
+    sub.add_argument("--operator", required=True, metavar="A", help=f"A, one of {operators}")
+    sub.add_argument(
+        "--noise-std", type=float, default=0.0, help="standard deviation of the noise, in the units of y (default: 0)"
+    )
+    _posterior_options(sub, "solved.npy")
+
     _train_options(
         command("train", _train_among, "Train a model on arrays, IDX files, a folder of images, or 'digits'."),
         data,
@@ -810,6 +892,19 @@ def _parser() -> argparse.ArgumentParser:
     verify = "compare every backend with plain PyTorch, bit for bit, and print a report; 1 if anything differs"
     sub.add_argument("--verify", action="store_true", help=verify)
     return parser
+
+
+def _posterior_options(sub: argparse.ArgumentParser, out: str) -> None:
+    """The options of the commands that draw samples given a part or measurements of them."""
+    methods = "mmps, replacement, repaint, tmpd, pigdm, diffpir, dps, ilvr, noised, score_ald, ddrm, daps or smc"
+    sub.add_argument("--method", default="mmps", help=f"{methods} (default: mmps)")
+    sub.add_argument("--steps", type=int, help="steps of the sampler, 1 to 1000000 (default: 100, ancestral ones)")
+    sub.add_argument("-n", "--num-samples", type=int, help="how many samples (default: 16, or as many as FILE has)")
+    sub.add_argument("--labels", help="of a model trained with labels: 3 for all samples, or 0,1,2 in turn")
+    sub.add_argument("--cond", help="a .npy array of conditions, an entry for each sample")
+    sub.add_argument("--first-sample", type=int, default=0, help="number of the first sample (default: 0)")
+    sub.add_argument("--clip", help="data: clamp the samples to the data's range; --clip=-1,1: the predictions of x0")
+    sub.add_argument("--out", default=out, help=f"a .npy array or a .png picture (default: {out})")
 
 
 def _reading(options: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

@@ -352,6 +352,11 @@ def read_array(path: Path) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
 
 
+def read_picture(path: Path, channels: int) -> np.ndarray:
+    """A picture as uint8 [C, H, W], grey or RGB."""
+    return _picture(path, 0, 1, channels, None)
+
+
 def _npy(stream: IO[bytes], size: int) -> np.ndarray:
     """The array of a .npy file of `size` bytes, which its header must describe to the byte."""
     shape, fortran, dtype = _npy_header(stream)

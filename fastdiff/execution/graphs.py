@@ -27,7 +27,7 @@ from ..errors import ConfigError, GraphError
 from ..table import StepTable
 from . import modules, monitor, ops
 from .cuda_graph import Stopwatch, capture, first_line
-from .loop import Condition, Draw, Loop, Network, RowPlan, raise_if_bad
+from .loop import UNCHANGED, Change, Condition, Draw, Loop, Network, RowPlan, raise_if_bad
 
 LIMIT = 8  # loops kept while nobody runs them; one more retires all of them
 WORTHWHILE = 100  # rows that pay for capturing a callable whose graphs cannot be cached
@@ -298,13 +298,16 @@ class GraphLoop(Loop):
         return self.static[name]
 
     def run(
-        self, network: Network, cond: Condition, first_sample: int, x_init: Tensor | None = None, noise: Draw | None = None
+        self, network: Network, cond: Condition, first_sample: int, x_init: Tensor | None = None, noise: Draw | None = None,
+        change: Change = UNCHANGED,
     ) -> Iterator[Tensor]:  # fmt: skip
-        """As Loop.run, without noise of the caller's. Raises GraphError, before it yields, where capture fails."""
+        """As Loop.run, without noise of the caller's or changes after a row. Raises GraphError, before it yields, where capture
+        fails."""
         if self.prefers_eager:
             self.graphs.clear()  # which may be another run's, that asked for them by name
-            yield from super().run(network, cond, first_sample, x_init)
+            yield from super().run(network, cond, first_sample, x_init, change=change)
             return
+        self.hold(change)
         self.begin(first_sample, x_init)
         missing = [plan for plan in dict.fromkeys(self.plans) if plan not in self.graphs]
         if missing:
@@ -376,7 +379,7 @@ class GraphLoop(Loop):
             stream = torch.cuda.current_stream(self.start.device)
             self.done = torch.cuda.Event()
             self.done.record(stream)
-            static = (self.net_input, self.time, self.measured, self.cursor, self.first_bad)
+            static = (self.net_input, self.time, self.measured, self.cursor, self.first_bad, self.known, self.mask)
             for tensor in (*self.buffers, *self.static.values(), *static):
                 if tensor is not None:
                     tensor.record_stream(stream)

@@ -15,21 +15,38 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..table import Row, StepTable
+from ..table import COLUMNS, Row, StepTable
 from . import monitor, ops, torch_private
 from .noise import PRIOR, SAMPLER
 
 Condition = Tensor | dict[str, Tensor] | None
 # (input already scaled [B, *], time [B], time features that replace it or None, condition)
-#     -> prediction [B, *], and the second half of its channels where the variance is learned
-Network = Callable[[Tensor, Tensor, Tensor | None, Condition], tuple[Tensor, Tensor | None]]
+#     -> prediction [B, *], and the second half of its channels where the variance is learned;
+# called with a last argument True, in rows that guide, also the output that guides, [B, *]
+Network = Callable[..., tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]]
 # (row number) -> noise like the state
 Draw = Callable[[int], Tensor]
-# (cursor, prediction, variance's half of the channels)
-Step = Callable[[Tensor, Tensor | None, Tensor | None], None]
+# (cursor, prediction, variance's half of the channels, and, in rows that guide, the output that guides)
+Step = Callable[..., None]
 
 CHECKS = ("final", "every", "off")
+KNOWN_PART = [COLUMNS.index("known_alpha"), COLUMNS.index("known_sigma")]
 BLOCK = 1024  # rows whose views are made at a time
+
+
+class Change(NamedTuple):
+    """What a run does to its states beside what the rows say.
+
+    known, mask  [B, *]: where the mask is True a row leaves alpha·known + sigma·z at the level it ends on, the last one known
+    after        (row, x [B, *]) changes in place the state that the row has left
+    """
+
+    known: Tensor | None
+    mask: Tensor | None
+    after: Callable[[int, Tensor], None] | None
+
+
+UNCHANGED = Change(None, None, None)
 
 
 class RowPlan(NamedTuple):
@@ -46,21 +63,23 @@ class RowPlan(NamedTuple):
     pushed: int | None  # where the prediction is kept
     noise: int | None  # where a measured row leaves its noise
     calls_network: bool
+    guides: bool
     draws: bool
     norm: str | None  # of a measured row
     learned: bool  # the variance
     feeds: bool  # the row writes the next network input
 
 
-def plans(table: StepTable, keeps_noise: bool) -> list[RowPlan]:
-    """Each row's plan. The state is updated in place unless a later row still needs it as its base."""
-    made: dict[bool, list[RowPlan]] = vars(table).setdefault("_plans", {})  # a table does not change
-    if keeps_noise not in made:
-        made[keeps_noise] = _plans(table, keeps_noise)
-    return made[keeps_noise]
+def plans(table: StepTable, keeps_noise: bool, masked: bool = False) -> list[RowPlan]:
+    """Each row's plan. The state is updated in place unless a later row still needs it as its base. Beneath a mask all rows but
+    the last draw."""
+    made: dict[tuple[bool, bool], list[RowPlan]] = vars(table).setdefault("_plans", {})  # a table does not change
+    if (keeps_noise, masked) not in made:
+        made[keeps_noise, masked] = _plans(table, keeps_noise, masked)
+    return made[keeps_noise, masked]
 
 
-def _plans(table: StepTable, keeps_noise: bool) -> list[RowPlan]:
+def _plans(table: StepTable, keeps_noise: bool, masked: bool) -> list[RowPlan]:
     rows, reads, needed = table.rows, False, []
     for row in reversed(rows):  # whether rows after this one read the base that it leaves
         needed.append(reads)
@@ -83,7 +102,8 @@ def _plans(table: StepTable, keeps_noise: bool) -> list[RowPlan]:
         feeds = k + 1 < len(rows) and rows[k + 1].calls_network
         listed.append(RowPlan(
             x, out, base if row.e != 0 else None, history[: len(row.b) - row.calls_network], pushed, noise,
-            row.calls_network, row.draws, None if row.measure is None else row.measure.norm,
+            row.calls_network, row.guides, row.draws or (masked and k + 1 < len(rows)),
+            None if row.measure is None else row.measure.norm,
             row.log_variance is not None, feeds,
         ))  # fmt: skip
         x = out
@@ -100,14 +120,17 @@ class Loop:
     net_input   the buffer of the network's input, whose dtype and layout it has
     time        the buffer of the network's time [B], of integers where it counts a chain's steps
     features    [rows, …], or None: what the network makes of the rows' times, instead of from `time` in each call
+    masked      whether its runs have a mask
     """
 
     def __init__(
         self, table: StepTable, operations: ModuleType, start: Tensor, net_input: Tensor, time: Tensor,
-        features: Tensor | None, *, seed: int, check: str,
+        features: Tensor | None, *, seed: int, check: str, masked: bool = False,
     ) -> None:  # fmt: skip
         self.operations, self.net_input, self.time, self.check = operations, net_input, time, check
         self.buffers = [start]
+        self.known = torch.empty_like(start) if masked else None
+        self.mask = torch.empty_like(start, dtype=torch.bool) if masked else None
         self.measured = start.new_empty((len(start), 2))
         self.first_bad = None if check == "off" else torch.empty(len(start), dtype=torch.int64, device=start.device)
         self.mark = monitor.marker()
@@ -121,10 +144,14 @@ class Loop:
         self.table, self.seed = table, seed
         self.times = network_times(table, self.time.dtype)
         self._steps.clear()
-        self.plans = plans(table, self.operations.KEEPS_NOISE)
+        self.plans = plans(table, self.operations.KEEPS_NOISE, self.mask is not None)
         numbers = [n for plan in set(self.plans) for n in (plan.x, plan.out, plan.pushed, plan.noise) if n is not None]
         self.buffers += [torch.empty_like(self.start) for _ in range(max(numbers) + 1 - len(self.buffers))]
-        self.matrix = self.placed("matrix", torch.from_numpy(table.numbers).to(self.start.dtype))
+        matrix = torch.from_numpy(table.numbers)
+        if self.mask is not None:
+            matrix = matrix.clone()
+            matrix[-1, KNOWN_PART] = matrix.new_tensor([1.0, 0.0])
+        self.matrix = self.placed("matrix", matrix.to(self.start.dtype))
         self.features = None if features is None else self.placed("features", features)
 
     def placed(self, name: str, values: Tensor) -> Tensor:
@@ -136,22 +163,25 @@ class Loop:
         return self.buffers[0]
 
     def run(
-        self, network: Network, cond: Condition, first_sample: int, x_init: Tensor | None = None, noise: Draw | None = None
+        self, network: Network, cond: Condition, first_sample: int, x_init: Tensor | None = None, noise: Draw | None = None,
+        change: Change = UNCHANGED,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Yield the start, then the state after each row. What is yielded, and the network's input, are overwritten later.
 
         x_init  the start, instead of the prior's draw
         noise   instead of the counter's
         """
+        self.hold(change)
         self.begin(first_sample, x_init)
         yield self.start
-        yield from self.rows(0, len(self.table), network, cond, first_sample, noise)
+        yield from self.rows(0, len(self.table), network, cond, first_sample, noise, change.after)
         if self.first_bad is not None:
             raise_if_bad(self.table, self.first_bad, first_sample)
 
     def rows(
-        self, start: int, stop: int, network: Network, cond: Condition, first_sample: int, noise: Draw | None = None
-    ) -> Iterator[Tensor]:
+        self, start: int, stop: int, network: Network, cond: Condition, first_sample: int, noise: Draw | None = None,
+        after: Callable[[int, Tensor], None] | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
         """The state after each of the rows start … stop − 1, from where the rows before have left it."""
         first_bad, every = self.first_bad, self.check == "every"
         network, row = self.mark("network", network), self.mark("row", self.row)
@@ -166,10 +196,15 @@ class Loop:
             for k, (plan, cursor, features) in enumerate(zip(self.plans[low:high], block, ahead), low):
                 if features is None and plan.calls_network:
                     self.time.fill_(self.times[k])
-                m = row(plan, network, cond, cursor, features, noise(k) if noise is not None and plan.draws else None)
+                m, guide = row(
+                    plan, network, cond, cursor, features, noise(k) if noise is not None and plan.draws else None
+                )
                 if k in finishing:
-                    self.finish(k, plan, m)
-                del m  # so that the next output may take its memory, which is still in the cache
+                    self.finish(k, plan, m, guide)
+                if after is not None:
+                    after(k, self.buffers[plan.out])
+                    self.notice(k, plan)
+                del m, guide  # so that the next output may take its memory, which is still in the cache
                 if every and first_bad is not None:
                     raise_if_bad(self.table, first_bad, first_sample)
                 yield self.buffers[plan.out]
@@ -182,6 +217,12 @@ class Loop:
         else:
             self.start.copy_(x_init)
         self.feed()
+
+    def hold(self, change: Change) -> None:
+        """Take the known part and its mask, which the steps read."""
+        if self.known is not None and self.mask is not None and change.known is not None and change.mask is not None:
+            self.known.copy_(change.known)
+            self.mask.copy_(change.mask)
 
     def feed(self) -> None:
         """Write the first row's network input from the start."""
@@ -199,42 +240,55 @@ class Loop:
         cursor: Tensor,
         features: Tensor | None,
         z: Tensor | None,
-    ) -> Tensor | None:
-        """One row; returns the network's output. `cursor`: see fastdiff.execution.reference; z: the caller's noise."""
-        m = v = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """One row; returns the network's outputs. `cursor`: see fastdiff.execution.reference; z: the caller's noise."""
+        m = v = guide = None
         if plan.calls_network:
             # tensors of their own, so that what a network does to them (grad, shape, data) is gone with them
-            m, v = network(self.net_input.detach(), self.time.detach(), features, cond)
+            given = self.net_input.detach(), self.time.detach(), features, cond
+            m, v, guide = network(*given, True) if plan.guides else (*network(*given), None)
             m, v = m.detach(), v.detach() if plan.learned and v is not None else None
+            guide = None if guide is None else guide.detach()
             storage, address, size = self._held
             if storage.data_ptr() != address or storage.nbytes() != size:
                 self.renew_input()
             # a network may return its input, which this row overwrites
-            elif plan.feeds and torch_private.is_alias_of(m, self.net_input):
-                m, v = m.clone(), None if v is None else v.clone()
+            elif plan.feeds and any(
+                torch_private.is_alias_of(each, self.net_input) for each in (m, guide) if each is not None
+            ):
+                m, v, guide = (each if each is None else each.clone() for each in (m, v, guide))
         if plan.norm is not None and m is not None:
             stored = None if plan.noise is None or z is not None else self.buffers[plan.noise]
             stream = SAMPLER if z is None else None
             state = self.buffers[plan.x]
-            self._measure(self.measured, self.matrix, cursor, stream, plan.norm == "batch", state, m, None, z, stored)
-        if z is not None:
-            self._prepare(plan, z)(cursor, m, v)
-            return m
-        step = self._steps.get(plan)
+            self._measure(self.measured, self.matrix, cursor, stream, plan.norm == "batch", state, m, guide, z, stored)
+        step = self._steps.get(plan) if z is None else self._prepare(plan, z)
         if step is None:
             step = self._steps[plan] = self._prepare(plan, None)
-        step(cursor, m, v)
-        return m
+        step(cursor, m, v) if guide is None else step(cursor, m, v, guide)
+        return m, guide
 
-    def finish(self, k: int, plan: RowPlan, m: Tensor | None) -> None:
+    def finish(self, k: int, plan: RowPlan, m: Tensor | None, guide: Tensor | None) -> None:
         """What a row does after its step: x ← clamp(x + raw·m), and the next network input anew."""
         row, x = self.table.rows[k], self.buffers[plan.out]
+        known = None if self.mask is None else x.clone()
         if row.raw != 0 and m is not None:
+            m = m if guide is None else guide + row.guidance * (m - guide)
             x.add_(m.to(x.dtype), alpha=row.raw)
         if row.bounds is not None:
             x.clamp_(*row.bounds)
+        if known is not None and self.mask is not None:
+            x.copy_(torch.where(self.mask, known, x))
+        self.notice(k, plan)
+
+    def notice(self, k: int, plan: RowPlan) -> None:
+        """Once a row's state has changed after its step: the next network input anew, and whether it is finite still."""
+        x = self.buffers[plan.out]
         if plan.feeds:
             self.net_input.copy_(x * self.table.rows[k + 1].in_scale)
+        if self.first_bad is not None:
+            finite = x.isfinite().flatten(1).all(1)
+            self.first_bad.copy_(torch.where(finite, self.first_bad, self.first_bad.clamp(max=k)))
 
     def _hold_input(self) -> None:
         """Note where the network's input lies, which the steps write by its address."""
@@ -259,12 +313,14 @@ class Loop:
             "history": [self.buffers[n] for n in plan.history] or None, "base": at(plan.base),
             "z": z if stored is None else stored, "measured": None if plan.norm is None else self.measured,
             "pushed": at(plan.pushed), "net_input": self.net_input if plan.feeds else None, "first_bad": self.first_bad,
+            "known": self.known, "mask": self.mask,
         }  # fmt: skip
         out, x, matrix = self.buffers[plan.out], self.buffers[plan.x], self.matrix
-        if z is None:
+        if z is None and not plan.guides:
             return self.mark("step", self.operations.prepare_step(out, matrix, stream, x, **operands))  # type: ignore[no-any-return]
-        step = self.mark("step", self.operations.step)  # once, with this z: to prepare it would take longer
-        return lambda cursor, m, v: step(out, matrix, cursor, stream, x, m, v=v, **operands)
+        # once, with this z: to prepare it would take longer; and what is prepared takes no second output
+        step = self.mark("step", self.operations.step)
+        return lambda cursor, m, v, guide=None: step(out, matrix, cursor, stream, x, m, guide=guide, v=v, **operands)
 
 
 def network_times(table: StepTable, dtype: torch.dtype) -> Sequence[float]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import checks, files
-from ..errors import ConfigError, ModelOutputError, choose, short
+from .. import checks
+from ..errors import ConfigError, ModelOutputError, choose, reason, short
 from ..execution import ops, reference, tensor_checks
 from ..execution.calls import dtype_of, like
 from ..execution.loop import Condition
@@ -401,6 +401,6 @@ def differentiating(loss: str) -> Iterator[None]:
         if loss in DENOISING or not absent:
             raise
         raise ModelOutputError(
-            f"loss={loss!r} needs second derivatives of the model, and a part has none ({files.reason(error)}): give one "
+            f"loss={loss!r} needs second derivatives of the model, and a part has none ({reason(error)}): give one "
             "that is not compiled"
         ) from error

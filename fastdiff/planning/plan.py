@@ -191,7 +191,8 @@ _cached = cached(ROWS_CACHED, len)(_make)
 
 def _check_rows(sampler: samplers.Sampler, steps: int) -> None:
     """Refuse, before rows are made, more than MAX_ROWS."""
-    rows = steps * (1 + getattr(sampler, "corrector_steps", 0))
+    leapfrog = getattr(sampler, "leapfrog", 1) if getattr(sampler, "corrector", None) == "hmc" else 1
+    rows = steps * (1 + leapfrog * getattr(sampler, "corrector_steps", 0))
     if rows > MAX_ROWS:
         raise ConfigError(
             f"steps={steps} of sampler {sampler.name!r} are {rows} rows, at most {MAX_ROWS}: use fewer of both"

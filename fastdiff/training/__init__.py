@@ -3,7 +3,19 @@
 from ..data import Data, load_data
 from .averages import posthoc_ema
 from .checkpoint import load, save
+from .classifier import TimeClassifier, train_classifier
 from .torch_file import load_tensors
 from .trainer import Training, train
 
-__all__ = ["Data", "Training", "load", "load_data", "load_tensors", "posthoc_ema", "save", "train"]
+__all__ = [
+    "Data",
+    "TimeClassifier",
+    "Training",
+    "load",
+    "load_data",
+    "load_tensors",
+    "posthoc_ema",
+    "save",
+    "train",
+    "train_classifier",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ... import checks
@@ -19,6 +19,24 @@ def langevin_row(level: Level, label: str, delta: float) -> SolverRow:
     """x ← x + δ score + √(2δ) z."""
     b, c = (delta,), math.sqrt(2 * delta)
     return SolverRow(level, label, 1.0, b, score(level), c=c, keeps_prediction=False, clips=False)
+
+
+def hmc_rows(level: Level, label: str, delta: float, leapfrog: int) -> list[SolverRow]:
+    """Hamiltonian dynamics of a momentum z from x_0, in `leapfrog` steps of ε = √(2δ) (Neal 2011, eq. 5.18 to 5.20), unadjusted:
+
+        x_n = x_0 + n ε z + ε² (n/2 score_0 + Σ_{0<j<n} (n − j) score_j)
+
+    The first row draws z; from the next on it is what x_n has of it: x_{n+1} = (n+1)/n x_n − x_0/n + ε²/n Σ_{0<j≤n} j score_j.
+    One step is a Langevin row.
+    """
+    first = replace(langevin_row(level, label, delta), saves_base=leapfrog > 1)
+    rows = [first]
+    for n in range(1, leapfrog):
+        b = tuple(2 * delta * j / n for j in range(n, 0, -1))
+        kept = n + 1 < leapfrog
+        row = SolverRow(level, label, (n + 1) / n, b, score(level), e=-1 / n, keeps_prediction=kept, clips=False)
+        rows.append(row)
+    return rows
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import ClassVar
 
 from ... import checks
 from ...errors import ConfigError, choose
-from ...table import Level, Measure
+from ...table import MAX_HISTORY, Level, Measure
 from ..grids import Grid, Step
 from ..processes import Process
 from .ancestral import DDIM, Ancestral
 from .base import Sampler, SolverRow, SolverRows, finished
 from .dpm_solver import DPMSolver, DPMSolverPP2S
-from .langevin import langevin_row
+from .langevin import hmc_rows, langevin_row
 from .multistep import DEIS, LMS, DPMSolverPP
 from .ode import DPM2, ODE, Heun
 from .reverse_sde import EulerMaruyama, ReverseDiffusion
@@ -50,7 +50,9 @@ class PredictorCorrector(Sampler):
 
     predictor        a name, "none", or any sampler object that can predict
     corrector        x ← x + δ score + √(2δ) z: "ald" with δ = 2α (snr·σ)², a plain row that is the same for every sample;
-                     "langevin" with δ = 2α (snr·‖z‖/‖score‖)² (Alg. 4–5). α = 1 (VE) or the step's α_t²/α_s²
+                     "langevin" with δ = 2α (snr·‖z‖/‖score‖)² (Alg. 4–5). α = 1 (VE) or the step's α_t²/α_s². "hmc": a
+                     momentum z that is followed for `leapfrog` steps of √(2δ) with ald's δ, each a call of the network, so
+                     that as many calls move x farther; unadjusted, and with one step it is ald
     norm             of "langevin": "batch" means (the reference's; they couple the samples of a batch, so
                      `batch_size < num_samples` is refused) or each "sample"'s own norms, at most twice ald's step
     corrector_steps  corrections at each level
@@ -66,17 +68,19 @@ class PredictorCorrector(Sampler):
     corrector_steps: int = 1
     norm: str = "batch"
     order: str = "corrector_first"
+    leapfrog: int = 3
     name: ClassVar[str] = "pc"
     reference_grid: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.predictor, Sampler):
             choose("predictor", self.predictor, (*PREDICTORS, "none"))
-        choose("corrector", self.corrector, ("ald", "langevin", "none"))
+        choose("corrector", self.corrector, ("ald", "langevin", "hmc", "none"))
         choose("norm", self.norm, ("batch", "sample"))
         choose("order", self.order, ("corrector_first", "predictor_first"))
         checks.number("snr", self.snr, 0, above=True)
         checks.integer("corrector_steps", self.corrector_steps, 0, 10**7)
+        checks.integer("leapfrog", self.leapfrog, 1, MAX_HISTORY + 1)
         if self.predictor == "none" and (self.corrector == "none" or self.corrector_steps == 0):
             raise ConfigError("predictor and corrector must not both be 'none': nothing would run")
 
@@ -125,6 +129,12 @@ class PredictorCorrector(Sampler):
         if grid.reference and not inner.reference_grid:
             raise ConfigError(f"grid='score_sde' has no predictor {inner.name!r}: use grid='uniform'")
         predicted, end = finished(inner.predict(process, grid), grid, denoise)
+        multistep = any(len(row.b) > (row.h0 is not None) for rows in predicted[1:] for row in rows[:1])
+        if self.corrector == "hmc" and self.leapfrog > 2 and multistep:
+            raise ConfigError(
+                f"corrector='hmc' and predictor {inner.name!r} both keep earlier predictions: use a predictor of single steps, "
+                "such as 'reverse_diffusion', or corrector='ald'"
+            )
         first = self.order == "corrector_first"
         rows = []
         for step, predictions in zip(grid.steps, predicted):
@@ -142,6 +152,8 @@ class PredictorCorrector(Sampler):
             )
         shrinkage = step.ratio**2  # the paper's α
         ald = 2 * shrinkage * (self.snr * level.sigma) ** 2
+        if self.corrector == "hmc":
+            return hmc_rows(level, "hmc", ald, self.leapfrog) * self.corrector_steps
         row = langevin_row(level, "corrector", ald)
         if self.corrector == "langevin":
             cap = 2 * ald if self.norm == "sample" else math.inf

@@ -1,0 +1,90 @@
+"""Methods with steps of their own: no guided prediction within a sampler's rows, but a loop over a table's levels."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..execution import monitor, ops
+from ..execution.modes import evaluating
+from ..execution.noise import PRIOR, SAMPLER
+from ..guidance.base import Moment, Setting, taken_apart
+from ..table import Row, StepTable
+
+
+class OwnSteps:
+    """Base of such methods. Their table is one of predictions of x0 at process times, by `sampler` on `grid` unless the caller
+    names others."""
+
+    sampler: ClassVar[str] = "ancestral"
+    grid: ClassVar[str] = "logsnr"
+    steps: ClassVar[int] = 100
+
+    @abstractmethod
+    def run(self, steps: Steps) -> tuple[Tensor, int]:
+        """The samples [count, *], and the calls of the network."""
+
+
+@dataclass
+class Steps:
+    """What such a method runs on: the setting, its table and operations, the most states in one call of the network."""
+
+    setting: Setting
+    table: StepTable
+    operations: Any
+    batch: int
+    progress: bool | None
+
+    def rows(self) -> Iterator[tuple[int, Row]]:
+        """The rows by number, in evaluation mode, beneath a progress bar."""
+        model = self.setting.model
+        with (
+            evaluating(model.net),
+            torch.no_grad(),
+            monitor.bar(self.progress, len(self.table), "sample", "row") as bar,
+        ):
+            for k, row in enumerate(self.table.rows):
+                yield k, row
+                bar.update()
+
+    def start(self, many: int, first: int) -> Tensor:
+        """The prior's draws [many, *] of the samples from number `first` on."""
+        if math.isnan(self.table.prior_std):
+            raise ConfigError(
+                f"grid starts at t = {self.table.rows[0].level.t:g}, where the data still show, and this method takes no x_init: "
+                "start at T"
+            )
+        return self.normal(many, first, 0, PRIOR) * self.table.prior_std
+
+    def normal(self, many: int, first: int, draw: int, stream: int = SAMPLER) -> Tensor:
+        """Standard normals [many, *] of one draw."""
+        s = self.setting
+        z = torch.empty((many, *s.model.data_shape), dtype=s.dtype, device=s.device)
+        self.operations.normal(z, ops.cursor(draw, first, s.seed, s.device), stream)
+        return z
+
+    def ask(
+        self, x: Tensor, time: float, parts: dict[str, Tensor], asked: Callable[[Moment, dict[str, Tensor]], tuple[Tensor, ...]],
+        differentiates: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """What `asked` makes of the network's calls at x [many, *], in pieces of `batch`."""
+        made = []
+        for low in range(0, len(x), self.batch):
+            cond, (own,) = taken_apart({name: value[low : low + self.batch] for name, value in parts.items()}, 1)
+            with torch.inference_mode(False), torch.enable_grad():
+                state = x[low : low + self.batch].detach().clone().requires_grad_(differentiates)
+                t = torch.full((len(state),), time, dtype=x.dtype, device=x.device)
+                values = asked(Moment(self.setting.model, state, t, cond, differentiates), own)
+            made.append(tuple(value.detach() for value in values))
+        return tuple(torch.cat(values) for values in zip(*made))
+
+    def prediction(self, x: Tensor, time: float, parts: dict[str, Tensor]) -> Tensor:
+        """x̂0 at x [many, *]."""
+        return self.ask(x, time, parts, lambda moment, own: (moment.x0,), False)[0]

@@ -1,0 +1,233 @@
+"""Methods that guide the prediction: E[x0 | x_t, y] by a Gaussian for x0 given x_t.
+
+With x0 | x_t ~ N(x̂0, C) and y = A x0 + σ_y ε the mean of x0 given both, and p(y | x_t), are in closed form:
+
+    x̂0 + C Aᵀ (A C Aᵀ + σ_y²)⁻¹ (y − A x̂0),        y | x_t ~ N(A x̂0, A C Aᵀ + σ_y²).
+
+The methods differ in C. The covariance is σ²/α ∂x̂0/∂x_t (Tweedie's second formula).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..execution.calls import like
+from ..guidance.base import Bound, Guidance, Moment, Setting
+from .problem import Measurement, Problem, conjugate_gradients, dot
+
+FEW = 16  # measurements whose covariance is made as a matrix, unless the caller says how many iterations to take
+ITERATIONS = 5
+
+
+class GaussianBound(Bound):
+    """A method for a linear operator and Gaussian noise; `with_density` also gives log p(y | x_t), [B], float64."""
+
+    differentiates = True
+
+    def __init__(self, problem: Problem, setting: Setting, name: str) -> None:
+        super().__init__()
+        self.measured = Measurement(problem, setting)
+        self.measured.needs_linear(name)
+        self.parts = {"y": self.measured.each}
+        self.variance = self.measured.noise_std**2
+
+    def __call__(self, moment: Moment, parts: dict[str, Tensor]) -> Tensor:
+        return self.with_density(moment, parts)[0]
+
+    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The guided x̂0 and log p(y | x_t)."""
+        residual = parts["y"] - self.measured.of(moment.x0.detach())
+        change, density = self.change(moment, residual)
+        return moment.x0 + change.detach(), density
+
+    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """C Aᵀ (A C Aᵀ + σ_y²)⁻¹ (y − A x̂0), and log p(y | x_t) up to what is the same for all x_t."""
+        raise NotImplementedError
+
+
+class Dense(GaussianBound):
+    """C by as many products with the Jacobian as there are measurements."""
+
+    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Tensor]:
+        measured, count = self.measured, len(residual)
+        many = math.prod(measured.shape)
+        columns, s = [], residual.new_empty((count, many, many), dtype=torch.float64)
+        for i, unit in enumerate(torch.eye(many, dtype=residual.dtype, device=residual.device)):
+            a = measured.adjoint(unit.view(1, *measured.shape)).expand_as(moment.x)
+            columns.append(moment.tweedie * moment.pulled(a, last=i + 1 == many))
+            s[:, i] = measured.forward(columns[-1]).double().flatten(1)
+        # a trained network's Jacobian is no covariance: its symmetric part, in which nothing below the size of the other is known
+        values, vectors = torch.linalg.eigh((s + s.mT) / 2)
+        unknown = torch.linalg.matrix_norm((s - s.mT) / 2)[:, None] / math.sqrt(
+            2
+        )  # at least its largest singular value
+        values = torch.maximum(values, unknown) + self.variance
+        values = torch.maximum(values, 1e-12 * values.amax(1, keepdim=True) + 1e-300)
+        along = (vectors.mT @ residual.double().flatten(1)[..., None])[..., 0]
+        weights = (vectors @ (along / values)[..., None])[..., 0]
+        change = sum(like(weights[:, i], moment.x) * column for i, column in enumerate(columns))
+        return change, -0.5 * ((along**2 / values).sum(1) + values.log().sum(1))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class MMPS(Guidance):
+    """Moment matching posterior sampling (Rozet et al. 2024, eq. 20 and Alg. 3): C = σ²/α ∂x̂0/∂x_t.
+
+    iterations   of the solver, of conjugate gradients, a product with the Jacobian each and one more; with as many as there are
+                 measurements it is exact, and C is made as a matrix. Default: exact up to 16 measurements, else 5
+    """
+
+    problem: Problem
+    iterations: int | None = None
+
+    def bind(self, setting: Setting) -> Bound:
+        given = None if self.iterations is None else checks.integer("iterations", self.iterations, 1, 10**6)
+        bound = Iterated(self.problem, setting, "inverse.MMPS")
+        many = math.prod(bound.measured.shape)
+        if given is None:
+            given = many if many <= FEW else ITERATIONS
+        bound.iterations = given
+        return Dense(self.problem, setting, "inverse.MMPS") if given >= many else bound
+
+
+class Iterated(GaussianBound):
+    """C by conjugate gradients."""
+
+    iterations = ITERATIONS
+
+    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Tensor]:
+        measured = self.measured
+
+        def covariance(u: Tensor) -> Tensor:
+            return moment.tweedie * moment.pulled(measured.adjoint(u))
+
+        def apply(u: Tensor) -> Tensor:
+            return measured.forward(covariance(u)) + self.variance * u
+
+        weights = conjugate_gradients(apply, residual, self.iterations)
+        return moment.tweedie * moment.pulled(measured.adjoint(weights), last=True), -0.5 * dot(residual, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class TMPD(Guidance):
+    """Tweedie moment projected diffusion (Boys et al. 2023, eq. 8 and 9): C as in MMPS.
+
+    diagonal   A C Aᵀ by the sums of its rows, one product with the Jacobian (their eq. 13), instead of one for each measurement;
+               default where there are more than 16
+    """
+
+    problem: Problem
+    diagonal: bool | None = None
+
+    def bind(self, setting: Setting) -> Bound:
+        diagonal = RowSums(self.problem, setting, "inverse.TMPD")
+        wanted = self.diagonal
+        if wanted is None:
+            wanted = math.prod(diagonal.measured.shape) > FEW
+        return diagonal if checks.flag("diagonal", wanted) else Dense(self.problem, setting, "inverse.TMPD")
+
+
+class RowSums(GaussianBound):
+    """A C Aᵀ as a diagonal."""
+
+    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Tensor]:
+        measured = self.measured
+        ones = measured.adjoint(torch.ones_like(residual[:1])).expand_as(moment.x)
+        sums = measured.forward(moment.tweedie * moment.pulled(ones)).clamp(min=0) + self.variance
+        weights = residual / sums.clamp(min=torch.finfo(sums.dtype).tiny)
+        change = moment.tweedie * moment.pulled(measured.adjoint(weights), last=True)
+        return change, -0.5 * (dot(residual, weights) + sums.double().log().flatten(1).sum(1))
+
+
+@dataclass(frozen=True, eq=False)
+class PiGDM(Guidance):
+    """Pseudoinverse-guided diffusion (Song, Vahdat, Mardani & Kautz 2023, eq. 7 and 8): in p(y | x_t) C = r² = σ̂² s²/(σ̂² + s²).
+
+    data_std   s, the standard deviation of the data in the network's units; 1 in the paper
+    """
+
+    problem: Problem
+    data_std: float = 1.0
+
+    def bind(self, setting: Setting) -> Bound:
+        bound = Isotropic(self.problem, setting, "inverse.PiGDM")
+        bound.data_variance = checks.number("data_std", self.data_std, 0, above=True) ** 2
+        return bound
+
+
+class Isotropic(GaussianBound):
+    """C = r²; the gradient goes through the network all the same."""
+
+    data_variance, through = 1.0, True
+    ITERATIONS = 100
+
+    def spread(self, moment: Moment) -> Tensor:
+        noise = moment.sigma**2 / moment.alpha**2
+        return like(noise * self.data_variance / (noise + self.data_variance), moment.x)
+
+    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Tensor]:
+        measured, r2 = self.measured, self.spread(moment)
+        r2 = r2.view(-1, *[1] * (residual.ndim - 1))
+
+        def apply(u: Tensor) -> Tensor:
+            return r2 * measured.forward(measured.adjoint(u)) + self.variance * u
+
+        weights = conjugate_gradients(apply, residual, min(self.ITERATIONS, math.prod(measured.shape)))
+        back = measured.adjoint(weights)
+        change = (
+            moment.tweedie * moment.pulled(back, last=True)
+            if self.through
+            else like(self.spread(moment).flatten(), back) * back
+        )
+        return change, -0.5 * dot(residual, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class DiffPIR(Guidance):
+    """Plug-and-play restoration (Zhu et al. 2023, eq. 10 and Alg. 1): x̂0 ← argmin ‖y − A x‖²/(2 σ_y²) + λ ‖x − x̂0‖²/(2 σ̂²), no
+    product with the Jacobian. Their sampler is ddim, with eta for their ζ."""
+
+    problem: Problem
+    regularization: float = 1.0
+
+    def bind(self, setting: Setting) -> Bound:
+        bound = Proximal(self.problem, setting, "inverse.DiffPIR")
+        bound.data_variance = checks.number("regularization", self.regularization, 0, above=True)
+        return bound
+
+
+class Proximal(Isotropic):
+    """C = σ̂²/λ, and nothing goes through the network."""
+
+    differentiates, through = False, False
+
+    def spread(self, moment: Moment) -> Tensor:
+        return like(moment.sigma**2 / moment.alpha**2 / self.data_variance, moment.x)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreALD(Guidance):
+    """Annealed Langevin posterior sampling (Jalal et al. 2021, eq. 4): the score gets Aᵀ(y − A x_t/α)/(σ_y² + σ̂²)/α."""
+
+    problem: Problem
+
+    def bind(self, setting: Setting) -> Bound:
+        return OfState(self.problem, setting, "inverse.ScoreALD")
+
+
+class OfState(GaussianBound):
+    """A residual of the noisy state itself."""
+
+    differentiates = False
+
+    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        measured, x = self.measured, moment.x.detach()
+        noise = moment.sigma**2 / moment.alpha**2
+        residual = parts["y"] - measured.of(x / like(moment.alpha, x))
+        back = measured.adjoint(residual) * like(1 / (self.variance + noise) / moment.alpha, x)
+        return moment.x0 + moment.tweedie * back, -0.5 * dot(residual, residual) / (self.variance + noise)

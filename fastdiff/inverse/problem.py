@@ -1,0 +1,228 @@
+"""An inverse problem y = A x0 + noise, and its operator as the methods meet it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..errors import ConfigError, DataError, DTypeError, ShapeError, short
+from ..execution import tensor_checks
+from ..execution.calls import like
+from ..guidance.base import Setting
+from .operators import Matrix
+
+NOISES = ("gaussian", "poisson")
+SEED = 0x0D07  # of the vectors that an operator is asked with
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """y = A x0 + noise_std ε, or another noise, of data x0 in the units of the model's samples.
+
+    y          [*m], for all samples, or [num_samples, *m]
+    operator   A, batched: an object of this module, a matrix [m, D] on the flattened data, an object with `A` and `A_adjoint`
+               (deepinv's Physics as they are), or a function [B, *data_shape] -> [B, *m], whose adjoint autograd finds
+    noise_std  standard deviation of the noise, in the units of y, 0 for exact data; default the operator's
+               `noise_model.sigma`
+    noise      "gaussian"; "poisson": y counts of mean A x0; or a function (A x0 [B, *m], y [B, *m]) -> log p(y | x0) [B]
+    """
+
+    y: Tensor
+    operator: Any
+    noise_std: float | None = None
+    noise: str | Callable[[Tensor, Tensor], Tensor] = "gaussian"
+
+    def __post_init__(self) -> None:
+        tensor_checks.check_dense("y", self.y)
+        tensor_checks.check_floating("y", self.y)
+        tensor_checks.check_finite("y", self.y)
+        if isinstance(self.operator, Tensor):
+            object.__setattr__(self, "operator", Matrix(self.operator))
+        operator = self.operator
+        has_both = callable(getattr(operator, "A", None)) and callable(getattr(operator, "A_adjoint", None))
+        if not has_both and not callable(operator):
+            raise ConfigError(
+                f"operator must be a matrix, a function of x, or have A(x) and A_adjoint(y), got {short(operator)}"
+            )
+        if not callable(self.noise) and self.noise not in NOISES:
+            raise ConfigError(
+                f"noise must be 'gaussian', 'poisson' or a function (A x0, y) -> log p(y | x0), got {short(self.noise)}"
+            )
+        if self.noise == "gaussian":
+            object.__setattr__(self, "noise_std", checks.number("noise_std", self._noise_std(), 0))
+        elif self.noise_std is not None:
+            raise ConfigError(f"noise_std={short(self.noise_std)} is of Gaussian noise: leave it out")
+
+    def _noise_std(self) -> Any:
+        given, model = self.noise_std, getattr(self.operator, "noise_model", None)
+        own = getattr(model, "sigma", None)
+        own = (
+            float(own)
+            if isinstance(own, (int, float, Tensor)) and (not isinstance(own, Tensor) or own.numel() == 1)
+            else None
+        )
+        if given is None and own is None:
+            raise ConfigError(
+                "noise_std must be given, in the units of y, 0 for exact data: Problem(y, operator, 0.05)"
+            )
+        if given is not None and own is not None and not math.isclose(given, own, rel_tol=1e-6):
+            raise ConfigError(
+                f"noise_std={short(given)} contradicts the operator's own noise_model.sigma={own:g}: leave it out"
+            )
+        return own if given is None else given
+
+
+class Measurement:
+    """A problem at the shape, dtype and device of a run, checked; A, its linear part and adjoint are of the network's units."""
+
+    def __init__(self, problem: Problem, setting: Setting) -> None:
+        self.problem, self.model = problem, setting.model
+        self.dtype, self.device = setting.dtype, setting.device
+        self.noise_std = float(problem.noise_std or 0.0)
+        shape = setting.model.data_shape
+        generator = torch.Generator().manual_seed(SEED)
+        u, v = (torch.randn((2, *shape), generator=generator).to(self.device, self.dtype) for _ in range(2))
+        with torch.no_grad():
+            forward = self._checked(self._raw(u), 2)
+            self.shape = tuple(forward.shape[1:])
+            self._check_y(problem.y, setting.count)
+            zero = self._raw(torch.zeros_like(u))
+            other, both = self._raw(v), self._raw(u - 2 * v)
+        scale = float((forward.abs() + 2 * other.abs()).max()) or 1.0
+        tolerance = 1e-9 if self.dtype == torch.float64 else 1e-3
+        self.linear = bool(((both - zero) - ((forward - zero) - 2 * (other - zero))).abs().max() <= tolerance * scale)
+        self.offset = zero[:1] if float(zero.abs().max()) > 0 else None
+        if self.linear:
+            self._check_adjoint(u, forward - zero, generator, tolerance)
+
+    def _check_y(self, y: Tensor, count: int) -> None:
+        tensor_checks.check_device("y", y, self.device)
+        if tuple(y.shape) not in (self.shape, (count, *self.shape)):
+            raise ShapeError(
+                f"y must have the shape {self.shape} that the operator gives of one sample, or {(count, *self.shape)} for "
+                f"num_samples={count}, got {tuple(y.shape)}"
+            )
+        self.each = y.to(self.dtype).expand(count, *self.shape)
+
+    def _check_adjoint(self, x: Tensor, forward: Tensor, generator: torch.Generator, tolerance: float) -> None:
+        """⟨A x, y⟩ = ⟨x, Aᵀ y⟩."""
+        y = torch.randn((2, *self.shape), generator=generator).to(self.device, self.dtype)
+        back = self._adjoint(y)
+        if back.shape != x.shape:
+            raise ShapeError(
+                f"operator.A_adjoint must return {tuple(x.shape)} of y {tuple(y.shape)}, got {tuple(back.shape)}"
+            )
+        left, right = (forward.double() * y).sum().item(), (x.double() * back).sum().item()
+        size = float(forward.double().norm() * y.double().norm()) or 1.0
+        if not abs(left - right) <= tolerance * size:
+            raise DataError(
+                f"operator.A_adjoint is not the adjoint of A: <A x, y> = {left:.6g} and <x, A_adjoint y> = {right:.6g} for "
+                "random x and y: correct one of them, or give A alone as a function, whose adjoint is found by autograd"
+            )
+
+    def _checked(self, out: Any, count: int) -> Tensor:
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            got = out.dtype if isinstance(out, Tensor) else type(out).__name__
+            raise DTypeError(
+                f"operator must return a tensor of real numbers, got {got}: complex ones by torch.view_as_real"
+            )
+        if out.ndim == 0 or len(out) != count:
+            raise ShapeError(
+                f"operator must be batched, [B, *] -> [B, *m], and gave {tuple(out.shape)} of {count} samples"
+            )
+        tensor_checks.check_device("what the operator returns", out, self.device)
+        tensor_checks.check_finite("what the operator returns", out)
+        return out.to(self.dtype)
+
+    def _raw(self, x: Tensor) -> Tensor:
+        """A of data in their own units."""
+        operator = self.problem.operator
+        forward = getattr(operator, "A", None)
+        out: Tensor = forward(x) if callable(forward) else operator(x)
+        return out
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        operator = self.problem.operator
+        given = getattr(operator, "A_adjoint", None)
+        if callable(given):
+            out: Tensor = given(y)
+            return out
+        with torch.inference_mode(False), torch.enable_grad():
+            zero = torch.zeros((len(y), *self.model.data_shape), dtype=y.dtype, device=y.device, requires_grad=True)
+            return torch.autograd.grad(self._raw(zero), zero, y)[0]
+
+    def of(self, x0: Tensor) -> Tensor:
+        """A x0 [B, *m] of x0 [B, *] in the network's units."""
+        return self._raw(self.model.in_data_units(x0)).to(x0.dtype)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """The linear part of `of`, of a difference v of states."""
+        out = self._raw(self._scaled(v)).to(v.dtype)
+        return out if self.offset is None else out - self.offset.to(v.dtype)
+
+    def adjoint(self, u: Tensor) -> Tensor:
+        """Its adjoint."""
+        return self._scaled(self._adjoint(u)).to(u.dtype)
+
+    def _scaled(self, v: Tensor) -> Tensor:
+        if self.model.standardize is None:
+            return v
+        return v * torch.from_numpy(self.model.standardize[1]).to(v.device, v.dtype)
+
+    def needs_linear(self, method: str) -> None:
+        """ConfigError where the operator is not linear, or the noise not Gaussian."""
+        if self.problem.noise != "gaussian":
+            raise ConfigError(
+                f"{method} is for Gaussian noise, got noise={short(self.problem.noise)}: use inverse.SMC or "
+                "guidance.LogLikelihood"
+            )
+        if not self.linear:
+            raise ConfigError(f"{method} is for a linear operator, and this one is not: use inverse.DPS or inverse.SMC")
+
+    def log_likelihood(self, x0: Tensor, y: Tensor) -> Tensor:
+        """log p(y | x0), [B], up to a constant; float64."""
+        mean, noise = self.of(x0), self.problem.noise
+        if callable(noise):
+            value: Tensor = noise(mean, y)
+            return value
+        if noise == "poisson":
+            mean = mean.clamp(min=1e-12)
+            return (y * mean.log() - mean).double().flatten(1).sum(1)
+        return -0.5 * ((y - mean).double() / max(self.noise_std, 1e-12)).square().flatten(1).sum(1)
+
+
+def dot(u: Tensor, v: Tensor) -> Tensor:
+    """⟨u, v⟩ of each sample, [B], float64."""
+    return (u.double() * v.double()).flatten(1).sum(1)
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float = 1e-6
+) -> Tensor:
+    """S⁻¹ b [B, *] for a symmetric positive definite S, each sample by its own steps (Hestenes & Stiefel 1952); a sample whose
+    residual is below `tolerance` of b, or whose S is not positive along the step, stands still. Returned is the iterate of the
+    least residual: a trained network's Jacobian is not symmetric, and the later ones may diverge."""
+    x, r = torch.zeros_like(b), b
+    p, rr = r, dot(r, r)
+    least, best, lowest = tolerance**2 * rr, x, rr
+    for k in range(iterations):
+        sp = apply(p)
+        curvature = dot(p, sp)
+        going = (rr > least) & (curvature > 0)
+        if k + 1 < iterations and b.device.type == "cpu" and not bool(going.any()):
+            break
+        step = torch.where(going, rr / curvature.where(going, 1.0), 0.0)
+        x = x + like(step, b) * p
+        r = r - like(step, b) * sp
+        after = dot(r, r)
+        best = torch.where(like(after < lowest, b) > 0, x, best)
+        lowest = torch.minimum(after, lowest)
+        p = r + like(torch.where(going, after / rr.where(going, 1.0), 0.0), b) * p
+        rr = torch.where(going, after, rr)
+    return best
