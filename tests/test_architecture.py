@@ -34,7 +34,7 @@ RULES = {
     "mcmc": MODEL,
     "probability_flow": MODEL,
     "runs": RUN - {"runs"},
-    "guidance": MODEL,
+    "guidance": MODEL | {"table"},
     "inverse": MODEL | {"table", "guidance"},
     "sampling": RUN | {"guidance", "inverse"},
     "likelihood": RUN,

@@ -24,7 +24,7 @@ from torch import nn
 from watching import NOT_WHILE_CAPTURING, Tape, on_tape
 
 import fastdiff
-from fastdiff import guidance
+from fastdiff import guidance, inverse
 from fastdiff.errors import ConfigError, GraphError, NonFiniteError
 from fastdiff.execution import cuda_graph, graphs, loop, ops
 from fastdiff.networks import MLP
@@ -209,6 +209,28 @@ def test_conditions_are_refreshed(captures, named):
         a, b = (torch.randn(4, 3, 5, generator=g).to(captures.device) for _ in range(2))
         assert torch.equal(*both(net, captures, cond={"cond": a, "label": b} if named else a, batch_size=2))
     assert len(captures) == 2
+
+
+@pytest.mark.parametrize("sampler", ["euler_maruyama", "ddim", "heun", "pc"])
+def test_known_parts_are_read_by_each_replay(captures, sampler):
+    """Graphs with a mask serve every mask, and those without none."""
+    net, kinds = Net(captures.device), 0
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        known, mask = torch.randn(4, 3, 5, generator=g), torch.rand(4, 3, 5, generator=g) < 0.5
+        replacement = inverse.Replacement((known.to(captures.device), mask.to(captures.device)))
+        replayed, eager = both(net, captures, guidance=replacement, sampler=sampler, batch_size=2)
+        assert torch.equal(replayed, eager)
+        assert torch.equal(replayed.cpu()[mask], known[mask])
+        kinds = kinds or len(captures)
+        assert len(captures) == kinds
+    assert torch.equal(*both(net, captures, sampler=sampler, batch_size=2))
+    assert len(captures) > kinds
+    dps = inverse.DPS(inverse.Problem(torch.zeros(15), inverse.Mask(torch.ones(5) > 0), 0.0))
+    with pytest.raises(
+        ConfigError, match="engine='graph' cannot run here: the guidance changes the state after each row"
+    ):
+        draw(net, engine="graph", place=captures.device, guidance=dps, sampler="ancestral")
 
 
 def test_parameters_changed_in_place_are_seen_and_new_ones_noticed(captures):
