@@ -1344,3 +1344,15 @@ def test_guided_rows_are_captured_with_both_outputs(captures, sampler, count):
             model.net.shift.fill_(0.3)
         options = {**steps, "cond": cond, "guidance": given}
         assert torch.equal(*(fastdiff.sample(model, engine=engine, **options) for engine in ("graph", "eager")))
+
+
+def test_graphs_of_guided_rows_are_not_those_of_a_condition_of_the_same_names(captures):
+    class Two(Net):
+        def forward(self, x, t, cond=None, null=None):
+            return super().forward(x, t, cond) + (0 if null is None else 0.7 * null)
+
+    net = Two(captures.device)
+    cond = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)).to(captures.device)
+    given = guidance.ClassifierFree(2.0, interval=(0.3, 50.0), null=torch.ones(3, 5, device=captures.device))
+    for options in ({"cond": {"cond": cond, "null": cond + 1}}, {"cond": cond, "guidance": given}):
+        assert torch.equal(*both(net, captures, **options))

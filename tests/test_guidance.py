@@ -149,6 +149,15 @@ def test_every_kind_of_row_takes_the_weight(sde, sampler, steps):
     assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 
 
+def test_clipped_rows_that_use_the_output_as_it_is_use_the_guided_one():
+    """DDIM of diffusers, clip_sample=True: x0 is clipped, ε is not."""
+    model, options = exact(VP, "eps"), {"sampler": samplers.DDIM(clips_eps=False), "clip": (-0.8, 0.8), "dtype": F64}
+    found, info = draw(model, ClassifierFree(2.5), return_info=True, **options)
+    assert any(row.raw for row in info.table.rows)
+    unfused = draw(model, [ClassifierFree(2.5), NOTHING], **options)
+    torch.testing.assert_close(found, unfused, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler_maruyama", "heun", "unipc", "pc", "rk45", "adaptive_sde"])
 @pytest.mark.parametrize("prediction", ["eps", "edm"])
 def test_scale_one_is_the_conditional_run_and_zero_the_unconditional_one(sampler, prediction):
@@ -200,6 +209,47 @@ def test_samples_do_not_depend_on_the_batch(name, sampler):
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
     assert bool(runs[0].isfinite().all())
+
+
+def test_weights_stay_in_the_rows_beside_what_changes_the_state():
+    """Part of the samples is known, the rest follows the condition: one pass, with the numbers of the guided network's own."""
+    problem = fastdiff.inverse.Problem(torch.tensor([0.5]), fastdiff.inverse.Mask(torch.tensor([True, False])), 0.0)
+    model = exact()
+    both = [ClassifierFree(2.0), fastdiff.inverse.Replacement(problem)]
+    found, info = draw(model, both, sampler="euler_maruyama", dtype=F64, return_info=True)
+    assert model.net.seen == [12] * 8
+    assert info.table.guides
+    assert torch.equal(found[:, 0], torch.full((6,), 0.5, dtype=F64))
+    unfused = draw(model, [*both, NOTHING], sampler="euler_maruyama", dtype=F64)
+    torch.testing.assert_close(found, unfused, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", GUIDANCES)
+def test_networks_of_half_precision_guide_states_of_full_precision(name):
+    """What is computed of the prediction stands in the state's dtype, and so does the time; no gradient is left of either."""
+    torch.manual_seed(0)
+    seen, given = [], GUIDANCES[name]
+
+    def classifier(x, t):
+        seen.append((x.dtype, t.dtype, x.shape))
+        return -((x[:, None] - MEANS.to(x)) ** 2).sum(2)
+
+    net = MLP((2,), num_classes=3, hidden=32)
+    nn.init.normal_(net.out.weight, std=0.1)
+    model = fastdiff.ScoreModel(net, "vp", "v", data_shape=(2,), cond_dropout=0.1)
+    given = Auto(model, 2.0) if name == "auto" else Classifier(classifier, 1) if name == "classifier" else given
+    runs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        net.to(dtype)
+        runs.append(draw(model, given, 7, sampler="ddim"))
+        with torch.inference_mode():
+            assert torch.equal(draw(model, given, 7, sampler="ddim"), runs[-1])
+    assert runs[1].dtype == torch.float32
+    assert not runs[1].requires_grad
+    torch.testing.assert_close(*runs, rtol=0.02, atol=0.02)
+    assert {kind[:2] for kind in seen} <= {(torch.float32, torch.float32)}
+    if name != "of each sample":
+        assert draw(model, given, 0, sampler="ddim").shape == (0, 2)
 
 
 # --- Gaussians: what the guided process ends in ------------------------------------------------------------------------------
@@ -499,6 +549,8 @@ def test_the_weaker_model_may_have_another_prediction_and_time():
 def test_a_table_keeps_its_weights():
     model = exact()
     x, info = draw(model, ClassifierFree(2.0, interval=(0.2, 4)), return_info=True)
+    _, other = draw(model, ClassifierFree(3.0, interval=(0.2, 4)), return_info=True)
+    assert [row.guidance for row in other.table.rows] == [1 + 2 * (row.guidance - 1) for row in info.table.rows]
     options = {"steps": None, "table": info.table}
     assert torch.equal(draw(model, ClassifierFree(2.0, interval=(0.2, 4)), **options), x)
     assert torch.equal(draw(model, ClassifierFree(1.0), **options), draw(model))

@@ -172,6 +172,11 @@ def test_a_callers_noise_is_the_known_parts_too():
     x = draw(PICTURE, "vp", guidance, 6, sampler="ddim", noise=lambda k: asked.append(k) or noise[k], batch_size=4)
     assert torch.equal(x, wanted)
     assert asked == [0, 1, 2, 3, 4]  # the last row's known part is the data
+    noise[5] = NAN
+    assert torch.equal(draw(PICTURE, "vp", guidance, 6, sampler="ddim", noise=noise), wanted)
+    noise[4, 0, 0, 0, 0] = NAN
+    with pytest.raises(errors.DataError, match="noise must be finite, got nan at index"):
+        draw(PICTURE, "vp", guidance, 6, sampler="ddim", noise=noise)
 
 
 def test_the_bias_of_replacement_is_the_one_of_its_recursion():

@@ -252,6 +252,42 @@ def test_a_problem_for_each_sample():
             assert error < 4 / 300**0.5
 
 
+NOISES = {
+    "poisson": (lambda x: x.exp(), "poisson", lambda mean, y: y * math.log(mean) - mean, 3.0),
+    "a function": (lambda x: x, lambda mean, y: -(mean - y).abs().flatten(1).sum(1), lambda mean, y: -abs(mean - y), 1.5),
+    "an operator that is not linear": (lambda x: x**2, "gaussian", lambda mean, y: -0.5 * ((mean - y) / 0.5) ** 2, 1.2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_particles_of_any_noise_and_operator(name):
+    """One number x0 ~ N(0.3, 1): mean and spread of |x0| and x0 against sums over a fine grid."""
+    operator, noise, log_density, y = NOISES[name]
+    process = fastdiff.VP()
+
+    def x0(x, t):
+        alpha, sigma = (value[:, None] for value in (process.alpha(t), process.sigma(t)))
+        return 0.3 + alpha / (alpha**2 + sigma**2) * (x - 0.3 * alpha)
+
+    problem = inverse.Problem(torch.tensor([y]), operator, 0.5 if noise == "gaussian" else None, noise)
+    x = fastdiff.sample(
+        x0,
+        process,
+        100,
+        sampler="euler_maruyama",
+        shape=(1,),
+        prediction="x0",
+        num_samples=4000,
+        guidance=inverse.SMC(problem),
+    ).double()[:, 0]
+    grid = np.linspace(-6, 6, 4001)
+    mean_of = operator(torch.from_numpy(grid)).numpy()
+    log = np.array([log_density(m, y) for m in mean_of]) - 0.5 * (grid - 0.3) ** 2
+    weight = np.exp(log - log.max()) / np.exp(log - log.max()).sum()
+    for value in (lambda v: v, abs, lambda v: v**2):
+        assert float(value(x).mean()) == pytest.approx(float((weight * value(grid)).sum()), abs=0.08)
+
+
 METHODS = {
     "MMPS": inverse.MMPS,
     "MMPS, one iteration": lambda problem: inverse.MMPS(problem, 1),

@@ -21,7 +21,10 @@ def parameters(net: Any) -> Iterator[Tensor]:
 
 
 def dtype_of(net: Any, default: torch.dtype) -> torch.dtype:
-    """What a network's inputs must be: the dtype of its first floating parameter, if it has one."""
+    """What a network's inputs must be: the dtype of its first floating parameter, if it has one, and does not say of itself that
+    it `takes_states` as they are."""
+    if getattr(net, "takes_states", False):
+        return default
     return next((p.dtype for p in parameters(net) if p.is_floating_point()), default)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelOutputError, short
 from ..execution import tensor_checks
-from ..execution.calls import answer, like, takes_features
+from ..execution.calls import answer, dtype_of, like, takes_features
 from ..execution.loop import Condition
 from ..model import ScoreModel
 from ..planning import predictions
@@ -106,7 +106,7 @@ class Moment:
             )
             if features is not None and len(features) > 1:
                 features = features.repeat(many, 1)
-        cond = model.condition(cond, len(state))
+        state, cond = state.to(dtype_of(model.net, x.dtype)), model.condition(cond, len(state))
         output, variance = answer(model.net, model.variance, state, time, features, cond)
         self.output, *others = output.to(x.dtype).chunk(many)
         self.others = dict(zip(beside, others))
@@ -122,7 +122,8 @@ class Moment:
 
     def predicted(self, model: ScoreModel, cond: Condition) -> Tensor:
         """x̂0 of another model, or under another condition."""
-        return self.clean(model, model.outputs(self.x, self.t, cond)[0].to(self.x.dtype))
+        x = self.seen.to(dtype_of(model.net, self.x.dtype))
+        return self.clean(model, model.outputs(x, self.t, cond)[0].to(self.x.dtype))
 
     @property
     def slope(self) -> Tensor:
@@ -195,11 +196,13 @@ class Guidance:
 
 
 class Guided(nn.Module):
-    """The network of a guided model, (x [B, *], t [B], …) -> the output that stands for the guided x̂0.
+    """The network of a guided model, (x [B, *], t [B], …) -> the output that stands for the guided x̂0, both in the state's dtype.
 
     With m = r x0 + w ε what the model predicts, a change Δ of x̂0 is one of (r − w α/σ) Δ of m. What depends on the time alone
     is made for all rows of a run beforehand, as its time features.
     """
+
+    takes_states = True  # and makes of them what the model's network takes
 
     def __init__(self, model: ScoreModel, bound: Sequence[Bound]) -> None:
         super().__init__()
@@ -220,13 +223,16 @@ class Guided(nn.Module):
         return torch.cat((columns, own.double()), 1) if own.ndim == 2 else columns
 
     def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None, **parts: Tensor) -> Tensor:
-        cond, own = taken_apart(parts, len(self.bound))
-        levels = None
-        if features is not None:
-            levels = Levels(*features[:, :8].unbind(1))
-            levels = levels._replace(features=features[:, 8:].to(self.kind) if features.shape[1] > 8 else None)
-            t = levels.t.to(x.dtype).expand(len(x))
         with _differentiable(self.differentiates):
+            # autograd takes no tensors of torch.inference_mode, in which the caller may be
+            x, t, features = (v.clone() if v is not None and v.is_inference() else v for v in (x, t, features))
+            parts = {name: v.clone() if v.is_inference() else v for name, v in parts.items()}
+            cond, own = taken_apart(parts, len(self.bound))
+            levels = None
+            if features is not None:
+                levels = Levels(*features[:, :8].unbind(1))
+                levels = levels._replace(features=features[:, 8:].to(self.kind) if features.shape[1] > 8 else None)
+                t = levels.t.to(x.dtype).expand(len(x))
             state = x.detach().clone().requires_grad_() if self.differentiates else x
             wanted = {each: each.beside(self.model, t, cond, mine) for each, mine in zip(self.bound, own)}
             beside = {each: other for each, other in wanted.items() if other is not None}

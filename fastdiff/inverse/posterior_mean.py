@@ -24,23 +24,33 @@ FEW = 16  # measurements whose covariance is made as a matrix, unless the caller
 ITERATIONS = 5
 
 
-class GaussianBound(Bound):
-    """A method for a linear operator and Gaussian noise; `with_density` also gives log p(y | x_t), [B], float64."""
+class DensityBound(Bound):
+    """A method that knows p(y | x_t), if only nearly."""
 
     differentiates = True
 
-    def __init__(self, problem: Problem, setting: Setting, name: str) -> None:
+    def __init__(self, problem: Problem, setting: Setting) -> None:
         super().__init__()
         self.measured = Measurement(problem, setting)
-        self.measured.needs_linear(name)
         self.parts = {"y": self.measured.each}
-        self.variance = self.measured.noise_std**2
 
     def __call__(self, moment: Moment, parts: dict[str, Tensor]) -> Tensor:
         return self.with_density(moment, parts)[0]
 
     def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The guided x̂0 and log p(y | x_t)."""
+        """The guided x̂0, and log p(y | x_t) up to what is the same for all x_t, [B], float64."""
+        raise NotImplementedError
+
+
+class GaussianBound(DensityBound):
+    """Of a linear operator and Gaussian noise."""
+
+    def __init__(self, problem: Problem, setting: Setting, name: str) -> None:
+        super().__init__(problem, setting)
+        self.measured.needs_linear(name)
+        self.variance = self.measured.noise_std**2
+
+    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         residual = parts["y"] - self.measured.of(moment.x0.detach())
         change, density = self.change(moment, residual)
         return moment.x0 + change.detach(), density
@@ -63,9 +73,8 @@ class Dense(GaussianBound):
             s[:, i] = measured.forward(columns[-1]).double().flatten(1)
         # a trained network's Jacobian is no covariance: its symmetric part, in which nothing below the size of the other is known
         values, vectors = torch.linalg.eigh((s + s.mT) / 2)
-        unknown = torch.linalg.matrix_norm((s - s.mT) / 2)[:, None] / math.sqrt(
-            2
-        )  # at least its largest singular value
+        # (the Frobenius norm of an antisymmetric matrix is at least √2 times its largest singular value)
+        unknown = torch.linalg.matrix_norm((s - s.mT) / 2)[:, None] / math.sqrt(2)
         values = torch.maximum(values, unknown) + self.variance
         values = torch.maximum(values, 1e-12 * values.amax(1, keepdim=True) + 1e-300)
         along = (vectors.mT @ residual.double().flatten(1)[..., None])[..., 0]

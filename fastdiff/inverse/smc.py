@@ -21,10 +21,10 @@ from .. import checks
 from ..errors import ConfigError, NonFiniteError
 from ..execution import ops
 from ..execution.noise import ACCEPTANCE
-from ..guidance.base import Guidance, Moment, together
+from ..guidance.base import Bound, Guidance, Moment, Setting, together
 from ..table import Row, StepTable
 from .own_steps import OwnSteps, Steps
-from .posterior_mean import MMPS, GaussianBound
+from .posterior_mean import MMPS, DensityBound
 from .problem import Problem
 
 
@@ -34,7 +34,8 @@ class SMC(OwnSteps):
 
     particles  of each problem. y [*m] for all samples: default num_samples, and these are the draws; y [num_samples, *m]: a
                problem for each, of which one particle is drawn; default 64
-    proposal   a method of this module that guides the particles, for the same problem; default MMPS
+    proposal   a method of this module that guides the particles, for the same problem; default MMPS, and for operators that are
+               not linear or noise that is not Gaussian the gradient of log p(y | x̂0), as in the paper
     threshold  particles are drawn anew where their effective number (Σw)²/Σw² is below this share of them
 
     Particles of one problem depend on each other, so samples are a function of seed, num_samples and particles together; not of
@@ -49,8 +50,8 @@ class SMC(OwnSteps):
     def run(self, steps: Steps) -> tuple[Tensor, int]:
         setting, table, smallest = steps.setting, steps.table, checks.number("threshold", self.threshold, 0, 1)
         check_rows(table)
-        bound = self._proposal().bind(setting)
-        if not isinstance(bound, GaussianBound):
+        bound = self._bound(setting)
+        if not isinstance(bound, DensityBound):
             raise ConfigError(
                 f"proposal must be a method that knows p(y | x_t), such as inverse.MMPS, got {type(self.proposal).__name__}"
             )
@@ -88,14 +89,16 @@ class SMC(OwnSteps):
         index = weights.chosen(len(table), setting.count if shared else 1)
         return x[index.to(x.device)], len(table) * math.ceil(many / steps.batch)
 
-    def _proposal(self) -> Guidance:
+    def _bound(self, setting: Setting) -> Bound:
         if self.proposal is None:
-            return MMPS(self.problem)
+            plain = PlugIn(self.problem, setting)
+            gaussian = plain.measured.linear and self.problem.noise == "gaussian"
+            return MMPS(self.problem).bind(setting) if gaussian else plain
         if getattr(self.proposal, "problem", None) is not self.problem:
             raise ConfigError(
                 "proposal must be a method for the same Problem object: inverse.SMC(problem, proposal=inverse.TMPD(problem))"
             )
-        return self.proposal
+        return self.proposal.bind(setting)
 
     def _size(self, count: int, shared: bool) -> int:
         given = self.particles
@@ -107,6 +110,15 @@ class SMC(OwnSteps):
                 f"particles={size} are fewer than num_samples={count}, which are drawn from them: leave it out"
             )
         return size
+
+
+class PlugIn(DensityBound):
+    """p(y | x_t) ≈ p(y | x̂0(x_t)) (Wu et al. 2023, eq. 8): of any operator and noise that autograd sees through."""
+
+    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        value = self.measured.log_likelihood(moment.x0, parts["y"])
+        change = moment.tweedie * moment.gradient(value.sum())
+        return moment.x0 + change.detach(), value.detach().double()
 
 
 @dataclass
