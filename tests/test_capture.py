@@ -253,6 +253,7 @@ def test_a_run_on_one_device_leaves_the_others_alone(cuda):
     loop = graphs.GraphLoop.__new__(graphs.GraphLoop)
     loop.buffers, loop.static, loop.done = [tensor], {}, None
     loop.net_input = loop.time = loop.measured = loop.cursor = loop.first_bad = tensor
+    loop.known = loop.mask = None
     loop.leave()
     loop.follow()
     noted = {what for what, _ in cuda.notes}

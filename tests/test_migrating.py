@@ -513,8 +513,9 @@ def test_what_the_page_calls_exists():
         "grids": grids,
         "schedules": fastdiff.schedules,
         "torch": torch,
+        "guidance": fastdiff.guidance,
     }
-    names |= {"timesteps": [980, 500, 20]}
+    names |= {"timesteps": [980, 500, 20], "empty": torch.zeros(3)}
     chain = fastdiff.DDPM()
     cells = [line.split("|")[2] for line in page.splitlines() if line.startswith("|") and "`" in line.split("|")[2]]
     calls = [call for cell in cells for call in re.findall(r"`([^`]+)`", cell)]
