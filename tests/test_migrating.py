@@ -542,11 +542,9 @@ def test_what_the_page_calls_exists():
             assert fastdiff.ScoreModel(torch.nn.Identity(), sde, "eps", data_shape=(2,), **options), call
         elif kind == "time_embedding":
             assert MLP((2,), hidden=8, layers=1, **options)
-        elif kind == "guidance":
-            x = fastdiff.sample(
-                lambda x, t, c: x * c[:, :1], "vp", 2, shape=(3,), num_samples=2, cond=torch.ones(2, 3), **options
-            )
-            assert x.shape == (2, 3)
+        elif kind in ("guidance", "cond"):
+            given = {"shape": (3,), "num_samples": 2, "cond": torch.ones(2, 3), **options}
+            assert fastdiff.sample(lambda x, t, c: x * c[:, :1], "vp", 2, **given).shape == (2, 3)
         elif kind == "probes":
             model = model_of()
             assert fastdiff.log_likelihood(model, torch.zeros(8, 4), probes=torch.ones(1, 8, 4), rtol=0.1, atol=0.1)
