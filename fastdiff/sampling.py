@@ -212,7 +212,7 @@ def sample(
     trajectory = checks.integer("trajectory", trajectory, 0, 10**7)
     checks.function("callback", callback)
     denoise, return_info = checks.flag("denoise", denoise), checks.flag("return_info", return_info)
-    model = opened(model)
+    model, guidance = opened(model), _alone(guidance)
     clamps = isinstance(clip, str)
     if clamps and (clip != "data" or not isinstance(model, ScoreModel)):
         raise ConfigError(
@@ -260,9 +260,8 @@ def sample(
         Request, model, num_samples, seed, first_sample, cond, x_init, state_dtype, place, backend, engine, check, guide=guide
     )  # fmt: skip
     if isinstance(guidance, OwnSteps):
-        _refuse_own(
-            guidance, x_init, noise=noise, callback=callback, trajectory=trajectory or None, table=table, clip=pair
-        )
+        refused = {"x_init": x_init, "noise": noise, "callback": callback, "table": table, "clip": pair}
+        _refuse_own(guidance, **refused, trajectory=trajectory or None)
         if sampler is None:
             solver = samplers.get(guidance.sampler, process)
         steps = guidance.steps if steps is None and grid is None else steps
@@ -409,9 +408,21 @@ def _finished(task: Task, drawn: Any) -> Any:
     return (task.finish(drawn[0]), *drawn[1:]) if isinstance(drawn, tuple) else task.finish(drawn)
 
 
-def _refuse_own(method: OwnSteps, x_init: Any, **given: Any) -> None:
+def _alone(guidance: Any) -> Any:
+    """A list of one guidance as that; ConfigError where a method with steps of its own is beside another."""
+    if not isinstance(guidance, (list, tuple)):
+        return guidance
+    own = next((one for one in guidance if isinstance(one, OwnSteps)), None)
+    if own is not None and len(guidance) > 1:
+        raise ConfigError(
+            f"guidance has inverse.{type(own).__name__}, which has steps of its own, beside others: give it alone"
+        )
+    return guidance if own is None else own
+
+
+def _refuse_own(method: OwnSteps, **given: Any) -> None:
     """Refuse what a method with steps of its own has no place for."""
-    for name, value in {"x_init": x_init, **given}.items():
+    for name, value in given.items():
         if value is not None:
             raise ConfigError(
                 f"{name} has no place in inverse.{type(method).__name__}, which has steps of its own: leave it out"

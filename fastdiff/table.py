@@ -24,6 +24,7 @@ from . import checks, files
 from .errors import ConfigError
 
 MAX_HISTORY = 4
+MAX_ROWS = 4 * 10**6  # a longer table would take many gigabytes on the host
 
 # The columns of StepTable.matrix, which every backend reads: see fastdiff.execution.reference.step for their use.
 COLUMNS = (
@@ -79,9 +80,7 @@ class Row:
     log_variance: tuple[float, float] | None = None  # bounds that the network's second half interpolates; replaces c
     raw: float = 0.0  # of the network's output as it is, where h_0 is clipped
     bounds: tuple[float, float] | None = None  # of the state that the row leaves
-    guidance: float = (
-        1.0  # the network's output is guide + guidance·(output − guide), of a second output; 1: there is none
-    )
+    guidance: float = 1.0  # the output is guide + guidance·(output − guide), of a second output; 1: there is none
 
     @property
     def guides(self) -> bool:

@@ -12,6 +12,12 @@ from torch import nn
 import fastdiff
 from fastdiff import inverse
 from fastdiff.errors import ConfigError, DataError, DTypeError, ModelOutputError, ShapeError
+from fastdiff.execution import noise as noise_streams
+from fastdiff.execution import ops
+from fastdiff.guidance.base import Setting, guided
+from fastdiff.inverse import daps
+from fastdiff.inverse.own_steps import Steps
+from fastdiff.inverse.problem import Measurement
 
 KERNEL = torch.tensor([[0.1, 0.2, 0.0], [0.3, 0.1, 0.1], [0.0, 0.1, 0.1]], dtype=torch.float64)
 OPERATORS = {
@@ -144,6 +150,132 @@ def test_any_sampler_carries_a_guided_prediction(sampler, steps):
     assert float(ratios.max()) < 1.13
 
 
+# --- the methods as printed --------------------------------------------------------------------------------------------
+
+METHODS = {
+    "MMPS": inverse.MMPS,
+    "MMPS, one iteration": lambda problem: inverse.MMPS(problem, 1),
+    "TMPD": inverse.TMPD,
+    "diagonal TMPD": lambda problem: inverse.TMPD(problem, True),
+    "PiGDM": inverse.PiGDM,
+    "DiffPIR": inverse.DiffPIR,
+    "ScoreALD": inverse.ScoreALD,
+    "SMC": inverse.SMC,
+    "DDRM": inverse.DDRM,
+    "DAPS": inverse.DAPS,
+}
+
+FORM = torch.from_numpy(np.random.default_rng(5).normal(size=(5, 4))) / 2
+A = torch.from_numpy(np.random.default_rng(6).normal(size=(3, 4)))
+
+
+def bent(x, t):
+    """The gradient of Σ log cosh(Wx): a network whose Jacobian is symmetric and positive, as a covariance is."""
+    return torch.tanh(x @ FORM.T) @ FORM
+
+
+def shift(method, x0, jacobian, x, y, alpha, sigma, noise):
+    """What the method adds to x̂0 of one sample, in plain algebra."""
+    residual, ratio, c = y - A @ x0, (sigma / alpha) ** 2, sigma**2 / alpha * jacobian
+    inner, eye = A @ c @ A.T, torch.eye(3, dtype=torch.float64)
+    if method == "MMPS":
+        return c @ A.T @ torch.linalg.solve(inner + noise**2 * eye, residual)
+    if method == "MMPS, one iteration":
+        s = inner + noise**2 * eye
+        return c @ A.T @ residual * (residual @ residual) / (residual @ s @ residual)
+    if method == "diagonal TMPD":
+        return c @ A.T @ (residual / (inner.sum(1) + noise**2))
+    if method == "PiGDM":
+        spread = ratio / (ratio + 1)
+        return c @ A.T @ torch.linalg.solve(spread * A @ A.T + noise**2 * eye, residual)
+    if method == "DiffPIR":  # the minimum of ‖y − A v‖²/(2 σ_y²) + ‖v − x̂0‖²/(2 σ̂²)
+        normal = A.T @ A / noise**2 + torch.eye(4, dtype=torch.float64) / ratio
+        return torch.linalg.solve(normal, A.T @ y / noise**2 + x0 / ratio) - x0
+    return sigma**2 / alpha * A.T @ (y - A @ x / alpha) / (noise**2 + ratio) / alpha  # ScoreALD
+
+
+@pytest.mark.parametrize("method", ["MMPS", "MMPS, one iteration", "diagonal TMPD", "PiGDM", "DiffPIR", "ScoreALD"])
+def test_a_guided_prediction_is_its_formula(method):
+    process, generator = fastdiff.VP(), torch.Generator().manual_seed(3)
+    x = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    y = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    model = fastdiff.ScoreModel(bent, process, "x0", "t", (4,))
+    setting = Setting(model, 5, torch.float64, torch.device("cpu"), 0, 0, None)
+    outer, cond, *_ = guided(METHODS[method](inverse.Problem(y, A, 0.3)), setting)
+    t = torch.tensor([0.2, 0.4, 0.5, 0.7, 0.9], dtype=torch.float64)
+    found = outer.predict("x0", x, t, cond)
+    for k in range(5):
+        alpha, sigma = process.alpha(t[k]), process.sigma(t[k])
+        jacobian = torch.func.jacrev(lambda v: bent(v, None))(x[k])
+        x0 = bent(x[k], None)
+        expected = x0 + shift(method, x0, jacobian, x[k], y[k], alpha, sigma, 0.3)
+        assert (found[k] - expected).abs().max() < 1e-6 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("process", [fastdiff.VP(), fastdiff.VE()], ids=lambda p: p.name)
+def test_ddrm_is_its_steps_as_printed(process):
+    """Kawar et al. 2022, eq. 7 and 8, number by number, by the same noise."""
+    y, noise, eta, eta_b = torch.tensor([0.4, -0.3], dtype=torch.float64), 0.3, 0.7, 0.9
+    matrix = torch.tensor([[1.0, 0.2, 0.0], [0.1, 0.05, 0.3]], dtype=torch.float64)
+
+    def x0(x, t):
+        return 0.7 * torch.tanh(x)
+
+    found = fastdiff.sample(
+        x0, process, 9, shape=(3,), prediction="x0", num_samples=4, seed=2, dtype=torch.float64,
+        guidance=inverse.DDRM(inverse.Problem(y, matrix, noise), eta, eta_b),
+    )  # fmt: skip
+    table = fastdiff.plan(process, 9, sampler="ancestral", grid="logsnr", prediction="x0")
+    levels = [(row.level.alpha, row.level.sigma / row.level.alpha) for row in table.rows] + [(1.0, 0.0)]
+    u, values, vt = torch.linalg.svd(matrix, full_matrices=True)
+    seen = [y @ u[:, i] / values[i] for i in range(2)]
+    first = fastdiff.normal(4, (3,), seed=2).double() * table.prior_std / levels[0][0]
+    for n in range(4):
+        high = levels[0][1]
+        bar = [
+            seen[i] + math.sqrt(high**2 - (noise / values[i]) ** 2) * first[n, i] / high if i < 2 else first[n, i]
+            for i in range(3)
+        ]
+        for k in range(9):
+            (alpha, high), (_, low) = levels[k : k + 2]
+            z = fastdiff.normal(4, (3,), seed=2, draw=k, stream=noise_streams.SAMPLER).double()[n]
+            mean = vt @ x0(alpha * (torch.stack(bar) @ vt), None)
+            after = []
+            for i in range(3):
+                if i == 2:  # nothing is measured
+                    after.append(mean[i] + math.sqrt(1 - eta**2) * low * (bar[i] - mean[i]) / high + eta * low * z[i])
+                elif low < noise / values[i]:
+                    pull = (seen[i] - mean[i]) / (noise / values[i])
+                    after.append(mean[i] + math.sqrt(1 - eta**2) * low * pull + eta * low * z[i])
+                else:
+                    left = math.sqrt(low**2 - (eta_b * noise / values[i]) ** 2)
+                    after.append((1 - eta_b) * mean[i] + eta_b * seen[i] + left * z[i])
+            bar = after
+        assert (found[n] - torch.stack(bar) @ vt).abs().max() < 1e-9
+
+
+def test_daps_draws_x0_exactly_and_ends_on_exact_data():
+    """N(m, s² 1)·N(y; A x, σ²) has the covariance (1/s² + AᵀA/σ²)⁻¹, and the mean that goes with it."""
+    model = fastdiff.ScoreModel(bent, "vp", "x0", "t", (4,))
+    count, spread, noise = 40_000, 0.8, 0.5
+    y, mean = torch.tensor([0.3, -1.0, 0.5]), torch.tensor([0.1, 0.2, -0.4, 0.0])
+    setting = Setting(model, count, torch.float32, torch.device("cpu"), 7, 0, None)
+    measured = Measurement(inverse.Problem(y, A.float(), noise), setting)
+    steps = Steps(setting, fastdiff.plan("vp", 4), ops.backend_module("reference"), count, False)
+    x = daps.drawn(steps, measured, measured.solver(), mean.expand(count, 4), spread, 0).double()
+    covariance = torch.linalg.inv(torch.eye(4, dtype=torch.float64) / spread**2 + A.T @ A / noise**2)
+    expected = covariance @ (mean.double() / spread**2 + A.T @ y.double() / noise**2)
+    assert (x.mean(0) - expected).abs().max() < 5 * spread / count**0.5
+    assert (x.T.cov() - covariance).abs().max() < 5 * spread**2 * (2 / count) ** 0.5
+    exact = inverse.DAPS(inverse.Problem(y, A.float(), 0.0))
+    x = fastdiff.sample(bent_in_float32, "vp", 6, shape=(4,), prediction="x0", num_samples=5, guidance=exact)
+    assert (x @ A.float().T - y).abs().max() < 1e-4
+
+
+def bent_in_float32(x, t):
+    return bent(x.double(), t).float()
+
+
 # --- sequential Monte Carlo ------------------------------------------------------------------------------------------
 
 
@@ -201,8 +333,7 @@ def sliced(a, b):
 
 @pytest.mark.parametrize(("numbers", "measured"), [(8, 1), (8, 2)])
 def test_particles_find_the_modes_of_a_mixture(numbers, measured):
-    """Within twice the distance of two exact sets, in the median; the best method that draws each sample by itself is some
-    fifteen times as far where one number is measured."""
+    """Within twice the distance of two exact sets, in the median."""
     process, far, floor = fastdiff.VP(), [], []
     for seed in range(6):
         mixture = Mixture(numbers, measured, seed)
@@ -286,20 +417,6 @@ def test_particles_of_any_noise_and_operator(name):
     weight = np.exp(log - log.max()) / np.exp(log - log.max()).sum()
     for value in (lambda v: v, abs, lambda v: v**2):
         assert float(value(x).mean()) == pytest.approx(float((weight * value(grid)).sum()), abs=0.08)
-
-
-METHODS = {
-    "MMPS": inverse.MMPS,
-    "MMPS, one iteration": lambda problem: inverse.MMPS(problem, 1),
-    "TMPD": inverse.TMPD,
-    "diagonal TMPD": lambda problem: inverse.TMPD(problem, True),
-    "PiGDM": inverse.PiGDM,
-    "DiffPIR": inverse.DiffPIR,
-    "ScoreALD": inverse.ScoreALD,
-    "SMC": inverse.SMC,
-    "DDRM": inverse.DDRM,
-    "DAPS": inverse.DAPS,
-}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -421,6 +538,10 @@ REFUSED = [
         lambda: drawn(inverse.SMC(inverse.Problem(Y, Physics()), proposal=inverse.MMPS(inverse.Problem(Y, Physics())))),
         ConfigError, "proposal must be a method for the same Problem",
     ),
+    (
+        lambda: drawn(inverse.SMC(inverse.Problem(Y, lambda x: x[..., :2], noise=lambda mean, y: -(mean - y).abs().sum()))),
+        ShapeError, "log p\\(y \\| x0\\) must return a number for each sample",
+    ),
     (lambda: drawn("mmps"), ConfigError, "guidance must be an object of fastdiff.guidance or fastdiff.inverse"),
     (lambda: drawn(inverse.Problem(Y, Physics())), ConfigError, "guidance must be an object of fastdiff.guidance"),
 ]  # fmt: skip
@@ -432,13 +553,27 @@ def test_what_cannot_be_is_refused_in_one_sentence(call, kind, said):
         call()
 
 
-def test_a_network_without_gradients_is_named():
+@pytest.mark.parametrize("method", [inverse.MMPS, inverse.PiGDM, inverse.DPS, inverse.SMC])
+def test_a_network_without_gradients_is_named(method):
+    """Also where x itself has a part in the prediction, so that there is a gradient, of that part alone."""
+
     def detached(x, t):
         return 0.5 * x.detach()
 
+    for prediction in ("x0", "eps"):
+        with pytest.raises(ModelOutputError, match="needs gradients through the model"):
+            fastdiff.sample(
+                detached, "vp", 4, sampler="ancestral", shape=(1, 4), prediction=prediction, num_samples=2,
+                guidance=method(inverse.Problem(Y, Physics())),
+            )  # fmt: skip
+
+
+def test_a_method_with_steps_of_its_own_stands_alone():
+    """In a list of itself too; as one of several it is refused by its name."""
     problem = inverse.Problem(Y, Physics())
-    with pytest.raises(ModelOutputError, match="needs gradients through the model"):
-        fastdiff.sample(detached, "vp", 4, shape=(1, 4), prediction="x0", num_samples=2, guidance=inverse.MMPS(problem))
+    assert torch.equal(drawn([inverse.DDRM(problem)]), drawn(inverse.DDRM(problem)))
+    with pytest.raises(ConfigError, match=r"guidance has inverse\.SMC, which has steps of its own, beside others"):
+        drawn([inverse.MMPS(problem), inverse.SMC(problem)])
 
 
 def test_a_table_for_a_guided_run_tells_process_times():

@@ -260,9 +260,10 @@ def test_an_hmc_corrector_of_several_steps_is_nearer_than_as_many_of_ald():
         net = exact("score", process, Gaussian([0.0, 0.0], std=1.0))
         return float(fastdiff.sample(net, process, 200, sampler=sampler, shape=(2,), num_samples=4000).var())
 
-    by_ald, by_hmc = variance(corrector="ald", corrector_steps=3), variance(corrector="hmc", leapfrog=3)
-    assert abs(by_hmc - 1) < 0.15
-    assert by_ald - 1 > 2 * abs(by_hmc - 1)
+    assert variance(corrector="ald") == pytest.approx(4.89, abs=0.3)
+    assert variance(corrector="ald", corrector_steps=3) == pytest.approx(1.41, abs=0.08)
+    assert variance(corrector="hmc", leapfrog=3) == pytest.approx(1.10, abs=0.06)
+    assert variance(corrector="hmc", leapfrog=5) == pytest.approx(1.03, abs=0.06)
 
 
 def test_an_hmc_corrector_and_a_multistep_predictor_are_refused():

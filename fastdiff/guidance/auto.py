@@ -13,8 +13,8 @@ from ..execution.calls import answer, dtype_of, parameters, takes_features, time
 from ..execution.loop import Condition
 from ..model import ScoreModel, opened
 from ..table import StepTable
-from .base import Bound, Guidance, Moment, Setting, units
-from .weights import Extrapolated, Interval, check_interval, check_scale, flat, part, weighed
+from .base import Bound, Guidance, Moment, Setting, flat, units
+from .weights import Extrapolated, Interval, check_interval, check_scale, part, weighed
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,7 +89,7 @@ class Moment:
         self, model: ScoreModel, x: Tensor, t: Tensor, cond: Condition, differentiates: bool,
         beside: dict[Bound, Condition] | None = None, levels: Levels | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.x, self.cond, self.differentiates = model, x, cond, differentiates
+        self.model, self.x, self.cond = model, x, cond
         self.levels = levels = Levels.at(model, t) if levels is None else levels
         count = len(x)
         self.t, self.alpha, self.sigma = (column.expand(count) for column in (levels.t.to(x.dtype), *levels[1:3]))
@@ -143,24 +143,17 @@ class Moment:
         return self.gradient(self.x0, v, retain=not last)
 
     def gradient(self, value: Tensor, v: Tensor | None = None, retain: bool = True) -> Tensor:
-        """∂⟨value, v⟩/∂x_t of what was made of the prediction, [B, *]."""
-        return gradient(value, self.x, v, retain, self.seen)
-
-
-def gradient(
-    value: Tensor, x: Tensor, v: Tensor | None = None, retain: bool = False, seen: Tensor | None = None
-) -> Tensor:
-    """∂⟨value, v⟩/∂x; a ModelOutputError where the value is no function of x that autograd knows, or not by way of `seen`, x as
-    the network has it."""
-    if value.requires_grad:
-        inputs = (x,) if seen is None else (x, seen)
-        product, *by_network = torch.autograd.grad(value, inputs, v, retain_graph=retain, allow_unused=True)
-        if product is not None and None not in by_network:
-            return product  # type: ignore[no-any-return]
-    raise ModelOutputError(
-        "this guidance needs gradients through the model, and its output has none with respect to x: look in it for no_grad, "
-        "detach, argmax or numpy"
-    )
+        """∂⟨value, v⟩/∂x_t of what was made of the prediction, [B, *]; a ModelOutputError where autograd does not see that by way
+        of the network."""
+        if value.requires_grad:
+            inputs = (self.x, self.seen)
+            product, by_network = torch.autograd.grad(value, inputs, v, retain_graph=retain, allow_unused=True)
+            if product is not None and by_network is not None:
+                return product
+        raise ModelOutputError(
+            "this guidance needs gradients through the model, and its output has none with respect to x: look in it for no_grad, "
+            "detach, argmax or numpy"
+        )
 
 
 class Bound:
@@ -272,11 +265,17 @@ def joined(*conds: Condition) -> Condition:
 
 def together(cond: Condition, bound: Sequence[Bound]) -> dict[str, Tensor]:
     """The caller's condition and the guidances' tensors in one dict, which is cut with the batch."""
-    parts = {f"{OWN}.{key}": value for key, value in cond.items()} if isinstance(cond, dict) else {}
-    if isinstance(cond, Tensor):
-        parts[OWN] = cond
-    for k, each in enumerate(bound):
-        parts |= {f"{k}.{name}": value for name, value in each.parts.items()}
+    return flat(**{OWN: cond}, **{str(k): each.parts for k, each in enumerate(bound)})
+
+
+def flat(**conds: Condition) -> dict[str, Tensor]:
+    """Conditions by name in one dict of tensors, which is cut with the batch."""
+    parts: dict[str, Tensor] = {}
+    for name, cond in conds.items():
+        if isinstance(cond, dict):
+            parts |= {f"{name}.{key}": value for key, value in cond.items()}
+        elif cond is not None:
+            parts[name] = cond
     return parts
 
 

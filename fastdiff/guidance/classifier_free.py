@@ -22,8 +22,8 @@ from ..execution.conditions import LABELS, are_labels
 from ..execution.loop import Condition
 from ..model import ScoreModel
 from ..table import StepTable
-from .base import Bound, Guidance, Moment, Setting, joined
-from .weights import Extrapolated, check_interval, check_scale, flat, part, weighed
+from .base import Bound, Guidance, Moment, Setting, flat, joined
+from .weights import Extrapolated, check_interval, check_scale, part, weighed
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,17 +92,6 @@ def _weight(row: Any, scale: float, interval: Interval) -> float:
     return scale if interval is None or interval[0] < ratio <= interval[1] else 1.0
 
 
-def flat(**conds: Condition) -> dict[str, Tensor]:
-    """Conditions by name in one dict of tensors, which is cut with the batch."""
-    parts: dict[str, Tensor] = {}
-    for name, cond in conds.items():
-        if isinstance(cond, dict):
-            parts |= {f"{name}.{key}": value for key, value in cond.items()}
-        elif cond is not None:
-            parts[name] = cond
-    return parts
-
-
 def part(parts: dict[str, Tensor], name: str, form: type) -> Condition:
     """One of them, of the type that it had."""
     if not issubclass(form, dict):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +15,9 @@ from ..execution import ops
 from ..execution.noise import SAMPLER
 from ..guidance.base import together
 from .own_steps import OwnSteps, Steps
-from .posterior_mean import GaussianBound
-from .problem import Problem, conjugate_gradients
+from .problem import Measurement, Problem
 
-ITERATIONS = 100  # of conjugate gradients at the most, which call no network
+Solved = Callable[[Tensor, Any, float], Tensor]  # as Measurement.solver gives it
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,24 +38,21 @@ class DAPS(OwnSteps):
         calls = checks.integer("ode_steps", self.ode_steps, 1, 10**4)
         setting, table = steps.setting, steps.table
         count, process = setting.count, setting.model.process
-        bound = GaussianBound(self.problem, setting, "inverse.DAPS")
-        parts = together(setting.cond, [])
-        levels = [(row.level.alpha, row.level.sigma / row.level.alpha) for row in table.rows]
-        ends = [*levels[1:], (table.end.alpha, table.end.sigma / table.end.alpha)]
-        lowest = min(ends[-1][1], levels[-1][1])
-        x = steps.start(count, setting.first_sample) / levels[0][0]
+        measured = Measurement(self.problem, setting).needs_linear("inverse.DAPS")
+        parts, ladder, solved = together(setting.cond, []), steps.ladder(), measured.solver()
+        lowest = min(table.end.sigma_hat or math.inf, ladder[-2][1])
+        x = steps.start(count, setting.first_sample) / ladder[0][0]
         for k, _ in steps.rows():
-            sigma = levels[k][1]
+            (_, sigma), (below, after) = ladder[k : k + 2]
             for high, low in _downward(sigma, lowest, calls):
                 t = float(process.time(high))
                 alpha = float(process.alpha(t))
                 x0 = steps.prediction(alpha * x, t, parts)
                 x = x0 + (low / high) * (x - x0)
-            x = _drawn(steps, bound, x, sigma, 3 * k)
-            if k + 1 < len(table) or table.rows[-1].c != 0:
-                x = x + ends[k][1] * steps.normal(count, setting.first_sample, 3 * k + 2)
-        end = ends[-1][0] if table.rows[-1].c != 0 else 1.0
-        return end * x, len(table) * calls * math.ceil(count / steps.batch)
+            x = drawn(steps, measured, solved, x, sigma, 3 * k)
+            if after > 0:
+                x = x + after * steps.normal(count, setting.first_sample, 3 * k + 2)
+        return below * x, len(table) * calls * math.ceil(count / steps.batch)
 
 
 def _downward(sigma: float, lowest: float, calls: int) -> list[tuple[float, float]]:
@@ -66,18 +64,13 @@ def _downward(sigma: float, lowest: float, calls: int) -> list[tuple[float, floa
     return list(zip(at, [*at[1:], 0.0]))
 
 
-def _drawn(steps: Steps, bound: GaussianBound, mean: Tensor, spread: float, draw: int) -> Tensor:
+def drawn(steps: Steps, measured: Measurement, solved: Solved, mean: Tensor, spread: float, draw: int) -> Tensor:
     """A draw of N(mean, spread² 1) · N(y; A x, σ_y²) by perturbation: the most probable x for a draw of the prior and noise put
     on y (Papandreou & Yuille 2010)."""
-    setting, measured = steps.setting, bound.measured
+    setting = steps.setting
     x = mean + spread * steps.normal(setting.count, setting.first_sample, draw)
     z = torch.empty_like(measured.each, memory_format=torch.contiguous_format)
     at = ops.cursor(draw + 1, setting.first_sample, setting.seed, setting.device)
     steps.operations.normal(z, at, SAMPLER)
     residual = measured.each + measured.noise_std * z - measured.of(x)
-
-    def apply(u: Tensor) -> Tensor:
-        return spread**2 * measured.forward(measured.adjoint(u)) + bound.variance * u
-
-    many = min(ITERATIONS, math.prod(measured.shape))
-    return x + spread**2 * measured.adjoint(conjugate_gradients(apply, residual, many))
+    return x + spread**2 * measured.adjoint(solved(residual, spread**2, measured.noise_std**2))

@@ -12,8 +12,7 @@ from .. import checks
 from ..errors import ConfigError
 from ..guidance.base import together
 from .own_steps import OwnSteps, Steps
-from .posterior_mean import GaussianBound
-from .problem import Problem
+from .problem import Measurement, Problem
 
 LARGEST = 4096  # numbers of a sample, whose operator is made as a matrix and decomposed
 
@@ -37,8 +36,7 @@ class DDRM(OwnSteps):
         eta, eta_b = checks.number("eta", self.eta, 0, 1), checks.number("eta_b", self.eta_b, 0, 1)
         setting, table = steps.setting, steps.table
         count, shape = setting.count, setting.model.data_shape
-        bound = GaussianBound(self.problem, setting, "inverse.DDRM")
-        measured, numbers = bound.measured, math.prod(shape)
+        measured, numbers = Measurement(self.problem, setting).needs_linear("inverse.DDRM"), math.prod(shape)
         if numbers > LARGEST:
             raise ConfigError(
                 f"inverse.DDRM decomposes the operator as a matrix, for samples of at most {LARGEST} numbers, got {numbers}: use "
@@ -58,25 +56,21 @@ class DDRM(OwnSteps):
         noise = measured.noise_std / s.where(seen, 1.0)
 
         parts = together(setting.cond, [])
-        levels = [(row.level.alpha, row.level.sigma / row.level.alpha) for row in table.rows]
-        ends = [*levels[1:], (table.end.alpha, table.end.sigma / table.end.alpha)]
-        sigma = levels[0][1]
-        start = steps.start(count, setting.first_sample).double().flatten(1) / levels[0][0]
+        ladder = steps.ladder()
+        alpha, sigma = ladder[0]
+        start = steps.start(count, setting.first_sample).double().flatten(1) / alpha
         spread = (sigma**2 - noise**2).clamp(min=0).sqrt()
         state = torch.where(seen & (sigma >= noise), clean + spread * (start / sigma), start)
-        last = len(table) - 1
         for k, row in steps.rows():
-            alpha, sigma = levels[k]
+            (alpha, sigma), (below, after) = ladder[k : k + 2]
             x = (alpha * (state @ vt)).to(setting.dtype).view(count, *shape)
             x0 = steps.prediction(x, row.network_time, parts)
             mean = x0.double().flatten(1) @ vt.T
-            after = ends[k][1] if k < last or row.c != 0 else 0.0
             z = steps.normal(count, setting.first_sample, k).double().flatten(1)
             kept = math.sqrt(1 - eta**2) * after
             hidden = mean + kept * (state - mean) / sigma + eta * after * z
             faint = mean + kept * (clean - mean) / noise.clamp(min=1e-300) + eta * after * z
             clear = (1 - eta_b) * mean + eta_b * clean + (after**2 - (eta_b * noise) ** 2).clamp(min=0).sqrt() * z
             state = torch.where(seen, torch.where(after < noise, faint, clear), hidden)
-        x = (ends[-1][0] if table.rows[-1].c != 0 else 1.0) * (state @ vt)
         calls = len(table) * math.ceil(count / steps.batch)
-        return x.to(setting.dtype).view(count, *shape), calls
+        return (below * (state @ vt)).to(setting.dtype).view(count, *shape), calls

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..errors import ConfigError, short
-from ..guidance.base import Guidance, Moment, Setting, gradient
+from ..guidance.base import Guidance, Moment, Setting
 from ..table import StepTable
 from .problem import Measurement, Problem
 from .state import Arrival, StateBound
@@ -63,7 +63,7 @@ class Misfit(StateBound):
     def __call__(self, moment: Moment, parts: dict[str, Tensor]) -> Tensor:
         misfit = parts["y"] - self.measured.of(moment.x0)
         norms = torch.linalg.vector_norm(misfit.flatten(1), dim=1)  # whose gradient at 0 is 0
-        self.held = gradient(norms.sum(), moment.x, retain=True)
+        self.held = moment.gradient(norms.sum())
         return moment.x0
 
     def after(self, arrival: Arrival, x: Tensor) -> None:

@@ -6,9 +6,7 @@ import math
 from dataclasses import replace
 
 from ..errors import ConfigError
-from ..table import Level, Row, StepTable
-
-MAX_ROWS = 10**6  # a longer table would take gigabytes on the host
+from ..table import MAX_ROWS, Level, Row, StepTable
 
 
 def with_jumps(table: StepTable, jump_length: int, resamplings: int) -> StepTable:

@@ -54,6 +54,12 @@ class Steps:
                 yield k, row
                 bar.update()
 
+    def ladder(self) -> list[tuple[float, float]]:
+        """(α, σ̂) where each row starts and where the last one ends: (1, 0), the data, where that draws no noise."""
+        last = self.table.rows[-1]
+        end = (self.table.end.alpha, self.table.end.sigma_hat) if last.c != 0 else (1.0, 0.0)
+        return [*((row.level.alpha, row.level.sigma_hat) for row in self.table.rows), end]
+
     def start(self, many: int, first: int) -> Tensor:
         """The prior's draws [many, *] of the samples from number `first` on."""
         if math.isnan(self.table.prior_std):

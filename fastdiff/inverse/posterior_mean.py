@@ -10,6 +10,7 @@ The methods differ in C. The covariance is σ²/α ∂x̂0/∂x_t (Tweedie's sec
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +30,9 @@ class DensityBound(Bound):
 
     differentiates = True
 
-    def __init__(self, problem: Problem, setting: Setting) -> None:
+    def __init__(self, measured: Measurement) -> None:
         super().__init__()
-        self.measured = Measurement(problem, setting)
-        self.parts = {"y": self.measured.each}
+        self.measured, self.parts = measured, {"y": measured.each}
 
     def __call__(self, moment: Moment, parts: dict[str, Tensor]) -> Tensor:
         return self.with_density(moment, parts)[0]
@@ -45,10 +45,9 @@ class DensityBound(Bound):
 class GaussianBound(DensityBound):
     """Of a linear operator and Gaussian noise."""
 
-    def __init__(self, problem: Problem, setting: Setting, name: str) -> None:
-        super().__init__(problem, setting)
-        self.measured.needs_linear(name)
-        self.variance = self.measured.noise_std**2
+    def __init__(self, measured: Measurement) -> None:
+        super().__init__(measured)
+        self.variance = measured.noise_std**2
 
     def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         residual = parts["y"] - self.measured.of(moment.x0.detach())
@@ -95,19 +94,24 @@ class MMPS(Guidance):
     iterations: int | None = None
 
     def bind(self, setting: Setting) -> Bound:
-        given = None if self.iterations is None else checks.integer("iterations", self.iterations, 1, 10**6)
-        bound = Iterated(self.problem, setting, "inverse.MMPS")
-        many = math.prod(bound.measured.shape)
-        if given is None:
-            given = many if many <= FEW else ITERATIONS
-        bound.iterations = given
-        return Dense(self.problem, setting, "inverse.MMPS") if given >= many else bound
+        return self.of(Measurement(self.problem, setting).needs_linear("inverse.MMPS"))
+
+    def of(self, measured: Measurement) -> Bound:
+        """The same for measurements that were checked."""
+        many = math.prod(measured.shape)
+        iterations = self.iterations
+        if iterations is None:
+            iterations = many if many <= FEW else ITERATIONS
+        iterations = checks.integer("iterations", iterations, 1, 10**6)
+        return Dense(measured) if iterations >= many else Iterated(measured, iterations)
 
 
 class Iterated(GaussianBound):
     """C by conjugate gradients."""
 
-    iterations = ITERATIONS
+    def __init__(self, measured: Measurement, iterations: int) -> None:
+        super().__init__(measured)
+        self.iterations = iterations
 
     def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Tensor]:
         measured = self.measured
@@ -134,11 +138,9 @@ class TMPD(Guidance):
     diagonal: bool | None = None
 
     def bind(self, setting: Setting) -> Bound:
-        diagonal = RowSums(self.problem, setting, "inverse.TMPD")
-        wanted = self.diagonal
-        if wanted is None:
-            wanted = math.prod(diagonal.measured.shape) > FEW
-        return diagonal if checks.flag("diagonal", wanted) else Dense(self.problem, setting, "inverse.TMPD")
+        measured = Measurement(self.problem, setting).needs_linear("inverse.TMPD")
+        diagonal = math.prod(measured.shape) > FEW if self.diagonal is None else self.diagonal
+        return RowSums(measured) if checks.flag("diagonal", diagonal) else Dense(measured)
 
 
 class RowSums(GaussianBound):
@@ -164,35 +166,23 @@ class PiGDM(Guidance):
     data_std: float = 1.0
 
     def bind(self, setting: Setting) -> Bound:
-        bound = Isotropic(self.problem, setting, "inverse.PiGDM")
-        bound.data_variance = checks.number("data_std", self.data_std, 0, above=True) ** 2
-        return bound
+        variance = checks.number("data_std", self.data_std, 0, above=True) ** 2
+        measured = Measurement(self.problem, setting).needs_linear("inverse.PiGDM")
+        return Isotropic(measured, lambda noise: noise * variance / (noise + variance), through=True)
 
 
 class Isotropic(GaussianBound):
-    """C = r²; the gradient goes through the network all the same."""
+    """C = r², a function `spread` of σ̂²; `through` the network's Jacobian, as a gradient of log p(y | x_t), or not."""
 
-    data_variance, through = 1.0, True
-    ITERATIONS = 100
-
-    def spread(self, moment: Moment) -> Tensor:
-        noise = moment.sigma**2 / moment.alpha**2
-        return like(noise * self.data_variance / (noise + self.data_variance), moment.x)
+    def __init__(self, measured: Measurement, spread: Callable[[Tensor], Tensor], through: bool) -> None:
+        super().__init__(measured)
+        self.spread, self.differentiates, self.solved = spread, through, measured.solver()
 
     def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Tensor]:
-        measured, r2 = self.measured, self.spread(moment)
-        r2 = r2.view(-1, *[1] * (residual.ndim - 1))
-
-        def apply(u: Tensor) -> Tensor:
-            return r2 * measured.forward(measured.adjoint(u)) + self.variance * u
-
-        weights = conjugate_gradients(apply, residual, min(self.ITERATIONS, math.prod(measured.shape)))
-        back = measured.adjoint(weights)
-        change = (
-            moment.tweedie * moment.pulled(back, last=True)
-            if self.through
-            else like(self.spread(moment).flatten(), back) * back
-        )
+        r2 = self.spread((moment.sigma / moment.alpha) ** 2).to(residual.dtype)
+        weights = self.solved(residual, r2, self.variance)
+        back = self.measured.adjoint(weights)
+        change = moment.tweedie * moment.pulled(back, last=True) if self.differentiates else like(r2, back) * back
         return change, -0.5 * dot(residual, weights)
 
 
@@ -205,18 +195,9 @@ class DiffPIR(Guidance):
     regularization: float = 1.0
 
     def bind(self, setting: Setting) -> Bound:
-        bound = Proximal(self.problem, setting, "inverse.DiffPIR")
-        bound.data_variance = checks.number("regularization", self.regularization, 0, above=True)
-        return bound
-
-
-class Proximal(Isotropic):
-    """C = σ̂²/λ, and nothing goes through the network."""
-
-    differentiates, through = False, False
-
-    def spread(self, moment: Moment) -> Tensor:
-        return like(moment.sigma**2 / moment.alpha**2 / self.data_variance, moment.x)
+        regularization = checks.number("regularization", self.regularization, 0, above=True)
+        measured = Measurement(self.problem, setting).needs_linear("inverse.DiffPIR")
+        return Isotropic(measured, lambda noise: noise / regularization, through=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +207,7 @@ class ScoreALD(Guidance):
     problem: Problem
 
     def bind(self, setting: Setting) -> Bound:
-        return OfState(self.problem, setting, "inverse.ScoreALD")
+        return OfState(Measurement(self.problem, setting).needs_linear("inverse.ScoreALD"))
 
 
 class OfState(GaussianBound):

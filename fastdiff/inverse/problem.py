@@ -19,6 +19,7 @@ from .operators import Matrix
 
 NOISES = ("gaussian", "poisson")
 SEED = 0x0D07  # of the vectors that an operator is asked with
+ITERATIONS = 100  # of conjugate gradients at the most, where they call no network
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,8 +176,8 @@ class Measurement:
             return v
         return v * torch.from_numpy(self.model.standardize[1]).to(v.device, v.dtype)
 
-    def needs_linear(self, method: str) -> None:
-        """ConfigError where the operator is not linear, or the noise not Gaussian."""
+    def needs_linear(self, method: str) -> Measurement:
+        """Itself; ConfigError where the operator is not linear, or the noise not Gaussian."""
         if self.problem.noise != "gaussian":
             raise ConfigError(
                 f"{method} is for Gaussian noise, got noise={short(self.problem.noise)}: use inverse.SMC or "
@@ -184,6 +185,28 @@ class Measurement:
             )
         if not self.linear:
             raise ConfigError(f"{method} is for a linear operator, and this one is not: use inverse.DPS or inverse.SMC")
+        return self
+
+    def solver(self) -> Callable[[Tensor, Any, float], Tensor]:
+        """(residual [B, *m], gain, noise) -> (gain A Aᵀ + noise)⁻¹ residual; gain a number, or one for each sample [B].
+
+        Where A Aᵀ = c 1, as random vectors say, it is a division; else by conjugate gradients, which call no network.
+        """
+        generator = torch.Generator().manual_seed(SEED)
+        u = torch.randn((2, *self.shape), generator=generator).to(self.device, self.dtype)
+        normal = self.forward(self.adjoint(u))
+        scale = float(dot(u, normal).sum() / dot(u, u).sum())
+        tolerance = 1e-10 if self.dtype == torch.float64 else 1e-5
+        divides = bool(((normal - scale * u).abs() <= tolerance * abs(scale)).all())
+        most = min(ITERATIONS, math.prod(self.shape))
+
+        def solved(residual: Tensor, gain: Any, noise: float) -> Tensor:
+            gain = like(gain, residual) if isinstance(gain, Tensor) else gain
+            if divides:
+                return residual / (gain * scale + noise)
+            return conjugate_gradients(lambda u: gain * self.forward(self.adjoint(u)) + noise * u, residual, most)
+
+        return solved
 
     def log_likelihood(self, x0: Tensor, y: Tensor) -> Tensor:
         """log p(y | x0), [B], up to a constant; float64."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +11,8 @@ from .. import checks
 from ..execution import ops
 from ..execution.noise import MEASUREMENTS
 from ..guidance.base import Guidance, Setting
-from .problem import Measurement, Problem, conjugate_gradients, dot
+from .problem import Measurement, Problem
 from .state import Arrival, StateBound
-
-ITERATIONS = 100  # of conjugate gradients at the most, which call no network
 
 
 class Projection(StateBound):
@@ -29,14 +26,7 @@ class Projection(StateBound):
         super().__init__()
         self.measured, self.setting, self.weight, self.until = measured, setting, weight, until
         self.zero = measured.of(torch.zeros((1, *setting.model.data_shape), dtype=setting.dtype, device=setting.device))
-        u = measured.each[:2].new_empty((2, *measured.shape))
-        generator = torch.Generator().manual_seed(0)
-        u.copy_(torch.randn(u.shape, generator=generator))
-        normal = measured.forward(measured.adjoint(u))
-        scale = float(dot(u, normal).sum() / dot(u, u).sum())
-        tolerance = 1e-10 if setting.dtype == torch.float64 else 1e-5
-        self.scale = scale if bool(((normal - scale * u).abs() <= tolerance * abs(scale)).all()) else None
-        # scale: c, where A Aᵀ = c 1
+        self.solved = measured.solver()
 
     def residual(self, arrival: Arrival, x: Tensor) -> Tensor:
         """A x − y_t."""
@@ -46,26 +36,10 @@ class Projection(StateBound):
             s = self.setting
             first = s.first_sample + arrival.samples.start
             z = ops.normal(
-                len(x),
-                x.shape[1:],
-                seed=s.seed,
-                draw=arrival.number,
-                first_sample=first,
-                stream=MEASUREMENTS,
-                device=x.device,
-            )
+                len(x), x.shape[1:], seed=s.seed, draw=arrival.number, first_sample=first, stream=MEASUREMENTS, device=x.device
+            )  # fmt: skip
             target = target + level.sigma * self.measured.forward(z.to(x.dtype))
         return self.measured.forward(x) - target
-
-    def solved(self, residual: Tensor, gain: float, noise: float) -> Tensor:
-        """(gain A Aᵀ + noise)⁻¹ residual."""
-        if self.scale is not None:
-            return residual / (gain * self.scale + noise)
-
-        def apply(u: Tensor) -> Tensor:
-            return gain * self.measured.forward(self.measured.adjoint(u)) + noise * u
-
-        return conjugate_gradients(apply, residual, min(ITERATIONS, math.prod(self.measured.shape)))
 
     def after(self, arrival: Arrival, x: Tensor) -> None:
         if arrival.level.t >= self.until:
@@ -86,8 +60,7 @@ class ILVR(Guidance):
 
     def bind(self, setting: Setting) -> StateBound:
         until = checks.number("until", self.until, 0, setting.model.process.T)
-        measured = Measurement(self.problem, setting)
-        measured.needs_linear("inverse.ILVR")
+        measured = Measurement(self.problem, setting).needs_linear("inverse.ILVR")
         return Projection(measured, setting, until=until)
 
 
@@ -107,8 +80,7 @@ class NoisedMeasurement(Guidance):
     weight: float | None = None
 
     def bind(self, setting: Setting) -> StateBound:
-        measured = Measurement(self.problem, setting)
-        measured.needs_linear("inverse.NoisedMeasurement")
+        measured = Measurement(self.problem, setting).needs_linear("inverse.NoisedMeasurement")
         if self.weight is not None:
             return Projection(measured, setting, weight=checks.number("weight", self.weight, 0, 1))
         return Projection(measured, setting) if measured.noise_std == 0 else Implicit(measured, setting)

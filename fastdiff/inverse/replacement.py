@@ -46,8 +46,7 @@ class Replacement(Guidance):
                 )
             known, mask = arranged(*self.problem, setting.model.data_shape, setting.count, setting.device)
             return Known(known, mask, setting)
-        measured = Measurement(self.problem, setting)
-        measured.needs_linear(name)
+        measured = Measurement(self.problem, setting).needs_linear(name)
         if measured.noise_std > 0:
             raise ConfigError(
                 f"{name} takes y as it is, and noise_std={measured.noise_std:g}: use inverse.NoisedMeasurement or inverse.MMPS, "

@@ -22,10 +22,11 @@ from ..errors import ConfigError, NonFiniteError
 from ..execution import ops
 from ..execution.noise import ACCEPTANCE
 from ..guidance.base import Bound, Guidance, Moment, Setting, together
+from ..guidance.log_likelihood import draws, probe
 from ..table import Row, StepTable
 from .own_steps import OwnSteps, Steps
 from .posterior_mean import MMPS, DensityBound
-from .problem import Problem
+from .problem import Measurement, Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +92,9 @@ class SMC(OwnSteps):
 
     def _bound(self, setting: Setting) -> Bound:
         if self.proposal is None:
-            plain = PlugIn(self.problem, setting)
-            gaussian = plain.measured.linear and self.problem.noise == "gaussian"
-            return MMPS(self.problem).bind(setting) if gaussian else plain
+            measured = Measurement(self.problem, setting)
+            gaussian = measured.linear and self.problem.noise == "gaussian"
+            return MMPS(self.problem).of(measured) if gaussian else PlugIn(measured, setting)
         if getattr(self.proposal, "problem", None) is not self.problem:
             raise ConfigError(
                 "proposal must be a method for the same Problem object: inverse.SMC(problem, proposal=inverse.TMPD(problem))"
@@ -114,6 +115,11 @@ class SMC(OwnSteps):
 
 class PlugIn(DensityBound):
     """p(y | x_t) ≈ p(y | x̂0(x_t)) (Wu et al. 2023, eq. 8): of any operator and noise that autograd sees through."""
+
+    def __init__(self, measured: Measurement, setting: Setting) -> None:
+        super().__init__(measured)
+        x, y = draws(2, setting), measured.each[:1].expand(2, *measured.shape)
+        probe(lambda x: measured.log_likelihood(x, y), x, (), "log p(y | x0)", None)
 
     def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         value = self.measured.log_likelihood(moment.x0, parts["y"])

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import checks
 from ..errors import ConfigError, names_keywords
-from ..table import Level, Row, StepTable
+from ..table import MAX_ROWS, Level, Row, StepTable
 from . import grids, predictions, processes, samplers
 from .cache import cached
 from .processes import Process
@@ -19,7 +19,6 @@ from .samplers.base import EPS, X0, Combination, SolverRow
 
 ROWS_CACHED = 50_000  # in all tables together: some 40 MB
 MAX_STEPS = 10**6
-MAX_ROWS = 4 * 10**6  # a longer table would take many gigabytes on the host
 
 Clip = tuple[float, float] | None
 
