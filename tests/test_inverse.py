@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,91 +281,76 @@ def bent_in_float32(x, t):
 # --- sequential Monte Carlo ------------------------------------------------------------------------------------------
 
 
-class Mixture:
-    """25 unit normals at (−8i, −8j), repeated over d numbers, of random weights (Cardoso et al. 2023, §4), and one problem."""
-
-    def __init__(self, numbers, measured, seed):
-        rng = np.random.default_rng(seed)
-        at = [[-8.0 * i, -8.0 * j] * (numbers // 2) for i in range(-2, 3) for j in range(-2, 3)]
-        self.means, weights = torch.tensor(at, dtype=torch.float64), rng.uniform(size=25)
-        self.log_weights = torch.from_numpy(np.log(weights / weights.sum()))
-        left, _ = np.linalg.qr(rng.normal(size=(measured, measured)))
-        right, _ = np.linalg.qr(rng.normal(size=(numbers, measured)))
-        scale = rng.uniform(size=measured)
-        self.matrix = torch.from_numpy(left @ np.diag(scale) @ right.T)
-        self.noise_std = float(rng.uniform() * scale.max())
-        truth = self.means[rng.choice(25, p=weights / weights.sum())] + torch.from_numpy(rng.normal(size=numbers))
-        self.y = self.matrix @ truth + self.noise_std * torch.from_numpy(rng.normal(size=measured))
-
-    def denoiser(self, process):
-        means, log_weights = self.means.float(), self.log_weights.float()
-
-        def x0(x, t):
-            alpha, sigma = (value[:, None, None] for value in (process.alpha(t), process.sigma(t)))
-            variance = alpha**2 + sigma**2
-            apart = x[:, None] - alpha * means
-            share = (log_weights - 0.5 * (apart**2 / variance).sum(2)).softmax(1)
-            return (share[..., None] * (means + alpha / variance * apart)).sum(1)
-
-        return x0
-
-    def posterior(self, count, seed):
-        """Exact draws [count, d]: each component's own posterior, in its share."""
-        rng = np.random.default_rng(seed)
-        numbers = self.means.shape[1]
-        eye = torch.eye(len(self.matrix), dtype=torch.float64)
-        covariance = torch.linalg.inv(
-            torch.eye(numbers, dtype=torch.float64) + self.matrix.T @ self.matrix / self.noise_std**2
-        )
-        means = (self.means + self.matrix.T @ self.y / self.noise_std**2) @ covariance
-        residual = self.y - self.means @ self.matrix.T
-        inner = torch.linalg.inv(self.matrix @ self.matrix.T + self.noise_std**2 * eye)
-        share = (self.log_weights - 0.5 * ((residual @ inner) * residual).sum(1)).softmax(0)
-        k = rng.choice(25, size=count, p=share.numpy() / share.numpy().sum())
-        z = torch.from_numpy(rng.normal(size=(count, numbers)))
-        return means[k] + z @ torch.linalg.cholesky(covariance).T
+@pytest.fixture
+def posteriors(monkeypatch):
+    """The example, which has mixtures and their posteriors."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    return importlib.import_module("posteriors")
 
 
-def sliced(a, b):
-    """The mean distance of a hundred projections of two sets of as many points."""
-    direction = torch.from_numpy(np.random.default_rng(9).normal(size=(a.shape[1], 100)))
-    direction /= direction.norm(dim=0)
-    return float(((a.double() @ direction).sort(0).values - (b.double() @ direction).sort(0).values).abs().mean())
+def test_the_examples_posteriors_are_exact(posteriors):
+    """Of one normal, against the formula in other terms; of several in two numbers, against Bayes' rule on a grid."""
+    gaussian, matrix = Gaussian((4,)), torch.from_numpy(np.random.default_rng(2).normal(size=(2, 4)))
+    y = torch.tensor([0.4, -1.0], dtype=torch.float64)
+    mean, covariance = gaussian.posterior(matrix, y, 0.4)
+    found = posteriors.Prior(gaussian.mean[None], torch.ones(1), gaussian.covariance).given(matrix, y, 0.4)
+    assert torch.allclose(found.means[0], mean)
+    assert torch.allclose(found.covariance, covariance)
+    assert torch.allclose(found.variance(), covariance.diagonal())
+    means, weights = torch.tensor([[-1.0, 0.5], [1.2, -0.3], [0.2, 2.0]]), torch.tensor([1.0, 2.0, 0.7])
+    spread, matrix, y = (
+        torch.tensor([[0.3, 0.1], [0.1, 0.2]]),
+        torch.tensor([[1.0, -0.4]]).double(),
+        torch.tensor([0.3]).double(),
+    )
+    axis = torch.linspace(-5, 5, 1001, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    apart = grid[:, None] - means
+    prior = (weights * torch.exp(-0.5 * ((apart @ torch.linalg.inv(spread).double()) * apart).sum(2))).sum(1)
+    density = prior * torch.exp(-0.5 * ((y - grid @ matrix.T)[:, 0] / 0.3) ** 2)
+    density /= density.sum()
+    found = posteriors.Prior(means, weights, spread).given(matrix, y, 0.3)
+    drawn = found.draw(100_000, np.random.default_rng(0))
+    for mean, variance in ((found.mean(), found.variance()), (drawn.mean(0), drawn.var(0))):
+        assert torch.allclose(mean, density @ grid, atol=0.02)
+        assert torch.allclose(variance, density @ (grid - density @ grid) ** 2, rtol=0.02)
 
 
 @pytest.mark.parametrize(("numbers", "measured"), [(8, 1), (8, 2)])
-def test_particles_find_the_modes_of_a_mixture(numbers, measured):
+def test_particles_find_the_modes_of_a_mixture(numbers, measured, posteriors):
     """Within twice the distance of two exact sets, in the median."""
-    process, far, floor = fastdiff.VP(), [], []
+    process, far = fastdiff.VP(), []
     for seed in range(6):
-        mixture = Mixture(numbers, measured, seed)
-        exact = mixture.posterior(1000, seed)
-        problem = inverse.Problem(mixture.y.float(), mixture.matrix.float(), mixture.noise_std)
+        rng = np.random.default_rng(seed)
+        case = posteriors.measured(posteriors.modes(rng, numbers), measured, rng)
         x = fastdiff.sample(
-            mixture.denoiser(process), process, 100, shape=(numbers,), prediction="x0", num_samples=1000, seed=seed,
-            guidance=inverse.SMC(problem),
+            case.prior.denoiser(process), process, 100, shape=(numbers,), prediction="x0", num_samples=1000, seed=seed,
+            guidance=inverse.SMC(case.problem()),
         )  # fmt: skip
-        far.append(sliced(x, exact))
-        floor.append(sliced(mixture.posterior(1000, seed + 100), exact))
-    assert np.median(far) < 2 * np.median(floor), (far, floor)
+        far.append(posteriors.compared(x, case, seed)[-1])
+    assert np.median(far) < 2, far
 
 
 @pytest.mark.parametrize(
     "proposal", [None, lambda problem: inverse.PiGDM(problem, data_std=12.0)], ids=["MMPS", "PiGDM"]
 )
-def test_many_particles_are_of_the_posterior_whatever_proposes(proposal):
+def test_many_particles_are_of_the_posterior_whatever_proposes(proposal, posteriors):
     """4000 of them, in 200 steps, near the distance of two exact sets (0.18), where the proposals alone are far off."""
-    process, mixture = fastdiff.VP(), Mixture(2, 1, 1)
-    exact = mixture.posterior(4000, 1)
-    problem = inverse.Problem(mixture.y.float(), mixture.matrix.float(), mixture.noise_std)
-    guide = None if proposal is None else proposal(problem)
-    options = {"sampler": "ancestral", "grid": "logsnr", "shape": (2,), "prediction": "x0", "num_samples": 4000}
-    net = mixture.denoiser(process)
-    assert (
-        sliced(fastdiff.sample(net, process, 200, guidance=inverse.SMC(problem, proposal=guide), **options), exact)
-        < 0.6
-    )
-    assert sliced(fastdiff.sample(net, process, 200, guidance=guide or inverse.MMPS(problem), **options), exact) > 1.5
+    process, rng = fastdiff.VP(), np.random.default_rng(1)
+    case = posteriors.measured(posteriors.modes(rng, 2), 1, rng)
+    exact = case.prior.given(case.matrix, case.y, case.noise_std).draw(4000, rng)
+    problem = case.problem()
+    guide = inverse.MMPS(problem) if proposal is None else proposal(problem)
+
+    def far(guidance):
+        x = fastdiff.sample(
+            case.prior.denoiser(process), process, 200, sampler="ancestral", grid="logsnr", shape=(2,), prediction="x0",
+            num_samples=4000, guidance=guidance,
+        )  # fmt: skip
+        return posteriors.sliced(x, exact)
+
+    assert far(inverse.SMC(problem, proposal=None if proposal is None else guide)) < 0.6
+    assert far(guide) > 1.5
 
 
 def test_a_problem_for_each_sample():
@@ -502,10 +489,10 @@ class WrongAdjoint(Physics):
         return 2 * super().A_adjoint(y)
 
 
-def drawn(guidance, **options):
+def drawn(guidance, num_samples=2, **options):
     return fastdiff.sample(
-        lambda x, t: 0.5 * x, "vp", 4, shape=(1, 4), prediction="x0", num_samples=2, guidance=guidance, **options
-    )
+        lambda x, t: 0.5 * x, "vp", 4, shape=(1, 4), prediction="x0", num_samples=num_samples, guidance=guidance, **options
+    )  # fmt: skip
 
 
 Y = torch.zeros(1, 2)
@@ -566,6 +553,12 @@ def test_a_network_without_gradients_is_named(method):
                 detached, "vp", 4, sampler="ancestral", shape=(1, 4), prediction=prediction, num_samples=2,
                 guidance=method(inverse.Problem(Y, Physics())),
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_samples_are_no_samples(method):
+    problem = inverse.Problem(Y, Physics())
+    assert drawn(METHODS[method](problem), num_samples=0).shape == (0, 1, 4)
 
 
 def test_a_method_with_steps_of_its_own_stands_alone():

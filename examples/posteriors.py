@@ -1,0 +1,271 @@
+"""How far each method's draws are from posteriors that are known exactly.
+
+The priors are mixtures of normals of one covariance, so x̂0(x_t) and the posterior given y = A x0 + noise are in closed form:
+what is measured is the bias of the method and of its steps, not a network's.
+
+    python examples/posteriors.py [--problems vector modes gap hole] [--methods MMPS SMC ...] [--picture posteriors.png]
+
+prints a table for each problem.
+
+    mean             the largest error of a number's mean, in standard deviations of the posterior
+    variance         the smallest and largest ratio of a number's variance to the posterior's
+    distance         the sliced Wasserstein-1 distance to exact draws by that of two sets of exact draws: 1 is the best
+    calls, backward  of the network, for each sample
+
+These are medians over a few seeds, each of another prior and another y.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastdiff
+from fastdiff import inverse
+
+
+class Prior:
+    """Σ_k w_k N(means_k, covariance): `means` [K, D], `weights` [K]."""
+
+    def __init__(self, means: Tensor, weights: Tensor, covariance: Tensor) -> None:
+        self.means, self.covariance = means.double(), covariance.double()
+        self.log_weights = (weights.double() / weights.sum()).log()
+        self.values, self.vectors = torch.linalg.eigh(self.covariance)
+
+    def denoiser(self, process: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        """E[x0 | x_t]."""
+        along_means = self.means @ self.vectors
+
+        def x0(x: Tensor, t: Tensor) -> Tensor:
+            means, values, vectors, log_weights = (
+                v.to(x) for v in (along_means, self.values, self.vectors, self.log_weights)
+            )
+            alpha, sigma = (value.view(-1, 1, 1) for value in (process.alpha(t), process.sigma(t)))
+            apart = (x @ vectors)[:, None] - alpha * means
+            variance = alpha**2 * values + sigma**2
+            share = (log_weights - 0.5 * (apart**2 / variance).sum(2)).softmax(1)
+            return (share[..., None] * (means + alpha * values / variance * apart)).sum(1) @ vectors.T
+
+        return x0
+
+    def given(self, matrix: Tensor, y: Tensor, noise_std: float) -> Prior:
+        """The distribution of x0 given y = A x0 + noise."""
+        inner = matrix @ self.covariance @ matrix.T + noise_std**2 * torch.eye(len(y), dtype=torch.float64)
+        gain = torch.linalg.solve(inner, matrix @ self.covariance).T
+        residual = y - self.means @ matrix.T
+        log_weights = self.log_weights - 0.5 * (residual @ torch.linalg.inv(inner) * residual).sum(1)
+        covariance = self.covariance - gain @ matrix @ self.covariance
+        return Prior(self.means + residual @ gain.T, log_weights.softmax(0), (covariance + covariance.T) / 2)
+
+    def mean(self) -> Tensor:
+        return self.log_weights.exp() @ self.means
+
+    def variance(self) -> Tensor:
+        return self.covariance.diagonal() + self.log_weights.exp() @ (self.means - self.mean()) ** 2
+
+    def draw(self, count: int, rng: np.random.Generator) -> Tensor:
+        weights = self.log_weights.exp().numpy()
+        k = rng.choice(len(weights), size=count, p=weights / weights.sum())
+        z = torch.from_numpy(rng.normal(size=(count, len(self.values))))
+        return self.means[k] + z * self.values.clamp(min=0).sqrt() @ self.vectors.T
+
+
+def correlated(rng: np.random.Generator, numbers: int) -> Prior:
+    """A normal distribution whose covariance has every entry."""
+    root = torch.from_numpy(rng.normal(size=(numbers, numbers))) / numbers**0.5
+    covariance = root @ root.T + 0.05 * torch.eye(numbers, dtype=torch.float64)
+    return Prior(torch.from_numpy(rng.normal(size=(1, numbers))) / 2, torch.ones(1), covariance)
+
+
+def modes(rng: np.random.Generator, numbers: int) -> Prior:
+    """25 unit normals at (−8i, −8j), repeated, of random weights (Cardoso et al. 2023, §4)."""
+    at = [[-8.0 * i, -8.0 * j] * (numbers // 2) for i in range(-2, 3) for j in range(-2, 3)]
+    return Prior(torch.tensor(at), torch.from_numpy(rng.uniform(size=25)), torch.eye(numbers))
+
+
+@dataclass
+class Case:
+    """One prior and what was measured of a draw of it."""
+
+    prior: Prior
+    matrix: Tensor
+    y: Tensor
+    noise_std: float
+    mask: Tensor | None = None  # of the numbers that are known exactly
+
+    def problem(self) -> inverse.Problem:
+        operator = self.matrix.float() if self.mask is None else inverse.Mask(self.mask)
+        return inverse.Problem(self.y.float(), operator, self.noise_std)
+
+
+def measured(prior: Prior, measurements: int, rng: np.random.Generator) -> Case:
+    """By a random matrix, with noise (Cardoso et al. 2023, §4)."""
+    numbers = len(prior.values)
+    left, _ = np.linalg.qr(rng.normal(size=(measurements, measurements)))
+    right, _ = np.linalg.qr(rng.normal(size=(numbers, measurements)))
+    scale = rng.uniform(size=measurements)
+    matrix = torch.from_numpy(left @ np.diag(scale) @ right.T)
+    noise_std = float(rng.uniform() * scale.max())
+    y = matrix @ prior.draw(1, rng)[0] + noise_std * torch.from_numpy(rng.normal(size=measurements))
+    return Case(prior, matrix, y, noise_std)
+
+
+def known(prior: Prior, count: int, rng: np.random.Generator) -> Case:
+    """The first numbers of a draw, exactly."""
+    numbers = len(prior.values)
+    matrix = torch.eye(numbers, dtype=torch.float64)[:count]
+    return Case(prior, matrix, matrix @ prior.draw(1, rng)[0], 0.0, torch.arange(numbers) < count)
+
+
+@dataclass
+class Kind:
+    """Problems of one kind: how they are told, how many seeds, and how one is made."""
+
+    told: str
+    seeds: int
+    make: Callable[[np.random.Generator], Case]
+    exact: bool = False  # whether the measurements have no noise
+
+
+PROBLEMS = {
+    "vector": Kind("6 numbers of a correlated normal, 3 noisy measurements", 3, lambda r: measured(correlated(r, 6), 3, r)),
+    "modes": Kind("25 modes in 8 numbers, 1 noisy measurement", 5, lambda r: measured(modes(r, 8), 1, r)),
+    "gap": Kind("3 numbers of a correlated normal, 1 known exactly", 3, lambda r: known(correlated(r, 3), 1, r), True),
+    "hole": Kind("25 modes in 8 numbers, 2 known exactly", 5, lambda r: known(modes(r, 8), 2, r), True),
+}  # fmt: skip
+
+
+@dataclass
+class Method:
+    """of: the guidance for a problem. options: of `sample`, beside those of main(). exact: only for what is known exactly."""
+
+    of: Callable[[inverse.Problem], Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    exact: bool = False
+
+
+METHODS = {
+    "MMPS": Method(inverse.MMPS),
+    "MMPS, UniPC, 20 steps": Method(inverse.MMPS, {"sampler": "unipc", "steps": 20}),
+    "MMPS, Euler–Maruyama": Method(inverse.MMPS, {"sampler": "euler_maruyama", "grid": "fourth_root"}),
+    "SMC": Method(inverse.SMC),
+    "SMC, Euler–Maruyama": Method(inverse.SMC, {"sampler": "euler_maruyama", "grid": "fourth_root"}),
+    "TMPD, diagonal": Method(lambda problem: inverse.TMPD(problem, diagonal=True)),
+    "PiGDM": Method(inverse.PiGDM),
+    "DPS": Method(inverse.DPS),
+    "DiffPIR": Method(inverse.DiffPIR),
+    "ScoreALD": Method(inverse.ScoreALD),
+    "NoisedMeasurement": Method(inverse.NoisedMeasurement),
+    "DDRM": Method(inverse.DDRM),
+    "DAPS": Method(inverse.DAPS),
+    "RePaint": Method(inverse.RePaint, exact=True),
+    "ILVR": Method(inverse.ILVR, exact=True),
+    "Replacement": Method(inverse.Replacement, exact=True),
+}
+
+
+class Counted(torch.autograd.Function):
+    """The network's output; its gradients are counted."""
+
+    backwards = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        Counted.backwards += 1
+        return grad
+
+
+def sliced(a: Tensor, b: Tensor) -> float:
+    """The sliced Wasserstein-1 distance of two sets of as many points, by a hundred directions."""
+    direction = torch.from_numpy(np.random.default_rng(9).normal(size=(a.shape[1], 100)))
+    direction /= direction.norm(dim=0)
+    return float(((a.double() @ direction).sort(0).values - (b.double() @ direction).sort(0).values).abs().mean())
+
+
+def drawn(case: Case, method: Method, process: Any, steps: int, count: int, seed: int) -> tuple[Tensor, int, int]:
+    """Samples, and calls of the network and of its gradient."""
+    net = case.prior.denoiser(process)
+    Counted.backwards = 0
+    options = {"steps": steps, **(method.options or {"sampler": "ancestral", "grid": "logsnr"})}
+    x, info = fastdiff.sample(
+        lambda x, t: Counted.apply(net(x, t)), process, shape=(len(case.prior.values),), prediction="x0",
+        num_samples=count, batch_size=count, seed=seed, guidance=method.of(case.problem()), return_info=True, **options,
+    )  # fmt: skip
+    return x, info.network_calls, Counted.backwards
+
+
+def compared(x: Tensor, case: Case, seed: int) -> tuple[float, float, float, float]:
+    """mean, smallest and largest variance ratio, distance: of the numbers that are not known."""
+    posterior = case.prior.given(case.matrix, case.y, case.noise_std)
+    free = torch.ones(x.shape[1], dtype=torch.bool) if case.mask is None else ~case.mask
+    rng = np.random.default_rng([seed, 1])
+    exact, other = (posterior.draw(len(x), rng)[:, free] for _ in range(2))
+    x, mean, variance = x.double()[:, free], posterior.mean()[free], posterior.variance()[free]
+    ratios = x.var(0) / variance
+    far = sliced(x, exact) / sliced(other, exact)
+    return float(((x.mean(0) - mean) / variance.sqrt()).abs().max()), float(ratios.min()), float(ratios.max()), far
+
+
+def picture(path: str, methods: list[str], process: Any, steps: int, count: int) -> None:
+    """Two of eight numbers of which one noisy combination is measured: exact draws and those of each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    case = PROBLEMS["modes"].make(np.random.default_rng(1))
+    exact = case.prior.given(case.matrix, case.y, case.noise_std).draw(count, np.random.default_rng([1, 1]))
+    panels = {"exact": exact} | {name: drawn(case, METHODS[name], process, steps, count, 1)[0] for name in methods}
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2.1 * len(panels), 2.3), sharex=True, sharey=True, squeeze=False
+    )
+    for axis, (name, x) in zip(axes[0], panels.items()):
+        axis.scatter(*case.prior.means[:, :2].T, s=60, color="0.9", zorder=0)
+        axis.scatter(*x[:, :2].T, s=2, color="tab:blue" if name != "exact" else "black", alpha=0.4, linewidths=0)
+        axis.set(title=name, xlim=(-21, 21), ylim=(-21, 21), xticks=[], yticks=[], aspect="equal")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    processes = {"vp": fastdiff.VP(), "ve": fastdiff.VE(), "subvp": fastdiff.SubVP()}
+    parser = argparse.ArgumentParser(description="How far each method's draws are from posteriors that are known.")
+    add = parser.add_argument
+    add("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), metavar="NAME", help=", ".join(PROBLEMS))
+    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help="; ".join(METHODS))
+    add("--sde", choices=processes, default="vp", help="(default: vp)")
+    add("--steps", type=int, default=100, help="where the method does not say (default: 100)")
+    add("--draws", type=int, default=1000, help="of each posterior (default: 1000)")
+    add("--picture", metavar="FILE", help="draws of --methods on one problem of modes, instead of tables")
+    a = parser.parse_args()
+    if a.picture:
+        few = ["SMC", "MMPS", "PiGDM", "DPS", "DiffPIR"]
+        picture(a.picture, a.methods or few, processes[a.sde], a.steps, a.draws)
+        return
+    for kind in (PROBLEMS[name] for name in a.problems):
+        print(f"\n{kind.told}; {a.sde}\n")
+        print("| method | mean | variance | distance | calls | backward |\n|---|---|---|---|---|---|")
+        for label in a.methods or METHODS:
+            method, found = METHODS[label], []
+            if method.exact and not kind.exact:
+                continue
+            for seed in range(kind.seeds):
+                case = kind.make(np.random.default_rng(seed))
+                x, calls, backwards = drawn(case, method, processes[a.sde], a.steps, a.draws, seed)
+                found.append(compared(x, case, seed))
+            mean, low, high, far = np.median(found, 0)
+            print(f"| {label} | {mean:.2f} | {low:.2f} – {high:.2f} | {far:.1f} | {calls} | {backwards} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
