@@ -18,6 +18,7 @@ from .errors import ConfigError, DataError, DTypeError, choose, names_keywords, 
 from .execution import loop, ops, tensor_checks
 from .execution.calls import device_of
 from .execution.modes import leaves_no_trace
+from .guidance import ClassifierFree
 from .guidance.base import Setting, guided
 from .inverse.inpainting import Task, colorization, inpainting
 from .inverse.own_steps import OwnSteps, Steps
@@ -178,7 +179,8 @@ def sample(
                   of x0
     cond          a tensor or a dict of tensors with a leading num_samples axis, handed to the network as ScoreModel says; a model
                   that was trained with labels must be given them
-    guidance      an object of fastdiff.guidance, such as ClassifierFree(3.0), or of fastdiff.inverse, or a list, applied in order
+    guidance      an object of fastdiff.guidance or fastdiff.inverse, or a list, applied in order; a number is ClassifierFree's
+                  scale
     dtype         of the result; the run is float32, or float64 when that is asked for
     check         "final", "every" row or "off": where a run that is not finite is refused with NonFiniteError
                   (those that choose their steps look at each, whatever this says)
@@ -212,7 +214,7 @@ def sample(
     trajectory = checks.integer("trajectory", trajectory, 0, 10**7)
     checks.function("callback", callback)
     denoise, return_info = checks.flag("denoise", denoise), checks.flag("return_info", return_info)
-    model, guidance = opened(model), _alone(guidance)
+    model, guidance = opened(model), _guidances(guidance)
     clamps = isinstance(clip, str)
     if clamps and (clip != "data" or not isinstance(model, ScoreModel)):
         raise ConfigError(
@@ -271,7 +273,8 @@ def sample(
         )  # fmt: skip
         ran = request().resolve("the method has steps of its own")
         setting = Setting(model, num_samples, state_dtype, place, seed, first_sample, cond)
-        x, calls = guidance.run(Steps(setting, table, ops.backend_module(ran[0]), batch, progress))
+        own = Steps(setting, table, ops.backend_module(ran[0]), batch, progress)
+        x, calls = guidance.run(own) if num_samples else (own.start(0, first_sample), 0)
         result = Result(x, None, calls, *ops.ran(place, *ran), table)
     elif table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
         if changes is not None:
@@ -371,14 +374,13 @@ def colorize(
     return _finished(task, posterior(model, task.guidance, sde, steps, num_samples=count, **options))
 
 
-def posterior(model: Any, guidance: Any, sde: Any = None, steps: int | None = None, **options: Any) -> Any:
-    """sample(), beside the guidance of the options; by 100 ancestral steps where these say nothing of steps, sampler, grid or
-    table."""
+def posterior(model: Any, method: Any, sde: Any = None, steps: int | None = None, **options: Any) -> Any:
+    """sample() guided by a method, after the guidance of the options; by 100 ancestral steps where these say nothing of steps,
+    sampler, grid or table."""
     own = options.pop("guidance", None)
-    if own is not None:
-        guidance = [*(own if isinstance(own, (list, tuple)) else [own]), guidance]
+    guidance = method if own is None else [*(own if isinstance(own, (list, tuple)) else [own]), method]
     named = steps is not None or any(options.get(name) is not None for name in ("sampler", "grid", "table"))
-    if not named and not isinstance(guidance, OwnSteps):
+    if not named and not isinstance(method, OwnSteps):
         process = _described(model, sde, options).process
         chain = process.discrete or sde not in (None, process, process.name)
         options |= {"sampler": "ancestral", "grid": None if chain else "logsnr"}
@@ -408,16 +410,17 @@ def _finished(task: Task, drawn: Any) -> Any:
     return (task.finish(drawn[0]), *drawn[1:]) if isinstance(drawn, tuple) else task.finish(drawn)
 
 
-def _alone(guidance: Any) -> Any:
-    """A list of one guidance as that; ConfigError where a method with steps of its own is beside another."""
-    if not isinstance(guidance, (list, tuple)):
-        return guidance
-    own = next((one for one in guidance if isinstance(one, OwnSteps)), None)
-    if own is not None and len(guidance) > 1:
+def _guidances(guidance: Any) -> Any:
+    """Numbers as classifier-free guidance of that scale, and a method with steps of its own in a list of itself as that;
+    ConfigError where one is beside another."""
+    several = isinstance(guidance, (list, tuple))
+    each = [ClassifierFree(one) if type(one) in (int, float) else one for one in (guidance if several else [guidance])]
+    own = next((one for one in each if isinstance(one, OwnSteps)), None)
+    if own is not None and len(each) > 1:
         raise ConfigError(
             f"guidance has inverse.{type(own).__name__}, which has steps of its own, beside others: give it alone"
         )
-    return guidance if own is None else own
+    return each if several and own is None else each[0]
 
 
 def _refuse_own(method: OwnSteps, **given: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import warnings
 
 import numpy as np
@@ -448,6 +449,36 @@ def test_the_command_line_asks_a_labelled_model_with_labels(folder, capsys):
     code, said = command(capsys, *ask, "x.npy")
     assert code == 2
     assert "give labelled data, or --labels" in said.err
+
+
+def test_the_command_line_guides_a_model_trained_with_dropout(folder, capsys):
+    train = ["train", "xy.npz", "--steps", 2, "--batch-size", 8, "--classes"]
+    assert command(capsys, *train, "--out", "m", "--cond-dropout", 0.5)[0] == 0
+    assert command(capsys, *train, "--out", "undropped")[0] == 0
+    model, y, guide = fastdiff.load("m"), torch.tensor([0, 1, 0, 1]), fastdiff.guidance.ClassifierFree(2.5)
+    draw = ["--steps", 3, "-n", 4, "--labels", "0,1", "--guidance", 2.5]
+    assert command(capsys, "sample", "m", *draw)[0] == 0
+    guided = fastdiff.sample(model, steps=3, num_samples=4, cond=y, guidance=guide)
+    np.testing.assert_array_equal(np.load("samples.npy"), guided)
+    assert not torch.equal(guided, fastdiff.sample(model, steps=3, num_samples=4, cond=y))
+    for same in (2.5, [2.5]):
+        assert torch.equal(guided, fastdiff.sample(model, steps=3, num_samples=4, cond=y, guidance=same))
+    np.save("gaps.npy", np.float32([0.5, math.nan]))
+    assert command(capsys, "inpaint", "m", "gaps.npy", *draw)[0] == 0
+    known = torch.tensor([0.5, math.nan])
+    painted = fastdiff.inpaint(model, known, steps=3, num_samples=4, cond=y, guidance=guide)
+    np.testing.assert_array_equal(np.load("inpainted.npy"), painted)
+    assert command(capsys, "sample", "m", *draw, "--shard-size", 2, "--out", "shards")[0] == 0
+    code, said = command(capsys, "sample", "m", *draw[:-1], 3, "--shard-size", 2, "--out", "shards")
+    assert code == 2
+    assert "holds samples of --guidance 2.5, and this run has 3.0" in said.err
+    for words, why in (
+        (["undropped", *draw], "was not: train(cond_dropout=0.1)"),
+        (["m", *draw[:-1], "nan"], "scale must be"),
+    ):
+        code, said = command(capsys, "sample", *words)
+        assert code == 2
+        assert why in said.err
 
 
 def test_the_command_line_without_labels(folder, capsys):

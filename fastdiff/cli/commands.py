@@ -145,7 +145,7 @@ def _sample(a: argparse.Namespace) -> None:
         return sample(
             model, a.sde, a.steps, sampler=a.sampler, num_samples=hi - lo, seed=a.seed, first_sample=a.first_sample + lo,
             batch_size=batch_size, grid=a.grid, clip=_clip(a.clip), t_min=a.t_min, cond=moved(of_these, device),
-            return_info=True, progress=None if folder is None else False,
+            guidance=a.guidance, return_info=True, progress=None if folder is None else False,
         )  # fmt: skip
 
     if folder is not None:
@@ -212,7 +212,7 @@ def _of_posterior(
     return count, {
         "sampler": a.sampler, "grid": a.grid, "seed": a.seed, "first_sample": a.first_sample, "batch_size": a.batch_size,
         "clip": _clip(a.clip), "cond": moved(model.takes.joined(labels, given), device), "device": device,
-        "return_info": True,
+        "guidance": a.guidance, "return_info": True,
     }  # fmt: skip
 
 
@@ -281,7 +281,7 @@ def _sample_shards(
     batch = min(size, checks.integer("--batch-size", size if a.batch_size is None else a.batch_size, 1, 2**32))
     run = {
         "model_sha256": checksum(model),
-        **{name: getattr(a, name) for name in ("seed", "sde", "steps", "sampler", "grid", "clip", "t_min", "labels")},
+        **{name: getattr(a, name) for name in ("seed", "sde", "steps", "sampler", "grid", "clip", "t_min", "labels", "guidance")},
         "cond_sha256": None if given is None else tensor_file.digest("", {"cond": given}),
         "num_samples": count, "first_sample": first, "shard_size": size, "batch_size": batch,
         "threads": checks.integer("--threads", 1 if a.threads is None else a.threads, 1, 2**16),
@@ -767,6 +767,16 @@ def _parser() -> argparse.ArgumentParser:
         "--sampler", help="ddim, heun, dpmpp_2m, …; an unknown one names the nearest (default: the process's)"
     )
     of_a_plan.add_argument("--grid", help="where the steps stand: uniform, karras, … (default: the sampler's)")
+    of_samples = argparse.ArgumentParser(add_help=False)  # options of the commands that draw samples to keep
+    count = "how many samples (default: 16, or as many as --cond or FILE has)"
+    of_samples.add_argument("-n", "--num-samples", type=int, help=count)
+    of_samples.add_argument("--labels", help="of a model trained with labels: 3 for all samples, or 0,1,2 in turn")
+    of_samples.add_argument("--cond", help="a .npy array of conditions, an entry for each sample")
+    free = "classifier-free, of a model trained with --cond-dropout: 1 is none, 2 or 3 usual (default: 1)"
+    of_samples.add_argument("--guidance", type=float, metavar="SCALE", help=free)
+    of_samples.add_argument("--first-sample", type=int, default=0, help="number of the first sample (default: 0)")
+    clip = "data: clamp the samples to the data's range; --clip=-1,1: the predictions of x0"
+    of_samples.add_argument("--clip", help=clip)
     of_data = argparse.ArgumentParser(add_help=False)
     _reading(of_data)
     data = ".npy, .npz, IDX (.gz), a folder of images, or digits"
@@ -781,29 +791,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--digits", type=int, default=200, help="digits to measure the likelihoods of (default: 200)")
     sub.add_argument("--workers", type=int, help="processes (default: one for each core)")
 
-    sub = command("sample", _sample, "Draw samples from a trained model.", of_a_model, of_a_plan)
+    sub = command("sample", _sample, "Draw samples from a trained model.", of_a_model, of_a_plan, of_samples)
     sub.add_argument("--sde", help="default: the process that the model was trained on")
     sub.add_argument("--steps", type=int, help="steps of the sampler, 1 to 1000000 (default: 1000, or all of a chain)")
     sub.add_argument("--t-min", type=float, help="where the run ends, 0 <= t_min < T (default: the process's)")
-    sub.add_argument("-n", "--num-samples", type=int, help="how many samples (default: 16, or as many as --cond has)")
-    sub.add_argument("--labels", help="of a model trained with labels: 3 for all samples, or 0,1,2 in turn")
-    sub.add_argument("--cond", help="a .npy array of conditions, an entry for each sample")
-    sub.add_argument("--first-sample", type=int, default=0, help="number of the first sample (default: 0)")
-    sub.add_argument("--clip", help="data: clamp the samples to the data's range; --clip=-1,1: the predictions of x0")
     out = "a .npy array, a .png picture, or a folder of shards, which several processes fill and a killed run goes on with"
     sub.add_argument("--out", default="samples.npy", help=f"{out} (default: samples.npy)")
     sub.add_argument("--shard-size", type=int, help="samples in a file of a folder (default: 1024)")
     sub.add_argument("--threads", type=int, help="of each process that fills a folder (default: 1)")
 
-    sub = command(
-        "inpaint", _inpaint, "Draw what is missing of samples, given the rest, which is kept.", of_a_model, of_a_plan
-    )
+    of_posterior = (of_a_model, of_a_plan, of_samples)
+    sub = command("inpaint", _inpaint, "Draw what is missing of samples, given the rest, which is kept.", *of_posterior)
     sub.add_argument("file", metavar="FILE", help="what is known: a .npy array in the data's units, or a picture")
     mask = "1 or white where FILE is known: a .npy array or a picture (default: where FILE is not NaN)"
     sub.add_argument("--mask", metavar="MASK", help=mask)
     _posterior_options(sub, "inpainted.npy")
 
-    sub = command("solve", _solve, "Draw samples given measurements y = A x + noise of them.", of_a_model, of_a_plan)
+    sub = command("solve", _solve, "Draw samples given measurements y = A x + noise of them.", *of_posterior)
     sub.add_argument("file", metavar="FILE", help="the measurements y: a .npy array in the data's units, or a picture")
     operators = "grayscale[:W,W,W], downsampling:FACTOR, blur:SIGMA, mask:FILE, fourier:FILE or matrix:FILE"
     sub.add_argument("--operator", required=True, metavar="A", help=f"A, one of {operators}")
@@ -899,11 +903,6 @@ def _posterior_options(sub: argparse.ArgumentParser, out: str) -> None:
     methods = "mmps, replacement, repaint, tmpd, pigdm, diffpir, dps, ilvr, noised, score_ald, ddrm, daps or smc"
     sub.add_argument("--method", default="mmps", help=f"{methods} (default: mmps)")
     sub.add_argument("--steps", type=int, help="steps of the sampler, 1 to 1000000 (default: 100, ancestral ones)")
-    sub.add_argument("-n", "--num-samples", type=int, help="how many samples (default: 16, or as many as FILE has)")
-    sub.add_argument("--labels", help="of a model trained with labels: 3 for all samples, or 0,1,2 in turn")
-    sub.add_argument("--cond", help="a .npy array of conditions, an entry for each sample")
-    sub.add_argument("--first-sample", type=int, default=0, help="number of the first sample (default: 0)")
-    sub.add_argument("--clip", help="data: clamp the samples to the data's range; --clip=-1,1: the predictions of x0")
     sub.add_argument("--out", default=out, help=f"a .npy array or a .png picture (default: {out})")
 
 
