@@ -202,7 +202,7 @@ def test_a_network_that_answers_to_nothing_raises_its_own_error():
 def test_an_untrained_network_fits_nothing():
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="nothing that was tried fits"):
-        found = check(described(fastdiff.networks.MLP((6, 1)), "vp", "eps", "t"), images(data(centres())))
+        found = check(described(fastdiff.networks.MLP((6, 1), hidden=64), "vp", "eps", "t"), images(data(centres())))
     assert found.likeliest is None
     assert not found.fits
     assert "nothing that was tried fits" in found.verdict
@@ -331,11 +331,11 @@ def test_one_fault_is_named_alone(sde, label):
 def test_a_network_that_was_trained_for_a_moment_is_not_called_another(sde):
     torch.manual_seed(0)
     source = images(data(centres()))
-    model = ScoreModel(fastdiff.networks.MLP((6, 1)), sde, "eps", data_shape=(6, 1))
+    model = ScoreModel(fastdiff.networks.MLP((6, 1), hidden=64), sde, "eps", data_shape=(6, 1))
     fastdiff.train(model, source, steps=100, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert check(model, source).likeliest is None
+        assert check(model, source, num_samples=500).likeliest is None
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -424,5 +424,5 @@ def test_the_command_says_the_same(capsys, tmp_path):
     assert "likelier than what was said, of what was tried: data_range=(-1.0, 1.0)" in capsys.readouterr().out
     untrained = ScoreModel(fastdiff.networks.UNet((1, 8, 8), channels=16), "vp", "eps", data_shape=(1, 8, 8))
     fastdiff.save(untrained, tmp_path / "untrained.safetensors")
-    assert main(["check", str(tmp_path / "untrained.safetensors"), "--data", "digits"]) == 1
+    assert main(["check", str(tmp_path / "untrained.safetensors"), "--data", "digits", "-n", "16"]) == 1
     assert "nothing that was tried fits" in capsys.readouterr().out
