@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
-.PHONY: demo test check bench gpu sanitize fuzz soak clean
+.PHONY: demo test check kernels bench gpu sanitize fuzz soak clean
 
 # torch first, so that a machine without a CUDA device can choose the CPU build: make TORCH="torch==2.13.0+cpu"
 $(READY): pyproject.toml setup.py $(wildcard csrc/*)
@@ -26,6 +26,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests -n 2 -q -m "not slow"
+
+# after a change of kernels/: every case and target of the compiled kernels, of which `make test` takes a part
+kernels: $(READY)
+	$(BIN)/python -m pytest tests/test_triton.py tests/test_aot.py tests/test_ptx.py -n 2 --all-kernels
 
 # every operation and run against its opponents, some 25 minutes; SCORE_SDE_PYTORCH may name a checkout of score_sde_pytorch
 bench: $(VENV)/.peers

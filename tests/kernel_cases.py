@@ -112,9 +112,10 @@ def run_step(case, seed=0):
         same(ours[name], written[name])
 
 
-def test_the_cover_has_every_value():
+def test_the_first_of_the_cover_have_every_value():
+    """Of which `make test` compiles no more (test_triton.py)."""
     for name, options in FACTORS.items():
-        assert {str(case[name]) for case in COVER} == {str(option) for option in options}
+        assert {str(case[name]) for case in COVER[:24]} == {str(option) for option in options}
 
 
 @pytest.mark.parametrize("seed", range(len(COVER)))

@@ -665,12 +665,16 @@ def test_exponentials_of_float64_are_the_references():
     assert ((results[0][0, 3:] - exact).abs() <= 4e-16 * exact).all()
 
 
-def loaded_copy(tmp_path, change=lambda path: None):
+def copy(tmp_path, change=lambda path: None):
     path = tmp_path / "lib" / "other.so"
     path.parent.mkdir(mode=0o755)
     path.write_bytes(cpu.PACKAGED.read_bytes())
     path.chmod(0o755)
     change(path)
+    return path
+
+
+def loaded_by_another_process(path):
     code = "import fastdiff.execution.cpu as cpu; print(cpu.available, cpu.why)"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "FASTDIFF_LIBRARY": str(path)}
@@ -701,10 +705,19 @@ def other_sources(path):
     ],
     ids=["writable", "folder", "sticky", "sources", "text", "absent", "a folder", "stranger"],
 )
-def test_a_named_library_that_cannot_be_trusted_is_left_out(tmp_path, change, word):
-    shown = loaded_copy(tmp_path, change)
+def test_a_named_library_that_cannot_be_trusted_is_left_out(tmp_path, change, word, monkeypatch):
+    path = copy(tmp_path, change)
+    for name, value in (("NAMED", str(path)), ("LIBRARY", path), ("_NAMED", f"FASTDIFF_LIBRARY={str(path)!r}")):
+        monkeypatch.setattr(cpu, name, value)
+    library, chosen, why = cpu._load()
+    assert (library, chosen) == (None, "")
+    assert word in why
+
+
+def test_a_process_whose_named_library_is_left_out_says_so(tmp_path):
+    shown = loaded_by_another_process(copy(tmp_path, lambda path: path.chmod(0o777)))
     assert shown.stdout.startswith("False"), shown
-    assert word in shown.stdout
+    assert "others may write" in shown.stdout
     assert "RuntimeWarning" in shown.stderr
 
 
@@ -725,7 +738,7 @@ def test_a_wrong_instruction_set_is_a_warning_and_plain_pytorch(name, why):
 
 
 def test_a_named_library_of_the_same_sources_is_taken(tmp_path):
-    assert loaded_copy(tmp_path).stdout.startswith("True")
+    assert loaded_by_another_process(copy(tmp_path)).stdout.startswith("True")
 
 
 def test_devices_must_agree():
