@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
+# a file's tests in one process, which makes what they share once
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 READY = $(VENV)/.installed
 
 .PHONY: demo test check kernels bench gpu sanitize fuzz soak clean
@@ -19,17 +21,17 @@ demo: $(READY)
 	$(BIN)/fastdiff demo --out out
 
 test: $(READY)
-	$(BIN)/python -m pytest tests -n 2
+	$(PYTEST) tests
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests -n 2 -q -m "not slow"
+	$(PYTEST) tests -q -m "not slow"
 
 # after a change of kernels/: every case and target of the compiled kernels, of which `make test` takes a part
 kernels: $(READY)
-	$(BIN)/python -m pytest tests/test_triton.py tests/test_aot.py tests/test_ptx.py -n 2 --all-kernels
+	$(PYTEST) tests/test_triton.py tests/test_aot.py tests/test_ptx.py --all-kernels
 
 # every operation and run against its opponents, some 25 minutes; SCORE_SDE_PYTORCH may name a checkout of score_sde_pytorch
 bench: $(VENV)/.peers

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config, items):
                 items.remove(item)
     items.sort(
         key=lambda item: item.get_closest_marker("slow") is None
-    )  # first, so that no process ends with a long one
+    )  # first, and so their files, so that no process ends with a long one
     if torch.cuda.is_available():
         return
     for item in items:

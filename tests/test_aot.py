@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-fcntl = pytest.importorskip("fcntl")  # (triton is for Linux)
-
 ROOT = Path(__file__).parent.parent
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 IMAGE_STEPS = 25  # the operands of the shipped samplers' steps: a new sampler may add one
@@ -38,14 +36,10 @@ def python(*arguments, folder):
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory, pytestconfig):
-    """What is compiled once, by the first of the processes that run the tests."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    with (folder / "aot.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "aot.csv").exists():
-            few = () if pytestconfig.option.all_kernels else ("--few",)
-            python("-W", "ignore", "tests/aot.py", "--out", str(folder / "aot.csv"), *few, folder=folder)
+    """What is compiled once."""
+    folder = tmp_path_factory.mktemp("aot")
+    few = () if pytestconfig.option.all_kernels else ("--few",)
+    python("-W", "ignore", "tests/aot.py", "--out", str(folder / "aot.csv"), *few, folder=folder)
     with (folder / "aot.csv").open() as file:
         text = {"kernel", "variant", "target"}
         return [{k: v if k in text else float(v) for k, v in line.items()} for line in csv.DictReader(file)]
