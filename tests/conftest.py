@@ -19,7 +19,9 @@ with torch.device("meta"):  # which looks up once what makes tensors, and must f
 
 def pytest_addoption(parser):
     parser.addoption("--few", type=int, help="only so many cases of each test function")
-    parser.addoption("--all-kernels", action="store_true", help="every case and target of the compiled kernels (make kernels)")
+    parser.addoption(
+        "--all-kernels", action="store_true", help="every case and target of the compiled kernels (make kernels)"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import inspect
+import io
 import math
 import os
 import pty
@@ -13,6 +15,7 @@ import signal
 import subprocess
 import sys
 import termios
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,20 +35,28 @@ def run(*arguments, cwd=None):
     )
 
 
+def call(*arguments, cwd):
+    """The same within this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = commands.main([str(argument) for argument in arguments])
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
 def test_train_sample_and_plan(tmp_path):
     data = np.random.default_rng(0).uniform(-1, 1, (40, 2)).astype(np.float32)
     np.save(tmp_path / "data.npy", data)
     first = run("train", "data.npy", "--out", "run", "--steps", 5, "--batch-size", 8, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "step 5" in first.stdout
-    again = run("train", "data.npy", "--out", "run", "--steps", 8, "--batch-size", 8, cwd=tmp_path)
+    again = call("train", "data.npy", "--out", "run", "--steps", 8, "--batch-size", 8, cwd=tmp_path)
     assert "step 8" in again.stdout
     drawn = run("sample", "run", "--steps", 4, "-n", 3, "--out", "x.npy", cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr
     model = fastdiff.load(tmp_path / "run")
     assert model.data_range == (float(data.min()), float(data.max()))
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), fastdiff.sample(model, steps=4, num_samples=3).numpy())
-    planned = run("plan", "vp", 5, "--plot", tmp_path / "plan.png")
+    planned = call("plan", "vp", 5, "--plot", "plan.png", cwd=tmp_path)
     assert planned.stdout.strip() == fastdiff.plan("vp", 5).explain()
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
@@ -133,7 +144,7 @@ def test_a_signal_ends_a_training_with_its_last_step_saved(number, code, tmp_pat
     step = int(re.search(rf"{number.name}: saved at step (\d+)", said)[1])
     assert f"step {step} after" in printed
     assert 100 <= step < 1_000_000
-    again = run(*given, step + 1, cwd=tmp_path)
+    again = call(*given, step + 1, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert f"step {step + 1} after" in again.stdout
 
@@ -168,7 +179,7 @@ def vectors(folder, **options):
 
 def test_likelihood_of_continuous_data(tmp_path, monkeypatch):
     model, x = vectors(tmp_path)
-    done = run("likelihood", "model", "--data", "x.npy", "--out", "ll.npz", "--t-min", 1e-3, "--seed", 4, cwd=tmp_path)
+    done = call("likelihood", "model", "--data", "x.npy", "--out", "ll.npz", "--t-min", 1e-3, "--seed", 4, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     monkeypatch.chdir(tmp_path)
@@ -196,7 +207,7 @@ def test_likelihood_of_continuous_data(tmp_path, monkeypatch):
 
 def test_likelihood_of_discrete_data(tmp_path):
     few = ["likelihood", "digits-vp", "--data", "digits", "--rtol", 1e-2, "--atol", 1e-2]
-    done = run(*few, "-n", 3, "--first-sample", 1795, "--seed", 5, "--out", "ll.npz", cwd=tmp_path)
+    done = call(*few, "-n", 3, "--first-sample", 1795, "--seed", 5, "--out", "ll.npz", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     model, data = fastdiff.load("digits-vp"), fastdiff.load_data("digits")
     x = fastdiff.dequantize(data.x[1795:].long(), (-1, 1), 17, seed=5, first_sample=1795).float()
@@ -218,12 +229,12 @@ def test_likelihood_given_the_labels(tmp_path):
     y = torch.arange(9) % 3
     np.savez(tmp_path / "xy.npz", x=x, y=y.numpy())
     given = ["--t-min", 1e-2, "--trace", "exact"]
-    done = run("likelihood", "model", "--data", "xy.npz", "--out", "ll.npz", *given, cwd=tmp_path)
+    done = call("likelihood", "model", "--data", "xy.npz", "--out", "ll.npz", *given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     expected = fastdiff.log_likelihood(model, torch.from_numpy(x), trace="exact", t_min=1e-2, cond={"y": y}).nats
     np.testing.assert_allclose(np.load(tmp_path / "ll.npz")["nats"], expected, rtol=1e-9)
     assert "exact: no probes" in done.stdout
-    refused = run("likelihood", "model", "--data", "x.npy", cwd=tmp_path)
+    refused = call("likelihood", "model", "--data", "x.npy", cwd=tmp_path)
     assert "data must have labels of the model's 3 classes, got no labels" in refused.stderr
 
 
@@ -392,7 +403,7 @@ def test_mistakes_end_in_one_sentence(arguments, words, tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_the_demo_made_small(tmp_path):
-    done = run("demo", "--out", tmp_path / "out", "--train-steps", 60, "--samples", 70, "--steps", 50, "--digits", 16)
+    done = run("demo", "--out", tmp_path / "out", "--train-steps", 20, "--samples", 70, "--steps", 50, "--digits", 16)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     report = (out / "report.md").read_text()
