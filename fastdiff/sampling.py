@@ -414,7 +414,10 @@ def _guidances(guidance: Any) -> Any:
     """Numbers as classifier-free guidance of that scale, and a method with steps of its own in a list of itself as that;
     ConfigError where one is beside another."""
     several = isinstance(guidance, (list, tuple))
-    each = [ClassifierFree(one) if type(one) in (int, float) else one for one in (guidance if several else [guidance])]
+    each = list(guidance) if several else [guidance]
+    for k, one in enumerate(each):
+        if isinstance(one, (int, float)) and not isinstance(one, bool):
+            each[k] = ClassifierFree(checks.number("guidance", one))
     own = next((one for one in each if isinstance(one, OwnSteps)), None)
     if own is not None and len(each) > 1:
         raise ConfigError(

@@ -24,7 +24,7 @@ from PIL import Image
 
 import fastdiff
 from fastdiff import files
-from fastdiff.cli import commands, demo, demo_flow
+from fastdiff.cli import commands, demo, demo_control, demo_flow
 from fastdiff.execution import cpu
 from fastdiff.networks import MLP
 
@@ -403,7 +403,20 @@ def test_mistakes_end_in_one_sentence(arguments, words, tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_the_demo_made_small(tmp_path):
-    done = run("demo", "--out", tmp_path / "out", "--train-steps", 20, "--samples", 70, "--steps", 50, "--digits", 16)
+    done = run(
+        "demo",
+        "--out",
+        tmp_path / "out",
+        "--train-steps",
+        20,
+        "--samples",
+        70,
+        "--steps",
+        50,
+        "--digits",
+        16,
+        "--control",
+    )
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     report = (out / "report.md").read_text()
@@ -424,7 +437,12 @@ def test_the_demo_made_small(tmp_path):
     for name in demo_flow.FIXED:
         cells = next(line for line in report.splitlines() if line.startswith(f"| {name} |")).split("|")
         assert float(cells[-2]) < float(cells[2])  # 48 calls come closer than 6
-    pictures = [f"{demo.slug(job)}" for job in demo.JOBS] + ["trajectory", "loss", "nearest"]
+    for title in demo_control.OPERATORS:
+        cells = next(line for line in report.splitlines() if line.startswith(f"| {title} |")).split("|")
+        assert 0 < float(cells[2]) < 0.5
+        assert 0.5 < float(cells[3].strip(" %")) / 100 <= 1
+    pictures = [f"{demo.slug(job)}" for job in demo.JOBS] + ["trajectory", "loss", "nearest", "classes"]
+    pictures += [demo_control.slug(title) for title in demo_control.OPERATORS]
     for name in [f"{name}.png" for name in [*pictures, "likelihood", "interpolation", "solvers"]]:
         assert f"({name})" in report
         with Image.open(out / name) as picture:

@@ -474,7 +474,7 @@ def test_the_command_line_guides_a_model_trained_with_dropout(folder, capsys):
     assert "holds samples of --guidance 2.5, and this run has 3.0" in said.err
     for words, why in (
         (["undropped", *draw], "was not: train(cond_dropout=0.1)"),
-        (["m", *draw[:-1], "nan"], "scale must be"),
+        (["m", *draw[:-1], "nan"], "must be a number"),
     ):
         code, said = command(capsys, "sample", *words)
         assert code == 2

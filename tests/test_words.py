@@ -162,7 +162,7 @@ ADVICE = [
     (sampled, {"grid": [1.0, 0.5], "steps": None, "t_min": 0.1}, {"t_min": None}, "drop t_min"),
     (sampled, {"backend": "triton"}, {"backend": "auto"}, "backend='auto'"),
     (sampled, {"engine": "graph"}, {"engine": "eager"}, "eager"),
-    (sampled, {"guidance": 2.0}, {"guidance": None}, "guidance=None"),
+    (sampled, {"guidance": "strong"}, {"guidance": None}, "guidance=None"),
     (sampled, {"dtype": torch.int64}, {"dtype": torch.float64}, "float64"),
     (sampled, {"x_init": torch.zeros(4, 3).long()}, {"x_init": torch.zeros(4, 3).long().float()}, ".float()"),
     (sampled, {"cond": torch.zeros(1, 2)}, {"cond": torch.zeros(1, 2).expand(4, 2)}, "expand"),

@@ -125,7 +125,7 @@ def _demo(a: argparse.Namespace) -> None:
     from .. import files
     from . import demo
 
-    demo.main(files.path("--out", a.out), a.train_steps, a.samples, a.steps, a.digits, a.workers)
+    demo.main(files.path("--out", a.out), a.train_steps, a.samples, a.steps, a.digits, a.workers, a.control)
 
 
 def _sample(a: argparse.Namespace) -> None:
@@ -790,6 +790,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=1000, help="steps of a sampler, at most (default: 1000)")
     sub.add_argument("--digits", type=int, default=200, help="digits to measure the likelihoods of (default: 200)")
     sub.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    more = "also digits by their class, and digits given a part or a blurred picture of them"
+    sub.add_argument("--control", action="store_true", help=more)
 
     sub = command("sample", _sample, "Draw samples from a trained model.", of_a_model, of_a_plan, of_samples)
     sub.add_argument("--sde", help="default: the process that the model was trained on")

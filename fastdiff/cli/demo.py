@@ -1,6 +1,7 @@
 """The whole path on real data: train three models on handwritten digits, draw samples in seven ways, measure and draw.
 
-`demo_flow` then computes likelihoods and latents of one of them, and compares the solvers on it.
+`demo_flow` then computes likelihoods and latents of one of them, and compares the solvers on it; `demo_control` draws digits
+by their class, and given a part of them.
 
 Work is spread over processes of one thread each: small networks use two cores better by two processes than by two
 threads, and the processes do not wait for each other on a busy machine.
@@ -33,7 +34,7 @@ from ..planning import samplers
 from ..planning.processes import VE, VP, Process, SubVP
 from ..sampling import sample
 from ..training import Data, load, load_data, save, train
-from . import demo_flow, pictures
+from . import demo_control, demo_flow, pictures
 
 SHAPE = (1, 8, 8)
 PICTURED = 100
@@ -77,10 +78,12 @@ def main(
     steps: int = 1000,
     digits: int = 200,
     workers: int | None = None,
+    control: bool = False,
 ) -> None:
     """Train, sample, measure and draw into `out`; ends with `out/report.md`.
 
     steps    of a sampler, at most; digits: whose likelihoods are computed, and the most noises that solvers start from
+    control  whether also digits are drawn by their class, and given a part or a blurred picture of them
     """
     began = time.perf_counter()
     training, held_out = halves()
@@ -104,6 +107,10 @@ def main(
         results = [run.result() for run in runs]
     with _pool(workers, "probability flow", demo_flow.jobs(digits)) as (pool, progress):
         flow = demo_flow.run(pool, out / "digits-vp.safetensors", held_out, digits, progress)
+    controlled = None
+    if control:
+        with _pool(workers, "control", train_steps + demo_control.JOBS) as (pool, progress):
+            controlled = demo_control.run(pool, out, train_steps, progress)
     print("drawing")
     for job, result in zip(JOBS, results):
         pictures.grids(out / f"{slug(job)}.png", unseen[:PICTURED], result.samples[:PICTURED], job.title)
@@ -111,8 +118,12 @@ def main(
     pictures.banner(out / "trajectory.png", trajectory(load(out / "digits-vp.safetensors")))
     pictures.neighbours(out / "nearest.png", results[0].samples[:10], real)
     demo_flow.draw(out, flow)
+    sections = demo_flow.report(flow)
+    if controlled is not None:
+        demo_control.draw(out, controlled)
+        sections += demo_control.report(controlled)
     seconds = time.perf_counter() - began
-    text = "\n".join([report(results, real, unseen, train_steps, seconds), *demo_flow.report(flow)])
+    text = "\n".join([report(results, real, unseen, train_steps, seconds), *sections])
     with files.replacing(out / "report.md") as handle:
         handle.write(text.encode())
     print(text)
