@@ -315,6 +315,7 @@ def main() -> None:
     add("--coverage", type=int, metavar="N", help="of N signals of each kind, instead of tables")
     add("--picture", metavar="FILE", help="draws of --methods on one problem of modes, instead of tables")
     a = parser.parse_args()
+    torch.set_num_threads(1)
     if a.picture:
         few = ["SMC", "MMPS", "PiGDM", "DPS", "DiffPIR"]
         picture(a.picture, a.methods or few, processes[a.sde], a.steps, a.draws)
