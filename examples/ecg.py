@@ -1,6 +1,6 @@
 """An electrocardiogram's missing lead: V5 of a heartbeat given MLII, by a model that was trained on both together.
 
-    python examples/ecg.py beats.npz [--steps 4000] [--picture ecg.png]
+    python examples/ecg.py beats.npz [--steps 1500] [--picture ecg.png]
 
 beats.npz holds `beats` [n, 2, 256] in mV (MLII and V5, 360 Hz, the R wave in the middle) and `split` [n], 0 to train on and
 1 to test. The figures of docs/control.md are of record 100 of the MIT-BIH arrhythmia database (Moody & Mark 2001; Open Data
@@ -118,9 +118,9 @@ def picture(path: str, truth: Array, y: Array, draws: Array) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="An electrocardiogram's missing lead.")
     parser.add_argument("data", help="a .npz of beats and split")
-    parser.add_argument("--steps", type=int, default=4000, help="of training (default: 4000)")
-    parser.add_argument("--tests", type=int, default=100, help="beats, evenly among those held out (default: 100)")
-    parser.add_argument("--draws", type=int, default=40, help="of each (default: 40)")
+    parser.add_argument("--steps", type=int, default=1500, help="of training (default: 1500)")
+    parser.add_argument("--tests", type=int, default=60, help="beats, evenly among those held out (default: 60)")
+    parser.add_argument("--draws", type=int, default=20, help="of each (default: 20)")
     parser.add_argument("--calls", type=int, default=20, help="of the network for a draw (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and training (default: 0)")
     parser.add_argument("--picture", metavar="FILE")

@@ -353,6 +353,24 @@ def test_many_particles_are_of_the_posterior_whatever_proposes(proposal, posteri
     assert far(guide) > 1.5
 
 
+@pytest.mark.parametrize("laplace", [False, True], ids=["normal", "laplace"])
+def test_intervals_of_particles_cover_the_truth(laplace, posteriors):
+    """Of signals, sums of increments: 90 % intervals hold nine in ten of their numbers; the increments' x̂0 is that of sums over
+    a fine grid."""
+    signals, process = posteriors.Signals(laplace), fastdiff.VP()
+    grid = torch.linspace(-6, 6, 100_001, dtype=torch.float64)
+    density = torch.exp(-grid.abs() / signals.width) if laplace else torch.exp(-0.5 * (grid / signals.std) ** 2)
+    x = torch.tensor([[-1.0], [-0.2], [0.01], [0.5], [2.0]], dtype=torch.float64)
+    for t in (1e-3, 0.05, 0.3, 0.9):
+        time = torch.full((5,), t, dtype=torch.float64)
+        alpha, sigma = process.alpha(time)[:, None], process.sigma(time)[:, None]
+        weight = density * torch.exp(-0.5 * ((x - alpha * grid) / sigma) ** 2)
+        expected = (weight * grid).sum(1) / weight.sum(1)
+        assert torch.allclose(signals.denoiser(process)(x, time)[:, 0], expected, atol=1e-6)
+    share, _ = posteriors.coverage(signals, posteriors.METHODS["SMC"], process, 40, 99, 40)
+    assert abs(share - 0.9) < 0.05
+
+
 def test_a_problem_for_each_sample():
     """y [num_samples, *m]: particles of each, one of which is drawn; the mean over many draws is the posterior's."""
     gaussian, process = Gaussian((3,)), fastdiff.VP()
