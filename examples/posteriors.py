@@ -300,7 +300,7 @@ def picture(path: str, methods: list[str], process: Any, steps: int, count: int)
         axis.scatter(*x[:, :2].T, s=2, color="tab:blue" if name != "exact" else "black", alpha=0.4, linewidths=0)
         axis.set(title=name, xlim=(-21, 21), ylim=(-21, 21), xticks=[], yticks=[], aspect="equal")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def main() -> None:
