@@ -16,7 +16,7 @@ from . import checks
 from .data import Data, load_data
 from .errors import ConfigError, DataError, ShapeError, names_keywords, short, warn
 from .execution import ops
-from .execution.calls import answer, device_of, dtype_of, like, moved, picked
+from .execution.calls import answer, device_of, dtype_of, moved, picked
 from .execution.loop import Condition
 from .execution.modes import evaluating, leaves_no_trace
 from .execution.noise import PERTURBATION, permutation
@@ -151,7 +151,7 @@ def check(
     cond         for all of the data, where the network takes one; default the data's labels and conditions
     batch_size   samples in one network call, default chosen by size
 
-    Asks the network some 15 times where what was said fits, else some 75 times, of all levels together.
+    Asks the network some 70 times where what was said fits, else some 300 times.
     Returns a Check; warns where another convention is likelier, or none fits.
     Raises ConfigError, DataError, ShapeError before any work, and what the network raises if it answers to no convention.
     """
@@ -347,30 +347,30 @@ class _Denoising:
         levels = [k for k, time in enumerate(times) if not math.isnan(time)]
         t = torch.tensor([times[k] for k in levels], dtype=torch.float64, device=self.device)
         alpha, sigma = of.sde.alpha(t), of.sde.sigma(t)
-        x0 = self.seen(self.index, of).to(self.device, self.dtype)
-        x = torch.stack([a.to(x0) * x0 + s.to(x0) * self.noise(k, x0.shape) for k, a, s in zip(levels, alpha, sigma)])
         label = predictions.network_time(of.time_input, of.sde, t, alpha, sigma)
         label = label.round().long() if of.time_input == "index" else label.to(self.dtype)
-        given = like(predictions.input_scale(of.prediction, of.sde, alpha, sigma), x) * x
-        output = self._output(given.flatten(0, 1), label.repeat_interleave(len(x0))).view(x.shape).double()
-        variances, a, s = self.variances(of).flatten(), alpha.cpu()[:, None], sigma.cpu()[:, None]
-        linear = (variances * s**2 / (a**2 * variances + s**2)).mean(1).tolist()
-        x, x0, found = x.double(), x0.double(), {}
-
-        def errors(off: Tensor) -> list[float]:
-            by_level = [math.nan] * len(times)
-            for k, error, least in zip(levels, off.square().flatten(1).mean(1).tolist(), linear):
-                by_level[k] = error / least if least > 0 else math.inf
-            return by_level
-
+        scale = predictions.input_scale(of.prediction, of.sde, alpha, sigma).tolist()
+        weights = {}  # of x and of the output in x̂0
         for kind in kinds:
             try:
                 source = predictions.coordinates(kind, of.sde, t, alpha, sigma)
             except ConfigError:  # of chains alone
                 continue
             p, q = predictions.convert(source, (1.0, 0.0), alpha, sigma)
-            silent = like(p, x) * x - x0
-            found[kind] = errors(silent + like(q, x) * output), errors(silent)
+            weights[kind] = p.tolist(), q.tolist()
+        found: dict[str, tuple[list[float], list[float]]] = {
+            kind: ([math.nan] * len(times), [math.nan] * len(times)) for kind in weights
+        }
+        x0 = self.seen(self.index, of).to(self.device, self.dtype)
+        exact, variances = x0.double(), self.variances(of)
+        for j, (k, a, s) in enumerate(zip(levels, alpha.tolist(), sigma.tolist())):
+            x = a * x0 + s * self.noise(k, x0.shape)
+            output, x = self._output(scale[j] * x, label[j]).double(), x.double()
+            linear = float((variances * s**2 / (a**2 * variances + s**2)).mean())
+            for kind, (p, q) in weights.items():
+                silent = p[j] * x - exact
+                for errors, off in zip(found[kind], (silent + q[j] * output, silent)):
+                    errors[k] = float(off.square().mean()) / linear if linear > 0 else math.inf
         return found
 
     def noise(self, level: int, shape: Sequence[int]) -> Tensor:
@@ -381,10 +381,10 @@ class _Denoising:
         return self._noise[level]
 
     def _output(self, x: Tensor, label: Tensor) -> Tensor:
-        """The network's, of all levels of one sample after another of the condition."""
-        which = torch.arange(len(x), device=self.device) % len(self.index)
+        """The network's at one level, as networks that look at one time of a call are asked by a sampler."""
+        labels = label.expand(len(x))
         return torch.cat([
-            answer(self.model.net, self.model.variance, x[part], label[part], None, picked(self.cond, which[part]))[0]
+            answer(self.model.net, self.model.variance, x[part], labels[part], None, picked(self.cond, part))[0]
             for part in (slice(k, k + self.batch) for k in range(0, len(x), self.batch))
         ])  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -378,6 +379,11 @@ def posterior(model: Any, method: Any, sde: Any = None, steps: int | None = None
     """sample() guided by a method, after the guidance of the options; by 100 ancestral steps where these say nothing of steps,
     sampler, grid or table."""
     own = options.pop("guidance", None)
+    if own is not None and isinstance(method, OwnSteps):
+        raise ConfigError(
+            f"guidance has no place beside inverse.{type(method).__name__}, which has steps of its own: leave it out, or use "
+            "method='mmps'"
+        )
     guidance = method if own is None else [*(own if isinstance(own, (list, tuple)) else [own]), method]
     named = steps is not None or any(options.get(name) is not None for name in ("sampler", "grid", "table"))
     if not named and not isinstance(method, OwnSteps):
@@ -416,7 +422,7 @@ def _guidances(guidance: Any) -> Any:
     several = isinstance(guidance, (list, tuple))
     each = list(guidance) if several else [guidance]
     for k, one in enumerate(each):
-        if isinstance(one, (int, float)) and not isinstance(one, bool):
+        if isinstance(one, numbers.Real) and not isinstance(one, bool):
             each[k] = ClassifierFree(checks.number("guidance", one))
     own = next((one for one in each if isinstance(one, OwnSteps)), None)
     if own is not None and len(each) > 1:

@@ -461,7 +461,7 @@ def test_the_command_line_guides_a_model_trained_with_dropout(folder, capsys):
     guided = fastdiff.sample(model, steps=3, num_samples=4, cond=y, guidance=guide)
     np.testing.assert_array_equal(np.load("samples.npy"), guided)
     assert not torch.equal(guided, fastdiff.sample(model, steps=3, num_samples=4, cond=y))
-    for same in (2.5, [2.5]):
+    for same in (2.5, [2.5], np.float32(2.5)):
         assert torch.equal(guided, fastdiff.sample(model, steps=3, num_samples=4, cond=y, guidance=same))
     np.save("gaps.npy", np.float32([0.5, math.nan]))
     assert command(capsys, "inpaint", "m", "gaps.npy", *draw)[0] == 0

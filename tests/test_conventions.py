@@ -191,6 +191,12 @@ def test_a_network_that_takes_whole_steps_alone():
         assert check(described(net, process, "eps", "t"), images(data(centres()))).changes == {"time_input": "index"}
 
 
+def test_a_network_that_looks_at_one_time_of_a_call(silent):
+    """As samplers give it."""
+    net = Exact(centres(-1 / 1.5, 1 / 1.5), processes.get("vp"), "eps", "t")
+    assert check(described(lambda x, t: net(x, t[:1].expand(len(t))), "vp", "eps", "t"), images(data(centres()))).fits
+
+
 def test_a_network_that_answers_to_nothing_raises_its_own_error():
     def broken(x, t):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

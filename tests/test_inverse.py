@@ -573,6 +573,12 @@ def test_a_network_without_gradients_is_named(method):
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("method", [inverse.PiGDM, inverse.DiffPIR, inverse.NoisedMeasurement])
+def test_an_operator_that_measures_nothing_changes_nothing(method):
+    nothing = inverse.Problem(torch.zeros(1), torch.zeros(1, 4), 0.0)
+    assert torch.isfinite(drawn(method(nothing))).all()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_no_samples_are_no_samples(method):
     problem = inverse.Problem(Y, Physics())
@@ -585,6 +591,9 @@ def test_a_method_with_steps_of_its_own_stands_alone():
     assert torch.equal(drawn([inverse.DDRM(problem)]), drawn(inverse.DDRM(problem)))
     with pytest.raises(ConfigError, match=r"guidance has inverse\.SMC, which has steps of its own, beside others"):
         drawn([inverse.MMPS(problem), inverse.SMC(problem)])
+    known = torch.arange(8) < 4
+    with pytest.raises(ConfigError, match=r"no place beside inverse\.DAPS, .*: leave it out, or use method='mmps'"):
+        fastdiff.inpaint("digits-vp", torch.zeros(1, 8, 8), known, method="daps", guidance=2.0, steps=2)
 
 
 def test_a_table_for_a_guided_run_tells_process_times():

@@ -772,7 +772,9 @@ def _parser() -> argparse.ArgumentParser:
     of_samples.add_argument("-n", "--num-samples", type=int, help=count)
     of_samples.add_argument("--labels", help="of a model trained with labels: 3 for all samples, or 0,1,2 in turn")
     of_samples.add_argument("--cond", help="a .npy array of conditions, an entry for each sample")
-    free = "classifier-free, of a model trained with --cond-dropout: 1 is none, 2 or 3 usual (default: 1)"
+    free = (
+        "classifier-free, of a model trained with --cond-dropout: 1 is the model as it is, 2 or 3 usual (default: none)"
+    )
     of_samples.add_argument("--guidance", type=float, metavar="SCALE", help=free)
     of_samples.add_argument("--first-sample", type=int, default=0, help="number of the first sample (default: 0)")
     clip = "data: clamp the samples to the data's range; --clip=-1,1: the predictions of x0"

@@ -307,7 +307,7 @@ def guided(guidance: Any, setting: Setting, rows: bool = False) -> tuple[ScoreMo
     for one in each:
         if not isinstance(one, Guidance):
             raise ConfigError(
-                "guidance must be an object of fastdiff.guidance or fastdiff.inverse, or a list of them, got "
+                "guidance must be an object of fastdiff.guidance or fastdiff.inverse, a number, or a list of them, got "
                 f"{short(one)}: for none use guidance=None"
             )
     require_linear(model.process, "guidance", "use VE, VP or another process with alpha and sigma")

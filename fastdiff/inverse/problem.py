@@ -197,7 +197,7 @@ class Measurement:
         normal = self.forward(self.adjoint(u))
         scale = float(dot(u, normal).sum() / dot(u, u).sum())
         tolerance = 1e-10 if self.dtype == torch.float64 else 1e-5
-        divides = bool(((normal - scale * u).abs() <= tolerance * abs(scale)).all())
+        divides = scale > 0 and bool(((normal - scale * u).abs() <= tolerance * scale).all())
         most = min(ITERATIONS, math.prod(self.shape))
 
         def solved(residual: Tensor, gain: Any, noise: float) -> Tensor:
