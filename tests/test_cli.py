@@ -437,12 +437,12 @@ def test_the_demo_made_small(tmp_path):
     for name in demo_flow.FIXED:
         cells = next(line for line in report.splitlines() if line.startswith(f"| {name} |")).split("|")
         assert float(cells[-2]) < float(cells[2])  # 48 calls come closer than 6
-    for title in demo_control.OPERATORS:
+    for title in demo_control.TASKS:
         cells = next(line for line in report.splitlines() if line.startswith(f"| {title} |")).split("|")
         assert 0 < float(cells[2]) < 0.5
         assert 0.5 < float(cells[3].strip(" %")) / 100 <= 1
     pictures = [f"{demo.slug(job)}" for job in demo.JOBS] + ["trajectory", "loss", "nearest", "classes"]
-    pictures += [demo_control.slug(title) for title in demo_control.OPERATORS]
+    pictures += [demo_control.slug(title) for title in demo_control.TASKS]
     for name in [f"{name}.png" for name in [*pictures, "likelihood", "interpolation", "solvers"]]:
         assert f"({name})" in report
         with Image.open(out / name) as picture:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from ..metrics import nearest, sbc_ranks
 from ..model import ScoreModel
 from ..networks import UNet
 from ..planning.processes import VP
-from ..sampling import posterior, sample
-from ..training import load, load_data, save, train
+from ..sampling import sample
+from ..training import Data, load, load_data, save, train
 from . import pictures
 
 Array = NDArray[np.float64]
@@ -26,26 +26,49 @@ Array = NDArray[np.float64]
 SCALES = (1.0, 3.0)
 EACH = 10  # digits of each class, by each scale
 SHOWN, DRAWS = 10, 19  # held-out digits that are measured, draws of each one's posterior: with the truth 20 ranks
-NOISE = 0.1  # of the blurred pictures, whose numbers are in [−1, 1]
-BLUR = 1.0  # its standard deviation, in pixels
+UPPER = (torch.arange(8) < 4)[None, :, None].expand(1, 8, 8)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is told of a digit, whose numbers are in [−1, 1], with noise of this deviation; which of its pixels that hides."""
+
+    operator: inverse.Mask | inverse.Blur
+    noise_std: float
+    hidden: Tensor
+
+
+TASKS = {
+    "the upper half": Task(inverse.Mask(UPPER), 0.0, ~UPPER),
+    "blurred": Task(inverse.Blur.gaussian(1.0), 0.1, torch.ones_like(UPPER)),
+}
+
+
+class Posterior(NamedTuple):
+    """Draws of digits given what a task tells of them.
+
+    strip   [SHOWN, columns, 64]: truth, what is told, eight draws, the mean and twice the standard deviation of all
+    within  the share of hidden pixels that are neither the least nor the greatest of the draws and themselves
+    off     the RMS distance of the draws' mean from the truth there
+    """
+
+    strip: Array
+    within: float
+    off: float
 
 
 @dataclass(frozen=True)
 class Findings:
     """What was drawn and measured.
 
-    classes  scale -> digits [10 · EACH, 64], in each row of ten one of each class
-    named    scale -> the share of them whose nearest held-out digit is of the class that was asked for
-    strips   title -> [SHOWN, columns, 64]
-    within   title -> the share of hidden pixels that are neither the least nor the greatest of the draws and themselves
-    off      title -> the RMS distance of the draws' mean from the truth there
+    classes     scale -> digits [10 · EACH, 64], in each row of ten one of each class
+    named       scale -> the share of them whose nearest held-out digit is of the class that was asked for
+    posteriors  by the task's title
     """
 
     classes: dict[float, Array]
     named: dict[float, float]
-    strips: dict[str, Array]
-    within: dict[str, float]
-    off: dict[str, float]
+    posteriors: dict[str, Posterior]
 
 
 JOBS = len(SCALES) + 2  # and the training's steps: what the progress bar counts
@@ -53,34 +76,27 @@ JOBS = len(SCALES) + 2  # and the training's steps: what the progress bar counts
 
 def run(pool: Executor, out: Path, train_steps: int, progress: Any) -> Findings:
     """Train a model of digits and their labels, and draw from it and from the demo's VP model, as jobs of the pool."""
-    known = [pool.submit(_measured, out, title, progress) for title in OPERATORS]
+    known = [pool.submit(_measured, out, title, progress) for title in TASKS]
     pool.submit(_train, out, train_steps, progress).result()
     drawn = {scale: pool.submit(_of_classes, out, scale, progress) for scale in SCALES}
     classes = {scale: job.result() for scale, job in drawn.items()}
-    _, held_out = load_data("digits").split(0.5, seed=0)
+    held_out = _halves()[1]
     asked = torch.arange(10).repeat(EACH)
     real = pictures.unit(held_out.batch(range(len(held_out)), (-1.0, 1.0)).flatten(1).double().numpy(), (-1.0, 1.0))
     named = {
         scale: float((held_out.labels[nearest(x, real).indices] == asked).double().mean())
         for scale, x in classes.items()
     }
-    found = dict(zip(OPERATORS, (job.result() for job in known)))
-    return Findings(
-        classes,
-        named,
-        {title: strip for title, (strip, *_) in found.items()},
-        {title: within for title, (_, within, _) in found.items()},
-        {title: off for title, (*_, off) in found.items()},
-    )
+    return Findings(classes, named, {title: job.result() for title, job in zip(TASKS, known)})
 
 
 def draw(out: Path, findings: Findings) -> None:
     """The pictures."""
     groups = {f"guidance={scale:g}": pictures.squares(x) for scale, x in findings.classes.items()}
     pictures.beside(out / "classes.png", groups)
-    for title, strip in findings.strips.items():
+    for title, found in findings.posteriors.items():
         shown = f"held-out digits, {title}, eight draws given that, the draws' mean and twice their standard deviation"
-        pictures.strip(out / f"{slug(title)}.png", strip, shown)
+        pictures.strip(out / f"{slug(title)}.png", found.strip, shown)
 
 
 def slug(title: str) -> str:
@@ -105,50 +121,41 @@ def report(findings: Findings) -> list[str]:
         "| | RMS from the truth of the draws' mean (pixels in [0, 1]) | true pixels between the draws (exact: 90 %) |",
         "|---|---|---|",
     ]
-    for title in findings.strips:
-        lines.append(f"| {title} | {findings.off[title]:.3f} | {100 * findings.within[title]:.0f} % |")
-    return [*lines, "", *(f"![{title}]({slug(title)}.png)" for title in findings.strips), ""]
+    for title, found in findings.posteriors.items():
+        lines.append(f"| {title} | {found.off:.3f} | {100 * found.within:.0f} % |")
+    return [*lines, "", *(f"![{title}]({slug(title)}.png)" for title in findings.posteriors), ""]
 
 
-def _half() -> Tensor:
-    """A mask of the upper half."""
-    return (torch.arange(8) < 4)[None, :, None].expand(1, 8, 8)
+def _halves() -> tuple[Data, Data]:
+    """The digits with their labels: to train on and held out, the same as all of the demo's."""
+    return load_data("digits").split(0.5, seed=0)
 
 
-OPERATORS = {
-    "the upper half": lambda: inverse.Mask(_half()),
-    "blurred": lambda: inverse.Blur.gaussian(BLUR),
-}
-
-
-def _measured(out: Path, title: str, progress: Any) -> tuple[Array, float, float]:
-    """truth | measured | eight draws | mean | twice the standard deviation, of each digit; the share of hidden pixels between the
-    draws; how far their mean is off (in a worker process)."""
-    model, operator = load(out / "digits-vp.safetensors"), OPERATORS[title]()
-    x = load_data("digits").split(0.5, seed=0)[1].batch(range(SHOWN), model.data_range)
-    y, noise_std = operator.A(x), 0.0
-    shown = operator.A_adjoint(y)
-    hidden = torch.ones_like(x, dtype=torch.bool)
-    if isinstance(operator, inverse.Mask):
-        hidden = ~_half().expand_as(x)
-    else:
-        noise_std = NOISE
-        y = shown = y + NOISE * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
-    problem = inverse.Problem(y.repeat_interleave(DRAWS, 0), operator, noise_std)
-    options = {"num_samples": SHOWN * DRAWS, "seed": 1, "progress": False}
-    drawn = posterior(model, inverse.MMPS(problem), steps=50, sampler="ancestral", grid="logsnr", **options)
-    draws = drawn.view(SHOWN, DRAWS, *model.data_shape)
+def _measured(out: Path, title: str, progress: Any) -> Posterior:
+    """What the demo's VP model makes of what the task tells of held-out digits (in a worker process)."""
+    model, task = load(out / "digits-vp.safetensors"), TASKS[title]
+    x = _halves()[1].batch(range(SHOWN), model.data_range)
+    y = task.operator.A(x)
+    y = y + task.noise_std * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    shown, hidden = y if y.shape == x.shape else task.operator.A_adjoint(y), task.hidden.flatten()
+    problem = inverse.Problem(y.repeat_interleave(DRAWS, 0), task.operator, task.noise_std)
+    x_given = sample(
+        model, steps=50, sampler="ancestral", grid="logsnr", num_samples=SHOWN * DRAWS, seed=1, progress=False,
+        guidance=inverse.MMPS(problem),
+    )  # fmt: skip
+    draws = x_given.view(SHOWN, DRAWS, *model.data_shape)
     # as pixels have 17 levels, most of them the lowest, draws are rounded to these, and ties broken at random
     low, high = model.data_range
     step = (high - low) / 16
-    alike = [((v - low) / step).round().flatten(v.ndim - 3)[..., hidden[0].flatten()].double() for v in (x, draws)]
+    alike = [((v - low) / step).round().flatten(v.ndim - 3)[..., hidden].double() for v in (x, draws)]
     ranks = sbc_ranks(*alike).ranks
     mean, spread = draws.mean(1), draws.std(1)
     of = lambda v: pictures.unit(v.flatten(-3).double().numpy(), model.data_range)  # noqa: E731
-    off = (mean - x)[hidden].double().square().mean().sqrt() / (high - low)
+    off = (mean - x).flatten(1)[:, hidden].double().square().mean().sqrt() / (high - low)
     columns = [of(x), of(shown), *of(draws[:, :8].transpose(0, 1)), of(mean), of(low + 2 * spread)]
     progress.put(1)
-    return np.stack(columns, 1), float(((ranks > 0) & (ranks < DRAWS)).double().mean()), float(off)
+    within = float(((ranks > 0) & (ranks < DRAWS)).double().mean())
+    return Posterior(np.stack(columns, 1), within, float(off))
 
 
 def _train(out: Path, steps: int, progress: Any) -> None:
@@ -163,7 +170,7 @@ def _train(out: Path, steps: int, progress: Any) -> None:
         seen = step
 
     train(
-        model, load_data("digits").split(0.5, seed=0)[0], steps=steps, loss="simple", lr=2e-3, warmup=100, decay=True,
+        model, _halves()[0], steps=steps, loss="simple", lr=2e-3, warmup=100, decay=True,
         cond_dropout=0.1, progress=False, callback=advance,
     )  # fmt: skip
     save(model, out / "digits-classes")
