@@ -56,7 +56,8 @@ class Peer(NamedTuple):
 
 SCORE_SDE, SCORE_SDE_MODULES = "score_sde_pytorch", ("sampling", "sde_lib", "likelihood", "losses", "models.ema")
 MODULES = {
-    "diffusers": "diffusers", "k-diffusion": "k_diffusion.sampling", "azula": "azula.sample", "torchsde": "torchsde",
+    "diffusers": "diffusers", "k-diffusion": "k_diffusion.sampling", "azula": "azula.sample",
+    "torchsde": "torchsde", "deepinv": "deepinv.sampling",
     "denoising-diffusion-pytorch": "denoising_diffusion_pytorch.denoising_diffusion_pytorch", SCORE_SDE: "sampling",
     "accelerate": "accelerate", "ema_pytorch": "ema_pytorch",
 }  # fmt: skip
@@ -73,7 +74,7 @@ def load(name: str) -> Any:
                 with warnings.catch_warnings(action="ignore"):
                     return importlib.import_module(name)
             except ModuleNotFoundError as error:
-                known = name.startswith(("k_diffusion", "denoising")) and error.name not in (
+                known = name.startswith(("k_diffusion", "denoising", "deepinv")) and error.name not in (
                     *absent,
                     name.split(".")[0],
                 )

@@ -345,7 +345,7 @@ def targets_of(name: tuple[str, str], few: bool) -> list[str]:
     operation, variant = name
     if variant in RARE:
         return RARE_TARGETS
-    widest = variant.endswith(("history3", "history4")) or variant.startswith("usual") or variant == "m+noise+net_input"
+    widest = variant in ("m+noise+net_input", "m+pushed+net_input+history3", "usual, mask and guide")
     return ["sm_90"] if few and operation == "step" and not widest else list(TARGETS)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fastdiff
-from fastdiff import inverse
+from fastdiff import guidance, inverse
 from fastdiff.errors import ConfigError, DataError, DTypeError, ModelOutputError, ShapeError
 from fastdiff.execution import noise as noise_streams
 from fastdiff.execution import ops
@@ -212,6 +212,20 @@ def test_a_guided_prediction_is_its_formula(method):
         x0 = bent(x[k], None)
         expected = x0 + shift(method, x0, jacobian, x[k], y[k], alpha, sigma, 0.3)
         assert (found[k] - expected).abs().max() < 1e-6 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("method", ["MMPS", "MMPS, one iteration", "diagonal TMPD", "PiGDM", "DPS"])
+def test_a_method_leaves_the_gradients_to_those_after_it(method):
+    """Whose gradient here is 0."""
+    given = (METHODS | {"DPS": inverse.DPS})[method](inverse.Problem(torch.tensor([0.3, -1.0, 0.5]), A.float(), 0.2))
+    after = guidance.LogLikelihood(lambda x0: 0 * x0.sum(1))
+    options = {"shape": (4,), "prediction": "x0", "sampler": "ancestral", "num_samples": 3}
+    alone, both, reverse = (
+        fastdiff.sample(bent_in_float32, "vp", 4, guidance=each, **options)
+        for each in (given, [given, after], [after, given])
+    )
+    assert torch.equal(both, alone)
+    assert torch.equal(reverse, alone)
 
 
 @pytest.mark.parametrize("process", [fastdiff.VP(), fastdiff.VE()], ids=lambda p: p.name)

@@ -104,7 +104,7 @@ def test_what_has_no_gradient_says_so():
 def test_training_loss_and_network_compile_without_a_break():
     """fullgraph=True refuses any operation that torch.compile cannot see through; gradients agree with eager ones."""
     torch._dynamo.reset()
-    small, large = MLP((2,), hidden=16, layers=1), UNet((1, 8, 8), channels=8, blocks=1)
+    small, large = MLP((2,), hidden=16, layers=1), UNet((1, 8, 8), channels=8, multipliers=(1,), blocks=1)
     for net, shape, backend in ((small, (2,), "inductor"), (large, (1, 8, 8), "aot_eager")):
         model = fastdiff.ScoreModel(net, "vp", prediction="eps", data_shape=shape)
         x0, t = random(4, *shape), torch.tensor([0.1, 0.4, 0.6, 0.9])

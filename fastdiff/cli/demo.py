@@ -33,7 +33,7 @@ from ..networks import UNet
 from ..planning import samplers
 from ..planning.processes import VE, VP, Process, SubVP
 from ..sampling import sample
-from ..training import Data, load, load_data, save, train
+from ..training import Data, load, save, train
 from . import demo_control, demo_flow, pictures
 
 SHAPE = (1, 8, 8)
@@ -98,19 +98,20 @@ def main(
     files.check_writable("out", out / "report.md")
     real, unseen = (pixels(data.batch(range(len(data)), (0.0, 1.0)), (0.0, 1.0)) for data in (training, held_out))
     print(f"fastdiff demo: {len(training)} digits to train on, {len(held_out)} held out, {workers} processes")
+    models, controlled = (*MODELS, *[demo_control.MODEL] * control), None
     # every model needs the same time: as many processes as models keep all cores busy to the end
-    with _pool(len(MODELS), "training", train_steps * len(MODELS)) as (pool, progress):
-        futures = {name: pool.submit(_train, name, train_steps, out, progress) for name in MODELS}
-        losses = {name: future.result() for name, future in futures.items()}
-    with _pool(workers, "sampling", sum(_calls(job) for job in jobs) * -(-samples // BATCH)) as (pool, progress):
-        runs = [pool.submit(_sample, job, samples, out, progress) for job in jobs]
-        results = [run.result() for run in runs]
-    with _pool(workers, "probability flow", demo_flow.jobs(digits)) as (pool, progress):
-        flow = demo_flow.run(pool, out / "digits-vp.safetensors", held_out, digits, progress)
-    controlled = None
-    if control:
-        with _pool(workers, "control", train_steps + demo_control.JOBS) as (pool, progress):
-            controlled = demo_control.run(pool, out, train_steps, progress)
+    with _workers(max(len(models), workers)) as (pool, progress):
+        with _bar(progress, "training", train_steps * len(models)):
+            futures = {name: pool.submit(_train, name, train_steps, out, progress) for name in models}
+            losses = {name: future.result() for name, future in futures.items()}
+        with _bar(progress, "sampling", sum(_calls(job) for job in jobs) * -(-samples // BATCH)):
+            runs = [pool.submit(_sample, job, samples, out, progress) for job in jobs]
+            results = [run.result() for run in runs]
+        with _bar(progress, "probability flow", demo_flow.jobs(digits)):
+            flow = demo_flow.run(pool, out / "digits-vp.safetensors", held_out, digits, progress)
+        if control:
+            with _bar(progress, "control", demo_control.JOBS):
+                controlled = demo_control.run(pool, out, progress)
     print("drawing")
     for job, result in zip(JOBS, results):
         pictures.grids(out / f"{slug(job)}.png", unseen[:PICTURED], result.samples[:PICTURED], job.title)
@@ -132,16 +133,16 @@ def main(
 
 def model_for(name: str) -> ScoreModel:
     """A small U-Net for the digits with EDM's preconditioning; data_range [0, 1] for VE, else [−1, 1]."""
-    process: Process = {"ve": VE(), "vp": VP(), "subvp": SubVP()}[name]
+    process: Process = {"ve": VE(), "subvp": SubVP()}.get(name, VP())
     torch.manual_seed(0)
-    net = UNet(SHAPE, channels=32, multipliers=(1, 2), blocks=1)
+    net = UNet(SHAPE, channels=32, multipliers=(1, 2), blocks=1, num_classes=10 if name == demo_control.MODEL else None)
     return ScoreModel(net, process, "edm", data_shape=SHAPE, data_range=(0.0, 1.0) if name == "ve" else (-1.0, 1.0))
 
 
 def halves() -> tuple[Data, Data]:
-    """The digits in two random halves: one to train on, one held out."""
-    digits = load_data("digits")
-    return Data(digits.x, range=digits.range, bins=digits.bins).split(0.5, seed=0)  # without their labels
+    """The digits in two random halves: one to train on, one held out; without their labels."""
+    training, held_out = (Data(half.x, range=half.range, bins=half.bins) for half in demo_control.halves())
+    return training, held_out
 
 
 def pixels(x: Tensor, data_range: tuple[float, float]) -> NDArray[np.float64]:
@@ -215,9 +216,8 @@ def report(
 
 def _train(name: str, steps: int, out: Path, progress: Any) -> NDArray[np.float64]:
     """Train one model, save it to `out`, and return its losses (in a worker process)."""
-    model = model_for(name)
-
-    seen = 0
+    model, seen = model_for(name), 0
+    labelled = name == demo_control.MODEL
 
     def advance(step: int, loss: float) -> None:
         nonlocal seen
@@ -225,16 +225,9 @@ def _train(name: str, steps: int, out: Path, progress: Any) -> NDArray[np.float6
         seen = step
 
     done = train(
-        model,
-        halves()[0],
-        steps=steps,
-        loss="simple",
-        lr=2e-3,
-        warmup=100,
-        decay=True,
-        progress=False,
-        callback=advance,
-    )
+        model, (demo_control.halves() if labelled else halves())[0], steps=steps, loss="simple", lr=2e-3, warmup=100,
+        decay=True, cond_dropout=0.1 * labelled, progress=False, callback=advance,
+    )  # fmt: skip
     save(model, out / f"digits-{name}")
     return np.asarray(done.loss.numpy())
 
@@ -242,8 +235,7 @@ def _train(name: str, steps: int, out: Path, progress: Any) -> NDArray[np.float6
 def _sample(job: Job, count: int, out: Path, progress: Any) -> Result:
     """Draw one job's samples (in a worker process)."""
     model = load(out / f"digits-{job.model}.safetensors")
-    began = time.perf_counter()
-    rows = 0
+    began, rows = time.thread_time(), 0
 
     def advance(row: int, t: float, x: Tensor) -> None:
         nonlocal rows
@@ -261,7 +253,7 @@ def _sample(job: Job, count: int, out: Path, progress: Any) -> Result:
         return_info=True,
         **job.options,
     )
-    return Result(pixels(x, model.data_range), info.table.calls, time.perf_counter() - began)
+    return Result(pixels(x, model.data_range), info.table.calls, time.thread_time() - began)
 
 
 def _cores() -> int:
@@ -275,23 +267,30 @@ def _calls(job: Job) -> int:
 
 
 @contextmanager
-def _pool(workers: int, title: str, total: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
-    """Processes of one thread each, and a queue whose numbers move a progress bar."""
+def _workers(count: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
+    """Processes of one thread each, and a queue for how far they are."""
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, tqdm(total=total, desc=title) as bar:
-        progress = manager.Queue()
-        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-            stop = threading.Event()
+    with context.Manager() as manager, ProcessPoolExecutor(count, context, torch.set_num_threads, (1,)) as pool:
+        yield pool, manager.Queue()
 
-            def watch() -> None:
-                while not stop.wait(0.5):
-                    while not progress.empty():
-                        bar.update(progress.get())
 
-            watcher = threading.Thread(target=watch, daemon=True)
-            watcher.start()
-            try:
-                yield pool, progress
-            finally:
-                stop.set()
-                watcher.join()
+@contextmanager
+def _bar(progress: Any, title: str, total: int) -> Iterator[None]:
+    """A progress bar that the queue's numbers move."""
+    with tqdm(total=total, desc=title) as bar:
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(0.5):
+                while not progress.empty():
+                    bar.update(progress.get())
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            watcher.join()
+            while not progress.empty():
+                bar.update(progress.get())

@@ -14,11 +14,8 @@ from torch import Tensor
 
 from .. import inverse
 from ..metrics import nearest, sbc_ranks
-from ..model import ScoreModel
-from ..networks import UNet
-from ..planning.processes import VP
 from ..sampling import sample
-from ..training import Data, load, load_data, save, train
+from ..training import Data, load, load_data
 from . import pictures
 
 Array = NDArray[np.float64]
@@ -71,16 +68,16 @@ class Findings:
     posteriors: dict[str, Posterior]
 
 
-JOBS = len(SCALES) + 2  # and the training's steps: what the progress bar counts
+JOBS = len(SCALES) + len(TASKS)  # what the progress bar counts
+MODEL = "classes"  # the name of the model of digits and their labels
 
 
-def run(pool: Executor, out: Path, train_steps: int, progress: Any) -> Findings:
-    """Train a model of digits and their labels, and draw from it and from the demo's VP model, as jobs of the pool."""
+def run(pool: Executor, out: Path, progress: Any) -> Findings:
+    """Draw from the model of digits and their labels and from the demo's VP model, as jobs of the pool."""
     known = [pool.submit(_measured, out, title, progress) for title in TASKS]
-    pool.submit(_train, out, train_steps, progress).result()
     drawn = {scale: pool.submit(_of_classes, out, scale, progress) for scale in SCALES}
     classes = {scale: job.result() for scale, job in drawn.items()}
-    held_out = _halves()[1]
+    held_out = halves()[1]
     asked = torch.arange(10).repeat(EACH)
     real = pictures.unit(held_out.batch(range(len(held_out)), (-1.0, 1.0)).flatten(1).double().numpy(), (-1.0, 1.0))
     named = {
@@ -126,15 +123,15 @@ def report(findings: Findings) -> list[str]:
     return [*lines, "", *(f"![{title}]({slug(title)}.png)" for title in findings.posteriors), ""]
 
 
-def _halves() -> tuple[Data, Data]:
-    """The digits with their labels: to train on and held out, the same as all of the demo's."""
+def halves() -> tuple[Data, Data]:
+    """The digits with their labels in two random halves: to train on, and held out."""
     return load_data("digits").split(0.5, seed=0)
 
 
 def _measured(out: Path, title: str, progress: Any) -> Posterior:
     """What the demo's VP model makes of what the task tells of held-out digits (in a worker process)."""
     model, task = load(out / "digits-vp.safetensors"), TASKS[title]
-    x = _halves()[1].batch(range(SHOWN), model.data_range)
+    x = halves()[1].batch(range(SHOWN), model.data_range)
     y = task.operator.A(x)
     y = y + task.noise_std * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
     shown, hidden = y if y.shape == x.shape else task.operator.A_adjoint(y), task.hidden.flatten()
@@ -158,27 +155,9 @@ def _measured(out: Path, title: str, progress: Any) -> Posterior:
     return Posterior(np.stack(columns, 1), within, float(off))
 
 
-def _train(out: Path, steps: int, progress: Any) -> None:
-    """Train the model of digits and their labels, and save it to `out` (in a worker process)."""
-    torch.manual_seed(0)
-    net = UNet((1, 8, 8), channels=32, multipliers=(1, 2), blocks=1, num_classes=10)
-    model, seen = ScoreModel(net, VP(), "edm", data_shape=(1, 8, 8), data_range=(-1.0, 1.0)), 0
-
-    def advance(step: int, loss: float) -> None:
-        nonlocal seen
-        progress.put(step - seen)
-        seen = step
-
-    train(
-        model, _halves()[0], steps=steps, loss="simple", lr=2e-3, warmup=100, decay=True,
-        cond_dropout=0.1, progress=False, callback=advance,
-    )  # fmt: skip
-    save(model, out / "digits-classes")
-
-
 def _of_classes(out: Path, scale: float, progress: Any) -> Array:
     """EACH digits of each class (in a worker process)."""
-    model = load(out / "digits-classes.safetensors")
+    model = load(out / f"digits-{MODEL}.safetensors")
     labels = torch.arange(10).repeat(EACH)
     x = sample(
         model, steps=18, sampler="heun", num_samples=len(labels), cond=labels, guidance=scale, seed=1, progress=False

@@ -285,7 +285,8 @@ class Loop:
         """Once a row's state has changed after its step: the next network input anew, and whether it is finite still."""
         x = self.buffers[plan.out]
         if plan.feeds:
-            self.net_input.copy_(x * self.table.rows[k + 1].in_scale)
+            scale = self.table.rows[k + 1].in_scale
+            self.net_input.copy_(x if scale == 1 else x * scale)
         if self.first_bad is not None:
             finite = x.isfinite().flatten(1).all(1)
             self.first_bad.copy_(torch.where(finite, self.first_bad, self.first_bad.clamp(max=k)))

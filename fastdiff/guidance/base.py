@@ -112,9 +112,12 @@ class Moment:
         self.others = dict(zip(beside, others))
         self.variance = None if variance is None else variance[:count]
         self.x0 = self.base = self.clean(model, self.output)
+        self.followed = False  # by a guidance that asks for products of its own
 
     def clean(self, model: ScoreModel, output: Tensor) -> Tensor:
         """x̂0 by what a model of the same process has predicted."""
+        if model.prediction == "x0":
+            return output
         p, q = self.levels.p, self.levels.q
         if model is not self.model:
             p, q = model.conversion("x0", self.t.double(), self.alpha, self.sigma)
@@ -138,16 +141,18 @@ class Moment:
     def pulled(self, v: Tensor, last: bool = False) -> Tensor:
         """Jᵀ v with the Jacobian J = ∂x̂0/∂x_t of the prediction as it stands, [B, *]; J σ²/α is the covariance of x0 given x_t.
 
-        last   no further product is asked for
+        last   this guidance asks for no further product
         """
-        return self.gradient(self.x0, v, retain=not last)
+        return self.gradient(self.x0, v, last)
 
-    def gradient(self, value: Tensor, v: Tensor | None = None, retain: bool = True) -> Tensor:
+    def gradient(self, value: Tensor, v: Tensor | None = None, last: bool = True) -> Tensor:
         """∂⟨value, v⟩/∂x_t of what was made of the prediction, [B, *]; a ModelOutputError where autograd does not see that by way
         of the network."""
         if value.requires_grad:
             inputs = (self.x, self.seen)
-            product, by_network = torch.autograd.grad(value, inputs, v, retain_graph=retain, allow_unused=True)
+            product, by_network = torch.autograd.grad(
+                value, inputs, v, retain_graph=self.followed or not last, allow_unused=True
+            )
             if product is not None and by_network is not None:
                 return product
         raise ModelOutputError(
@@ -230,11 +235,12 @@ class Guided(nn.Module):
             wanted = {each: each.beside(self.model, t, cond, mine) for each, mine in zip(self.bound, own)}
             beside = {each: other for each, other in wanted.items() if other is not None}
             moment = Moment(self.model, state, t, cond, self.differentiates, beside, levels)
-            for each, mine in zip(self.bound, own):
+            for k, (each, mine) in enumerate(zip(self.bound, own), 1):
+                moment.followed = any(later.differentiates for later in self.bound[k:])
                 moment.x0 = each(moment, mine)
-        change = (moment.x0 - moment.base).detach()
-        output = (moment.base if self.prediction == "x0" else moment.output).detach()
-        output = output + (change if self.prediction == "x0" else moment.slope * change)
+        output = moment.x0.detach()
+        if self.prediction != "x0":
+            output = moment.output.detach() + moment.slope * (output - moment.base.detach())
         if moment.variance is None:
             return output
         return torch.cat([output, moment.variance.detach().to(output.dtype)], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -109,23 +110,24 @@ class Downsampling(Operator):
         self.factor = checks.integer("factor", factor, 1, 2**16)
 
     def A(self, x: Tensor) -> Tensor:
-        split, axes = [*x.shape[:2]], []
-        for length in x.shape[2:]:
-            if length % self.factor:
-                raise ShapeError(
-                    f"factor={self.factor} must divide the lengths of a sample's axes, got {tuple(x.shape[1:])}"
-                )
-            axes.append(len(split) + 1)
-            split += [length // self.factor, self.factor]
-        if not axes:
+        if x.ndim < 3:
             raise ShapeError(f"Downsampling is of samples [C, L, …], got shape {tuple(x.shape[1:])}: use unsqueeze")
-        return x.reshape(split).mean(axes)
+        if any(length % self.factor for length in x.shape[2:]):
+            raise ShapeError(
+                f"factor={self.factor} must divide the lengths of a sample's axes, got {tuple(x.shape[1:])}"
+            )
+        for axis in range(2, x.ndim):
+            blocks = x.unflatten(axis, (-1, self.factor))
+            # torch adds the few numbers of a block one block after another
+            few = self.factor <= 16
+            x = functools.reduce(torch.add, blocks.unbind(axis + 1)) if few else blocks.sum(axis + 1)
+        return x / self.factor ** (x.ndim - 2)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
-        out = y
+        out = y / self.factor ** (y.ndim - 2)
         for axis in range(2, y.ndim):
-            out = out.repeat_interleave(self.factor, axis)
-        return out / self.factor ** (y.ndim - 2)
+            out = torch.stack([out] * self.factor, axis + 1).flatten(axis, axis + 1)
+        return out
 
 
 class Blur(Operator):

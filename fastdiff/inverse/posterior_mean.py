@@ -25,6 +25,10 @@ FEW = 16  # measurements whose covariance is made as a matrix, unless the caller
 ITERATIONS = 5
 
 
+# of log p(y | x_t) up to what is the same for all x_t, [B], float64; most methods need the mean alone
+Density = Callable[[], Tensor]
+
+
 class DensityBound(Bound):
     """A method that knows p(y | x_t), if only nearly."""
 
@@ -37,8 +41,8 @@ class DensityBound(Bound):
     def __call__(self, moment: Moment, parts: dict[str, Tensor]) -> Tensor:
         return self.with_density(moment, parts)[0]
 
-    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The guided x̂0, and log p(y | x_t) up to what is the same for all x_t, [B], float64."""
+    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Density]:
+        """The guided x̂0, and what gives log p(y | x_t)."""
         raise NotImplementedError
 
 
@@ -49,20 +53,24 @@ class GaussianBound(DensityBound):
         super().__init__(measured)
         self.variance = measured.noise_std**2
 
-    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Density]:
         residual = parts["y"] - self.measured.of(moment.x0.detach())
         change, density = self.change(moment, residual)
         return moment.x0 + change.detach(), density
 
-    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """C Aᵀ (A C Aᵀ + σ_y²)⁻¹ (y − A x̂0), and log p(y | x_t) up to what is the same for all x_t."""
+    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Density]:
+        """C Aᵀ (A C Aᵀ + σ_y²)⁻¹ (y − A x̂0), and what gives log p(y | x_t)."""
         raise NotImplementedError
+
+    def covariance(self, moment: Moment, u: Tensor, last: bool = False) -> Tensor:
+        """σ²/α Jᵀ Aᵀ u."""
+        return moment.pulled(self.measured.adjoint(like(moment.tweedie, u) * u), last=last)
 
 
 class Dense(GaussianBound):
     """C by as many products with the Jacobian as there are measurements."""
 
-    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Density]:
         measured, count = self.measured, len(residual)
         many = math.prod(measured.shape)
         columns, s = [], residual.new_empty((count, many, many), dtype=torch.float64)
@@ -79,7 +87,7 @@ class Dense(GaussianBound):
         along = (vectors.mT @ residual.double().flatten(1)[..., None])[..., 0]
         weights = (vectors @ (along / values)[..., None])[..., 0]
         change = sum(like(weights[:, i], moment.x) * column for i, column in enumerate(columns))
-        return change, -0.5 * ((along**2 / values).sum(1) + values.log().sum(1))  # type: ignore[return-value]
+        return change, lambda: -0.5 * ((along**2 / values).sum(1) + values.log().sum(1))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,17 +121,14 @@ class Iterated(GaussianBound):
         super().__init__(measured)
         self.iterations = iterations
 
-    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Density]:
         measured = self.measured
 
-        def covariance(u: Tensor) -> Tensor:
-            return moment.tweedie * moment.pulled(measured.adjoint(u))
-
         def apply(u: Tensor) -> Tensor:
-            return measured.forward(covariance(u)) + self.variance * u
+            return measured.forward(self.covariance(moment, u)) + self.variance * u
 
         weights = conjugate_gradients(apply, residual, self.iterations)
-        return moment.tweedie * moment.pulled(measured.adjoint(weights), last=True), -0.5 * dot(residual, weights)
+        return self.covariance(moment, weights, last=True), lambda: -0.5 * dot(residual, weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,13 +151,14 @@ class TMPD(Guidance):
 class RowSums(GaussianBound):
     """A C Aᵀ as a diagonal."""
 
-    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Density]:
         measured = self.measured
         ones = measured.adjoint(torch.ones_like(residual[:1])).expand_as(moment.x)
-        sums = measured.forward(moment.tweedie * moment.pulled(ones)).clamp(min=0) + self.variance
+        sums = like(moment.tweedie, residual) * measured.forward(moment.pulled(ones))
+        sums = sums.clamp(min=0) + self.variance
         weights = residual / sums.clamp(min=torch.finfo(sums.dtype).tiny)
-        change = moment.tweedie * moment.pulled(measured.adjoint(weights), last=True)
-        return change, -0.5 * (dot(residual, weights) + sums.double().log().flatten(1).sum(1))
+        change = self.covariance(moment, weights, last=True)
+        return change, lambda: -0.5 * (dot(residual, weights) + sums.double().log().flatten(1).sum(1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,12 +184,14 @@ class Isotropic(GaussianBound):
         super().__init__(measured)
         self.spread, self.differentiates, self.solved = spread, through, measured.solver()
 
-    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Density]:
         r2 = self.spread((moment.sigma / moment.alpha) ** 2).to(residual.dtype)
         weights = self.solved(residual, r2, self.variance)
-        back = self.measured.adjoint(weights)
-        change = moment.tweedie * moment.pulled(back, last=True) if self.differentiates else like(r2, back) * back
-        return change, -0.5 * dot(residual, weights)
+        if self.differentiates:
+            change = self.covariance(moment, weights, last=True)
+        else:
+            change = self.measured.adjoint(like(r2, weights) * weights)
+        return change, lambda: -0.5 * dot(residual, weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,9 +223,10 @@ class OfState(GaussianBound):
 
     differentiates = False
 
-    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Density]:
         measured, x = self.measured, moment.x.detach()
         noise = moment.sigma**2 / moment.alpha**2
         residual = parts["y"] - measured.of(x / like(moment.alpha, x))
-        back = measured.adjoint(residual) * like(1 / (self.variance + noise) / moment.alpha, x)
-        return moment.x0 + moment.tweedie * back, -0.5 * dot(residual, residual) / (self.variance + noise)
+        gain = moment.sigma**2 / moment.alpha**2 / (self.variance + noise)
+        back = measured.adjoint(like(gain, residual) * residual)
+        return moment.x0 + back, lambda: -0.5 * dot(residual, residual) / (self.variance + noise)

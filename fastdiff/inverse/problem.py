@@ -244,8 +244,9 @@ def conjugate_gradients(
         x = x + like(step, b) * p
         r = r - like(step, b) * sp
         after = dot(r, r)
-        best = torch.where(like(after < lowest, b) > 0, x, best)
-        lowest = torch.minimum(after, lowest)
-        p = r + like(torch.where(going, after / rr.where(going, 1.0), 0.0), b) * p
-        rr = torch.where(going, after, rr)
+        best = torch.where((after < lowest).view(-1, *[1] * (b.ndim - 1)), x, best)
+        if k + 1 < iterations:
+            lowest = torch.minimum(after, lowest)
+            p = r + like(torch.where(going, after / rr.where(going, 1.0), 0.0), b) * p
+            rr = torch.where(going, after, rr)
     return best

@@ -25,7 +25,7 @@ from ..guidance.base import Bound, Guidance, Moment, Setting, together
 from ..guidance.log_likelihood import draws, probe
 from ..table import Row, StepTable
 from .own_steps import OwnSteps, Steps
-from .posterior_mean import MMPS, DensityBound
+from .posterior_mean import MMPS, Density, DensityBound
 from .problem import Measurement, Problem
 
 
@@ -69,7 +69,7 @@ class SMC(OwnSteps):
 
         def asked(moment: Moment, own: dict[str, Tensor]) -> tuple[Tensor, ...]:
             guided, density = bound.with_density(moment, own)
-            return moment.base, guided, density
+            return moment.base, guided, density()
 
         x, before = steps.start(many, first), torch.zeros(many, dtype=torch.float64, device=setting.device)
         for k, row in steps.rows():
@@ -121,10 +121,10 @@ class PlugIn(DensityBound):
         x, y = draws(2, setting), measured.each[:1].expand(2, *measured.shape)
         probe(lambda x: measured.log_likelihood(x, y), x, (), "log p(y | x0)", None)
 
-    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Density]:
         value = self.measured.log_likelihood(moment.x0, parts["y"])
         change = moment.tweedie * moment.gradient(value.sum())
-        return moment.x0 + change.detach(), value.detach().double()
+        return moment.x0 + change.detach(), value.detach().double
 
 
 @dataclass
