@@ -31,7 +31,13 @@ SIZES = [("8192", "1"), ("196608", "1"), ("196608", "2"), ("16777216", "1"), ("1
 ASKED = ("large operations per step", "small operations per step", "host reads per step", "draws per step")
 COUNTS = dict.fromkeys((*ASKED, "states held at once"), ".3g")
 CHOICES = {"calls": ",.0f", "evaluations": ",.0f", "error": ".1e", "tolerance": ".0e"}
-PAIRS = {**COUNTS, **CHOICES}
+FOUND = {"distance in that of two exact sets": ".3g", "calls of the network": ".0f"}
+PAIRS = {**COUNTS, **CHOICES, **FOUND}
+# of which each whole, and outside of the network's passes: (title, what a row is of)
+PARTS = {
+    "training": ("A step of training", "step"),
+    "inverse problems": ("A call of a guided network", "network, method"),
+}
 # of solvers that choose their steps, and of those that do not
 CHOOSING = {"likelihood": "Log-likelihoods at equal error", "rk45": "The sampler rk45 at equal error"}
 PER_CALL = "us outside the network per call"
@@ -111,9 +117,12 @@ def sections(group: str, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
         )
     elif group in CHOOSING:
         yield CHOOSING[group], pivot(rows, ["problem; steps", "against"], ["ms", *CHOICES])
-    elif group == "training":
-        lines = [[r["case"], r["opponent"], f"{float(r['ours']):.1f}", ratio(r), r["metric"]] for r in rows]
-        yield "A step of training", markdown(["step", "against", "ms", "theirs", "of"], lines)
+    elif group in PARTS:
+        title, of = PARTS[group]
+        lines = [[r["case"], r["opponent"], f"{float(r['ours']):,.1f}", ratio(r), r["metric"]] for r in rows]
+        yield title, markdown([of, "against", "fastdiff", "theirs", "of"], lines)
+    elif group == "posteriors":
+        yield "Posteriors that are known", pivot(rows, ["problem, and how", "against"], list(FOUND))
     elif group == "solvers":
         errors = dict.fromkeys(r["metric"] for r in rows if r["metric"].startswith("error"))
         yield "Deterministic solvers by network calls", pivot(rows, ["solver", "against"], [*errors, PER_CALL])

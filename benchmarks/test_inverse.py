@@ -264,19 +264,20 @@ def _azula_mmps(case: Any, seed: int) -> Sampled:
     )
 
 
+# what they call it -> the library, and draws of a case by a seed
 OTHERS: dict[str, tuple[str, Callable[[Any, int], Sampled]]] = {
-    "azula, MMPS exact": ("azula", _azula_mmps),
-    "azula, TMPD": ("azula", lambda case, seed: azula_draws(case, seed, "TMPDenoiser", var_y=case.noise_std**2)),
-    "deepinv, moment matching": ("deepinv", deepinv_draws),
+    "MMPS, exact": ("azula", _azula_mmps),
+    "TMPD": ("azula", lambda case, seed: azula_draws(case, seed, "TMPDenoiser", var_y=case.noise_std**2)),
+    "moment matching": ("deepinv", deepinv_draws),
 }
 
 
 @pytest.mark.filterwarnings("ignore")  # the peers' own
-@pytest.mark.parametrize("opponent", OTHERS)
+@pytest.mark.parametrize("theirs", OTHERS)
 @pytest.mark.parametrize("ours", ["MMPS, UniPC, 20 steps", "SMC"])
 @pytest.mark.parametrize("problem", ["vector", "modes"])
-def test_error(benchmark, recorder, posteriors, problem, ours, opponent):
-    library, draw = OTHERS[opponent]
+def test_error(benchmark, recorder, posteriors, problem, ours, theirs):
+    library, draw = OTHERS[theirs]
     if reason := missing(library):
         pytest.skip(reason)
     kind, method, process = posteriors.PROBLEMS[problem], posteriors.METHODS[ours], fastdiff.VP()
@@ -284,13 +285,13 @@ def test_error(benchmark, recorder, posteriors, problem, ours, opponent):
     for seed in range(kind.seeds):
         case = kind.make(np.random.default_rng(seed))
         mine, used, _ = posteriors.drawn(case, method, process, 100, DRAWS, seed)
-        theirs, others = draw(case, seed)
-        errors.append([posteriors.compared(x, case, seed)[-1] for x in (mine, theirs)])
+        other, others = draw(case, seed)
+        errors.append([posteriors.compared(x, case, seed)[-1] for x in (mine, other)])
         calls.append([used, others])
     benchmark.group = f"posteriors: {problem}"
     for metric, found in (("distance in that of two exact sets", errors), ("calls of the network", calls)):
         pair = [list(map(float, each)) for each in zip(*found)]
         benchmark.extra_info[metric] = recorder.row(
-            "posteriors", f"{problem}, {ours}", DRAWS, metric, pair[0], opponent, pair[1]
+            "posteriors", f"{problem}, {ours}; theirs: {theirs}", DRAWS, metric, pair[0], library, pair[1]
         )
     benchmark.pedantic(lambda: posteriors.drawn(case, method, process, 100, DRAWS, 0), rounds=1)
