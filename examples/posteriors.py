@@ -3,17 +3,18 @@
 The priors are mixtures of normals of one covariance, so x̂0(x_t) and the posterior given y = A x0 + noise are in closed form:
 what is measured is the bias of the method and of its steps, not a network's.
 
-    python examples/posteriors.py [--problems vector modes gap hole] [--methods MMPS SMC ...] [--picture posteriors.png]
+    python examples/posteriors.py [--problems vector modes gap hole modes80 ...] [--methods MMPS SMC ...] [--standardize]
+    python examples/posteriors.py --picture posteriors.png
     python examples/posteriors.py --coverage 200 [--methods MMPS SMC ...]
 
-The first prints a table for each problem.
+The first prints a table for each problem (`--standardize`: of a network whose data have a variance of 1).
 
     mean             the largest error of a number's mean, in standard deviations of the posterior
     variance         the smallest and largest ratio of a number's variance to the posterior's
     distance         the sliced Wasserstein-1 distance to exact draws by that of two sets of exact draws: about 1 is the best
     calls, backward  of the network with all draws together
 
-These are medians over a few seeds, each of another prior and another y. The second draws so many signals, sums of normal or
+These are medians over a few seeds, each of another prior and another y. The last draws so many signals, sums of normal or
 Laplace increments, and counts how often intervals that hold 90 % of the draws hold the true value.
 """
 
@@ -141,6 +142,9 @@ PROBLEMS = {
     "modes": Kind("25 modes in 8 numbers, 1 noisy measurement", 5, lambda r: measured(modes(r, 8), 1, r)),
     "gap": Kind("3 numbers of a correlated normal, 1 known exactly", 3, lambda r: known(correlated(r, 3), 1, r), True),
     "hole": Kind("25 modes in 8 numbers, 2 known exactly", 5, lambda r: known(modes(r, 8), 2, r), True),
+    "modes2": Kind("25 modes in 8 numbers, 2 noisy measurements", 5, lambda r: measured(modes(r, 8), 2, r)),
+    "modes4": Kind("25 modes in 8 numbers, 4 noisy measurements", 5, lambda r: measured(modes(r, 8), 4, r)),
+    "modes80": Kind("25 modes in 80 numbers, 1 noisy measurement", 5, lambda r: measured(modes(r, 80), 1, r)),
 }  # fmt: skip
 
 
@@ -195,14 +199,22 @@ def sliced(a: Tensor, b: Tensor) -> float:
     return float(((a.double() @ direction).sort(0).values - (b.double() @ direction).sort(0).values).abs().mean())
 
 
-def drawn(case: Case, method: Method, process: Any, steps: int, count: int, seed: int) -> tuple[Tensor, int, int]:
-    """Samples, and calls of the network and of its gradient."""
-    net = case.prior.denoiser(process)
+def drawn(
+    case: Case, method: Method, process: Any, steps: int, count: int, seed: int, standardize: bool = False
+) -> tuple[Tensor, int, int]:
+    """Samples, and calls of the network and of its gradient; `standardize`: the network's data have a variance of 1."""
+    prior, numbers = case.prior, len(case.prior.values)
+    std = float(prior.variance().mean().sqrt()) if standardize else 1.0
+    net = Prior(prior.means / std, prior.log_weights.exp(), prior.covariance / std**2).denoiser(process)
+    model = fastdiff.ScoreModel(
+        lambda x, t: Counted.apply(net(x, t)), process, "x0", "t", (numbers,),
+        standardize=(np.zeros(numbers), np.full(numbers, std)) if standardize else None,
+    )  # fmt: skip
     Counted.backwards = 0
     options = {"steps": steps, **(method.options or {"sampler": "ancestral", "grid": "logsnr"})}
     x, info = fastdiff.sample(
-        lambda x, t: Counted.apply(net(x, t)), process, shape=(len(case.prior.values),), prediction="x0",
-        num_samples=count, batch_size=count, seed=seed, guidance=method.of(case.problem()), return_info=True, **options,
+        model, num_samples=count, batch_size=count, seed=seed, guidance=method.of(case.problem()), return_info=True,
+        progress=False, **options,
     )  # fmt: skip
     return x, info.network_calls, Counted.backwards
 
@@ -308,11 +320,13 @@ def main() -> None:
     processes = {"vp": fastdiff.VP(), "ve": fastdiff.VE(), "subvp": fastdiff.SubVP()}
     parser = argparse.ArgumentParser(description="How far each method's draws are from posteriors that are known.")
     add = parser.add_argument
-    add("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), metavar="NAME", help=", ".join(PROBLEMS))
+    add("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS)[:4], metavar="NAME", help=", ".join(PROBLEMS))
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help="; ".join(METHODS))
     add("--sde", choices=processes, default="vp", help="(default: vp)")
     add("--steps", type=int, default=100, help="where the method does not say (default: 100)")
     add("--draws", type=int, default=1000, help="of each posterior (default: 1000)")
+    add("--seeds", type=int, help="problems of each kind (default: 3 normal ones, 5 of modes)")
+    add("--standardize", action="store_true", help="the network's data have a variance of 1")
     add("--coverage", type=int, metavar="N", help="of N signals of each kind, instead of tables")
     add("--picture", metavar="FILE", help="draws of --methods on one problem of modes, instead of tables")
     a = parser.parse_args()
@@ -342,9 +356,9 @@ def main() -> None:
             method, found = METHODS[label], []
             if method.exact and not kind.exact:
                 continue
-            for seed in range(kind.seeds):
+            for seed in range(a.seeds or kind.seeds):
                 case = kind.make(np.random.default_rng(seed))
-                x, calls, backwards = drawn(case, method, processes[a.sde], a.steps, a.draws, seed)
+                x, calls, backwards = drawn(case, method, processes[a.sde], a.steps, a.draws, seed, a.standardize)
                 found.append(compared(x, case, seed))
             mean, low, high, far = np.median(found, 0)
             print(f"| {label} | {mean:.2f} | {low:.2f} – {high:.2f} | {far:.1f} | {calls} | {backwards} |", flush=True)
