@@ -267,6 +267,11 @@ def sample(
         _refuse_own(guidance, **refused, trajectory=trajectory or None)
         if sampler is None:
             solver = samplers.get(guidance.sampler, process)
+        if isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
+            raise ConfigError(
+                f"sampler {solver.name!r} chooses its steps, and inverse.{type(guidance).__name__} has its own at the levels "
+                "of a fixed one's: leave it out, or use 'ancestral'"
+            )
         steps = guidance.steps if steps is None and grid is None else steps
         table = make_table(
             process, solver, steps, prediction="x0", time_input="t", clock=model.process,
@@ -274,7 +279,7 @@ def sample(
         )  # fmt: skip
         ran = request().resolve("the method has steps of its own")
         setting = Setting(model, num_samples, state_dtype, place, seed, first_sample, cond)
-        own = Steps(setting, table, ops.backend_module(ran[0]), batch, progress)
+        own = Steps(setting, table, ops.backend_module(ran[0]), batch, progress, check)
         x, calls = guidance.run(own) if num_samples else (own.start(0, first_sample), 0)
         result = Result(x, None, calls, *ops.ran(place, *ran), table)
     elif table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):

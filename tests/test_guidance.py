@@ -722,7 +722,7 @@ GIVEN = [
     (unasked(), Classifier(linear, 4), COND, DataError, "classes 0 to 3"),
     (unasked(), Classifier(linear, -1), COND, DataError, "classes 0 to 3"),
     (unasked(), Classifier(linear, labels(3)), COND, ShapeError, "num_samples=4"),
-    (unasked(), Classifier(lambda x, t: x[:, 0], 0), COND, ShapeError, r"logits \[B, classes\]"),
+    (unasked(), Classifier(lambda x, t: x[:, 0], np.int64(0)), COND, ShapeError, r"logits \[B, classes\]"),
     (unasked(), Classifier(lambda x, t: linear(x, t).detach(), 0), COND, ConfigError, "no_grad, detach"),
     (unasked(), [ClassifierFree(2.0), "3.0"], COND, ConfigError, "or a list of them"),
     (unasked(), [], COND, ConfigError, "or a list of them"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 import fastdiff
 from fastdiff import guidance, inverse
-from fastdiff.errors import ConfigError, DataError, DTypeError, ModelOutputError, ShapeError
+from fastdiff.errors import ConfigError, DataError, DTypeError, ModelOutputError, NonFiniteError, ShapeError
 from fastdiff.execution import noise as noise_streams
 from fastdiff.execution import ops
 from fastdiff.guidance.base import Setting, guided
@@ -402,6 +403,21 @@ def test_a_problem_for_each_sample():
             assert error < 4 / 300**0.5
 
 
+def test_particles_of_one_y_share_their_condition():
+    """NaN too, which means none."""
+    net = nn.Module()
+    net.forward = lambda x, t, cond: 0.5 * x + 0.1 * cond.nan_to_num()
+    model = fastdiff.ScoreModel(net, "vp", "x0", "t", (4,), cond_shape=(4,), cond_dropout=0.1)
+    method = inverse.SMC(inverse.Problem(torch.zeros(2), torch.eye(4)[:2], 0.3))
+    none, zero = (
+        fastdiff.sample(model, steps=5, num_samples=3, cond=torch.full((3, 4), value), guidance=method)
+        for value in (math.nan, 0.0)
+    )
+    assert torch.equal(none, zero)
+    with pytest.raises(ConfigError, match="cond must be the same for all samples of one y"):
+        fastdiff.sample(model, steps=5, num_samples=3, cond=torch.arange(12.0).view(3, 4), guidance=method)
+
+
 NOISES = {
     "poisson": (lambda x: x.exp(), "poisson", lambda mean, y: y * math.log(mean) - mean, 3.0),
     "a function": (lambda x: x, lambda mean, y: -(mean - y).abs().flatten(1).sum(1), lambda mean, y: -abs(mean - y), 1.5),
@@ -513,6 +529,20 @@ def test_measurements_are_in_the_units_of_the_data():
     assert float(ratios.max()) < 1.12
 
 
+@pytest.mark.parametrize("offset", [0.0, 7.0])
+@pytest.mark.parametrize("method", ["DDRM", "DAPS", "NoisedMeasurement", "ILVR", "MMPS", "DiffPIR"])
+def test_exact_data_of_a_standardized_model(method, offset):
+    """Whose mean the operator measures too, beside an offset of its own."""
+    mean, std = np.array([10.0, -5.0, 2.0]), np.array([3.0, 0.5, 1.0])
+    model = fastdiff.ScoreModel(Gaussian((3,)).denoiser(fastdiff.VP()), "vp", "x0", "t", (3,), standardize=(mean, std))
+    matrix = torch.tensor([[0.2, 1.0, 0.3], [0.0, 1.0, -1.0]])
+    y = matrix @ torch.tensor([12.0, -4.8, 2.5]) + offset
+    problem = inverse.Problem(y, lambda x: x @ matrix.T + offset, 0.0)
+    options = {"steps": 30, "sampler": "ancestral", "num_samples": 4}
+    x = fastdiff.sample(model, guidance=getattr(inverse, method)(problem), **options)
+    assert (problem.operator(x) - y).abs().max() < 0.01
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -521,9 +551,13 @@ class WrongAdjoint(Physics):
         return 2 * super().A_adjoint(y)
 
 
-def drawn(guidance, num_samples=2, **options):
+def in_numpy(x):
+    return torch.from_numpy(x.numpy()[..., :2])
+
+
+def drawn(guidance, num_samples=2, steps=4, **options):
     return fastdiff.sample(
-        lambda x, t: 0.5 * x, "vp", 4, shape=(1, 4), prediction="x0", num_samples=num_samples, guidance=guidance, **options
+        lambda x, t: 0.5 * x, "vp", steps, shape=(1, 4), prediction="x0", num_samples=num_samples, guidance=guidance, **options
     )  # fmt: skip
 
 
@@ -561,6 +595,22 @@ REFUSED = [
         lambda: drawn(inverse.SMC(inverse.Problem(Y, lambda x: x[..., :2], noise=lambda mean, y: -(mean - y).abs().sum()))),
         ShapeError, "log p\\(y \\| x0\\) must return a number for each sample",
     ),
+    (lambda: inverse.Problem(Y, Physics(), "0.3"), ConfigError, "noise_std must be a number in"),
+    (lambda: inverse.Problem(Y, Physics(), torch.tensor([0.3, 0.1])), ConfigError, "noise_std must be a number in"),
+    (lambda: inverse.Downsampling(2) @ torch.eye(4), ConfigError, r"A_adjoint\(y\), got Tensor.*: use inverse.Matrix\(values\)"),
+    (lambda: abs @ inverse.Downsampling(2), ConfigError, "or one function of x for both"),
+    (lambda: inverse.Grayscale().A_adjoint(Y[:, None]), ShapeError, r"from A\(x\): call that first, or give weights"),
+    (lambda: drawn(inverse.MMPS(inverse.Problem(Y, in_numpy, 0.3))), ConfigError, "fails on an x that .*: give an object with A"),
+    (
+        lambda: drawn(inverse.DiffPIR(inverse.Problem(Y, lambda x: x.detach()[..., :2], 0.3))),
+        ConfigError, "operator has no gradient .*: give an object with A",
+    ),
+    (
+        lambda: drawn(inverse.DPS(inverse.Problem(Y, lambda x: x.detach()[..., :2] ** 2, 0.3))),
+        ConfigError, "operator has no gradient .*inverse.DPS takes it: write it in torch",
+    ),
+    (lambda: drawn(inverse.SMC(inverse.Problem(Y, lambda x: x[..., :2] ** 2, 0.0))), ConfigError, "give the noise that y has"),
+    (lambda: drawn(inverse.DDRM(inverse.Problem(Y, Physics())), steps=None, sampler="rk45"), ConfigError, "or use 'ancestral'"),
     (lambda: drawn("mmps"), ConfigError, "guidance must be an object of fastdiff.guidance or fastdiff.inverse"),
     (lambda: drawn(inverse.Problem(Y, Physics())), ConfigError, "guidance must be an object of fastdiff.guidance"),
 ]  # fmt: skip
@@ -585,6 +635,24 @@ def test_a_network_without_gradients_is_named(method):
                 detached, "vp", 4, sampler="ancestral", shape=(1, 4), prediction=prediction, num_samples=2,
                 guidance=method(inverse.Problem(Y, Physics())),
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["DDRM", "DAPS", "SMC"])
+def test_a_run_that_is_not_finite_is_refused(method):
+    """Also of methods with steps of their own: the row and the samples are named."""
+
+    def broken(x, t):
+        return torch.where((t < 0.5)[:, None, None] & (x[:, :1, :1] == x[1:2, :1, :1]), torch.nan, 0.5 * x)
+
+    run = functools.partial(
+        fastdiff.sample, broken, "vp", 9, shape=(1, 4), prediction="x0", num_samples=3, first_sample=5,
+        guidance=METHODS[method](inverse.Problem(Y, Physics())),
+    )  # fmt: skip
+    for check in ("final", "every"):
+        with pytest.raises(NonFiniteError, match="not finite") as raised:
+            run(check=check)
+        assert (raised.value.row > 0) == (method != "DAPS")  # whose first row goes down to the data
+        assert raised.value.samples == (() if method == "SMC" else (6,))
 
 
 @pytest.mark.parametrize("method", [inverse.PiGDM, inverse.DiffPIR, inverse.NoisedMeasurement])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class Classifier(Guidance):
             raise ConfigError(
                 f"classifier must be callable, classifier(x_t [B, *], t [B]) -> logits, got {short(self.classifier)}"
             )
-        y = torch.as_tensor(self.y) if isinstance(self.y, int) and not isinstance(self.y, bool) else self.y
+        y = torch.tensor(int(self.y)) if isinstance(self.y, Integral) and not isinstance(self.y, bool) else self.y
         if not isinstance(y, Tensor) or y.dtype not in INTEGERS:
             got = y.dtype if isinstance(y, Tensor) else short(y)
             raise DTypeError(f"y must be the number of a class, or integers [num_samples], got {got}")

@@ -52,6 +52,7 @@ class DAPS(OwnSteps):
             x = drawn(steps, measured, solved, x, sigma, 3 * k)
             if after > 0:
                 x = x + after * steps.normal(count, setting.first_sample, 3 * k + 2)
+            steps.notice(k, x)
         return below * x, len(table) * calls * math.ceil(count / steps.batch)
 
 

@@ -48,7 +48,8 @@ class DDRM(OwnSteps):
         s = torch.where(s > 1e-9 * s.max(), s, 0.0)
         s = torch.cat([s, s.new_zeros(numbers - len(s))])
         seen = s > 0
-        y = measured.each.double() - (0 if measured.offset is None else measured.offset.double())
+        zero = measured.of(torch.zeros((1, *shape), dtype=setting.dtype, device=setting.device))  # of a mean too
+        y = (measured.each - zero).double()
         projected = y.flatten(1) @ u
         clean = torch.zeros(count, numbers, dtype=torch.float64, device=setting.device)
         width = min(projected.shape[1], numbers)
@@ -72,5 +73,6 @@ class DDRM(OwnSteps):
             faint = mean + kept * (clean - mean) / noise.clamp(min=1e-300) + eta * after * z
             clear = (1 - eta_b) * mean + eta_b * clean + (after**2 - (eta_b * noise) ** 2).clamp(min=0).sqrt() * z
             state = torch.where(seen, torch.where(after < noise, faint, clear), hidden)
+            steps.notice(k, state)
         calls = len(table) * math.ceil(count / steps.batch)
         return (below * (state @ vt)).to(setting.dtype).view(count, *shape), calls

@@ -37,7 +37,8 @@ class DPS(Guidance):
                 f"inverse.DPS measures the misfit by its norm, got noise={short(self.problem.noise)}: use "
                 "guidance.LogLikelihood or inverse.SMC"
             )
-        return Misfit(Measurement(self.problem, setting), checks.number("scale", self.scale))
+        scale = checks.number("scale", self.scale)
+        return Misfit(Measurement(self.problem, setting).needs_gradient("inverse.DPS"), scale)
 
 
 class Misfit(StateBound):

@@ -27,14 +27,23 @@ class Operator:
     def __call__(self, x: Tensor) -> Tensor:
         return self.A(x)
 
-    def __matmul__(self, first: Operator) -> Composed:
+    def __matmul__(self, first: Any) -> Composed:
         return Composed(self, first)
+
+    def __rmatmul__(self, second: Any) -> Composed:
+        return Composed(second, self)
 
 
 class Composed(Operator):
     """A x = second(first(x))."""
 
     def __init__(self, second: Any, first: Any) -> None:
+        for operator in (second, first):
+            if not callable(getattr(operator, "A", None)) or not callable(getattr(operator, "A_adjoint", None)):
+                raise ConfigError(
+                    f"second @ first is of objects with A(x) and A_adjoint(y), got {short(operator)}: use "
+                    "inverse.Matrix(values), or one function of x for both"
+                )
         self.second, self.first = second, first
 
     def A(self, x: Tensor) -> Tensor:
@@ -207,6 +216,8 @@ class Grayscale(Operator):
         return (x * self._weights(x)).sum(1, keepdim=True)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
+        if self.channels == 0:
+            raise ShapeError("Grayscale() knows the number of channels from A(x): call that first, or give weights")
         return y * self._weights(y)
 
     def _weights(self, x: Tensor) -> Tensor:

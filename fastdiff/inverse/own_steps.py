@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..execution import monitor, ops
+from ..execution.loop import raise_if_bad
 from ..execution.modes import evaluating
 from ..execution.noise import PRIOR, SAMPLER
 from ..guidance.base import Moment, Setting, taken_apart
@@ -34,16 +35,22 @@ class OwnSteps:
 
 @dataclass
 class Steps:
-    """What such a method runs on: the setting, its table and operations, the most states in one call of the network."""
+    """What such a method runs on: the setting, its table and operations, the most states in one call of the network, and where
+    states that are not finite are refused (`check` of fastdiff.sample)."""
 
     setting: Setting
     table: StepTable
     operations: Any
     batch: int
     progress: bool | None
+    check: str = "final"
+    first_bad: Tensor = field(init=False)  # the row after which a sample was not finite, [count]
+
+    def __post_init__(self) -> None:
+        self.first_bad = torch.full((self.setting.count,), len(self.table), device=self.setting.device)
 
     def rows(self) -> Iterator[tuple[int, Row]]:
-        """The rows by number, in evaluation mode, beneath a progress bar."""
+        """The rows by number, in evaluation mode, beneath a progress bar; NonFiniteError at their end by what was noticed."""
         model = self.setting.model
         with (
             evaluating(model.net),
@@ -53,6 +60,16 @@ class Steps:
             for k, row in enumerate(self.table.rows):
                 yield k, row
                 bar.update()
+        raise_if_bad(self.table, self.first_bad, self.setting.first_sample)
+
+    def notice(self, k: int, x: Tensor) -> None:
+        """Whether the states [count, *] after row k are finite."""
+        if self.check == "off":
+            return
+        finite = x.isfinite().flatten(1).all(1)
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=k))
+        if self.check == "every":
+            raise_if_bad(self.table, self.first_bad, self.setting.first_sample)
 
     def ladder(self) -> list[tuple[float, float]]:
         """(α, σ̂) where each row starts and where the last one ends: (1, 0), the data, where that draws no noise."""

@@ -56,12 +56,13 @@ class Problem:
                 f"noise must be 'gaussian', 'poisson' or a function (A x0, y) -> log p(y | x0), got {short(self.noise)}"
             )
         if self.noise == "gaussian":
-            object.__setattr__(self, "noise_std", checks.number("noise_std", self._noise_std(), 0))
+            object.__setattr__(self, "noise_std", self._noise_std())
         elif self.noise_std is not None:
             raise ConfigError(f"noise_std={short(self.noise_std)} is of Gaussian noise: leave it out")
 
-    def _noise_std(self) -> Any:
-        given, model = self.noise_std, getattr(self.operator, "noise_model", None)
+    def _noise_std(self) -> float:
+        given = None if self.noise_std is None else checks.number("noise_std", self.noise_std, 0)
+        model = getattr(self.operator, "noise_model", None)
         own = getattr(model, "sigma", None)
         own = (
             float(own)
@@ -76,7 +77,7 @@ class Problem:
             raise ConfigError(
                 f"noise_std={short(given)} contradicts the operator's own noise_model.sigma={own:g}: leave it out"
             )
-        return own if given is None else given
+        return checks.number("the operator's noise_model.sigma", own, 0) if given is None else given
 
 
 class Measurement:
@@ -156,7 +157,22 @@ class Measurement:
             return out
         with torch.inference_mode(False), torch.enable_grad():
             zero = torch.zeros((len(y), *self.model.data_shape), dtype=y.dtype, device=y.device, requires_grad=True)
-            return torch.autograd.grad(self._raw(zero), zero, y)[0]
+            out = self._differentiable(
+                zero, "its adjoint is found by autograd: give an object with A(x) and A_adjoint(y)"
+            )
+            return torch.autograd.grad(out, zero, y)[0]
+
+    def _differentiable(self, x: Tensor, why: str) -> Tensor:
+        """A x of data that require a gradient; ConfigError, with the reason for one and a way out, where it has none."""
+        try:
+            out = self._raw(x)
+        except RuntimeError as error:  # as numpy() raises it
+            raise ConfigError(f"operator fails on an x that requires a gradient ({error}), and {why}") from error
+        if not out.requires_grad:
+            raise ConfigError(
+                f"operator has no gradient with respect to x (look in it for no_grad, detach or numpy), and {why}"
+            )
+        return out
 
     def of(self, x0: Tensor) -> Tensor:
         """A x0 [B, *m] of x0 [B, *] in the network's units."""
@@ -185,6 +201,13 @@ class Measurement:
             )
         if not self.linear:
             raise ConfigError(f"{method} is for a linear operator, and this one is not: use inverse.DPS or inverse.SMC")
+        return self
+
+    def needs_gradient(self, method: str) -> Measurement:
+        """Itself; ConfigError where autograd does not see through the operator."""
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.zeros((2, *self.model.data_shape), dtype=self.dtype, device=self.device, requires_grad=True)
+            self._differentiable(x, f"{method} takes it: write it in torch, or give one with A_adjoint to inverse.MMPS")
         return self
 
     def solver(self) -> Callable[[Tensor, Any, float], Tensor]:

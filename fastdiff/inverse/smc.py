@@ -118,6 +118,11 @@ class PlugIn(DensityBound):
 
     def __init__(self, measured: Measurement, setting: Setting) -> None:
         super().__init__(measured)
+        if measured.problem.noise == "gaussian" and measured.noise_std == 0:
+            raise ConfigError(
+                "noise_std=0 gives p(y | x0) no density that inverse.SMC could follow through an operator that is not linear: "
+                "give the noise that y has, or a small one"
+            )
         x, y = draws(2, setting), measured.each[:1].expand(2, *measured.shape)
         probe(lambda x: measured.log_likelihood(x, y), x, (), "log p(y | x0)", None)
 
@@ -194,7 +199,7 @@ def _repeated(value: Tensor, shared: bool, size: int) -> Tensor:
     """A tensor [count, *] for each particle."""
     if not shared:
         return value.repeat_interleave(size, 0)
-    if not bool((value == value[:1]).all()):
+    if not bool(((value == value[:1]) | (value.isnan() & value[:1].isnan())).all()):
         raise ConfigError(
             "cond must be the same for all samples of one y, whose particles are weighed together: give y for each"
         )
