@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 
@@ -209,6 +210,27 @@ def test_samples_do_not_depend_on_the_batch(name, sampler):
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
     assert bool(runs[0].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sde", ["ve", "vp", "subvp", "edm"])
+def test_levels_on_the_ends_of_an_interval(sde, dtype):
+    """lo < σ/α ≤ hi, whatever the times have been rounded to, and the same in rows and in torch."""
+    model = fastdiff.ScoreModel(exact_of_conditions, sde, "x0", "t", (4,), cond_shape=(4,), cond_dropout=0.1)
+    ratios = [20.0, 3.0, 1.0, 0.3, 0.1]
+    for low, high in [(0.3, 3.0), (0.1, 1.0), (0.3, 20.0)]:
+        run = functools.partial(
+            fastdiff.sample, model, grid=fastdiff.grids.sigmas([*ratios, 0.01]), sampler="ddim", num_samples=2,
+            cond=torch.ones(2, 4), dtype=dtype,
+        )  # fmt: skip
+        x, info = run(guidance=ClassifierFree(3.0, interval=(low, high)), return_info=True)
+        assert [row.guidance for row in info.table.rows] == [3.0 if low < ratio <= high else 1.0 for ratio in ratios]
+        each = run(guidance=ClassifierFree(torch.full((2,), 3.0), interval=(low, high)))
+        torch.testing.assert_close(each, x, rtol=0, atol=1e-4)
+
+
+def exact_of_conditions(x, t, cond):
+    return torch.tanh(x) + cond.nan_to_num()
 
 
 def test_weights_stay_in_the_rows_beside_what_changes_the_state():

@@ -23,7 +23,7 @@ from ..execution.loop import Condition
 from ..model import ScoreModel
 from ..table import StepTable
 from .base import Bound, Guidance, Moment, Setting, flat, joined
-from .weights import Extrapolated, check_interval, check_scale, part, weighed
+from .weights import Extrapolated, check_interval, check_scale, holds, part, weighed
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ class OfOneNetwork(Extrapolated):
     def beside(self, model: ScoreModel, t: Tensor, cond: Condition, parts: dict[str, Tensor]) -> Condition:
         # where the host can see it, a call that no sample is guided in is left as it is
         seen = self.interval is not None and t.device.type == "cpu"
-        if seen and not bool(self.within(model.process.sigma_hat(t.double())).any()):
+        if seen and not bool(holds(self.interval, model.process.sigma_hat(t.double())).any()):
             return None
         return part(parts, "null", self.form)
 

@@ -20,6 +20,8 @@ from ..table import StepTable
 from .base import Bound, Moment, Setting
 
 Interval = tuple[float, float] | None  # of noise ratios, the first excluded
+# of a noise ratio by way of a time in float32: a level that stands on an end of an interval is taken to be that end
+ROUNDING = 1e-5
 
 
 def check_scale(scale: Any) -> float | Tensor:
@@ -61,6 +63,12 @@ def check_interval(interval: Any) -> Interval:
     return float(ends[0]), float(ends[1])
 
 
+def holds(interval: Interval, ratio: Any) -> Any:
+    """Whether the interval holds a noise ratio, or each of a tensor."""
+    low, high = interval or (-math.inf, math.inf)
+    return (ratio > low * (1 + ROUNDING)) & (ratio <= high * (1 + ROUNDING))
+
+
 def weighed(table: StepTable, scale: float, interval: Interval) -> StepTable:
     """The table with this weight in the rows that stand within the interval, and 1 in the others."""
     made: dict[Any, StepTable] = vars(table).setdefault("_weighed", {})  # a table does not change
@@ -89,7 +97,7 @@ def _weight(row: Any, scale: float, interval: Interval) -> float:
         return 1.0
     alpha, sigma = row.level.alpha, row.level.sigma
     ratio = sigma / alpha if alpha > 0 else math.inf
-    return scale if interval is None or interval[0] < ratio <= interval[1] else 1.0
+    return scale if holds(interval, ratio) else 1.0
 
 
 def part(parts: dict[str, Tensor], name: str, form: type) -> Condition:
@@ -127,8 +135,4 @@ class Extrapolated(Bound):
         scale = each_of(self.scale, parts, moment.sigma)
         if self.interval is None:
             return scale
-        return torch.where(self.within(moment.sigma / moment.alpha), scale, 1.0)
-
-    def within(self, ratio: Tensor) -> Tensor:
-        low, high = self.interval or (-math.inf, math.inf)
-        return (ratio > low) & (ratio <= high)
+        return torch.where(holds(self.interval, moment.sigma / moment.alpha), scale, 1.0)
