@@ -280,7 +280,8 @@ def sample(
         ran = request().resolve("the method has steps of its own")
         setting = Setting(model, num_samples, state_dtype, place, seed, first_sample, cond)
         own = Steps(setting, table, ops.backend_module(ran[0]), batch, progress, check)
-        x, calls = guidance.run(own) if num_samples else (own.start(0, first_sample), 0)
+        with torch.no_grad():
+            x, calls = guidance.run(own) if num_samples else (own.start(0, first_sample), 0)
         result = Result(x, None, calls, *ops.ran(place, *ran), table)
     elif table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
         if changes is not None:

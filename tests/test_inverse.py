@@ -472,6 +472,44 @@ def test_bits_do_not_depend_on_the_batch(method):
         assert torch.equal(whole[4:], part)
 
 
+def test_particles_of_a_y_for_each_sample_go_with_its_number():
+    y, matrix = torch.randn(5, 1), torch.eye(4)[:1]
+    options = {"sde": "vp", "steps": 8, "shape": (4,), "prediction": "x0", "seed": 5}
+
+    def drawn_from(k):
+        method = inverse.SMC(inverse.Problem(y[k:], matrix, 0.1), 16)
+        return fastdiff.sample(
+            lambda x, t: 0.5 * x.sin(), num_samples=5 - k, first_sample=k, guidance=method, **options
+        )
+
+    assert torch.equal(drawn_from(0)[2:], drawn_from(2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_samples_have_no_gradients(method):
+    """Whatever y and the operator have."""
+    y, matrix = torch.zeros(1, requires_grad=True), torch.ones(1, 4, requires_grad=True)
+    guidance = METHODS[method](inverse.Problem(y, matrix, 0.1))
+    x = fastdiff.sample(lambda x, t: x.tanh(), "vp", 4, shape=(4,), prediction="x0", num_samples=2, guidance=guidance)
+    assert not x.requires_grad
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+@pytest.mark.parametrize("method", ["MMPS", "MMPS, one iteration", "TMPD", "diagonal TMPD"])
+def test_a_jacobian_that_is_no_covariance_tells_nothing(method, noise):
+    """Along numbers whose variance it has negative, also beside others."""
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    problem = inverse.Problem(torch.tensor([0.3, 0.5]), torch.eye(4)[:2], noise)
+    run = functools.partial(
+        fastdiff.sample, lambda x, t: 0.5 * signs * x, "vp", 20, sampler="ancestral", shape=(4,), prediction="x0", num_samples=3
+    )  # fmt: skip
+    free, x = run(), run(guidance=METHODS[method](problem))
+    assert x.isfinite().all()
+    if method != "MMPS, one iteration":
+        torch.testing.assert_close(x[:, 1:], free[:, 1:])
+        assert (x[:, 0] - 0.3).abs().max() < 0.1
+
+
 # --- operators as they come, and units ---------------------------------------------------------------------------------
 
 
@@ -594,6 +632,13 @@ REFUSED = [
     (
         lambda: drawn(inverse.SMC(inverse.Problem(Y, lambda x: x[..., :2], noise=lambda mean, y: -(mean - y).abs().sum()))),
         ShapeError, "log p\\(y \\| x0\\) must return a number for each sample",
+    ),
+    (lambda: inverse.Problem(Y, np.eye(4), 0.3), ConfigError, r"got ndarray.*: a matrix as a tensor \[m, D\]"),
+    (lambda: inverse.Mask(np.ones(4, dtype=bool)), DTypeError, "mask must be a tensor, got ndarray: use torch.as_tensor"),
+    (lambda: inverse.Blur.gaussian(1.0, 1).A(Y), ShapeError, "take a smaller one"),
+    *(
+        (lambda method=method: drawn(method(torch.ones(2, 4))), ConfigError, r"problem must be an inverse.Problem\(y, operator")
+        for method in (inverse.MMPS, inverse.DPS, inverse.DDRM, inverse.SMC)
     ),
     (lambda: inverse.Problem(Y, Physics(), "0.3"), ConfigError, "noise_std must be a number in"),
     (lambda: inverse.Problem(Y, Physics(), torch.tensor([0.3, 0.1])), ConfigError, "noise_std must be a number in"),

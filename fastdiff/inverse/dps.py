@@ -32,13 +32,13 @@ class DPS(Guidance):
     scale: float = 1.0
 
     def bind(self, setting: Setting) -> StateBound:
+        measured, scale = Measurement(self.problem, setting), checks.number("scale", self.scale)
         if self.problem.noise != "gaussian":
             raise ConfigError(
                 f"inverse.DPS measures the misfit by its norm, got noise={short(self.problem.noise)}: use "
                 "guidance.LogLikelihood or inverse.SMC"
             )
-        scale = checks.number("scale", self.scale)
-        return Misfit(Measurement(self.problem, setting).needs_gradient("inverse.DPS"), scale)
+        return Misfit(measured.needs_gradient("inverse.DPS"), scale)
 
 
 class Misfit(StateBound):

@@ -86,9 +86,11 @@ class Mask(Operator):
     """The numbers of a sample where `mask` is True, [B, k]; the mask may broadcast over a sample, such as [1, H, W]."""
 
     def __init__(self, mask: Tensor) -> None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise DTypeError(f"mask must be a tensor of bool, True where y knows the data, got {got}: use mask > 0")
+        tensor_checks.check_dense("mask", mask)
+        if mask.dtype != torch.bool:
+            raise DTypeError(
+                f"mask must be a tensor of bool, True where y knows the data, got {mask.dtype}: use mask > 0"
+            )
         if not bool(mask.any()):
             raise ConfigError("mask must be True somewhere: with nothing known, sample without guidance")
         self.mask = mask
@@ -170,7 +172,8 @@ class Blur(Operator):
         lengths = tuple(x.shape[axis] for axis in axes)
         if x.ndim < self.kernel.ndim + 1 or any(k > n for k, n in zip(self.kernel.shape, lengths)):
             raise ShapeError(
-                f"kernel {tuple(self.kernel.shape)} must fit into a sample's last axes {tuple(x.shape[1:])}"
+                f"kernel {tuple(self.kernel.shape)} must fit into a sample's last axes {tuple(x.shape[1:])}: take a smaller "
+                "one, as of Blur.gaussian(sigma, axes)"
             )
         wide = x.new_zeros(lengths)
         wide[tuple(slice(k) for k in self.kernel.shape)] = self.kernel.to(x)

@@ -54,7 +54,6 @@ class Steps:
         model = self.setting.model
         with (
             evaluating(model.net),
-            torch.no_grad(),
             monitor.bar(self.progress, len(self.table), "sample", "row") as bar,
         ):
             for k, row in enumerate(self.table.rows):

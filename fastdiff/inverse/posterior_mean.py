@@ -80,12 +80,13 @@ class Dense(GaussianBound):
             s[:, i] = measured.forward(columns[-1]).double().flatten(1)
         # a trained network's Jacobian is no covariance: its symmetric part, in which nothing below the size of the other is known
         values, vectors = torch.linalg.eigh((s + s.mT) / 2)
+        positive = values > 0  # along the others nothing is told, as in conjugate gradients
         # (the Frobenius norm of an antisymmetric matrix is at least √2 times its largest singular value)
         unknown = torch.linalg.matrix_norm((s - s.mT) / 2)[:, None] / math.sqrt(2)
         values = torch.maximum(values, unknown) + self.variance
         values = torch.maximum(values, 1e-12 * values.amax(1, keepdim=True) + 1e-300)
         along = (vectors.mT @ residual.double().flatten(1)[..., None])[..., 0]
-        weights = (vectors @ (along / values)[..., None])[..., 0]
+        weights = (vectors @ torch.where(positive, along / values, 0.0)[..., None])[..., 0]
         change = sum(like(weights[:, i], moment.x) * column for i, column in enumerate(columns))
         return change, lambda: -0.5 * ((along**2 / values).sum(1) + values.log().sum(1))  # type: ignore[return-value]
 
@@ -155,8 +156,9 @@ class RowSums(GaussianBound):
         measured = self.measured
         ones = measured.adjoint(torch.ones_like(residual[:1])).expand_as(moment.x)
         sums = like(moment.tweedie, residual) * measured.forward(moment.pulled(ones))
-        sums = sums.clamp(min=0) + self.variance
-        weights = residual / sums.clamp(min=torch.finfo(sums.dtype).tiny)
+        positive = sums > 0  # of a covariance they need not be, and what is not tells nothing
+        sums = (sums.clamp(min=0) + self.variance).clamp(min=torch.finfo(sums.dtype).tiny)
+        weights = torch.where(positive, residual / sums, 0.0)
         change = self.covariance(moment, weights, last=True)
         return change, lambda: -0.5 * (dot(residual, weights) + sums.double().log().flatten(1).sum(1))
 

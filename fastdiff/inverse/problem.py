@@ -49,7 +49,8 @@ class Problem:
         has_both = callable(getattr(operator, "A", None)) and callable(getattr(operator, "A_adjoint", None))
         if not has_both and not callable(operator):
             raise ConfigError(
-                f"operator must be a matrix, a function of x, or have A(x) and A_adjoint(y), got {short(operator)}"
+                f"operator must be a matrix, a function of x, or have A(x) and A_adjoint(y), got {short(operator)}: "
+                "a matrix as a tensor [m, D], by torch.as_tensor"
             )
         if not callable(self.noise) and self.noise not in NOISES:
             raise ConfigError(
@@ -84,6 +85,8 @@ class Measurement:
     """A problem at the shape, dtype and device of a run, checked; A, its linear part and adjoint are of the network's units."""
 
     def __init__(self, problem: Problem, setting: Setting) -> None:
+        if not isinstance(problem, Problem):
+            raise ConfigError(f"problem must be an inverse.Problem(y, operator, noise_std), got {short(problem)}")
         self.problem, self.model = problem, setting.model
         self.dtype, self.device = setting.dtype, setting.device
         self.noise_std = float(problem.noise_std or 0.0)
@@ -217,7 +220,7 @@ class Measurement:
         """
         generator = torch.Generator().manual_seed(SEED)
         u = torch.randn((2, *self.shape), generator=generator).to(self.device, self.dtype)
-        normal = self.forward(self.adjoint(u))
+        normal = self.forward(self.adjoint(u)).detach()
         scale = float(dot(u, normal).sum() / dot(u, u).sum())
         tolerance = 1e-10 if self.dtype == torch.float64 else 1e-5
         divides = scale > 0 and bool(((normal - scale * u).abs() <= tolerance * scale).all())

@@ -39,8 +39,9 @@ class SMC(OwnSteps):
                not linear or noise that is not Gaussian the gradient of log p(y | x̂0), as in the paper
     threshold  particles are drawn anew where their effective number (Σw)²/Σw² is below this share of them
 
-    Particles of one problem depend on each other, so samples are a function of seed, num_samples and particles together; not of
-    batch_size, which bounds one call of the network.
+    Particles of one problem depend on each other, so those of one y are a function of seed, first_sample, num_samples and
+    particles together; sample i of y [num_samples, *m] is one of seed, first_sample + i and particles. None is of batch_size,
+    which bounds one call of the network.
     """
 
     problem: Problem
@@ -64,7 +65,7 @@ class SMC(OwnSteps):
         if first + many > 2**32:
             raise ConfigError(f"particles={size} of {setting.count} problems are more than 2**32: use fewer")
         parts = {name: _repeated(value, shared, size) for name, value in together(setting.cond, [bound]).items()}
-        weights = Weights(torch.zeros(groups, size, dtype=torch.float64), first, setting.seed)
+        weights = Weights(torch.zeros(groups, size, dtype=torch.float64), setting.first_sample, setting.seed)
         matrix = torch.from_numpy(table.numbers).to(setting.device, setting.dtype)
 
         def asked(moment: Moment, own: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -136,7 +137,7 @@ class PlugIn(DensityBound):
 class Weights:
     """Of the particles of each problem: logarithms [groups, size], float64, on the host.
 
-    first, seed   the number of the first problem's particle and the seed, by which particles are drawn
+    first, seed   the number of the first problem and the seed, by which particles are drawn
     """
 
     log: Tensor
