@@ -272,10 +272,12 @@ def sample(
                 f"sampler {solver.name!r} chooses its steps, and inverse.{type(guidance).__name__} has its own at the levels "
                 "of a fixed one's: leave it out, or use 'ancestral'"
             )
-        steps = guidance.steps if steps is None and grid is None else steps
+        chain = process.discrete  # whose steps are its own, as a network may know no others
+        if steps is None and grid is None:
+            steps = min(guidance.steps, int(process.T)) if chain else guidance.steps
         table = make_table(
             process, solver, steps, prediction="x0", time_input="t", clock=model.process,
-            grid=guidance.grid if grid is None else grid, t_min=t_min, denoise=denoise,
+            grid=guidance.grid if grid is None and not chain else grid, t_min=t_min, denoise=denoise,
         )  # fmt: skip
         ran = request().resolve("the method has steps of its own")
         setting = Setting(model, num_samples, state_dtype, place, seed, first_sample, cond)

@@ -510,6 +510,32 @@ def test_a_jacobian_that_is_no_covariance_tells_nothing(method, noise):
         assert (x[:, 0] - 0.3).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("method", ["DDRM", "DAPS", "SMC"])
+def test_networks_that_know_the_steps_of_a_chain_alone(method):
+    """Are asked at those, as the chain's own noise has it, by default too: x̂0 is that of the process times."""
+    gaussian, process, asked = Gaussian((3,)), fastdiff.planning.processes.get("ddpm"), []
+    matrix = torch.tensor([[1.0, 0.5, -0.3]])
+    x0 = gaussian.denoiser(process)
+
+    def counting(x, t):
+        asked.append(t.dtype)
+        return x0(x, t.double() + 1)
+
+    options = {"num_samples": 2, "seed": 3, "guidance": METHODS[method](inverse.Problem(torch.ones(1), matrix, 0.3))}
+    for steps in (None, 50):
+        by_index, by_time = (
+            fastdiff.sample(
+                fastdiff.ScoreModel(net, process, "x0", time_input, (3,)), steps=steps, return_info=True, **options
+            )
+            for net, time_input in ((counting, "index"), (x0, "t"))
+        )
+        assert set(asked) == {torch.int64}
+        assert by_index[1].rows == (steps or 100)
+        assert by_index[1].network_calls == len(asked)
+        asked.clear()
+        torch.testing.assert_close(by_index[0], by_time[0], rtol=0, atol=0.05 if method == "DAPS" else 1e-4)
+
+
 # --- operators as they come, and units ---------------------------------------------------------------------------------
 
 

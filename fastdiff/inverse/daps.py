@@ -28,14 +28,15 @@ class DAPS(OwnSteps):
     x0 is drawn from N(x̂0, σ̂² 1) · N(y; A x0, σ_y²), which is a Gaussian: exactly, by conjugate gradients, where the paper
     takes a hundred Langevin steps of a size of its own for each task.
 
-    ode_steps   calls of the network for each x̂0, Euler in σ̂ on Karras et al.'s grid
+    ode_steps   calls of the network for each x̂0, Euler in σ̂ on Karras et al.'s grid; of a network that knows the steps of a
+                chain alone, on those nearest to it, each once
     """
 
     problem: Problem
     ode_steps: int = 5
 
     def run(self, steps: Steps) -> tuple[Tensor, int]:
-        calls = checks.integer("ode_steps", self.ode_steps, 1, 10**4)
+        ode_steps, calls = checks.integer("ode_steps", self.ode_steps, 1, 10**4), 0
         setting, table = steps.setting, steps.table
         count, process = setting.count, setting.model.process
         measured = Measurement(self.problem, setting).needs_linear("inverse.DAPS")
@@ -44,8 +45,12 @@ class DAPS(OwnSteps):
         x = steps.start(count, setting.first_sample) / ladder[0][0]
         for k, _ in steps.rows():
             (_, sigma), (below, after) = ladder[k : k + 2]
-            for high, low in _downward(sigma, lowest, calls):
-                t = float(process.time(high))
+            at = _downward(sigma, lowest, ode_steps)
+            if setting.model.time_input == "index":
+                at = list(dict.fromkeys(float(process.sigma_hat(round(float(process.time(each))))) for each in at))
+            for high, low in zip(at, [*at[1:], 0.0]):
+                t, calls = float(process.time(high)), calls + math.ceil(count / steps.batch)
+                t = round(t) if setting.model.time_input == "index" else t
                 alpha = float(process.alpha(t))
                 x0 = steps.prediction(alpha * x, t, parts)
                 x = x0 + (low / high) * (x - x0)
@@ -53,16 +58,15 @@ class DAPS(OwnSteps):
             if after > 0:
                 x = x + after * steps.normal(count, setting.first_sample, 3 * k + 2)
             steps.notice(k, x)
-        return below * x, len(table) * calls * math.ceil(count / steps.batch)
+        return below * x, calls
 
 
-def _downward(sigma: float, lowest: float, calls: int) -> list[tuple[float, float]]:
-    """So many steps from a noise ratio by `lowest` to 0 (Karras et al. 2022, eq. 5, ρ = 7)."""
+def _downward(sigma: float, lowest: float, calls: int) -> list[float]:
+    """So many noise ratios from one to `lowest` (Karras et al. 2022, eq. 5, ρ = 7)."""
     if calls == 1 or sigma <= lowest:
-        return [(sigma, 0.0)]
+        return [sigma]
     high, low = sigma ** (1 / 7), lowest ** (1 / 7)
-    at = [(high + (low - high) * k / (calls - 1)) ** 7 for k in range(calls)]
-    return list(zip(at, [*at[1:], 0.0]))
+    return [(high + (low - high) * k / (calls - 1)) ** 7 for k in range(calls)]
 
 
 def drawn(steps: Steps, measured: Measurement, solved: Solved, mean: Tensor, spread: float, draw: int) -> Tensor:

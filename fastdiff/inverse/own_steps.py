@@ -21,8 +21,8 @@ from ..table import Row, StepTable
 
 
 class OwnSteps:
-    """Base of such methods. Their table is one of predictions of x0 at process times, by `sampler` on `grid` unless the caller
-    names others."""
+    """Base of such methods. Their table is one of predictions of x0 at process times, by `sampler` on `grid`, or on a chain's
+    own steps, unless the caller names others."""
 
     sampler: ClassVar[str] = "ancestral"
     grid: ClassVar[str] = "logsnr"
