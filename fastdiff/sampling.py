@@ -345,11 +345,11 @@ def inpaint(
              samples. What it holds where it is not known, NaN included, is not looked at
     mask     True, or 1, where known is known; it may broadcast, such as [1, H, W], and differ between samples. None: where known
              is not NaN
-    method   a name ("mmps" "replacement" "repaint" "tmpd" "pigdm" "diffpir" "dps" "ilvr" "noised" "score_ald" "smc"), or a
-             function of an inverse.Problem that gives a guidance, as lambda problem: inverse.MMPS(problem, 3). The default is the
-             one whose samples are those of p(x0 | known) where the prior is Gaussian, and near them elsewhere; it takes products
-             with the network's Jacobian. "replacement" takes one call a step, and misses how what is known bears on the rest;
-             "repaint" mends most of that with ten times the calls (docs/inpainting.md compares them)
+    method   a name ("mmps" "replacement" "repaint" "tmpd" "pigdm" "diffpir" "dps" "ilvr" "noised" "score_ald" "ddrm" "daps"
+             "smc"), or a function of an inverse.Problem that gives a guidance, as lambda problem: inverse.MMPS(problem, 3). The
+             default is the one whose samples are those of p(x0 | known) where the prior is Gaussian, and near them elsewhere; it
+             takes products with the network's Jacobian. "replacement" takes one call a step, and misses how what is known bears
+             on the rest; "repaint" mends most of that with ten times the calls (docs/inpainting.md compares them)
     options  those of fastdiff.sample, and sde and steps, see there. Where neither steps, sampler, grid nor table is given: 100
              ancestral steps, evenly spaced in the logarithm of the noise ratio or, on a chain, in its steps
     """

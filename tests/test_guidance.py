@@ -721,6 +721,7 @@ GIVEN = [
     (unasked(cond_dropout=0.0), ClassifierFree(3.0), COND, ConfigError, r"train\(cond_dropout=0.1\)"),
     (unasked(), ClassifierFree(3.0), {}, ConfigError, "y is missing"),
     (fastdiff.ScoreModel(never, VP, "score", "t", (2,)), ClassifierFree(3.0), {}, ConfigError, "cond must be given"),
+    (fastdiff.ScoreModel(MLP((2,)), VP, data_shape=(2,)), ClassifierFree(3.0), {}, ConfigError, "takes none: leave guidance out"),
     (fastdiff.ScoreModel(never, VP, "score", "t", (2,)), ClassifierFree(3.0), COND, ConfigError, "null must be given"),
     (unasked(), ClassifierFree(3.0, null=torch.ones(2).long()), COND, ShapeError, "null must have the shape"),
     (unasked(), ClassifierFree(3.0, null=torch.ones(4)), COND, DTypeError, "null must have cond's dtype"),

@@ -629,7 +629,8 @@ Y = torch.zeros(1, 2)
 REFUSED = [
     (lambda: inverse.Problem(torch.full((2,), math.nan), Physics()), DataError, r"y must be finite, got nan at index \(0,\)"),
     (lambda: inverse.Problem([0.0], Physics()), DTypeError, "y must be a tensor, got list"),
-    (lambda: inverse.Problem(Y, 3.0, 0.1), ConfigError, "operator must be a matrix, a function of x, or have A"),
+    (lambda: inverse.Problem(Y, 3.0, 0.1), ConfigError, "operator must be a matrix as a tensor, a function of x, or have A"),
+    (lambda: inverse.Problem(Y, np.ones((2, 4)), 0.1), ConfigError, "float64: use torch.as_tensor"),
     (lambda: inverse.Problem(Y, lambda x: x), ConfigError, "noise_std must be given, in the units of y"),
     (lambda: inverse.Problem(Y, Physics(), 0.5), ConfigError, "contradicts the operator's own noise_model.sigma=0.3"),
     (lambda: inverse.Problem(Y, lambda x: x, -1.0), ConfigError, "noise_std must be a number in"),

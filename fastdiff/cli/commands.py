@@ -806,13 +806,16 @@ def _parser() -> argparse.ArgumentParser:
 
     of_posterior = (of_a_model, of_a_plan, of_samples)
     sub = command("inpaint", _inpaint, "Draw what is missing of samples, given the rest, which is kept.", *of_posterior)
-    sub.add_argument("file", metavar="FILE", help="what is known: a .npy array in the data's units, or a picture")
+    sub.add_argument(
+        "file", metavar="FILE", help="what is known: a .npy array in the units of the samples, or a picture"
+    )
     mask = "1 or white where FILE is known: a .npy array or a picture (default: where FILE is not NaN)"
     sub.add_argument("--mask", metavar="MASK", help=mask)
     _posterior_options(sub, "inpainted.npy")
 
     sub = command("solve", _solve, "Draw samples given measurements y = A x + noise of them.", *of_posterior)
-    sub.add_argument("file", metavar="FILE", help="the measurements y: a .npy array in the data's units, or a picture")
+    measured = "the measurements y: a .npy array, in the units of A x of samples x, or a picture"
+    sub.add_argument("file", metavar="FILE", help=measured)
     operators = "grayscale[:W,W,W], downsampling:FACTOR, blur:SIGMA, mask:FILE, fourier:FILE or matrix:FILE"
     sub.add_argument("--operator", required=True, metavar="A", help=f"A, one of {operators}")
     sub.add_argument(

@@ -139,6 +139,11 @@ class BothAtOnce:
 
 def null_of(model: ScoreModel, cond: Any, count: int, given: Any) -> Condition:
     """What the model is to be asked with instead of cond of `count` samples, in its form: `given`, or the model's own "none"."""
+    if cond is None and model.takes.classes == 0 and model.takes.shape == ():
+        raise ConfigError(
+            "guidance.ClassifierFree needs a model of labels or conditions, and this one's network takes none: leave guidance "
+            "out, or build it with num_classes= or cond_shape= and train it with cond_dropout=0.1"
+        )
     if cond is None:
         raise MissingConditionError(
             "cond must be given with guidance.ClassifierFree, which weighs the model with it against the model without: give "
