@@ -32,6 +32,10 @@ from .planning.predictions import TimeInput
 from .runs import Request, Result, adaptive_span, run_adaptive, run_table
 from .table import StepTable
 
+PARTICLES = (
+    512  # at once, of methods with many states a sample, where batch_size says nothing: small networks cost little more
+)
+
 
 @dataclass(frozen=True)
 class SampleInfo:
@@ -281,7 +285,8 @@ def sample(
         )  # fmt: skip
         ran = request().resolve("the method has steps of its own")
         setting = Setting(model, num_samples, state_dtype, place, seed, first_sample, cond)
-        own = Steps(setting, table, ops.backend_module(ran[0]), batch, progress, check)
+        at_once = max(batch, PARTICLES) if batch_size is None else batch
+        own = Steps(setting, table, ops.backend_module(ran[0]), at_once, progress, check)
         with torch.no_grad():
             x, calls = guidance.run(own) if num_samples else (own.start(0, first_sample), 0)
         result = Result(x, None, calls, *ops.ran(place, *ran), table)
@@ -350,8 +355,8 @@ def inpaint(
              default is the one whose samples are those of p(x0 | known) where the prior is Gaussian, and near them elsewhere; it
              takes products with the network's Jacobian. "replacement" takes one call a step, and misses how what is known bears
              on the rest; "repaint" mends most of that with ten times the calls (docs/inpainting.md compares them)
-    options  those of fastdiff.sample, and sde and steps, see there. Where neither steps, sampler, grid nor table is given: 100
-             ancestral steps, evenly spaced in the logarithm of the noise ratio or, on a chain, in its steps
+    options  those of fastdiff.sample, and sde and steps, see there. Where neither sampler, grid nor table is given: ancestral
+             steps, 100 unless steps says how many, evenly spaced in the logarithm of the noise ratio or, on a chain, in its steps
     """
     model = opened(model)
     of = _described(model, sde, options)
@@ -384,8 +389,8 @@ def colorize(
 
 
 def posterior(model: Any, method: Any, sde: Any = None, steps: int | None = None, **options: Any) -> Any:
-    """sample() guided by a method, after the guidance of the options; by 100 ancestral steps where these say nothing of steps,
-    sampler, grid or table."""
+    """sample() guided by a method, after the guidance of the options; by ancestral steps, 100 unless `steps` says how many, where
+    these say nothing of sampler, grid or table."""
     own = options.pop("guidance", None)
     if own is not None and isinstance(method, OwnSteps):
         raise ConfigError(
@@ -393,12 +398,12 @@ def posterior(model: Any, method: Any, sde: Any = None, steps: int | None = None
             "method='mmps'"
         )
     guidance = method if own is None else [*(own if isinstance(own, (list, tuple)) else [own]), method]
-    named = steps is not None or any(options.get(name) is not None for name in ("sampler", "grid", "table"))
+    named = any(options.get(name) is not None for name in ("sampler", "grid", "table"))
     if not named and not isinstance(method, OwnSteps):
         process = _described(model, sde, options).process
         chain = process.discrete or sde not in (None, process, process.name)
         options |= {"sampler": "ancestral", "grid": None if chain else "logsnr"}
-        steps = min(100, int(process.T)) if process.discrete else 100
+        steps = steps if steps is not None else min(100, int(process.T)) if process.discrete else 100
     return sample(model, sde, steps, guidance=guidance, **options)
 
 

@@ -160,3 +160,27 @@ def test_the_scores(held_out, count):
     draws = np.array([0.0] * 10 + [2.0] * 9)
     exact = 1 - 0.5 * np.abs(draws[:, None] - draws).sum() / (19 * 18)
     assert held_out.scored(np.ones((1, 1)), draws[None, :, None]).crps == pytest.approx(exact)
+
+
+def test_colours_on_a_small_file(monkeypatch, capsys, tmp_path):
+    """Pictures of one colour and its shades, whose grey values the draws keep."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    colors = importlib.import_module("colors")
+    shade = np.random.default_rng(0).integers(40, 256, (40, 16, 16, 1))
+    np.savez(tmp_path / "x.npz", x=(shade * [1.0, 0.5, 0.25]).astype(np.uint8))
+    words = ["--steps", "3", "--tests", "2", "--draws", "4", "--calls", "4", "--shown", "2"]
+    colors.main(
+        [
+            str(tmp_path / "x.npz"),
+            *words,
+            "--model",
+            str(tmp_path / "m.safetensors"),
+            "--picture",
+            str(tmp_path / "p.png"),
+        ]
+    )
+    cells = capsys.readouterr().out.splitlines()[-1].split("|")
+    assert [float(cell) > 0 for cell in cells[2:5]] == [True] * 3
+    assert float(cells[5]) < 1e-4
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    assert fastdiff.load(tmp_path / "m.safetensors").data_shape == (3, 16, 16)

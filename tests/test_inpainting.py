@@ -442,10 +442,17 @@ def test_a_method_may_be_a_function_of_the_problem():
     mine = fastdiff.inpaint(score(PICTURE, "vp"), PIXELS, MASK, method=lambda p: inverse.MMPS(p, 2), **given)
     operator = inverse.Mask(MASK)
     problem = inverse.Problem(operator.A(PIXELS[None])[0], operator, 0.0)
-    plain = draw(PICTURE, "vp", inverse.MMPS(problem, 2), 10, sampler=None, num_samples=3)
+    plain = draw(PICTURE, "vp", inverse.MMPS(problem, 2), 10, grid="logsnr", num_samples=3)
     assert torch.equal(mine, torch.where(MASK, PIXELS, plain))
     nothing = fastdiff.inpaint(score(PICTURE, "vp"), PIXELS, torch.zeros(1), **given)
-    assert torch.equal(nothing, draw(PICTURE, "vp", None, 10, sampler=None, num_samples=3))
+    assert torch.equal(nothing, draw(PICTURE, "vp", None, 10, grid="logsnr", num_samples=3))
+
+
+def test_steps_say_how_many_and_change_no_sampler():
+    options = {"shape": (3,), "num_samples": 4, "seed": 2}
+    x = fastdiff.inpaint(score(VECTOR, "vp"), KNOWN, None, "vp", 7, **options)
+    same = fastdiff.inpaint(score(VECTOR, "vp"), KNOWN, None, "vp", 7, sampler="ancestral", grid="logsnr", **options)
+    assert torch.equal(x, same)
 
 
 def test_a_chain_is_inpainted_by_its_own_steps():

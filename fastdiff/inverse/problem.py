@@ -49,8 +49,8 @@ class Problem:
         has_both = callable(getattr(operator, "A", None)) and callable(getattr(operator, "A_adjoint", None))
         if not has_both and not callable(operator):
             raise ConfigError(
-                f"operator must be a matrix, a function of x, or have A(x) and A_adjoint(y), got {short(operator)}: "
-                "a matrix as a tensor [m, D], by torch.as_tensor"
+                "operator must be a matrix as a tensor [m, D], a function of x, or have A(x) and A_adjoint(y), got "
+                f"{short(operator)}" + (": use torch.as_tensor" if hasattr(operator, "__array__") else "")
             )
         if not callable(self.noise) and self.noise not in NOISES:
             raise ConfigError(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError, NonFiniteError, warn
 from ..execution import ops
 from ..execution.noise import ACCEPTANCE
 from ..guidance.base import Bound, Guidance, Moment, Setting, together
@@ -36,7 +36,8 @@ class SMC(OwnSteps):
     particles  of each problem. y [*m] for all samples: default num_samples, and these are the draws; y [num_samples, *m]: a
                problem for each, of which one particle is drawn; default 64
     proposal   a method of this module that guides the particles, for the same problem; default MMPS, and for operators that are
-               not linear or noise that is not Gaussian the gradient of log p(y | x̂0), as in the paper
+               not linear or noise that is not Gaussian the gradient of log p(y | x̂0), as in the paper: with a warning, for in
+               five numbers with two measurements the draws' mean was off by 0.3 to 0.9 posterior standard deviations
     threshold  particles are drawn anew where their effective number (Σw)²/Σw² is below this share of them
 
     Particles of one problem depend on each other, so those of one y are a function of seed, first_sample, num_samples and
@@ -95,7 +96,15 @@ class SMC(OwnSteps):
         if self.proposal is None:
             measured = Measurement(self.problem, setting)
             gaussian = measured.linear and self.problem.noise == "gaussian"
-            return MMPS(self.problem).of(measured) if gaussian else PlugIn(measured, setting)
+            if gaussian:
+                return MMPS(self.problem).of(measured)
+            bound = PlugIn(measured, setting)
+            warn(
+                "inverse.SMC follows p(y | x̂0) here, as the noise is not Gaussian or the operator not linear: that is far "
+                "narrower than p(y | x_t), and particles may miss the posterior by its standard deviation, alike in all their "
+                "weights. Compare the draws of several seeds, or say the noise as a Gaussian's: Problem(y, operator, noise_std)"
+            )
+            return bound
         if getattr(self.proposal, "problem", None) is not self.problem:
             raise ConfigError(
                 "proposal must be a method for the same Problem object: inverse.SMC(problem, proposal=inverse.TMPD(problem))"
