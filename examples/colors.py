@@ -2,10 +2,10 @@
 
     python examples/colors.py emoji32.npz [--model colors.safetensors] [--picture colors.png]
 
-emoji32.npz holds `x` [n, H, W, 3] uint8, pictures of which a tenth, drawn by the seed, is held out. With 3,786 Noto emoji on white
-(github.com/googlefonts/noto-emoji, art under the Apache licence 2.0) the thousand steps of training take six minutes of a core, and
-are few: colours suit what they are on and change within it, so that the mean of the draws is better than any of them. Some of these
-pictures differ by skin tone alone, so a held-out one may have its like in the training set.
+emoji32.npz holds `x` [n, H, W, 3] uint8, pictures of which a tenth, drawn by the seed, is held out. With 3,786 Noto emoji on
+white (github.com/googlefonts/noto-emoji, art under the Apache licence 2.0) the thousand steps of training take six minutes of a
+core, and are few: colours suit what they are on and change within it, so that the mean of the draws is better than any of them.
+Some of these pictures differ by skin tone alone, so a held-out one may have its like in the training set.
 
 It trains a small U-Net, gives `fastdiff.colorize` the mean of the channels of held-out pictures, and prints the root mean square
 error of colours in [0, 1], for the mean of the draws, one draw and the grey picture itself, and by how much the draws' grey
