@@ -38,7 +38,7 @@ def operator(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 2).flatten(1)
 
 
-def azula(net: Any, start: Tensor, y: Tensor, name: str, sampler: str = "DDPMSampler", **options: Any) -> Run:
+def azula(net: Any, start: Tensor, y: Tensor, name: str, **options: Any) -> Run:
     """One of its guided denoisers, or of its samplers, on a schedule of its own with the ladder's levels."""
     sample, denoise, noise, guide = (load(f"azula.{part}") for part in ("sample", "denoise", "noise", "guidance"))
 
@@ -54,7 +54,7 @@ def azula(net: Any, start: Tensor, y: Tensor, name: str, sampler: str = "DDPMSam
     if name.endswith("Sampler"):
         run = getattr(guide, name)(denoiser, y=y, A=operator, **options, **how)
     else:
-        run = getattr(sample, sampler)(getattr(guide, name)(denoiser, y=y, A=operator, **options), **how)
+        run = sample.DDPMSampler(getattr(guide, name)(denoiser, y=y, A=operator, **options), **how)
     return lambda: run(start)
 
 

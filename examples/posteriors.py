@@ -150,11 +150,22 @@ PROBLEMS = {
 
 @dataclass
 class Method:
-    """of: the guidance for a problem. options: of `sample`, beside those of main(). exact: only for what is known exactly."""
+    """of: the guidance for a problem. options: of `sample`, beside those of main(). exact: whether only for what is known
+    exactly, or only for what is not; None: for both."""
 
     of: Callable[[inverse.Problem], Any]
     options: dict[str, Any] = field(default_factory=dict)
-    exact: bool = False
+    exact: bool | None = None
+
+
+def by_function(problem: inverse.Problem) -> inverse.SMC:
+    """Particles that are told log p(y | x0) as a function, and not that it is a Gaussian's."""
+
+    def log_likelihood(mean: Tensor, y: Tensor) -> Tensor:
+        return -0.5 * ((y - mean) / std).square().sum(1)
+
+    std = float(problem.noise_std or 0.0)
+    return inverse.SMC(inverse.Problem(problem.y, problem.operator, noise=log_likelihood))
 
 
 METHODS = {
@@ -163,6 +174,7 @@ METHODS = {
     "MMPS, Euler–Maruyama": Method(inverse.MMPS, {"sampler": "euler_maruyama", "grid": "fourth_root"}),
     "SMC": Method(inverse.SMC),
     "SMC, Euler–Maruyama": Method(inverse.SMC, {"sampler": "euler_maruyama", "grid": "fourth_root"}),
+    "SMC, by a function": Method(by_function, exact=False),
     "TMPD, diagonal": Method(lambda problem: inverse.TMPD(problem, diagonal=True)),
     "PiGDM": Method(inverse.PiGDM),
     "DPS": Method(inverse.DPS),
@@ -354,7 +366,7 @@ def main() -> None:
         print("| method | mean | variance | distance | calls | backward |\n|---|---|---|---|---|---|")
         for label in a.methods or METHODS:
             method, found = METHODS[label], []
-            if method.exact and not kind.exact:
+            if method.exact is not None and method.exact != kind.exact:
                 continue
             for seed in range(a.seeds or kind.seeds):
                 case = kind.make(np.random.default_rng(seed))

@@ -32,9 +32,8 @@ from .planning.predictions import TimeInput
 from .runs import Request, Result, adaptive_span, run_adaptive, run_table
 from .table import StepTable
 
-PARTICLES = (
-    512  # at once, of methods with many states a sample, where batch_size says nothing: small networks cost little more
-)
+# states at once of methods with many for a sample, where batch_size says nothing: small networks cost little more
+PARTICLES = 512
 
 
 @dataclass(frozen=True)

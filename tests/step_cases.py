@@ -30,9 +30,8 @@ def table_of(dtype=torch.float32, **columns):
 
 
 def pairwise(choices, seed=0):
-    """Cases, as dicts, in which every pair of values of two choices meets (greedy, seeded); the first have every value."""
+    """Cases, as dicts, in which every pair of values of two choices meets (greedy, seeded)."""
     rng, names = random.Random(seed), list(choices)
-    unseen = [set(range(len(choices[name]))) for name in names]
     missing = {
         (i, a, j, b)
         for i, j in itertools.combinations(range(len(names)), 2)
@@ -42,17 +41,25 @@ def pairwise(choices, seed=0):
     while missing:
         best, covered = None, set()
         for start in rng.sample(sorted(missing), min(12, len(missing))):
-            case = [rng.choice(sorted(new)) if new else rng.randrange(len(choices[n])) for n, new in zip(names, unseen)]
-            if not any(unseen):
-                case[start[0]], case[start[2]] = start[1], start[3]
+            case = [rng.randrange(len(choices[name])) for name in names]
+            case[start[0]], case[start[2]] = start[1], start[3]
             values = list(enumerate(case))
             hits = {(i, a, j, b) for (i, a), (j, b) in itertools.combinations(values, 2)} & missing
             if len(hits) > len(covered):
                 best, covered = case, hits
         missing -= covered
-        for new, value in zip(unseen, best):
-            new.discard(value)
         yield {name: choices[name][value] for name, value in zip(names, best)}
+
+
+def values_first(cases):
+    """The same cases, those first that have values which none before them has."""
+    left, seen, ordered = list(cases), set(), []
+    while left:
+        best = max(left, key=lambda case: sum((name, str(value)) not in seen for name, value in case.items()))
+        left.remove(best)
+        seen |= {(name, str(value)) for name, value in best.items()}
+        ordered.append(best)
+    return ordered
 
 
 LAYOUTS = (

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 CASES = ROOT / "tests" / "kernel_cases.py"
 FEWEST = 200  # cases in all: that none is collected, or a process dies on the way, must not pass
 COMPILED = ("-p", "compiled")
-# two halves, for two processors: (what, of each function how many where not all, of which every value is in the first 12 steps)
-HALVES = {"steps": ("test_step", 12), "all else": ("not test_step", 2)}
+# two halves, for two processors: (what, of each function how many where not all, of which every value is in the first 13 steps)
+HALVES = {"steps": ("test_step", 13), "all else": ("not test_step", 2)}
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux")
 

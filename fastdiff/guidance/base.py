@@ -146,8 +146,8 @@ class Moment:
         return self.gradient(self.x0, v, last)
 
     def gradient(self, value: Tensor, v: Tensor | None = None, last: bool = True) -> Tensor:
-        """∂⟨value, v⟩/∂x_t of what was made of the prediction, [B, *]; a ModelOutputError where autograd does not see that by way
-        of the network."""
+        """∂⟨value, v⟩/∂x_t of what was made of the prediction, [B, *], `last` as in `pulled`; a ModelOutputError where autograd
+        does not see that by way of the network."""
         if value.requires_grad:
             inputs = (self.x, self.seen)
             product, by_network = torch.autograd.grad(

@@ -36,8 +36,8 @@ class SMC(OwnSteps):
     particles  of each problem. y [*m] for all samples: default num_samples, and these are the draws; y [num_samples, *m]: a
                problem for each, of which one particle is drawn; default 64
     proposal   a method of this module that guides the particles, for the same problem; default MMPS, and for operators that are
-               not linear or noise that is not Gaussian the gradient of log p(y | x̂0), as in the paper: with a warning, for in
-               five numbers with two measurements the draws' mean was off by 0.3 to 0.9 posterior standard deviations
+               not linear or noise that is not Gaussian the gradient of log p(y | x̂0), as in the paper: with a warning, as
+               that may be far off (docs/control.md)
     threshold  particles are drawn anew where their effective number (Σw)²/Σw² is below this share of them
 
     Particles of one problem depend on each other, so those of one y are a function of seed, first_sample, num_samples and
