@@ -1,7 +1,8 @@
 """How far each method's draws are from posteriors that are known exactly.
 
-The priors are mixtures of normals of one covariance, so x̂0(x_t) and the posterior given y = A x0 + noise are in closed form:
-what is measured is the bias of the method and of its steps, not a network's.
+The priors are mixtures of normals of one covariance, so x̂0(x_t) and the posterior given y = A x0 + noise are in closed form; of
+counts, and of noise with outliers, it is a million weighted draws of the prior. What is measured is the bias of the method and of
+its steps, not a network's.
 
     python examples/posteriors.py [--problems vector modes gap hole modes80 ...] [--methods MMPS SMC ...] [--standardize]
     python examples/posteriors.py --picture posteriors.png
@@ -93,6 +94,23 @@ def modes(rng: np.random.Generator, numbers: int) -> Prior:
     return Prior(torch.tensor(at), torch.from_numpy(rng.uniform(size=25)), torch.eye(numbers))
 
 
+class Weighted:
+    """A posterior as weighted draws of the prior, [N, D] and [N]."""
+
+    def __init__(self, points: Tensor, log_weights: Tensor) -> None:
+        self.points, self.weights = points, log_weights.softmax(0)
+
+    def mean(self) -> Tensor:
+        return self.weights @ self.points
+
+    def variance(self) -> Tensor:
+        return self.weights @ (self.points - self.mean()) ** 2
+
+    def draw(self, count: int, rng: np.random.Generator) -> Tensor:
+        weights = self.weights.numpy()
+        return self.points[rng.choice(len(weights), size=count, p=weights / weights.sum())]
+
+
 @dataclass
 class Case:
     """One prior and what was measured of a draw of it."""
@@ -100,12 +118,24 @@ class Case:
     prior: Prior
     matrix: Tensor
     y: Tensor
-    noise_std: float
+    noise_std: float | None
     mask: Tensor | None = None  # of the numbers that are known exactly
+    link: Callable[[Tensor], Tensor] | None = None  # of the measurements' means
+    noise: Any = "gaussian"
+    log_density: Callable[[Tensor, Tensor], Tensor] | None = None  # of that noise
 
     def problem(self) -> inverse.Problem:
-        operator = self.matrix.float() if self.mask is None else inverse.Mask(self.mask)
-        return inverse.Problem(self.y.float(), operator, self.noise_std)
+        operator: Any = self.matrix.float() if self.mask is None else inverse.Mask(self.mask)
+        link = self.link
+        if link is not None:
+            operator = lambda x: link(x @ self.matrix.to(x).T)  # noqa: E731
+        return inverse.Problem(self.y.float(), operator, self.noise_std, self.noise)
+
+    def posterior(self) -> Prior | Weighted:
+        if self.link is None or self.log_density is None:
+            return self.prior.given(self.matrix, self.y, float(self.noise_std or 0.0))
+        points = self.prior.draw(1_000_000, np.random.default_rng(2))
+        return Weighted(points, self.log_density(self.link(points @ self.matrix.T), self.y))
 
 
 def measured(prior: Prior, measurements: int, rng: np.random.Generator) -> Case:
@@ -127,54 +157,72 @@ def known(prior: Prior, count: int, rng: np.random.Generator) -> Case:
     return Case(prior, matrix, matrix @ prior.draw(1, rng)[0], 0.0, torch.arange(numbers) < count)
 
 
+def counted(prior: Prior, measurements: int, rng: np.random.Generator) -> Case:
+    """Poisson's counts, whose means are 3 exp(A x0)."""
+    numbers = len(prior.values)
+    matrix = torch.from_numpy(rng.normal(size=(measurements, numbers))) / numbers**0.5
+
+    def link(mean: Tensor) -> Tensor:
+        return 3 * mean.exp()
+
+    y = torch.from_numpy(rng.poisson(link(matrix @ prior.draw(1, rng)[0]).numpy())).double()
+    return Case(prior, matrix, y, None, None, link, "poisson", lambda mean, y: (y * mean.log() - mean).sum(1))
+
+
+def outlying(prior: Prior, measurements: int, rng: np.random.Generator) -> Case:
+    """With a noise of Student's t, of two degrees of freedom, and so with outliers: its logarithm is not concave."""
+    numbers = len(prior.values)
+    matrix = torch.from_numpy(rng.normal(size=(measurements, numbers))) / numbers**0.5
+
+    def log_density(mean: Tensor, y: Tensor) -> Tensor:
+        return -1.5 * torch.log1p(((y - mean) / 0.2) ** 2 / 2).sum(1)
+
+    y = matrix @ prior.draw(1, rng)[0] + 0.2 * torch.from_numpy(rng.standard_t(2, size=measurements))
+    return Case(prior, matrix, y, None, None, lambda mean: mean, log_density, log_density)
+
+
 @dataclass
 class Kind:
-    """Problems of one kind: how they are told, how many seeds, and how one is made."""
+    """Problems of one kind: how they are told, how many seeds, how one is made, and its measurements' noise: "normal", "none" or
+    "other"."""
 
     told: str
     seeds: int
     make: Callable[[np.random.Generator], Case]
-    exact: bool = False  # whether the measurements have no noise
+    noise: str = "normal"
 
 
 PROBLEMS = {
     "vector": Kind("6 numbers of a correlated normal, 3 noisy measurements", 3, lambda r: measured(correlated(r, 6), 3, r)),
     "modes": Kind("25 modes in 8 numbers, 1 noisy measurement", 5, lambda r: measured(modes(r, 8), 1, r)),
-    "gap": Kind("3 numbers of a correlated normal, 1 known exactly", 3, lambda r: known(correlated(r, 3), 1, r), True),
-    "hole": Kind("25 modes in 8 numbers, 2 known exactly", 5, lambda r: known(modes(r, 8), 2, r), True),
+    "gap": Kind("3 numbers of a correlated normal, 1 known exactly", 3, lambda r: known(correlated(r, 3), 1, r), "none"),
+    "hole": Kind("25 modes in 8 numbers, 2 known exactly", 5, lambda r: known(modes(r, 8), 2, r), "none"),
     "modes2": Kind("25 modes in 8 numbers, 2 noisy measurements", 5, lambda r: measured(modes(r, 8), 2, r)),
     "modes4": Kind("25 modes in 8 numbers, 4 noisy measurements", 5, lambda r: measured(modes(r, 8), 4, r)),
     "modes80": Kind("25 modes in 80 numbers, 1 noisy measurement", 5, lambda r: measured(modes(r, 80), 1, r)),
+    "counts": Kind("6 numbers of a correlated normal, 3 counts", 5, lambda r: counted(correlated(r, 6), 3, r), "other"),
+    "tails": Kind("6 numbers, 3 measurements with outliers", 5, lambda r: outlying(correlated(r, 6), 3, r), "other"),
 }  # fmt: skip
+
+
+EVERY = ("normal", "none", "other")
 
 
 @dataclass
 class Method:
-    """of: the guidance for a problem. options: of `sample`, beside those of main(). exact: whether only for what is known
-    exactly, or only for what is not; None: for both."""
+    """of: the guidance for a problem. options: of `sample`, beside those of main(). noises: of problems that it is for."""
 
     of: Callable[[inverse.Problem], Any]
     options: dict[str, Any] = field(default_factory=dict)
-    exact: bool | None = None
-
-
-def by_function(problem: inverse.Problem) -> inverse.SMC:
-    """Particles that are told log p(y | x0) as a function, and not that it is a Gaussian's."""
-
-    def log_likelihood(mean: Tensor, y: Tensor) -> Tensor:
-        return -0.5 * ((y - mean) / std).square().sum(1)
-
-    std = float(problem.noise_std or 0.0)
-    return inverse.SMC(inverse.Problem(problem.y, problem.operator, noise=log_likelihood))
+    noises: tuple[str, ...] = ("normal", "none")
 
 
 METHODS = {
-    "MMPS": Method(inverse.MMPS),
-    "MMPS, UniPC, 20 steps": Method(inverse.MMPS, {"sampler": "unipc", "steps": 20}),
-    "MMPS, Euler–Maruyama": Method(inverse.MMPS, {"sampler": "euler_maruyama", "grid": "fourth_root"}),
-    "SMC": Method(inverse.SMC),
-    "SMC, Euler–Maruyama": Method(inverse.SMC, {"sampler": "euler_maruyama", "grid": "fourth_root"}),
-    "SMC, by a function": Method(by_function, exact=False),
+    "MMPS": Method(inverse.MMPS, noises=EVERY),
+    "MMPS, UniPC, 20 steps": Method(inverse.MMPS, {"sampler": "unipc", "steps": 20}, EVERY),
+    "MMPS, Euler–Maruyama": Method(inverse.MMPS, {"sampler": "euler_maruyama", "grid": "fourth_root"}, EVERY),
+    "SMC": Method(inverse.SMC, noises=EVERY),
+    "SMC, Euler–Maruyama": Method(inverse.SMC, {"sampler": "euler_maruyama", "grid": "fourth_root"}, EVERY),
     "TMPD, diagonal": Method(lambda problem: inverse.TMPD(problem, diagonal=True)),
     "PiGDM": Method(inverse.PiGDM),
     "DPS": Method(inverse.DPS),
@@ -183,9 +231,9 @@ METHODS = {
     "NoisedMeasurement": Method(inverse.NoisedMeasurement),
     "DDRM": Method(inverse.DDRM),
     "DAPS": Method(inverse.DAPS),
-    "RePaint": Method(inverse.RePaint, exact=True),
-    "ILVR": Method(inverse.ILVR, exact=True),
-    "Replacement": Method(inverse.Replacement, exact=True),
+    "RePaint": Method(inverse.RePaint, noises=("none",)),
+    "ILVR": Method(inverse.ILVR, noises=("none",)),
+    "Replacement": Method(inverse.Replacement, noises=("none",)),
 }
 
 
@@ -233,7 +281,7 @@ def drawn(
 
 def compared(x: Tensor, case: Case, seed: int) -> tuple[float, float, float, float]:
     """mean, smallest and largest variance ratio, distance: of the numbers that are not known."""
-    posterior = case.prior.given(case.matrix, case.y, case.noise_std)
+    posterior = case.posterior()
     free = torch.ones(x.shape[1], dtype=torch.bool) if case.mask is None else ~case.mask
     rng = np.random.default_rng([seed, 1])
     exact, other = (posterior.draw(len(x), rng)[:, free] for _ in range(2))
@@ -315,7 +363,7 @@ def picture(path: str, methods: list[str], process: Any, steps: int, count: int)
     import matplotlib.pyplot as plt
 
     case = PROBLEMS["modes"].make(np.random.default_rng(1))
-    exact = case.prior.given(case.matrix, case.y, case.noise_std).draw(count, np.random.default_rng([1, 1]))
+    exact = case.posterior().draw(count, np.random.default_rng([1, 1]))
     panels = {"exact": exact} | {name: drawn(case, METHODS[name], process, steps, count, 1)[0] for name in methods}
     figure, axes = plt.subplots(
         1, len(panels), figsize=(2.1 * len(panels), 2.3), sharex=True, sharey=True, squeeze=False
@@ -366,7 +414,7 @@ def main() -> None:
         print("| method | mean | variance | distance | calls | backward |\n|---|---|---|---|---|---|")
         for label in a.methods or METHODS:
             method, found = METHODS[label], []
-            if method.exact is not None and method.exact != kind.exact:
+            if kind.noise not in method.noises:
                 continue
             for seed in range(a.seeds or kind.seeds):
                 case = kind.make(np.random.default_rng(seed))

@@ -32,6 +32,7 @@ OPERATORS = {
     "even blur": (inverse.Blur(KERNEL[:2, :2]), (1, 4, 6)),
     "gaussian blur": (inverse.Blur.gaussian(0.7, 1), (2, 9)),
     "fourier": (inverse.Fourier(torch.arange(20).view(4, 5) % 3 == 0), (2, 4, 5)),
+    "fourier of one channel": (inverse.Fourier(torch.arange(24).view(4, 6) % 3 == 0), (1, 4, 6)),
     "grayscale": (inverse.Grayscale(), (3, 4, 4)),
     "weighted": (inverse.Grayscale((0.299, 0.587, 0.114)), (3, 5)),
     "composed": (inverse.Mask(torch.arange(6).view(1, 2, 3) > 1) @ inverse.Downsampling(2) @ inverse.Grayscale(), (3, 4, 6)),
@@ -50,6 +51,20 @@ def test_adjoints_are_the_transposed_matrices(name):
     matrix = dense(operator, shape)
     y = torch.randn(5, *operator.A(torch.zeros(1, *shape, dtype=torch.float64)).shape[1:], dtype=torch.float64)
     assert torch.allclose(operator.A_adjoint(y).flatten(1), y.flatten(1) @ matrix, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [*OPERATORS, "large"])
+def test_bits_of_an_operator_do_not_depend_on_the_batch(name, dtype):
+    values = torch.from_numpy(np.random.default_rng(3).normal(size=(70, 90)))
+    operator, shape = OPERATORS[name] if name != "large" else (inverse.Matrix(values), (90,))
+    x = torch.randn(37, *shape, dtype=dtype)
+    y = operator.A(x)
+    back = operator.A_adjoint(y)
+    for k, count in ((0, 1), (5, 1), (1, 2), (4, 15), (20, 17)):
+        part = slice(k, k + count)
+        assert torch.equal(operator.A(x[part]), y[part])
+        assert torch.equal(operator.A_adjoint(y[part]), back[part])
 
 
 def test_operators_are_what_they_say():
@@ -419,8 +434,8 @@ def test_particles_of_one_y_share_their_condition():
 
 
 NOISES = {
-    "poisson": (lambda x: x.exp(), "poisson", lambda mean, y: y * math.log(mean) - mean, 3.0),
-    "a function": (lambda x: x, lambda mean, y: -(mean - y).abs().flatten(1).sum(1), lambda mean, y: -abs(mean - y), 1.5),
+    "poisson": (lambda x: x.exp(), "poisson", lambda mean, y: y * mean.log() - mean, 3.0),
+    "a function": (lambda x: x, lambda mean, y: -(mean - y).abs().flatten(1).sum(1), lambda mean, y: -(mean - y).abs(), 1.5),
     "an operator that is not linear": (lambda x: x**2, "gaussian", lambda mean, y: -0.5 * ((mean - y) / 0.5) ** 2, 1.2),
 }  # fmt: skip
 
@@ -436,17 +451,101 @@ def test_particles_of_any_noise_and_operator(name):
         return 0.3 + alpha / (alpha**2 + sigma**2) * (x - 0.3 * alpha)
 
     problem = inverse.Problem(torch.tensor([y]), operator, 0.5 if noise == "gaussian" else None, noise)
-    with pytest.warns(UserWarning, match="follows p"):  # in one number it is near enough
-        x = fastdiff.sample(
-            x0, process, 100, sampler="euler_maruyama", shape=(1,), prediction="x0", num_samples=4000,
-            guidance=inverse.SMC(problem),
-        ).double()[:, 0]  # fmt: skip
-    grid = np.linspace(-6, 6, 4001)
-    mean_of = operator(torch.from_numpy(grid)).numpy()
-    log = np.array([log_density(m, y) for m in mean_of]) - 0.5 * (grid - 0.3) ** 2
-    weight = np.exp(log - log.max()) / np.exp(log - log.max()).sum()
+    x = fastdiff.sample(
+        x0, process, 100, sampler="euler_maruyama", shape=(1,), prediction="x0", num_samples=4000, guidance=inverse.SMC(problem)
+    ).double()[:, 0]  # fmt: skip
+    grid = torch.linspace(-6, 6, 4001, dtype=torch.float64)
+    weight = (log_density(operator(grid), y) - 0.5 * (grid - 0.3) ** 2).softmax(0)
     for value in (lambda v: v, abs, lambda v: v**2):
-        assert float(value(x).mean()) == pytest.approx(float((weight * value(grid)).sum()), abs=0.08)
+        assert float(value(x).mean()) == pytest.approx(float(weight @ value(grid)), abs=0.08)
+
+
+def t_density(mean, y):
+    """Of Student's t with two degrees of freedom and a scale of 0.2; not concave."""
+    return -1.5 * torch.log1p(((y - mean) / 0.2) ** 2 / 2).flatten(1).sum(1)
+
+
+def related(mean, y):
+    """Of a normal noise, related between measurements."""
+    r = y - mean
+    return -0.5 * ((r / 0.3).square().flatten(1).sum(1) + (r.flatten(1).sum(1) / 0.4).square())
+
+
+MANY = {
+    "poisson": (lambda m: 3 * m.exp(), "poisson", lambda mean, y: (y * mean.log() - mean).sum(1), [2.0, 7.0, 1.0]),
+    "heavy tails": (lambda m: m, t_density, t_density, [0.5, -0.4, 2.5]),
+    "related": (lambda m: m, related, related, [0.5, -0.4, 1.0]),
+    "a sine": (lambda m: m.sin(), 0.2, lambda mean, y: -0.5 * ((y - mean) / 0.2).square().sum(1), [0.5, -0.4, 0.8]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_posteriors_of_any_noise_and_operator(name):
+    """Six numbers of a normal prior, three measurements: mean and variance against a million weighted draws of the prior."""
+    link, noise, log_density, y = MANY[name]
+    gaussian, process, y = Gaussian((6,), seed=2), fastdiff.VP(), torch.tensor(y)
+    matrix = torch.from_numpy(np.random.default_rng(4).normal(size=(3, 6))) / 6**0.5
+    draws = gaussian.draw(1_000_000)
+    weight = log_density(link(draws @ matrix.T), y).softmax(0)
+    mean = weight @ draws
+    covariance = torch.einsum("k,ki,kj->ij", weight, draws - mean, draws - mean)
+    std, noise = (noise, "gaussian") if isinstance(noise, float) else (None, noise)
+    problem = inverse.Problem(y, lambda x: link(x @ matrix.to(x).T), std, noise)
+    x = fastdiff.sample(
+        gaussian.denoiser(process), process, 60, sampler="euler_maruyama", grid="fourth_root", shape=(6,), prediction="x0",
+        num_samples=2000, guidance=inverse.SMC(problem),
+    )  # fmt: skip
+    error, ratios = compared(x, mean, covariance)
+    assert error < 0.12  # two standard errors of 500 draws are 0.09
+    assert (ratios - 1).abs().max() < 0.25
+
+
+@pytest.mark.parametrize("iterations", [3, 2])
+def test_a_normal_noise_told_as_a_function_is_no_other(iterations):
+    """And an operator that only looks as if it were not linear."""
+    gaussian, process, y = Gaussian((3,)), fastdiff.VP(), torch.tensor([0.4, -1.0, 0.3])
+    matrix = torch.tensor([[1.0, 0.5, -0.3], [0.2, 1.0, 0.0], [0.0, 0.4, 0.8]])
+    told = (
+        inverse.Problem(y, matrix, 0.3),
+        inverse.Problem(y, matrix, noise=lambda mean, y: -0.5 * ((y - mean) / 0.3).square().sum(1)),
+        inverse.Problem(y, lambda x: x @ matrix.to(x).T + (x > 1e4).to(x) * x, 0.3),
+    )
+    x, by_function, bent = (
+        fastdiff.sample(
+            gaussian.denoiser(process), process, 10, sampler="ddim", shape=(3,), prediction="x0", num_samples=5,
+            guidance=inverse.MMPS(problem, iterations),
+        )
+        for problem in told
+    )  # fmt: skip
+    torch.testing.assert_close(by_function, x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(bent, x, atol=1e-4, rtol=1e-4)
+
+
+def logistic(mean, y):
+    return torch.nn.functional.logsigmoid((mean - y) / 0.3).flatten(1).sum(1) + torch.nn.functional.logsigmoid(
+        (y - mean) / 0.3
+    ).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("noise", ["poisson", logistic])
+def test_fewer_iterations_find_what_all_do_where_measurements_are_apart(noise):
+    """Seventeen numbers N(5, 1), each measured by itself: what the sums of the covariance's rows say is then all."""
+    process = fastdiff.VP()
+
+    def x0(x, t):
+        alpha, sigma = (value[:, None] for value in (process.alpha(t), process.sigma(t)))
+        return 5 + alpha / (alpha**2 + sigma**2) * (x - 5 * alpha)
+
+    problem = inverse.Problem(torch.arange(17.0), torch.eye(17), None, noise)
+    few, exact = (
+        fastdiff.sample(
+            x0, process, 10, sampler="ddim", shape=(17,), prediction="x0", num_samples=5,
+            guidance=inverse.MMPS(problem, iterations),
+        )
+        for iterations in (16, 17)
+    )  # fmt: skip
+    torch.testing.assert_close(few, exact, atol=5e-3, rtol=5e-3)
+    assert exact.mean(0)[-3:].mean() - exact.mean(0)[:3].mean() > 2  # y tells something
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -465,6 +564,18 @@ def test_bits_do_not_depend_on_the_batch(method):
     if method != "SMC":
         part = fastdiff.sample(x0, process, 8, num_samples=3, first_sample=4, **options)
         assert torch.equal(whole[4:], part)
+
+
+@pytest.mark.parametrize("iterations", [None, 2])
+@pytest.mark.parametrize("noise", ["gaussian", "poisson", t_density])
+def test_bits_of_many_measurements_do_not_depend_on_the_batch(noise, iterations):
+    problem = inverse.Problem(torch.arange(16.0), torch.randn(16, 20), 0.3 if noise == "gaussian" else None, noise)
+    options = {"shape": (20,), "prediction": "x0", "guidance": inverse.MMPS(problem, iterations), "seed": 5}
+    whole, parts = (
+        fastdiff.sample(lambda x, t: x.sin(), fastdiff.VE(), 6, num_samples=7, batch_size=size, **options)
+        for size in (7, 3)
+    )
+    assert torch.equal(whole, parts)
 
 
 def test_particles_of_a_y_for_each_sample_go_with_its_number():
@@ -637,7 +748,10 @@ REFUSED = [
     (lambda: drawn(inverse.MMPS(inverse.Problem(Y, WrongAdjoint(), 0.3))), DataError, "A_adjoint is not the adjoint of A"),
     (lambda: drawn(inverse.MMPS(inverse.Problem(Y[0], Physics(), 0.3))), ShapeError, r"y must have the shape \(1, 2\)"),
     (lambda: drawn(inverse.MMPS(inverse.Problem(torch.zeros(3, 1, 2), Physics()))), ShapeError, r"or \(2, 1, 2\) for num"),
-    (lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: x[..., :2] ** 2, 0.3))), ConfigError, "is for a linear operator"),
+    (lambda: drawn(inverse.TMPD(inverse.Problem(Y, lambda x: x[..., :2] ** 2, 0.3))), ConfigError, "is for a linear operator"),
+    (lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: x[..., :2] ** 2, 0.0))), ConfigError, "noise_std=0 gives p"),
+    (lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: x[..., :2].detach() ** 2, 0.3))), ConfigError, "has no gradient"),
+    (lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: (x - x.mean(0))[..., :2], 0.3))), DataError, "each sample by"),
     (lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: x[0], 0.3))), ShapeError, "operator must be batched"),
     (lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: x / 0, 0.3))), DataError, "the operator returns must be finite"),
     (lambda: drawn(inverse.MMPS(inverse.Problem(Y, torch.fft.fft, 0.3))), DTypeError, "complex ones by torch"),
@@ -653,7 +767,7 @@ REFUSED = [
     ),
     (
         lambda: drawn(inverse.SMC(inverse.Problem(Y, lambda x: x[..., :2], noise=lambda mean, y: -(mean - y).abs().sum()))),
-        ShapeError, "log p\\(y \\| x0\\) must return a number for each sample",
+        ShapeError, "noise must return a number for each sample",
     ),
     (lambda: inverse.Mask(np.ones(4, dtype=bool)), DTypeError, "mask must be a tensor, got ndarray: use torch.as_tensor"),
     (lambda: inverse.Blur.gaussian(1.0, 1).A(Y), ShapeError, "take a smaller one"),

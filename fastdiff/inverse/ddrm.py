@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import checks
 from ..errors import ConfigError
 from ..guidance.base import together
+from .operators import product
 from .own_steps import OwnSteps, Steps
 from .problem import Measurement, Problem
 
@@ -50,7 +51,7 @@ class DDRM(OwnSteps):
         seen = s > 0
         zero = measured.of(torch.zeros((1, *shape), dtype=setting.dtype, device=setting.device))  # of a mean too
         y = (measured.each - zero).double()
-        projected = y.flatten(1) @ u
+        projected = product(y.flatten(1), u)
         clean = torch.zeros(count, numbers, dtype=torch.float64, device=setting.device)
         width = min(projected.shape[1], numbers)
         clean[:, :width] = projected[:, :width] / s[:width].where(seen[:width], 1.0) * seen[:width]
@@ -64,9 +65,9 @@ class DDRM(OwnSteps):
         state = torch.where(seen & (sigma >= noise), clean + spread * (start / sigma), start)
         for k, row in steps.rows():
             (alpha, sigma), (below, after) = ladder[k : k + 2]
-            x = (alpha * (state @ vt)).to(setting.dtype).view(count, *shape)
+            x = (alpha * product(state, vt)).to(setting.dtype).view(count, *shape)
             x0 = steps.prediction(x, row.network_time, parts)
-            mean = x0.double().flatten(1) @ vt.T
+            mean = product(x0.double().flatten(1), vt.T)
             z = steps.normal(count, setting.first_sample, k).double().flatten(1)
             kept = math.sqrt(1 - eta**2) * after
             hidden = mean + kept * (state - mean) / sigma + eta * after * z
@@ -75,4 +76,4 @@ class DDRM(OwnSteps):
             state = torch.where(seen, torch.where(after < noise, faint, clear), hidden)
             steps.notice(k, state)
         calls = len(table) * math.ceil(count / steps.batch)
-        return (below * (state @ vt)).to(setting.dtype).view(count, *shape), calls
+        return (below * product(state, vt)).to(setting.dtype).view(count, *shape), calls

@@ -14,6 +14,16 @@ from .. import checks
 from ..errors import ConfigError, DTypeError, ShapeError, short
 from ..execution import tensor_checks
 
+ROWS = 16  # of a product with a matrix that BLAS is given at a time
+
+
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix, each row the same bits among any others: BLAS sums in another order for another number of rows, and alone for
+    one batch, so it is given batches of as many rows, two at the least."""
+    blocks = max(2, -(-len(x) // ROWS))
+    rows = torch.nn.functional.pad(x, (0, 0, 0, blocks * ROWS - len(x))).view(blocks, ROWS, -1)
+    return torch.bmm(rows, matrix.expand(blocks, *matrix.shape)).flatten(0, 1)[: len(x)]
+
 
 class Operator:
     """Base: `A(x)` [B, *] -> [B, *m] and `A_adjoint(y)`; `second @ first` is the one after the other."""
@@ -76,10 +86,10 @@ class Matrix(Operator):
                 "numbers"
             )
         self.shape = tuple(x.shape[1:])
-        return x.flatten(1) @ self.values.to(x).T
+        return product(x.flatten(1), self.values.to(x).T)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
-        return (y @ self.values.to(y)).view(len(y), *self.shape)
+        return product(y, self.values.to(y)).view(len(y), *self.shape)
 
 
 class Mask(Operator):
@@ -175,12 +185,16 @@ class Blur(Operator):
                 f"kernel {tuple(self.kernel.shape)} must fit into a sample's last axes {tuple(x.shape[1:])}: take a smaller "
                 "one, as of Blur.gaussian(sigma, axes)"
             )
+        if math.prod(x.shape[: -self.kernel.ndim]) == 1:  # of which alone the transform back rounds in another way
+            return self._filtered(torch.cat((x, x)), conjugated)[:1]
         wide = x.new_zeros(lengths)
         wide[tuple(slice(k) for k in self.kernel.shape)] = self.kernel.to(x)
         middle = tuple(-(k // 2) for k in self.kernel.shape)
-        spectrum = torch.fft.rfftn(torch.roll(wide, middle, axes), dim=axes)
-        product = torch.fft.rfftn(x, dim=axes) * (spectrum.conj() if conjugated else spectrum)
-        return torch.fft.irfftn(product, s=lengths, dim=axes)
+        a, b = torch.fft.rfftn(torch.roll(wide, middle, axes), dim=axes), torch.fft.rfftn(x, dim=axes)
+        imaginary = -a.imag if conjugated else a.imag
+        # a product of complex tensors rounds the last few numbers of a batch in another way than the others
+        both = torch.complex(a.real * b.real - imaginary * b.imag, a.real * b.imag + imaginary * b.real)
+        return torch.fft.irfftn(both, s=lengths, dim=axes)
 
 
 class Fourier(Operator):

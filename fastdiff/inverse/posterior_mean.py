@@ -19,10 +19,12 @@ from torch import Tensor
 from .. import checks
 from ..execution.calls import like
 from ..guidance.base import Bound, Guidance, Moment, Setting
-from .problem import Measurement, Problem, conjugate_gradients, dot
+from .laplace import Likelihood, mode
+from .problem import Linear, Measurement, Problem, conjugate_gradients, dot
 
 FEW = 16  # measurements whose covariance is made as a matrix, unless the caller says how many iterations to take
 ITERATIONS = 5
+LEAST = 1e-6  # of Λ, in 1/S
 
 
 # of log p(y | x_t) up to what is the same for all x_t, [B], float64; most methods need the mean alone
@@ -71,24 +73,117 @@ class Dense(GaussianBound):
     """C by as many products with the Jacobian as there are measurements."""
 
     def change(self, moment: Moment, residual: Tensor) -> tuple[Tensor, Density]:
-        measured, count = self.measured, len(residual)
-        many = math.prod(measured.shape)
-        columns, s = [], residual.new_empty((count, many, many), dtype=torch.float64)
-        for i, unit in enumerate(torch.eye(many, dtype=residual.dtype, device=residual.device)):
-            a = measured.adjoint(unit.view(1, *measured.shape)).expand_as(moment.x)
-            columns.append(moment.tweedie * moment.pulled(a, last=i + 1 == many))
-            s[:, i] = measured.forward(columns[-1]).double().flatten(1)
-        # a trained network's Jacobian is no covariance: its symmetric part, in which nothing below the size of the other is known
-        values, vectors = torch.linalg.eigh((s + s.mT) / 2)
-        positive = values > 0  # along the others nothing is told, as in conjugate gradients
-        # (the Frobenius norm of an antisymmetric matrix is at least √2 times its largest singular value)
-        unknown = torch.linalg.matrix_norm((s - s.mT) / 2)[:, None] / math.sqrt(2)
-        values = torch.maximum(values, unknown) + self.variance
+        columns, values, vectors, positive = spread(moment, self.measured.part, residual)
+        values = values + self.variance
         values = torch.maximum(values, 1e-12 * values.amax(1, keepdim=True) + 1e-300)
         along = (vectors.mT @ residual.double().flatten(1)[..., None])[..., 0]
         weights = (vectors @ torch.where(positive, along / values, 0.0)[..., None])[..., 0]
-        change = sum(like(weights[:, i], moment.x) * column for i, column in enumerate(columns))
-        return change, lambda: -0.5 * ((along**2 / values).sum(1) + values.log().sum(1))  # type: ignore[return-value]
+        return weighed(columns, weights), lambda: -0.5 * ((along**2 / values).sum(1) + values.log().sum(1))
+
+
+class Laplace(DensityBound):
+    """Of any operator and noise (fastdiff.inverse.laplace)."""
+
+    def __init__(self, measured: Measurement, setting: Setting) -> None:
+        super().__init__(measured)
+        self.likelihood = Likelihood(measured, setting)
+
+    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Density]:
+        mean, part = self.measured.linearized(moment.x0)
+        change, density = self.change(moment, part, mean.double().flatten(1), parts["y"])
+        return moment.x0 + change, density
+
+    def change(self, moment: Moment, part: Linear, mean: Tensor, y: Tensor) -> tuple[Tensor, Density]:
+        """C Hᵀ S⁻¹ δ, and what gives log p(y | x_t), of measurements whose mean is `mean` [B, n]."""
+        raise NotImplementedError
+
+
+class DenseLaplace(Laplace):
+    """S as a matrix; of an operator that is not linear by its values one standard deviation of x0 given x_t on either side, along
+    each measured direction (Julier & Uhlmann 1997): what these have beside a slope counts as noise. By the Jacobian alone one of
+    several x0 of the same y would be taken for certain while x_t is still noise."""
+
+    def change(self, moment: Moment, part: Linear, mean: Tensor, y: Tensor) -> tuple[Tensor, Density]:
+        columns, values, vectors, positive = spread(moment, part, y)
+        roots = torch.where(positive, values, 0.0).sqrt()
+        # x0 = x̂0 + columns · to · a, m = mean + slopes · a + the rest, of normal numbers a of variance 1
+        to, slopes = vectors * torch.where(positive, 1 / roots, 0.0)[:, None], vectors * roots[:, None]
+        if not part.shared:
+            mean, slopes, rest = self.aside(moment, columns, to, mean)
+            values, vectors = torch.linalg.eigh(slopes @ slopes.mT + rest)
+            positive = values > 0
+            roots = values.clamp(min=0).sqrt()
+        found = mode(self.likelihood, mean, vectors * roots[:, None], y)
+        along = torch.where(positive, found.a / roots, 0.0)
+        weights = to @ (slopes.mT @ (vectors @ along[..., None]))
+        return weighed(columns, weights[..., 0]), lambda: found.value - 0.5 * found.log_det
+
+    def aside(self, moment: Moment, columns: list[Tensor], to: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of A(x0): the mean [B, n], the slopes [B, n, n], and the covariance of the rest."""
+        x0, even, odd = moment.x0.detach(), torch.zeros_like(to), torch.zeros_like(to)
+        for i in range(mean.shape[1]):
+            step = weighed(columns, to[:, :, i])
+            up, down = (self.measured.of(x).detach().double().flatten(1) for x in (x0 + step, x0 - step))
+            even[:, :, i], odd[:, :, i] = (up + down) / 2 - mean, (up - down) / 2
+        return mean + even.sum(2), odd, 2 * even @ even.mT
+
+
+class IteratedLaplace(Laplace):
+    """The largest value is looked for with S as a diagonal, the sums of its rows; the likelihood's second-order Taylor polynomial
+    about it is that of a Gaussian noise, whose S is by conjugate gradients."""
+
+    def __init__(self, measured: Measurement, setting: Setting, iterations: int) -> None:
+        super().__init__(measured, setting)
+        self.iterations = iterations
+
+    def change(self, moment: Moment, part: Linear, mean: Tensor, y: Tensor) -> tuple[Tensor, Density]:
+        def along(u: Tensor, last: bool = False) -> Tensor:
+            """C Hᵀ u."""
+            return moment.tweedie * moment.pulled(part.adjoint(u), last=last)
+
+        roots = part.forward(along(torch.ones_like(y))).double().flatten(1).clamp(min=0).sqrt()
+        found = mode(self.likelihood, mean, roots, y)
+        precision = torch.maximum(found.second, LEAST / roots.square().amax(1, keepdim=True).clamp(min=1e-30))
+        residual = roots * found.a + found.slope / precision  # of that Gaussian noise
+        scale = precision.sqrt().view(y.shape)
+        z = conjugate_gradients(
+            lambda u: scale * part.forward(along((scale * u).to(y.dtype))) + u,
+            scale * residual.view(y.shape),
+            self.iterations,
+        )  # of (1/Λ + S)⁻¹ residual, with Λ^½ on either side
+        weights = scale * z
+        change = along(weights.to(y.dtype), last=True).detach()
+        shift = part.forward(change).double()
+
+        def density() -> Tensor:
+            value = self.likelihood.value(mean + shift.flatten(1), y)
+            return value - 0.5 * dot(weights, shift) - 0.5 * found.log_det
+
+        return change, density
+
+
+def spread(moment: Moment, part: Linear, y: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Of S = A C Aᵀ for as many measurements as y [B, *m] has: the columns of C Aᵀ, each [B, *], by a product with the Jacobian;
+    eigenvalues and -vectors, float64; and whether an eigenvalue is positive: along the others nothing is told, as in conjugate
+    gradients."""
+    many, columns = math.prod(y.shape[1:]), []
+    s = y.new_empty((len(y), many, many), dtype=torch.float64)
+    for i, unit in enumerate(torch.eye(many, dtype=y.dtype, device=y.device)):
+        unit = unit.view(1, *y.shape[1:])
+        a = part.adjoint(unit if part.shared else unit.expand_as(y)).expand_as(moment.x)
+        columns.append(moment.tweedie * moment.pulled(a, last=i + 1 == many))
+        s[:, i] = part.forward(columns[-1]).double().flatten(1)
+    # a trained network's Jacobian is no covariance: its symmetric part, in which nothing below the size of the other is known
+    values, vectors = torch.linalg.eigh((s + s.mT) / 2)
+    # (the Frobenius norm of an antisymmetric matrix is at least √2 times its largest singular value)
+    unknown = torch.linalg.matrix_norm((s - s.mT) / 2)[:, None] / math.sqrt(2)
+    return columns, torch.maximum(values, unknown), vectors, values > 0
+
+
+def weighed(columns: list[Tensor], weights: Tensor) -> Tensor:
+    """Σ_i weights_i columns_i, [B, *]."""
+    total: Tensor = sum(like(weights[:, i], column) * column for i, column in enumerate(columns))  # type: ignore[assignment]
+    return total.detach()
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,22 +192,24 @@ class MMPS(Guidance):
 
     iterations   of the solver, of conjugate gradients, a product with the Jacobian each and one more; with as many as there are
                  measurements it is exact, and C is made as a matrix. Default: exact up to 16 measurements, else 5
+
+    Of noise that is not Gaussian, and of an operator that is not linear, by Laplace's approximation about x̂0 (Rasmussen & Williams
+    2006, section 3.4); with fewer iterations than measurements one product more.
     """
 
     problem: Problem
     iterations: int | None = None
 
     def bind(self, setting: Setting) -> Bound:
-        return self.of(Measurement(self.problem, setting).needs_linear("inverse.MMPS"))
-
-    def of(self, measured: Measurement) -> Bound:
-        """The same for measurements that were checked."""
+        measured = Measurement(self.problem, setting)
         many = math.prod(measured.shape)
         iterations = self.iterations
         if iterations is None:
             iterations = many if many <= FEW else ITERATIONS
         iterations = checks.integer("iterations", iterations, 1, 10**6)
-        return Dense(measured) if iterations >= many else Iterated(measured, iterations)
+        if measured.linear and self.problem.noise == "gaussian":
+            return Dense(measured) if iterations >= many else Iterated(measured, iterations)
+        return DenseLaplace(measured, setting) if iterations >= many else IteratedLaplace(measured, setting, iterations)
 
 
 class Iterated(GaussianBound):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..guidance.base import Setting
 from .operators import Matrix
 
 NOISES = ("gaussian", "poisson")
+FEWEST = 0.01  # counts that are told by the logarithm itself
 SEED = 0x0D07  # of the vectors that an operator is asked with
 ITERATIONS = 100  # of conjugate gradients at the most, where they call no network
 
@@ -81,6 +82,14 @@ class Problem:
         return checks.number("the operator's noise_model.sigma", own, 0) if given is None else given
 
 
+class Linear(NamedTuple):
+    """A linear operator and its adjoint; `shared`: the same of each sample."""
+
+    forward: Callable[[Tensor], Tensor]
+    adjoint: Callable[[Tensor], Tensor]
+    shared: bool
+
+
 class Measurement:
     """A problem at the shape, dtype and device of a run, checked; A, its linear part and adjoint are of the network's units."""
 
@@ -97,10 +106,16 @@ class Measurement:
             forward = self._checked(self._raw(u), 2)
             self.shape = tuple(forward.shape[1:])
             self._check_y(problem.y, setting.count)
+            alone = self._checked(self._raw(u[:1]), 1)
             zero = self._raw(torch.zeros_like(u))
             other, both = self._raw(v), self._raw(u - 2 * v)
         scale = float((forward.abs() + 2 * other.abs()).max()) or 1.0
         tolerance = 1e-9 if self.dtype == torch.float64 else 1e-3
+        if not bool((alone - forward[:1]).abs().max() <= tolerance * scale):
+            raise DataError(
+                "operator must measure each sample by itself, and what it gives of one depends on others: no mean or sum over "
+                "the first axis"
+            )
         self.linear = bool(((both - zero) - ((forward - zero) - 2 * (other - zero))).abs().max() <= tolerance * scale)
         self.offset = zero[:1] if float(zero.abs().max()) > 0 else None
         if self.linear:
@@ -200,17 +215,20 @@ class Measurement:
         if self.problem.noise != "gaussian":
             raise ConfigError(
                 f"{method} is for Gaussian noise, got noise={short(self.problem.noise)}: use inverse.SMC or "
-                "guidance.LogLikelihood"
+                "inverse.MMPS"
             )
         if not self.linear:
-            raise ConfigError(f"{method} is for a linear operator, and this one is not: use inverse.DPS or inverse.SMC")
+            raise ConfigError(
+                f"{method} is for a linear operator, and this one is not: use inverse.SMC or inverse.MMPS"
+            )
         return self
 
     def needs_gradient(self, method: str) -> Measurement:
         """Itself; ConfigError where autograd does not see through the operator."""
         with torch.inference_mode(False), torch.enable_grad():
             x = torch.zeros((2, *self.model.data_shape), dtype=self.dtype, device=self.device, requires_grad=True)
-            self._differentiable(x, f"{method} takes it: write it in torch, or give one with A_adjoint to inverse.MMPS")
+            other = ", or give one with A_adjoint to inverse.MMPS" if self.linear else ""
+            self._differentiable(x, f"{method} takes it: write it in torch{other}")
         return self
 
     def solver(self) -> Callable[[Tensor, Any, float], Tensor]:
@@ -234,16 +252,48 @@ class Measurement:
 
         return solved
 
-    def log_likelihood(self, x0: Tensor, y: Tensor) -> Tensor:
-        """log p(y | x0), [B], up to a constant; float64."""
-        mean, noise = self.of(x0), self.problem.noise
+    def log_density(self, mean: Tensor, y: Tensor) -> Tensor:
+        """log p(y | x0), [B], up to a constant, of mean = A x0 [B, *m]."""
+        noise = self.problem.noise
         if callable(noise):
             value: Tensor = noise(mean, y)
             return value
         if noise == "poisson":
-            mean = mean.clamp(min=1e-12)
-            return (y * mean.log() - mean).double().flatten(1).sum(1)
-        return -0.5 * ((y - mean).double() / max(self.noise_std, 1e-12)).square().flatten(1).sum(1)
+            return poisson(mean.double(), y.double()).flatten(1).sum(1)
+        return -0.5 * ((y - mean).double() / self.noise_std).square().flatten(1).sum(1)
+
+    @property
+    def part(self) -> Linear:
+        """The linear part of `of`."""
+        return Linear(self.forward, self.adjoint, True)
+
+    def linearized(self, x0: Tensor) -> tuple[Tensor, Linear]:
+        """A x0 [B, *m] of x0 [B, *] in the network's units, and its Jacobian there."""
+        if self.linear:
+            return self.of(x0.detach()), self.part
+        at = x0.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            mean = self.of(at)
+            u = torch.zeros_like(mean, requires_grad=True)
+            (back,) = torch.autograd.grad(
+                mean, at, u, create_graph=True
+            )  # linear in u, so that its adjoint is the Jacobian
+
+        def forward(v: Tensor) -> Tensor:
+            return torch.autograd.grad(back, u, v, retain_graph=True)[0]
+
+        def adjoint(u: Tensor) -> Tensor:
+            return torch.autograd.grad(mean, at, u, retain_graph=True)[0]
+
+        return mean.detach(), Linear(forward, adjoint, False)
+
+
+def poisson(mean: Tensor, y: Tensor) -> Tensor:
+    """y log mean − mean, below `FEWEST` by the logarithm's second-order Taylor polynomial there and a parabola: predictions of
+    noisy samples may be negative, where it must be finite and have a slope upwards."""
+    below = (FEWEST - mean).clamp(min=0) / FEWEST
+    log = mean.clamp(min=FEWEST).log() - below - 0.5 * below.square()
+    return y * log - mean - 0.5 * FEWEST * below.square()
 
 
 def dot(u: Tensor, v: Tensor) -> Tensor:

@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..errors import ConfigError, NonFiniteError, warn
+from ..errors import ConfigError, NonFiniteError
 from ..execution import ops
 from ..execution.noise import ACCEPTANCE
 from ..guidance.base import Bound, Guidance, Moment, Setting, together
-from ..guidance.log_likelihood import draws, probe
 from ..table import Row, StepTable
 from .own_steps import OwnSteps, Steps
-from .posterior_mean import MMPS, Density, DensityBound
-from .problem import Measurement, Problem
+from .posterior_mean import MMPS, DensityBound
+from .problem import Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +34,7 @@ class SMC(OwnSteps):
 
     particles  of each problem. y [*m] for all samples: default num_samples, and these are the draws; y [num_samples, *m]: a
                problem for each, of which one particle is drawn; default 64
-    proposal   a method of this module that guides the particles, for the same problem; default MMPS, and for operators that are
-               not linear or noise that is not Gaussian the gradient of log p(y | x̂0), as in the paper: with a warning, as
-               that may be far off (docs/control.md)
+    proposal   a method of this module that guides the particles, for the same problem; default MMPS
     threshold  particles are drawn anew where their effective number (Σw)²/Σw² is below this share of them
 
     Particles of one problem depend on each other, so those of one y are a function of seed, first_sample, num_samples and
@@ -94,17 +91,7 @@ class SMC(OwnSteps):
 
     def _bound(self, setting: Setting) -> Bound:
         if self.proposal is None:
-            measured = Measurement(self.problem, setting)
-            gaussian = measured.linear and self.problem.noise == "gaussian"
-            if gaussian:
-                return MMPS(self.problem).of(measured)
-            bound = PlugIn(measured, setting)
-            warn(
-                "inverse.SMC follows p(y | x̂0) here, as the noise is not Gaussian or the operator not linear: that is far "
-                "narrower than p(y | x_t), and particles may miss the posterior by its standard deviation, alike in all their "
-                "weights. Compare the draws of several seeds, or say the noise as a Gaussian's: Problem(y, operator, noise_std)"
-            )
-            return bound
+            return MMPS(self.problem).bind(setting)
         if getattr(self.proposal, "problem", None) is not self.problem:
             raise ConfigError(
                 "proposal must be a method for the same Problem object: inverse.SMC(problem, proposal=inverse.TMPD(problem))"
@@ -121,25 +108,6 @@ class SMC(OwnSteps):
                 f"particles={size} are fewer than num_samples={count}, which are drawn from them: leave it out"
             )
         return size
-
-
-class PlugIn(DensityBound):
-    """p(y | x_t) ≈ p(y | x̂0(x_t)) (Wu et al. 2023, eq. 8): of any operator and noise that autograd sees through."""
-
-    def __init__(self, measured: Measurement, setting: Setting) -> None:
-        super().__init__(measured)
-        if measured.problem.noise == "gaussian" and measured.noise_std == 0:
-            raise ConfigError(
-                "noise_std=0 gives p(y | x0) no density that inverse.SMC could follow through an operator that is not linear: "
-                "give the noise that y has, or a small one"
-            )
-        x, y = draws(2, setting), measured.each[:1].expand(2, *measured.shape)
-        probe(lambda x: measured.log_likelihood(x, y), x, (), "log p(y | x0)", None)
-
-    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Density]:
-        value = self.measured.log_likelihood(moment.x0, parts["y"])
-        change = moment.tweedie * moment.gradient(value.sum())
-        return moment.x0 + change.detach(), value.detach().double
 
 
 @dataclass

@@ -1,0 +1,147 @@
+"""p(y | x_t) of any noise and operator, by Laplace's approximation.
+
+With x0 | x_t ~ N(x̂0, C) and the operator's Jacobian H at x̂0 the measurements m are N(m̂, S), m̂ = A(x̂0) and S = H C Hᵀ. About the
+largest value, at m̂ + δ, of log p(y | m) + log N(m; m̂, S) (Rasmussen & Williams 2006, section 3.4, with S for their K)
+
+    log p(y | x_t) = log p(y | m̂ + δ) − ½ δᵀ S⁻¹ δ − ½ log det(1 + S Λ),        Λ = −∂² log p(y | m)/∂m²
+    E[x0 | x_t, y] = x̂0 + C Hᵀ S⁻¹ δ
+
+Of a linear operator and Gaussian noise both are exact, and MMPS's. Where σ → 0 so does S, and what is left is log p(y | x0).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..guidance.base import Setting
+from ..guidance.log_likelihood import draws, probe
+from .problem import Measurement
+
+NEWTON = 20  # steps at the most
+HALVINGS = 10  # of each
+GAIN = 1e-5  # of a step that is still taken, of the value's size and 1
+
+
+class Likelihood:
+    """log p(y | m) of measurements m [B, *m], and its derivatives, float64, of each sample alone."""
+
+    def __init__(self, measured: Measurement, setting: Setting) -> None:
+        problem = measured.problem
+        if problem.noise == "gaussian" and measured.noise_std == 0:
+            raise ConfigError(
+                "noise_std=0 gives p(y | x0) no density that a method could follow through an operator that is not linear: give "
+                "the noise that y has, or a small one"
+            )
+        self.measured, self.separate = measured, not callable(problem.noise)
+        x, y = draws(2, setting), measured.each[:1].expand(2, *measured.shape)
+        if not measured.linear:
+            measured.needs_gradient("inverse.MMPS")
+        mean = measured.of(x).detach()
+        probe(lambda mean: measured.log_density(mean, y), mean, (), "noise", None)
+
+    def value(self, mean: Tensor, y: Tensor) -> Tensor:
+        """[B]."""
+        return self.measured.log_density(mean.view_as(y).to(y.dtype), y).detach().double()
+
+    def derivatives(self, mean: Tensor, y: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
+        """The gradient [B, n] and Λ [B, n, n], or the sums of its rows [B, n], which are its diagonal where each measurement has
+        a noise of its own."""
+        at = mean.to(y.dtype).requires_grad_()
+        (slope,) = torch.autograd.grad(self.measured.log_density(at.view_as(y), y).sum(), at, create_graph=True)
+        columns = [slope.sum(1)] if diagonal or self.separate else list(slope.unbind(1))
+        curved = [self._slope(column, at) for column in columns]
+        second = -(curved[0] if len(curved) == 1 else torch.stack(curved, 1)).double()
+        if not diagonal and second.ndim == 2:
+            second = second.diag_embed()
+        return slope.detach().double(), second
+
+    @staticmethod
+    def _slope(column: Tensor, at: Tensor) -> Tensor:
+        if not column.requires_grad:  # of a likelihood that is linear
+            return torch.zeros_like(at)
+        slope = torch.autograd.grad(column.sum(), at, retain_graph=True, allow_unused=True)[0]
+        return torch.zeros_like(at) if slope is None else slope
+
+
+class Mode(NamedTuple):
+    """The largest value of log p(y | mean + L a) − ½ |a|², S = L Lᵀ: where, a [B, n], that value [B], the gradient and Λ of the
+    likelihood there, and log det(1 + S Λ) [B]; float64."""
+
+    a: Tensor
+    value: Tensor
+    slope: Tensor
+    second: Tensor
+    log_det: Tensor
+
+
+def mode(likelihood: Likelihood, mean: Tensor, root: Tensor, y: Tensor) -> Mode:
+    """By Newton's method, each sample by its own steps.
+
+    mean [B, n]; root: L [B, n, n], or [B, n] where S is diagonal, as Λ then is. Where the likelihood is not concave, Λ counts
+    only as far as it is not negative.
+    """
+    a = torch.zeros_like(mean)
+    at = _At(likelihood, mean, root, y)
+    best, which = at.value(a), torch.arange(len(a), device=a.device)
+    for _ in range(NEWTON):
+        reached, value, moved = _At(likelihood, mean[which], root[which], y[which]).newton(a[which], best[which])
+        a[which], best[which] = reached, value
+        if a.device.type == "cpu":  # a look at a GPU's numbers would wait for it
+            which = which[moved]
+            if len(which) == 0:
+                break
+    slope, second, values, _ = at.curved(a)
+    return Mode(a, best, slope, second, values.log1p().sum(1))
+
+
+class _At(NamedTuple):
+    """What `mode` looks at."""
+
+    likelihood: Likelihood
+    mean: Tensor
+    root: Tensor
+    y: Tensor
+
+    @property
+    def diagonal(self) -> bool:
+        return self.root.ndim == 2
+
+    def along(self, a: Tensor) -> Tensor:
+        """L a."""
+        return self.root * a if self.diagonal else (self.root * a[:, None]).sum(2)
+
+    def value(self, a: Tensor) -> Tensor:
+        return self.likelihood.value(self.mean + self.along(a), self.y) - 0.5 * a.square().sum(1)
+
+    def curved(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The likelihood's gradient and Λ, and eigenvalues and -vectors of Lᵀ Λ L, of which none is negative."""
+        slope, second = self.likelihood.derivatives(self.mean + self.along(a), self.y, self.diagonal)
+        if self.diagonal:
+            second = second.clamp(min=0)
+            return slope, second, self.root.square() * second, self.root
+        values, vectors = torch.linalg.eigh(self.root.mT @ (second + second.mT) @ self.root / 2)
+        return slope, second, values.clamp(min=0), vectors
+
+    def newton(self, a: Tensor, best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step, halved until the value grows: where that leads, its value, and whether there was any."""
+        slope, _, values, vectors = self.curved(a)
+        if self.diagonal:
+            uphill = self.root * slope - a
+            step = uphill / (1 + values)
+        else:
+            uphill = (self.root * slope[..., None]).sum(1) - a
+            step = (vectors * ((vectors * uphill[..., None]).sum(1) / (1 + values))[:, None]).sum(2)
+        least = GAIN * (1 + best.abs())
+        still = stays = 0.5 * (uphill * step).sum(1) <= least  # what a parabola would gain
+        for halved in range(HALVINGS):
+            if best.device.type == "cpu" and bool(still.all()):
+                break
+            there = a + step / 2**halved
+            value = self.value(there)
+            taken = ~still & (value > best + least)
+            a, best, still = torch.where(taken[:, None], there, a), torch.where(taken, value, best), still | taken
+        return a, best, still & ~stays
