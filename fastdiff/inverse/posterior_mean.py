@@ -193,8 +193,8 @@ class MMPS(Guidance):
     iterations   of the solver, of conjugate gradients, a product with the Jacobian each and one more; with as many as there are
                  measurements it is exact, and C is made as a matrix. Default: exact up to 16 measurements, else 5
 
-    Of noise that is not Gaussian, and of an operator that is not linear, by Laplace's approximation about x̂0 (Rasmussen & Williams
-    2006, section 3.4); with fewer iterations than measurements one product more.
+    Of noise that is not Gaussian, and of an operator that is not linear, by Laplace's approximation about x̂0 (Rasmussen and
+    Williams 2006, section 3.4); with fewer iterations than measurements one product more.
     """
 
     problem: Problem
