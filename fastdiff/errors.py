@@ -271,7 +271,7 @@ def choose(argument: str, value: object, valid: Iterable[str]) -> str:
     near = nearest(value, names)
     hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
     shown = names
-    if len(names) > 12:
+    if len(names) > 14:
         shown = difflib.get_close_matches(_plain(value), names, n=6, cutoff=0.0)
     more = "" if len(shown) == len(names) else f" or {len(names) - len(shown)} others"
     raise ConfigError(f"{argument} must be one of {', '.join(map(repr, shown))}{more}, got {short(value)}{hint}")

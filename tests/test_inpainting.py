@@ -19,6 +19,7 @@ from fastdiff import errors, inverse, samplers
 from fastdiff.cli import commands
 from fastdiff.execution.noise import MEASUREMENTS, PRIOR, SAMPLER
 from fastdiff.inverse.jumps import with_jumps
+from fastdiff.networks import UNet
 from fastdiff.table import Row
 
 NAN = math.nan
@@ -444,8 +445,12 @@ def test_a_method_may_be_a_function_of_the_problem():
     problem = inverse.Problem(operator.A(PIXELS[None])[0], operator, 0.0)
     plain = draw(PICTURE, "vp", inverse.MMPS(problem, 2), 10, grid="logsnr", num_samples=3)
     assert torch.equal(mine, torch.where(MASK, PIXELS, plain))
-    nothing = fastdiff.inpaint(score(PICTURE, "vp"), PIXELS, torch.zeros(1), **given)
+    with pytest.warns(UserWarning, match="mask is True nowhere: the samples are the model's own"):
+        nothing = fastdiff.inpaint(score(PICTURE, "vp"), PIXELS, torch.zeros(1), **given)
     assert torch.equal(nothing, draw(PICTURE, "vp", None, 10, grid="logsnr", num_samples=3))
+    with pytest.warns(UserWarning, match="mask is True everywhere: nothing is drawn"):
+        everything = fastdiff.inpaint(score(PICTURE, "vp"), PIXELS, torch.ones(1), **given)
+    assert torch.equal(everything, PIXELS.expand(3, 2, 4, 4))
 
 
 def test_steps_say_how_many_and_change_no_sampler():
@@ -589,7 +594,7 @@ def test_verbs_refuse(said, call):
 def test_data_of_other_units_are_warned_of():
     model = fastdiff.ScoreModel(score(PICTURE, "vp"), "vp", "score", data_shape=(2, 4, 4), data_range=(-1, 1))
     with pytest.warns(UserWarning, match="known runs from 0 to 255, far outside of data_range"):
-        fastdiff.inpaint(model, 127.5 * (PIXELS + 1), torch.ones(1), steps=2)
+        fastdiff.inpaint(model, 127.5 * (PIXELS + 1), MASK, steps=2)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -647,9 +652,29 @@ def test_inpaint_and_solve_on_files(folder, capsys):
         assert np.load("solved.npy").shape == (2, 1, 8, 8)
 
 
+def test_colorize_on_files(folder):
+    """Grey values of a picture or of an array are those of the samples, by the weights that were given."""
+    torch.manual_seed(0)
+    net = UNet((3, 8, 8), channels=8, multipliers=(1,), blocks=1)
+    fastdiff.save(fastdiff.ScoreModel(net, "vp", "eps", "t", (3, 8, 8), (-1.0, 1.0)), "colours.safetensors")
+    quick = ("--steps", 3, "--method", "replacement", "-n", 2)
+    assert command("colorize", "colours.safetensors", "digit.png", *quick, "--out", "x.npy") == 0
+    digit, x = np.asarray(Image.open("digit.png")) / 127.5 - 1, np.load("x.npy")
+    assert x.shape == (2, 3, 8, 8)
+    assert np.abs(x - x.mean(1, keepdims=True)).max() > 0.01
+    np.testing.assert_allclose(x.mean(1), np.broadcast_to(digit, (2, 8, 8)), atol=1e-5)
+    weights = ("--weights", "0.299,0.587,0.114")
+    assert command("colorize", "colours.safetensors", "digits.npy", *weights, *quick, "--out", "x.png") == 0
+    assert command("colorize", "colours.safetensors", "digits.npy", *weights, *quick) == 0
+    grey = np.einsum("bchw,c->bhw", np.load("colorized.npy"), (0.299, 0.587, 0.114))
+    np.testing.assert_allclose(grey, np.load("digits.npy")[:, 0], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("said", "words"),
     [
+        ("colorize needs a model of samples [C, *] with two", "colorize digits-vp digits.npy"),
+        ("weights must be a number, got 'x'", "colorize digits-vp digits.npy --weights 1,x"),
         ("known must be an array of floats", "inpaint digits-vp bytes.npy"),
         ("mask must hold 1 where known", "inpaint digits-vp digits.npy --mask digits.npy"),
         ("known must be of the model's samples (1, 8, 8)", "inpaint digits-vp low.npy"),

@@ -1,4 +1,4 @@
-"""The command line: `fastdiff demo | train | sample | inpaint | solve | evaluate | likelihood | check | plan | doctor`."""
+"""The command line: `fastdiff demo | train | sample | inpaint | colorize | solve | evaluate | likelihood | check | plan | …`."""
 
 from __future__ import annotations
 
@@ -173,6 +173,21 @@ def _inpaint(a: argparse.Namespace) -> None:
         model, known.to(device), None if mask is None else mask.to(device), steps=a.steps, method=a.method, num_samples=count,
         **options,
     )  # fmt: skip
+    _write_samples(out, *drawn, model)
+
+
+def _colorize(a: argparse.Namespace) -> None:
+    from ..sampling import colorize
+    from . import measurements
+
+    out, model = _writable("--out", a.out, (".npy", ".png")), _model(a)
+    gray = measurements.values("gray", a.file, model, 1)
+    weights = None if a.weights is None else measurements.weights(a.weights)
+    several = len(gray) if gray.ndim > len(model.data_shape) else None
+    count, options = _of_posterior(a, model, out, several)
+    drawn = colorize(
+        model, gray.to(options["device"]), steps=a.steps, method=a.method, weights=weights, num_samples=count, **options
+    )
     _write_samples(out, *drawn, model)
 
 
@@ -812,6 +827,15 @@ def _parser() -> argparse.ArgumentParser:
     mask = "1 or white where FILE is known: a .npy array or a picture (default: where FILE is not NaN)"
     sub.add_argument("--mask", metavar="MASK", help=mask)
     _posterior_options(sub, "inpainted.npy")
+
+    sub = command("colorize", _colorize, "Draw samples whose grey values are known.", *of_posterior)
+    sub.add_argument(
+        "file", metavar="FILE", help="the grey values: a .npy array in the units of the samples, or a picture"
+    )
+    sub.add_argument(
+        "--weights", metavar="W,W,W", help="of the channels in the grey value, of sum 1 (default: equal ones)"
+    )
+    _posterior_options(sub, "colorized.npy")
 
     sub = command("solve", _solve, "Draw samples given measurements y = A x + noise of them.", *of_posterior)
     measured = "the measurements y: a .npy array, in the units of A x of samples x, or a picture"

@@ -124,7 +124,7 @@ def main(
         demo_control.draw(out, controlled)
         sections += demo_control.report(controlled)
     seconds = time.perf_counter() - began
-    text = "\n".join([report(results, real, unseen, train_steps, seconds), *sections])
+    text = "\n".join([report(results, real, unseen, len(models), train_steps, seconds), *sections])
     with files.replacing(out / "report.md") as handle:
         handle.write(text.encode())
     print(text)
@@ -171,6 +171,7 @@ def report(
     results: list[Result],
     real: NDArray[np.float64],
     unseen: NDArray[np.float64],
+    models: int,
     train_steps: int,
     seconds: float,
 ) -> str:
@@ -183,7 +184,7 @@ def report(
     lines = [
         "# fastdiff demo: 8×8 handwritten digits",
         "",
-        f"Three U-Nets trained for {train_steps} steps on {len(real)} digits; {count} samples from each sampler; "
+        f"{models} U-Nets trained for {train_steps} steps on {len(real)} digits; {count} samples from each sampler; "
         f"{seconds:.0f} seconds in all.",
         "",
         f"Fréchet distances are in pixel space (64-d) to the {len(unseen)} held-out digits. The two halves of the real "

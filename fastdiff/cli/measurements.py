@@ -1,4 +1,4 @@
-"""What `fastdiff inpaint` and `fastdiff solve` read: known parts, masks, measurements, and operators by their names."""
+"""What `fastdiff inpaint | colorize | solve` read: known parts, masks, measurements, and operators by their names."""
 
 from __future__ import annotations
 
@@ -94,8 +94,12 @@ def _number(text: str, what: str) -> float:
 
 
 def _grayscale(value: str, model: ScoreModel) -> Any:
-    weights = [_number(word, "operator grayscale's weight") for word in value.split(",")] if value else None
-    return inverse.Grayscale(weights)
+    return inverse.Grayscale(weights(value) if value else None)
+
+
+def weights(text: str) -> list[float]:
+    """Numbers of "W,W,W"."""
+    return [_number(word, "weights") for word in text.split(",")]
 
 
 def _downsampling(value: str, model: ScoreModel) -> Any:

@@ -311,6 +311,11 @@ def guided(guidance: Any, setting: Setting, rows: bool = False) -> tuple[ScoreMo
     """
     each, model = list(guidance) if isinstance(guidance, (list, tuple)) and guidance else [guidance], setting.model
     for one in each:
+        if isinstance(one, Tensor):
+            raise ConfigError(
+                f"guidance must be an object, a number or a list, got a tensor {tuple(one.shape)}: scales of each sample are "
+                "guidance.ClassifierFree(tensor)"
+            )
         if not isinstance(one, Guidance):
             raise ConfigError(
                 "guidance must be an object of fastdiff.guidance or fastdiff.inverse, a number, or a list of them, got "

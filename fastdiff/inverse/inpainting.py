@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ShapeError, choose, short
+from ..errors import ConfigError, ShapeError, choose, short, warn
 from ..execution import tensor_checks
 from ..guidance.base import Bound, Guidance, Moment, Setting
 from .daps import DAPS
@@ -61,6 +61,11 @@ def inpainting(known: Any, mask: Any, shape: tuple[int, ...], count: int, device
         return torch.where(mask, known.to(x.dtype), x)
 
     nothing_to_do = not bool(mask.any()) or bool(mask.all())
+    if nothing_to_do:
+        what = (
+            "is True everywhere: nothing is drawn" if mask.any() else "is True nowhere: the samples are the model's own"
+        )
+        warn(f"mask {what}. Did you mean ~mask? It is True where known holds the data")
     if nothing_to_do or (isinstance(made, type) and issubclass(made, Replacement)):
         return Task((Replacement if nothing_to_do else made)((known, mask)), finish)
     if bool((mask == mask[:1]).all()):
@@ -77,7 +82,7 @@ def colorization(gray: Any, weights: Any, shape: tuple[int, ...], method: Any) -
     tensor_checks.check_floating("gray", gray)
     tensor_checks.check_finite("gray", gray)
     if len(shape) < 2 or shape[0] < 2:
-        raise ShapeError(f"colorize needs a model of samples [C, *] with two channels or more, and its are {shape}")
+        raise ShapeError(f"colorize needs a model of samples [C, *] with two channels or more, got one of {shape}")
     plain = gray[None] if tuple(gray.shape) == shape[1:] else gray
     if tuple(plain.shape[-len(shape) :]) != (1, *shape[1:]) or plain.ndim > len(shape) + 1:
         raise ShapeError(
