@@ -663,6 +663,11 @@ def test_colorize_on_files(folder):
     assert x.shape == (2, 3, 8, 8)
     assert np.abs(x - x.mean(1, keepdims=True)).max() > 0.01
     np.testing.assert_allclose(x.mean(1), np.broadcast_to(digit, (2, 8, 8)), atol=1e-5)
+    Image.fromarray(np.tile(np.uint8([0, 255, 0]), (8, 8, 1))).save("green.png")
+    assert command("colorize", "colours.safetensors", "green.png", *quick, "--out", "x.npy") == 0
+    np.testing.assert_allclose(
+        np.load("x.npy").mean(1), -1 / 3, atol=1e-4
+    )  # of an untrained model, whose samples are large
     weights = ("--weights", "0.299,0.587,0.114")
     assert command("colorize", "colours.safetensors", "digits.npy", *weights, *quick, "--out", "x.png") == 0
     assert command("colorize", "colours.safetensors", "digits.npy", *weights, *quick) == 0

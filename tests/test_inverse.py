@@ -500,8 +500,7 @@ def test_posteriors_of_any_noise_and_operator(name):
     assert (ratios - 1).abs().max() < 0.25
 
 
-@pytest.mark.parametrize("iterations", [3, 2])
-def test_a_normal_noise_told_as_a_function_is_no_other(iterations):
+def test_a_normal_noise_told_as_a_function_is_no_other():
     """And an operator that only looks as if it were not linear."""
     gaussian, process, y = Gaussian((3,)), fastdiff.VP(), torch.tensor([0.4, -1.0, 0.3])
     matrix = torch.tensor([[1.0, 0.5, -0.3], [0.2, 1.0, 0.0], [0.0, 0.4, 0.8]])
@@ -513,12 +512,99 @@ def test_a_normal_noise_told_as_a_function_is_no_other(iterations):
     x, by_function, bent = (
         fastdiff.sample(
             gaussian.denoiser(process), process, 10, sampler="ddim", shape=(3,), prediction="x0", num_samples=5,
-            guidance=inverse.MMPS(problem, iterations),
+            guidance=inverse.MMPS(problem),
         )
         for problem in told
     )  # fmt: skip
     torch.testing.assert_close(by_function, x, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(bent, x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("constant", [0.0, 1e3, -1e6])
+def test_a_constant_in_log_p_changes_nothing(constant):
+    """But for rounding: the value's, of float32."""
+    gaussian, matrix = Gaussian((3,)), torch.tensor([[1.0, 0.5, -0.3]])
+
+    def log_p(mean, y):
+        return constant - 0.5 * ((y - mean) / 0.1).square().sum(1)
+
+    x, plain = (
+        fastdiff.sample(
+            gaussian.denoiser(fastdiff.VP()), "vp", 20, sampler="ddim", shape=(3,), prediction="x0", num_samples=5,
+            guidance=inverse.MMPS(problem),
+        )
+        for problem in (
+            inverse.Problem(torch.ones(1), matrix, noise=log_p),
+            inverse.Problem(torch.ones(1), matrix, 0.1),
+        )
+    )  # fmt: skip
+    torch.testing.assert_close(x, plain, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("gain", [2e-4, 1.0, 1e3])
+def test_counts_of_any_rate(gain):
+    """Of one number N(5, 1): by sums over a fine grid. MMPS too, where the counts are many."""
+    process, y = fastdiff.VP(), round(5.5 * gain) or 1
+
+    def x0(x, t):
+        alpha, sigma = (value[:, None] for value in (process.alpha(t), process.sigma(t)))
+        return 5 + alpha / (alpha**2 + sigma**2) * (x - 5 * alpha)
+
+    grid = torch.linspace(1e-3, 12, 200_001, dtype=torch.float64)
+    weight = (y * (gain * grid).log() - gain * grid - 0.5 * (grid - 5) ** 2).softmax(0)
+    mean = float(weight @ grid)
+    std = float(weight @ (grid - mean) ** 2) ** 0.5
+    problem = inverse.Problem(torch.tensor([float(y)]), lambda x: gain * x, noise="poisson")
+    for method in (inverse.SMC, inverse.MMPS):
+        x = fastdiff.sample(
+            x0, process, 60, sampler="euler_maruyama", grid="fourth_root", shape=(1,), prediction="x0", num_samples=1000,
+            guidance=method(problem),
+        ).double()  # fmt: skip
+        assert abs(float(x.mean()) - mean) < 0.15 * std
+        assert float(x.std()) == pytest.approx(std, rel=0.15)
+
+
+def test_many_counts_stay_finite():
+    """Twenty counts, of 24 related numbers: five iterations and as many as there are agree nearly."""
+    gaussian, rng = Gaussian((24,), seed=2), np.random.default_rng(3)
+    matrix = torch.from_numpy(rng.normal(size=(20, 24))).float() / 24**0.5
+    y = torch.from_numpy(rng.poisson((3 * (matrix @ gaussian.draw(1)[0].float()).exp()).numpy())).float()
+    problem = inverse.Problem(y, lambda x: 3 * (x @ matrix.to(x).T).exp(), noise="poisson")
+    few, exact = (
+        fastdiff.sample(
+            gaussian.denoiser(fastdiff.VP()), "vp", 20, sampler="unipc", shape=(24,), prediction="x0", num_samples=100,
+            guidance=inverse.MMPS(problem, iterations),
+        )
+        for iterations in (None, 20)
+    )  # fmt: skip
+    assert ((few.mean(0) - exact.mean(0)).abs() / exact.std(0)).max() < 0.6
+    assert few.abs().max() < 1.3 * exact.abs().max()
+
+
+class Dropping(nn.Module):
+    """A network as operator or noise, in training mode, whose flag is kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x, y=None):
+        return self.drop(x) if y is None else -self.drop((x - y).square()).sum(1)
+
+
+@pytest.mark.parametrize("part", ["operator", "noise"])
+def test_networks_as_operator_or_noise_are_evaluated(part):
+    net = Dropping()
+    operator, noise = (net, "gaussian") if part == "operator" else (torch.eye(3), net)
+    problem = inverse.Problem(torch.ones(3), operator, 0.3 if part == "operator" else None, noise)
+    x, same = (
+        fastdiff.sample(
+            lambda x, t: x.sin(), "vp", 4, shape=(3,), prediction="x0", num_samples=2, guidance=inverse.MMPS(problem)
+        )
+        for _ in range(2)
+    )
+    assert torch.equal(x, same)
+    assert net.drop.training
 
 
 def logistic(mean, y):
@@ -752,6 +838,23 @@ REFUSED = [
     (lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: x[..., :2] ** 2, 0.0))), ConfigError, "noise_std=0 gives p"),
     (lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: x[..., :2].detach() ** 2, 0.3))), ConfigError, "has no gradient"),
     (lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: (x - x.mean(0))[..., :2], 0.3))), DataError, "each sample by"),
+    (lambda: inverse.Problem(-Y - 1, lambda x: x, noise="poisson"), DataError, "y must be counts, none below 0"),
+    (
+        lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: x[..., :2], noise=lambda m, y: m.log().flatten(1).sum(1)))),
+        DataError, "noise gives nan of a prediction of noisy samples",
+    ),
+    (
+        lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: (x[..., :2] + 5).log(), 0.3))),
+        DataError, "operator gives nan of predictions",
+    ),
+    (
+        lambda: drawn(inverse.MMPS(inverse.Problem(Y[0, 0], lambda x: x.sum((1, 2)), 0.3))),
+        ShapeError, "operator must give an axis",
+    ),
+    (
+        lambda: drawn(inverse.SMC(inverse.Problem(Y, lambda x: x[..., :2], noise=lambda m, y: -m.sub_(y).flatten(1).sum(1)))),
+        ConfigError, "noise fails on two samples .* do nothing in place",
+    ),
     (lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: x[0], 0.3))), ShapeError, "operator must be batched"),
     (lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: x / 0, 0.3))), DataError, "the operator returns must be finite"),
     (lambda: drawn(inverse.MMPS(inverse.Problem(Y, torch.fft.fft, 0.3))), DTypeError, "complex ones by torch"),

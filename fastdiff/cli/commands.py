@@ -181,8 +181,8 @@ def _colorize(a: argparse.Namespace) -> None:
     from . import measurements
 
     out, model = _writable("--out", a.out, (".npy", ".png")), _model(a)
-    gray = measurements.values("gray", a.file, model, 1)
     weights = None if a.weights is None else measurements.weights(a.weights)
+    gray = measurements.gray(a.file, model, weights)
     several = len(gray) if gray.ndim > len(model.data_shape) else None
     count, options = _of_posterior(a, model, out, several)
     drawn = colorize(

@@ -51,6 +51,14 @@ def known(value: str, model: ScoreModel) -> Tensor:
     return array
 
 
+def gray(value: str, model: ScoreModel, weights: list[float] | None) -> Tensor:
+    """Grey values: those of a picture in colours by the weights."""
+    array = values("gray", value, model)
+    if files.path("gray", value).suffix.lower() not in PICTURES or len(array) == 1:
+        return array
+    return inverse.Grayscale(weights).A(array[None])[0]
+
+
 def mask(value: str, model: ScoreModel) -> Tensor:
     """True where the data are known: 1 or True in an array, white in a picture."""
     path = files.path("mask", value)

@@ -16,14 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError, FastdiffError, short
 from ..guidance.base import Setting
 from ..guidance.log_likelihood import draws, probe
 from .problem import Measurement
 
 NEWTON = 20  # steps at the most
 HALVINGS = 10  # of each
-GAIN = 1e-5  # of a step that is still taken, of the value's size and 1
+GAIN = 1e-4  # in log p, that a step must promise
+LOWEST = 0.1  # standard deviations of a measurement, above which a count's mean is told by the logarithm itself
 
 
 class Likelihood:
@@ -36,28 +37,46 @@ class Likelihood:
                 "noise_std=0 gives p(y | x0) no density that a method could follow through an operator that is not linear: give "
                 "the noise that y has, or a small one"
             )
-        self.measured, self.separate = measured, not callable(problem.noise)
-        x, y = draws(2, setting), measured.each[:1].expand(2, *measured.shape)
+        self.measured, self.own = measured, callable(problem.noise)
+        x, y = draws(2, setting), measured.each[:1].repeat(2, *[1] * len(measured.shape))
         if not measured.linear:
             measured.needs_gradient("inverse.MMPS")
         mean = measured.of(x).detach()
-        probe(lambda mean: measured.log_density(mean, y), mean, (), "noise", None)
+        least = torch.ones_like(mean)
+        self.eps = torch.finfo(torch.float64).eps
+        if not self.own:
+            return
+        try:
+            value = measured.log_density(mean.clone(), y.clone(), least)
+            probe(lambda mean: measured.log_density(mean, y.clone(), least), mean, (), "noise", None)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, FastdiffError):
+                raise
+            raise ConfigError(
+                f"noise fails on two samples of means {float(mean.min()):g} to {float(mean.max()):g} ({short(str(error))}): it "
+                "is asked with any number of samples and any means, and must do nothing in place"
+            ) from error
+        self.eps = torch.finfo(value.dtype).eps
 
-    def value(self, mean: Tensor, y: Tensor) -> Tensor:
-        """[B]."""
-        return self.measured.log_density(mean.view_as(y).to(y.dtype), y).detach().double()
+    def value(self, mean: Tensor, y: Tensor, least: Tensor) -> Tensor:
+        """[B], of mean and least [B, n]."""
+        return self._of(mean, y, least).detach().double()
 
-    def derivatives(self, mean: Tensor, y: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
+    def _of(self, mean: Tensor, y: Tensor, least: Tensor) -> Tensor:
+        mean = mean.to(y.dtype) if self.own else mean
+        return self.measured.log_density(mean.view_as(y), y, least.view_as(y))
+
+    def derivatives(self, mean: Tensor, y: Tensor, least: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
         """The gradient [B, n] and Λ [B, n, n], or the sums of its rows [B, n], which are its diagonal where each measurement has
         a noise of its own."""
-        at = mean.to(y.dtype).requires_grad_()
-        (slope,) = torch.autograd.grad(self.measured.log_density(at.view_as(y), y).sum(), at, create_graph=True)
-        columns = [slope.sum(1)] if diagonal or self.separate else list(slope.unbind(1))
+        at = (mean.to(y.dtype) if self.own else mean.clone()).requires_grad_()
+        (slope,) = torch.autograd.grad(self._of(at, y, least).sum(), at, create_graph=True)
+        columns = list(slope.unbind(1)) if self.own and not diagonal else [slope.sum(1)]
         curved = [self._slope(column, at) for column in columns]
         second = -(curved[0] if len(curved) == 1 else torch.stack(curved, 1)).double()
         if not diagonal and second.ndim == 2:
             second = second.diag_embed()
-        return slope.detach().double(), second
+        return slope.detach().double().nan_to_num(0.0, 0.0, 0.0), second.nan_to_num(0.0, 0.0, 0.0)  # at a kink
 
     @staticmethod
     def _slope(column: Tensor, at: Tensor) -> Tensor:
@@ -68,14 +87,17 @@ class Likelihood:
 
 
 class Mode(NamedTuple):
-    """The largest value of log p(y | mean + L a) − ½ |a|², S = L Lᵀ: where, a [B, n], that value [B], the gradient and Λ of the
-    likelihood there, and log det(1 + S Λ) [B]; float64."""
+    """The largest value of log p(y | mean + L a) − ½ |a|², S = L Lᵀ: where, a [B, n], that value [B], and log det(1 + S Λ) [B];
+    float64."""
 
     a: Tensor
     value: Tensor
-    slope: Tensor
-    second: Tensor
     log_det: Tensor
+
+
+def lowest(variance: Tensor) -> Tensor:
+    """`least` of `poisson`, of measurements' variances [B, n]: where these vanish so does it, and the density is the true one."""
+    return (LOWEST * variance.sqrt()).clamp(min=1e-12)
 
 
 def mode(likelihood: Likelihood, mean: Tensor, root: Tensor, y: Tensor) -> Mode:
@@ -85,17 +107,24 @@ def mode(likelihood: Likelihood, mean: Tensor, root: Tensor, y: Tensor) -> Mode:
     only as far as it is not negative.
     """
     a = torch.zeros_like(mean)
-    at = _At(likelihood, mean, root, y)
+    least = lowest(root.square() if root.ndim == 2 else root.square().sum(2))
+    at = _At(likelihood, mean, root, y, least)
     best, which = at.value(a), torch.arange(len(a), device=a.device)
+    if a.device.type == "cpu" and bool(mean.isfinite().all()) and not bool(best.isfinite().all()):
+        bad = int((~best.isfinite()).nonzero()[0])
+        raise DataError(
+            f"noise gives {best[bad].item()} of a prediction of noisy samples, whose means are {mean[bad].min():g} to "
+            f"{mean[bad].max():g}: log p(y | x0) must be finite and go on also where no data are, as by mean.clamp(min=1e-3)"
+        )
     for _ in range(NEWTON):
-        reached, value, moved = _At(likelihood, mean[which], root[which], y[which]).newton(a[which], best[which])
+        some = _At(likelihood, mean[which], root[which], y[which], least[which])
+        reached, value, moved = some.newton(a[which], best[which])
         a[which], best[which] = reached, value
         if a.device.type == "cpu":  # a look at a GPU's numbers would wait for it
             which = which[moved]
             if len(which) == 0:
                 break
-    slope, second, values, _ = at.curved(a)
-    return Mode(a, best, slope, second, values.log1p().sum(1))
+    return Mode(a, best, at.curved(a)[1].log1p().sum(1))
 
 
 class _At(NamedTuple):
@@ -105,6 +134,7 @@ class _At(NamedTuple):
     mean: Tensor
     root: Tensor
     y: Tensor
+    least: Tensor
 
     @property
     def diagonal(self) -> bool:
@@ -115,33 +145,33 @@ class _At(NamedTuple):
         return self.root * a if self.diagonal else (self.root * a[:, None]).sum(2)
 
     def value(self, a: Tensor) -> Tensor:
-        return self.likelihood.value(self.mean + self.along(a), self.y) - 0.5 * a.square().sum(1)
+        return self.likelihood.value(self.mean + self.along(a), self.y, self.least) - 0.5 * a.square().sum(1)
 
-    def curved(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The likelihood's gradient and Λ, and eigenvalues and -vectors of Lᵀ Λ L, of which none is negative."""
-        slope, second = self.likelihood.derivatives(self.mean + self.along(a), self.y, self.diagonal)
+    def curved(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The likelihood's gradient, and eigenvalues and -vectors of Lᵀ Λ L, of which none is negative."""
+        slope, second = self.likelihood.derivatives(self.mean + self.along(a), self.y, self.least, self.diagonal)
         if self.diagonal:
-            second = second.clamp(min=0)
-            return slope, second, self.root.square() * second, self.root
+            return slope, self.root.square() * second.clamp(min=0), self.root
         values, vectors = torch.linalg.eigh(self.root.mT @ (second + second.mT) @ self.root / 2)
-        return slope, second, values.clamp(min=0), vectors
+        return slope, values.clamp(min=0), vectors
 
     def newton(self, a: Tensor, best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One step, halved until the value grows: where that leads, its value, and whether there was any."""
-        slope, _, values, vectors = self.curved(a)
+        """One step, halved until the value grows, but for rounding: where that leads, its value, and whether there was any."""
+        slope, values, vectors = self.curved(a)
         if self.diagonal:
             uphill = self.root * slope - a
             step = uphill / (1 + values)
         else:
             uphill = (self.root * slope[..., None]).sum(1) - a
             step = (vectors * ((vectors * uphill[..., None]).sum(1) / (1 + values))[:, None]).sum(2)
-        least = GAIN * (1 + best.abs())
-        still = stays = 0.5 * (uphill * step).sum(1) <= least  # what a parabola would gain
+        promised = 0.5 * (uphill * step).sum(1)  # by a parabola
+        still = stays = promised <= GAIN
+        rounding = 8 * self.likelihood.eps * best.abs()
         for halved in range(HALVINGS):
             if best.device.type == "cpu" and bool(still.all()):
                 break
             there = a + step / 2**halved
             value = self.value(there)
-            taken = ~still & (value > best + least)
+            taken = ~still & (value > best + 0.1 * promised / 2**halved - rounding)
             a, best, still = torch.where(taken[:, None], there, a), torch.where(taken, value, best), still | taken
         return a, best, still & ~stays

@@ -19,12 +19,12 @@ from torch import Tensor
 from .. import checks
 from ..execution.calls import like
 from ..guidance.base import Bound, Guidance, Moment, Setting
-from .laplace import Likelihood, mode
+from .laplace import HALVINGS, Likelihood, lowest, mode
 from .problem import Linear, Measurement, Problem, conjugate_gradients, dot
 
 FEW = 16  # measurements whose covariance is made as a matrix, unless the caller says how many iterations to take
 ITERATIONS = 5
-LEAST = 1e-6  # of Λ, in 1/S
+OUTER = 2  # steps of Newton's method that are by conjugate gradients
 
 
 # of log p(y | x_t) up to what is the same for all x_t, [B], float64; most methods need the mean alone
@@ -123,14 +123,19 @@ class DenseLaplace(Laplace):
         x0, even, odd = moment.x0.detach(), torch.zeros_like(to), torch.zeros_like(to)
         for i in range(mean.shape[1]):
             step = weighed(columns, to[:, :, i])
-            up, down = (self.measured.of(x).detach().double().flatten(1) for x in (x0 + step, x0 - step))
+            up, down = (self._measured(x) for x in (x0 + step, x0 - step))
             even[:, :, i], odd[:, :, i] = (up + down) / 2 - mean, (up - down) / 2
         return mean + even.sum(2), odd, 2 * even @ even.mT
 
+    def _measured(self, x0: Tensor) -> Tensor:
+        mean = self.measured.of(x0).detach()
+        self.measured.check("operator", x0, mean)
+        return mean.double().flatten(1)
+
 
 class IteratedLaplace(Laplace):
-    """The largest value is looked for with S as a diagonal, the sums of its rows; the likelihood's second-order Taylor polynomial
-    about it is that of a Gaussian noise, whose S is by conjugate gradients."""
+    """The largest value is looked for with S as a diagonal, the sums of its rows; from there by Newton's method, whose steps
+    are by conjugate gradients, and are cut where they lead down."""
 
     def __init__(self, measured: Measurement, setting: Setting, iterations: int) -> None:
         super().__init__(measured, setting)
@@ -139,27 +144,49 @@ class IteratedLaplace(Laplace):
     def change(self, moment: Moment, part: Linear, mean: Tensor, y: Tensor) -> tuple[Tensor, Density]:
         def along(u: Tensor, last: bool = False) -> Tensor:
             """C Hᵀ u."""
-            return moment.tweedie * moment.pulled(part.adjoint(u), last=last)
+            return moment.tweedie * moment.pulled(part.adjoint(u.view_as(y).to(y.dtype)), last=last).detach()
 
-        roots = part.forward(along(torch.ones_like(y))).double().flatten(1).clamp(min=0).sqrt()
-        found = mode(self.likelihood, mean, roots, y)
-        precision = torch.maximum(found.second, LEAST / roots.square().amax(1, keepdim=True).clamp(min=1e-30))
-        residual = roots * found.a + found.slope / precision  # of that Gaussian noise
-        scale = precision.sqrt().view(y.shape)
-        z = conjugate_gradients(
-            lambda u: scale * part.forward(along((scale * u).to(y.dtype))) + u,
-            scale * residual.view(y.shape),
-            self.iterations,
-        )  # of (1/Λ + S)⁻¹ residual, with Λ^½ on either side
-        weights = scale * z
-        change = along(weights.to(y.dtype), last=True).detach()
-        shift = part.forward(change).double()
+        def measured(change: Tensor) -> Tensor:
+            return part.forward(change).double().flatten(1)
 
-        def density() -> Tensor:
-            value = self.likelihood.value(mean + shift.flatten(1), y)
-            return value - 0.5 * dot(weights, shift) - 0.5 * found.log_det
+        sums = measured(along(torch.ones_like(y))).clamp(min=0)
+        found = mode(self.likelihood, mean, sums.sqrt(), y)
+        least = lowest(torch.maximum(sums, sums.mean(1, keepdim=True)))
+        weights, shift, change = torch.zeros_like(mean), sums.sqrt() * found.a, torch.zeros_like(moment.x)
+        best = None
+        for k in range(OUTER):
+            slope, second = self.likelihood.derivatives(mean + shift, y, least, True)
+            second = second.clamp(min=0)
+            root, target = second.sqrt(), slope + second * shift
+            # (1 + Λ S) w = g + Λ δ, with Λ^½ on either side
+            z = conjugate_gradients(
+                lambda u, root=root: root * measured(along(root * u)) + u,  # type: ignore[misc]
+                root * measured(along(target)),
+                self.iterations,
+            )
+            wanted = target - root * z
+            leads = along(wanted, last=k + 1 == OUTER)
+            reached = measured(leads)
+            if best is None:
+                shift = torch.zeros_like(mean)
+                best = self.likelihood.value(mean, y, least)
+            weights, shift, change, best = self._cut(
+                mean, y, least, best, (weights, shift, change), (wanted, reached, leads)
+            )
+        return change, lambda: best - 0.5 * found.log_det  # type: ignore[operator]
 
-        return change, density
+    def _cut(
+        self, mean: Tensor, y: Tensor, least: Tensor, best: Tensor, here: tuple[Tensor, ...], there: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The longest of halved steps from here to there, of weights w, S w and C Hᵀ w, whose value is larger."""
+        size = torch.zeros_like(best)
+        for halved in range(HALVINGS):
+            weights, shift = (a + (b - a) / 2**halved for a, b in zip(here[:2], there[:2]))
+            value = self.likelihood.value(mean + shift, y, least) - 0.5 * (weights * shift).sum(1)
+            taken = (size == 0) & (value > best)
+            size, best = torch.where(taken, 1 / 2**halved, size), torch.where(taken, value, best)
+        weights, shift, change = (a + like(size, a) * (b - a) for a, b in zip(here, there))
+        return weights, shift, change, best
 
 
 def spread(moment: Moment, part: Linear, y: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
@@ -194,7 +221,7 @@ class MMPS(Guidance):
                  measurements it is exact, and C is made as a matrix. Default: exact up to 16 measurements, else 5
 
     Of noise that is not Gaussian, and of an operator that is not linear, by Laplace's approximation about x̂0 (Rasmussen and
-    Williams 2006, section 3.4); with fewer iterations than measurements one product more.
+    Williams 2006, section 3.4); with fewer iterations than measurements in two of Newton's steps, by default of 15 products.
     """
 
     problem: Problem

@@ -14,11 +14,11 @@ from .. import checks
 from ..errors import ConfigError, DataError, DTypeError, ShapeError, short
 from ..execution import tensor_checks
 from ..execution.calls import like
+from ..execution.modes import evaluating
 from ..guidance.base import Setting
 from .operators import Matrix
 
 NOISES = ("gaussian", "poisson")
-FEWEST = 0.01  # counts that are told by the logarithm itself
 SEED = 0x0D07  # of the vectors that an operator is asked with
 ITERATIONS = 100  # of conjugate gradients at the most, where they call no network
 
@@ -32,7 +32,9 @@ class Problem:
                (deepinv's Physics as they are), or a function [B, *data_shape] -> [B, *m], whose adjoint autograd finds
     noise_std  standard deviation of the noise, in the units of y, 0 for exact data; default the operator's
                `noise_model.sigma`
-    noise      "gaussian"; "poisson": y counts of mean A x0; or a function (A x0 [B, *m], y [B, *m]) -> log p(y | x0) [B]
+    noise      "gaussian"; "poisson": y counts of mean A x0; or a function (A x0 [B, *m], y [B, *m]) -> log p(y | x0) [B], up to
+               a constant, of any number of samples, and finite also of what A makes of predictions of noisy samples: where
+               that may leave its domain, as a mean of counts below 0, let it go on there
     """
 
     y: Tensor
@@ -59,7 +61,9 @@ class Problem:
             )
         if self.noise == "gaussian":
             object.__setattr__(self, "noise_std", self._noise_std())
-        elif self.noise_std is not None:
+        elif self.noise == "poisson" and bool((self.y < 0).any()):
+            raise DataError(f"y must be counts, none below 0, for noise='poisson', got {float(self.y.min()):g}")
+        if self.noise != "gaussian" and self.noise_std is not None:
             raise ConfigError(f"noise_std={short(self.noise_std)} is of Gaussian noise: leave it out")
 
     def _noise_std(self) -> float:
@@ -141,9 +145,14 @@ class Measurement:
         left, right = (forward.double() * y).sum().item(), (x.double() * back).sum().item()
         size = float(forward.double().norm() * y.double().norm()) or 1.0
         if not abs(left - right) <= tolerance * size:
+            way = (
+                "correct one of them, or give A alone as a function, whose adjoint is found by autograd"
+                if hasattr(self.problem.operator, "A_adjoint")
+                else "autograd has another gradient of it than its own: look in it for detach or no_grad"
+            )
             raise DataError(
                 f"operator.A_adjoint is not the adjoint of A: <A x, y> = {left:.6g} and <x, A_adjoint y> = {right:.6g} for "
-                "random x and y: correct one of them, or give A alone as a function, whose adjoint is found by autograd"
+                f"random x and y: {way}"
             )
 
     def _checked(self, out: Any, count: int) -> Tensor:
@@ -156,6 +165,11 @@ class Measurement:
             raise ShapeError(
                 f"operator must be batched, [B, *] -> [B, *m], and gave {tuple(out.shape)} of {count} samples"
             )
+        if out.ndim == 1 or out.numel() == 0:
+            raise ShapeError(
+                f"operator must give an axis of measurements beside the batch's, one at the least, [B, m], and gave "
+                f"{list(out.shape)}: for one number keep its axis, as by keepdim=True, in y too"
+            )
         tensor_checks.check_device("what the operator returns", out, self.device)
         tensor_checks.check_finite("what the operator returns", out)
         return out.to(self.dtype)
@@ -164,7 +178,8 @@ class Measurement:
         """A of data in their own units."""
         operator = self.problem.operator
         forward = getattr(operator, "A", None)
-        out: Tensor = forward(x) if callable(forward) else operator(x)
+        with evaluating(operator):
+            out: Tensor = forward(x) if callable(forward) else operator(x)
         return out
 
     def _adjoint(self, y: Tensor) -> Tensor:
@@ -228,7 +243,17 @@ class Measurement:
         with torch.inference_mode(False), torch.enable_grad():
             x = torch.zeros((2, *self.model.data_shape), dtype=self.dtype, device=self.device, requires_grad=True)
             other = ", or give one with A_adjoint to inverse.MMPS" if self.linear else ""
-            self._differentiable(x, f"{method} takes it: write it in torch{other}")
+            why = f"{method} takes it: write it in torch{other}"
+            out = self._differentiable(x, why)
+            try:
+                u = torch.ones_like(out, requires_grad=True)
+                (back,) = torch.autograd.grad(out, x, u, create_graph=True, allow_unused=True)
+                if back is not None and back.requires_grad:
+                    torch.autograd.grad(back, u, torch.ones_like(back), allow_unused=True)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"operator's gradient fails ({error}), and {why}, without in-place operations"
+                ) from error
         return self
 
     def solver(self) -> Callable[[Tensor, Any, float], Tensor]:
@@ -252,15 +277,29 @@ class Measurement:
 
         return solved
 
-    def log_density(self, mean: Tensor, y: Tensor) -> Tensor:
-        """log p(y | x0), [B], up to a constant, of mean = A x0 [B, *m]."""
+    def log_density(self, mean: Tensor, y: Tensor, least: Tensor) -> Tensor:
+        """log p(y | x0), [B], up to a constant, of mean = A x0 [B, *m]; `least` as in `poisson`."""
         noise = self.problem.noise
         if callable(noise):
-            value: Tensor = noise(mean, y)
+            with evaluating(noise):
+                value: Tensor = noise(mean, y)
+            if value.shape != (len(y),):
+                raise ShapeError(
+                    f"noise must return a number for each sample, [{len(y)}], got {list(value.shape)}: it is asked with any "
+                    "number of samples, and what differs between them belongs in y"
+                )
             return value
         if noise == "poisson":
-            return poisson(mean.double(), y.double()).flatten(1).sum(1)
+            return poisson(mean.double(), y.double(), least).flatten(1).sum(1)
         return -0.5 * ((y - mean).double() / self.noise_std).square().flatten(1).sum(1)
+
+    def check(self, name: str, given: Tensor, made: Tensor) -> None:
+        """DataError where what was made of finite numbers is not finite."""
+        if made.device.type == "cpu" and bool(given.isfinite().all()) and not bool(made.isfinite().all()):
+            raise DataError(
+                f"{name} gives {made[~made.isfinite()][0].item()} of predictions of noisy samples, {given.min():g} to "
+                f"{given.max():g}, which may lie outside of its domain: let it be finite and go on there"
+            )
 
     @property
     def part(self) -> Linear:
@@ -274,6 +313,7 @@ class Measurement:
         at = x0.detach().clone().requires_grad_()
         with torch.enable_grad():
             mean = self.of(at)
+            self.check("operator", x0, mean)
             u = torch.zeros_like(mean, requires_grad=True)
             (back,) = torch.autograd.grad(
                 mean, at, u, create_graph=True
@@ -288,12 +328,12 @@ class Measurement:
         return mean.detach(), Linear(forward, adjoint, False)
 
 
-def poisson(mean: Tensor, y: Tensor) -> Tensor:
-    """y log mean − mean, below `FEWEST` by the logarithm's second-order Taylor polynomial there and a parabola: predictions of
-    noisy samples may be negative, where it must be finite and have a slope upwards."""
-    below = (FEWEST - mean).clamp(min=0) / FEWEST
-    log = mean.clamp(min=FEWEST).log() - below - 0.5 * below.square()
-    return y * log - mean - 0.5 * FEWEST * below.square()
+def poisson(mean: Tensor, y: Tensor, least: Tensor) -> Tensor:
+    """y log(mean/y) − mean + y, below `least` by the logarithm's second-order Taylor polynomial there and a parabola: predictions
+    of noisy samples may be negative, where it must be finite and have a slope upwards."""
+    below = (least - mean).clamp(min=0) / least
+    log = torch.maximum(mean, least).log() - y.clamp(min=1e-300).log() - below - 0.5 * below.square()
+    return y * log - mean + y - 0.5 * least * below.square()
 
 
 def dot(u: Tensor, v: Tensor) -> Tensor:
