@@ -818,6 +818,26 @@ def drawn(guidance, num_samples=2, steps=4, **options):
 
 
 Y = torch.zeros(1, 2)
+
+
+class Once(torch.autograd.Function):
+    """x², without a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def test_dps_needs_no_second_derivative():
+    assert drawn(inverse.DPS(inverse.Problem(Y, lambda x: Once.apply(x)[..., :2], 0.3))).isfinite().all()
+
+
 REFUSED = [
     (lambda: inverse.Problem(torch.full((2,), math.nan), Physics()), DataError, r"y must be finite, got nan at index \(0,\)"),
     (lambda: inverse.Problem([0.0], Physics()), DTypeError, "y must be a tensor, got list"),
@@ -850,6 +870,14 @@ REFUSED = [
     (
         lambda: drawn(inverse.MMPS(inverse.Problem(Y[0, 0], lambda x: x.sum((1, 2)), 0.3))),
         ShapeError, "operator must give an axis",
+    ),
+    (
+        lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: x[..., :2], noise=lambda m, y: 0.5))),
+        DTypeError, "noise must return a tensor of real numbers",
+    ),
+    (
+        lambda: drawn(inverse.MMPS(inverse.Problem(Y, lambda x: Once.apply(x)[..., :2], 0.3))),
+        ConfigError, "operator's gradient fails",
     ),
     (
         lambda: drawn(inverse.SMC(inverse.Problem(Y, lambda x: x[..., :2], noise=lambda m, y: -m.sub_(y).flatten(1).sum(1)))),

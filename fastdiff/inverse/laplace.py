@@ -38,17 +38,17 @@ class Likelihood:
                 "the noise that y has, or a small one"
             )
         self.measured, self.own = measured, callable(problem.noise)
-        x, y = draws(2, setting), measured.each[:1].repeat(2, *[1] * len(measured.shape))
         if not measured.linear:
-            measured.needs_gradient("inverse.MMPS")
-        mean = measured.of(x).detach()
-        least = torch.ones_like(mean)
+            measured.needs_gradient("inverse.MMPS", twice=True)
         self.eps = torch.finfo(torch.float64).eps
         if not self.own:
             return
+        y = measured.each[:1].repeat(2, *[1] * len(measured.shape))
+        mean = measured.of(draws(2, setting)).detach()
+        least = torch.ones_like(mean)
         try:
-            value = measured.log_density(mean.clone(), y.clone(), least)
             probe(lambda mean: measured.log_density(mean, y.clone(), least), mean, (), "noise", None)
+            self.eps = torch.finfo(measured.log_density(mean.clone(), y.clone(), least).dtype).eps
         except (RuntimeError, ValueError) as error:
             if isinstance(error, FastdiffError):
                 raise
@@ -56,7 +56,6 @@ class Likelihood:
                 f"noise fails on two samples of means {float(mean.min()):g} to {float(mean.max()):g} ({short(str(error))}): it "
                 "is asked with any number of samples and any means, and must do nothing in place"
             ) from error
-        self.eps = torch.finfo(value.dtype).eps
 
     def value(self, mean: Tensor, y: Tensor, least: Tensor) -> Tensor:
         """[B], of mean and least [B, n]."""

@@ -152,8 +152,9 @@ class IteratedLaplace(Laplace):
         sums = measured(along(torch.ones_like(y))).clamp(min=0)
         found = mode(self.likelihood, mean, sums.sqrt(), y)
         least = lowest(torch.maximum(sums, sums.mean(1, keepdim=True)))
-        weights, shift, change = torch.zeros_like(mean), sums.sqrt() * found.a, torch.zeros_like(moment.x)
-        best = None
+        nowhere = torch.zeros_like(mean)
+        here: tuple[Tensor, ...] = nowhere, nowhere, torch.zeros_like(moment.x)
+        best, shift = self.likelihood.value(mean, y, least), sums.sqrt() * found.a
         for k in range(OUTER):
             slope, second = self.likelihood.derivatives(mean + shift, y, least, True)
             second = second.clamp(min=0)
@@ -166,27 +167,21 @@ class IteratedLaplace(Laplace):
             )
             wanted = target - root * z
             leads = along(wanted, last=k + 1 == OUTER)
-            reached = measured(leads)
-            if best is None:
-                shift = torch.zeros_like(mean)
-                best = self.likelihood.value(mean, y, least)
-            weights, shift, change, best = self._cut(
-                mean, y, least, best, (weights, shift, change), (wanted, reached, leads)
-            )
-        return change, lambda: best - 0.5 * found.log_det  # type: ignore[operator]
+            here, best = self._cut(mean, y, least, best, here, (wanted, measured(leads), leads))
+            shift = here[1]
+        return here[2], lambda: best - 0.5 * found.log_det
 
     def _cut(
         self, mean: Tensor, y: Tensor, least: Tensor, best: Tensor, here: tuple[Tensor, ...], there: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The longest of halved steps from here to there, of weights w, S w and C Hᵀ w, whose value is larger."""
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The longest of halved steps from here to there, of weights w, S w and C Hᵀ w, whose value is larger, and that value."""
         size = torch.zeros_like(best)
         for halved in range(HALVINGS):
             weights, shift = (a + (b - a) / 2**halved for a, b in zip(here[:2], there[:2]))
             value = self.likelihood.value(mean + shift, y, least) - 0.5 * (weights * shift).sum(1)
             taken = (size == 0) & (value > best)
             size, best = torch.where(taken, 1 / 2**halved, size), torch.where(taken, value, best)
-        weights, shift, change = (a + like(size, a) * (b - a) for a, b in zip(here, there))
-        return weights, shift, change, best
+        return tuple(a + like(size, a) * (b - a) for a, b in zip(here, there)), best
 
 
 def spread(moment: Moment, part: Linear, y: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:

@@ -238,8 +238,8 @@ class Measurement:
             )
         return self
 
-    def needs_gradient(self, method: str) -> Measurement:
-        """Itself; ConfigError where autograd does not see through the operator."""
+    def needs_gradient(self, method: str, twice: bool = False) -> Measurement:
+        """Itself; ConfigError where autograd does not see through the operator, or not through its gradient."""
         with torch.inference_mode(False), torch.enable_grad():
             x = torch.zeros((2, *self.model.data_shape), dtype=self.dtype, device=self.device, requires_grad=True)
             other = ", or give one with A_adjoint to inverse.MMPS" if self.linear else ""
@@ -247,9 +247,9 @@ class Measurement:
             out = self._differentiable(x, why)
             try:
                 u = torch.ones_like(out, requires_grad=True)
-                (back,) = torch.autograd.grad(out, x, u, create_graph=True, allow_unused=True)
-                if back is not None and back.requires_grad:
-                    torch.autograd.grad(back, u, torch.ones_like(back), allow_unused=True)
+                (back,) = torch.autograd.grad(out, x, u, create_graph=twice)
+                if twice:
+                    torch.autograd.grad(back, u, torch.ones_like(x))
             except RuntimeError as error:
                 raise ConfigError(
                     f"operator's gradient fails ({error}), and {why}, without in-place operations"
@@ -283,7 +283,7 @@ class Measurement:
         if callable(noise):
             with evaluating(noise):
                 value: Tensor = noise(mean, y)
-            if value.shape != (len(y),):
+            if isinstance(value, Tensor) and value.shape != (len(y),):
                 raise ShapeError(
                     f"noise must return a number for each sample, [{len(y)}], got {list(value.shape)}: it is asked with any "
                     "number of samples, and what differs between them belongs in y"
