@@ -18,6 +18,7 @@ from .execution import conditions, modules, tensor_checks
 from .execution.calls import answer, dtype_of, like
 from .execution.loop import Condition
 from .planning import chains, predictions, processes
+from .planning.coverage import STANDARDIZED
 from .planning.processes import Pair
 
 LEARNED = ("learned", "learned_range")  # variances
@@ -212,6 +213,13 @@ class ScoreModel(nn.Module):
         if least >= 2 * low - high - slack and most <= 2 * high - low + slack:
             return None
         return f"from {least:.4g} to {most:.4g}, far outside of data_range ({low:g}, {high:g})"
+
+    @property
+    def network_range(self) -> tuple[float, float] | None:
+        """What most data lie in, in the network's units; None where the model was not told."""
+        if self.standardize is not None:
+            return STANDARDIZED
+        return self.data_range if self.range_given else None
 
     @property
     def takes(self) -> conditions.Takes:

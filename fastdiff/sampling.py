@@ -22,11 +22,11 @@ from .execution.modes import leaves_no_trace
 from .guidance import ClassifierFree
 from .guidance.base import Setting, guided
 from .inverse.inpainting import Task, colorization, inpainting
-from .inverse.own_steps import OwnSteps, Steps
+from .inverse.own_steps import Drawn, OwnSteps, Steps
 from .inverse.state import state_changes
 from .model import ScoreModel, as_model, check_path, opened
 from .planning import chains, processes, samplers
-from .planning.coverage import STANDARDIZED, misfit
+from .planning.coverage import misfit
 from .planning.plan import MAX_STEPS, check_table, make_table
 from .planning.predictions import TimeInput
 from .runs import Request, Result, adaptive_span, run_adaptive, run_table
@@ -40,7 +40,8 @@ PARTICLES = 512
 class SampleInfo:
     """What a run was: the seed that repeats it, its network calls and rows, its time, what ran it and why.
 
-    A sampler that chooses its steps has no table and no rows, but each sample's own evaluations `nfe` [num_samples].
+    A sampler that chooses its steps has no table and no rows, but each sample's own evaluations `nfe` [num_samples]; inverse.SMC
+    the effective numbers of particles (Σw)²/Σw² before each row, `effective` [rows, problems].
     """
 
     seed: int
@@ -52,6 +53,7 @@ class SampleInfo:
     why: str
     table: StepTable | None
     nfe: Tensor | None = None
+    effective: Tensor | None = None
 
 
 def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -244,7 +246,8 @@ def sample(
             f"num_samples={num_samples} of shape {model.data_shape} need more than 2**48 numbers: ask for fewer"
         )
     dtype, state_dtype = _dtypes(dtype, x_init)
-    place, unguided, changes, guide = device_of(device, x_init, model.net), model, None, None
+    place, unguided = device_of(device, x_init, model.net), model
+    changes = guide = effective = None
     if table is None:
         process, solver = _process_and_sampler(model, sde, steps, sampler)
     if guidance is not None and not isinstance(guidance, OwnSteps):
@@ -255,8 +258,8 @@ def sample(
     if table is not None:
         check_path(sde, model.process)
         table = check_table(table, model.prediction, model.time_input, model.process)
-    if (model.range_given or model.standardize is not None) and x_init is None and table is None:
-        low, high = model.data_range if model.standardize is None else STANDARDIZED
+    if model.network_range is not None and x_init is None and table is None:
+        low, high = model.network_range
         spread = (high - low) / 8 if t_min is None and (grid is None or isinstance(grid, str)) else None
         said = misfit(process, max(abs(low), abs(high)), spread)
         if said is not None:
@@ -287,8 +290,8 @@ def sample(
         at_once = max(batch, PARTICLES) if batch_size is None else batch
         own = Steps(setting, table, ops.backend_module(ran[0]), at_once, progress, check)
         with torch.no_grad():
-            x, calls = guidance.run(own) if num_samples else (own.start(0, first_sample), 0)
-        result = Result(x, None, calls, *ops.ran(place, *ran), table)
+            drawn = guidance.run(own) if num_samples else Drawn(own.start(0, first_sample), 0)
+        result, effective = Result(drawn.x, None, drawn.calls, *ops.ran(place, *ran), table), drawn.effective
     elif table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
         if changes is not None:
             raise ConfigError(
@@ -323,16 +326,18 @@ def sample(
         x = x.clamp(*model.data_range)
     elif t_min is None and check != "off" and model.range_given:
         left = 0.0 if result.table is None else 5 * result.table.end.sigma
-        far = model.outside(x, left if model.standardize is None else left * float(model.standardize[1].max()))
+        free = x if changes is None or changes.known is None else x[~changes.known[1]]
+        far = model.outside(free, left if model.standardize is None else left * float(model.standardize[1].max()))
         if far is not None:
             warn(f"the samples run {far}: take more steps, another sampler or grid, or clip='data'")
+    x = x if changes is None else changes.finish(x)
     x = _narrowed(x, dtype, check)
-    x = _like_start(x if changes is None else changes.finish(x), x_init)
+    x = _like_start(x, x_init)
     if result.states is None and not return_info:
         return x
     info = SampleInfo(
         seed, result.calls, 0 if result.table is None else len(result.table), time.perf_counter() - began, result.backend,
-        result.engine, result.why, result.table, result.nfe,
+        result.engine, result.why, result.table, result.nfe, effective,
     )  # fmt: skip
     states = [] if result.states is None else [_narrowed(model.in_data_units(result.states), dtype, check)]
     return (x, *states, *([info] if return_info else []))

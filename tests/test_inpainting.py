@@ -597,6 +597,17 @@ def test_data_of_other_units_are_warned_of():
         fastdiff.inpaint(model, 127.5 * (PIXELS + 1), MASK, steps=2)
 
 
+def test_the_range_of_samples_is_looked_at_with_the_known_part_in_it():
+    """Samples that are far off only where the data are known, as of a network that does not know them, are not warned of."""
+    model = fastdiff.ScoreModel(
+        lambda x, t: torch.full_like(x, 0.5) + 99 * MASK, "vp", "x0", "t", (2, 4, 4), data_range=(-1, 1)
+    )
+    x = fastdiff.inpaint(model, PIXELS, MASK, steps=3, method="replacement", num_samples=2)
+    assert float(x.max()) <= 1
+    with pytest.warns(UserWarning, match="the samples run from .* far outside"):
+        fastdiff.inpaint(model, PIXELS, ~MASK, steps=3, method="replacement", num_samples=2)
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -609,6 +620,8 @@ def folder(tmp_path, monkeypatch):
     upper[:4] = True
     np.save("digits.npy", digits)
     np.save("gaps.npy", np.where(upper, digits, np.nan).astype(np.float32))
+    np.savez_compressed("gaps.npz", np.load("gaps.npy"))
+    np.savez("two.npz", a=upper, b=upper)
     np.save("mask.npy", upper)
     np.save("narrow.npy", upper[:, :3])
     np.save("low.npy", digits[0].reshape(1, 4, 2, 4, 2).mean((2, 4)))
@@ -633,6 +646,8 @@ def test_inpaint_and_solve_on_files(folder, capsys):
         "(2, 1, 8, 8) samples in inpainted.npy, in data_range (-1.0, 1.0): 4 network calls" in capsys.readouterr().out
     )
     assert command("inpaint", "digits-vp", "gaps.npy", *quick, "--out", "same.npy") == 0
+    np.testing.assert_array_equal(np.load("same.npy"), x)
+    assert command("inpaint", "digits-vp", "gaps.npz", *quick, "--out", "same.npy") == 0
     np.testing.assert_array_equal(np.load("same.npy"), x)
     assert command("inpaint", "digits-vp", "digit.png", "--mask", "mask.png", "-n", 3, *quick, "--out", "x.png") == 0
     with Image.open("x.png") as picture:
@@ -685,6 +700,7 @@ def test_colorize_on_files(folder):
         ("known must be of the model's samples (1, 8, 8)", "inpaint digits-vp low.npy"),
         ("mask must broadcast", "inpaint digits-vp digits.npy --mask narrow.npy"),
         ("source nothing.npy cannot be read", "inpaint digits-vp nothing.npy"),
+        ("it must hold one array, and has a, b: save", "inpaint digits-vp digits.npy --mask two.npz"),
         ("--out must end in .npy or .png", "inpaint digits-vp digits.npy --out x.txt"),
         ("operator must be grayscale", "solve digits-vp low.npy --operator blurr:1"),
         ("operator blur needs a value, SIGMA, as in blur:SIGMA", "solve digits-vp low.npy --operator blur"),

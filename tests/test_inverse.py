@@ -19,6 +19,7 @@ from fastdiff.execution import noise as noise_streams
 from fastdiff.execution import ops
 from fastdiff.guidance.base import Setting, guided
 from fastdiff.inverse import daps
+from fastdiff.inverse.laplace import Likelihood
 from fastdiff.inverse.own_steps import Steps
 from fastdiff.inverse.problem import Measurement
 
@@ -433,6 +434,53 @@ def test_particles_of_one_y_share_their_condition():
         fastdiff.sample(model, steps=5, num_samples=3, cond=torch.arange(12.0).view(3, 4), guidance=method)
 
 
+def test_effective_numbers_of_particles_are_told():
+    """Of one y and of several: whole where y says nothing, and less where it does."""
+    gaussian, process = Gaussian((3,)), fastdiff.VP()
+    matrix = torch.tensor([[1.0, 0.5, -0.3]])
+
+    def effective(y, noise_std, **options):
+        _, info = fastdiff.sample(
+            gaussian.denoiser(process), process, 10, sampler="ancestral", shape=(3,), prediction="x0", num_samples=6,
+            guidance=inverse.SMC(inverse.Problem(y, matrix, noise_std), **options), return_info=True,
+        )  # fmt: skip
+        assert info.effective.shape == (info.rows, 1 if y.ndim == 1 else 6)
+        return info.effective
+
+    assert torch.allclose(effective(torch.tensor([0.3]), 1e6), torch.tensor(6.0, dtype=torch.float64))
+    told = effective(torch.tensor([0.3]), 0.1)
+    assert bool(((told >= 1) & (told <= 6 + 1e-9)).all())
+    assert float(told.min()) < 5.9
+    assert bool((effective(torch.zeros(6, 1), 1e6, particles=5) > 4.999).all())
+    assert (
+        fastdiff.sample(gaussian.denoiser(process), process, 2, shape=(3,), prediction="x0", return_info=True)[
+            1
+        ].effective
+        is None
+    )
+
+
+@pytest.mark.parametrize("name", ["a matrix", "a picture", "standardized", "signed"])
+def test_measurements_in_other_units_are_warned_of(name):
+    """As a picture's bytes for a model of [−1, 1]; not those of the model's own extremes."""
+    shape, operator, options = {
+        "a matrix": ((6,), torch.full((2, 6), 0.5), {"data_range": (0.0, 1.0)}),
+        "a picture": ((1, 4, 4), inverse.Downsampling(2), {"data_range": (-1.0, 1.0)}),
+        "standardized": ((4,), inverse.Mask(torch.arange(4) < 2), {"standardize": (10.0, 2.0)}),
+        "signed": ((1, 4, 4), inverse.Fourier(torch.arange(16).view(4, 4) % 2 == 0), {"data_range": (-1.0, 1.0)}),
+    }[name]
+    model = fastdiff.ScoreModel(lambda x, t: 0.5 * x, "vp", "x0", "t", shape, **options)
+    middle, half = (10.0, 6.0) if name == "standardized" else (sum(model.data_range) / 2, np.ptp(model.data_range) / 2)
+    setting = Setting(model, 2, torch.float32, torch.device("cpu"), 0, 0, None)
+    forward = inverse.Matrix(operator).A if isinstance(operator, torch.Tensor) else operator.A
+    for x in (middle + half, middle - half):
+        y = forward(torch.full((1, *shape), x))[0]
+        Measurement(inverse.Problem(y, operator, 0.1), setting)
+    y = 128 * forward(torch.full((1, *shape), middle + half))[0]
+    with pytest.warns(UserWarning, match="y runs from .* times as far as the operator takes data in the model's range"):
+        Measurement(inverse.Problem(y, operator, 0.1), setting)
+
+
 NOISES = {
     "poisson": (lambda x: x.exp(), "poisson", lambda mean, y: y * mean.log() - mean, 3.0),
     "a function": (lambda x: x, lambda mean, y: -(mean - y).abs().flatten(1).sum(1), lambda mean, y: -(mean - y).abs(), 1.5),
@@ -498,6 +546,39 @@ def test_posteriors_of_any_noise_and_operator(name):
     error, ratios = compared(x, mean, covariance)
     assert error < 0.12  # two standard errors of 500 draws are 0.09
     assert (ratios - 1).abs().max() < 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_curvatures_of_likelihoods_are_those_of_autograd(dtype):
+    """Of measurements that are on their own, that are tied, and that are tied in some samples alone; and the bits of a sample do
+    not depend on the others."""
+
+    def either(mean, y):
+        return torch.where(y[:, 0] > 0, t_density(mean, y), related(mean, y))
+
+    for noise in (t_density, related, either):
+        setting = Setting(
+            fastdiff.ScoreModel(lambda x, t: x, "vp", "x0", "t", (4,)), 6, dtype, torch.device("cpu"), 0, 0, None
+        )
+        likelihood = Likelihood(
+            Measurement(inverse.Problem(torch.zeros(4), torch.eye(4), noise=noise), setting), setting
+        )
+        rng = np.random.default_rng(8)
+        mean, y = (torch.from_numpy(rng.normal(size=(6, 4))) for _ in range(2))
+        slope, second = likelihood.derivatives(mean, y.to(dtype), torch.ones(6, 4), False)
+        for k in range(6):
+
+            def of(m, k=k, noise=noise, y=y):
+                return noise(m[None], y[k : k + 1])[0]
+
+            tolerance = 1e-4 if dtype == torch.float32 else 1e-12
+            expected = torch.autograd.functional.hessian(of, mean[k])
+            torch.testing.assert_close(
+                second[k], -expected, atol=tolerance * float(expected.abs().max()), rtol=tolerance
+            )
+            alone = likelihood.derivatives(mean[k : k + 1], y[k : k + 1].to(dtype), torch.ones(1, 4), False)
+            assert torch.equal(alone[0][0], slope[k])
+            assert torch.equal(alone[1][0], second[k])
 
 
 def test_a_normal_noise_told_as_a_function_is_no_other():

@@ -822,15 +822,15 @@ def _parser() -> argparse.ArgumentParser:
     of_posterior = (of_a_model, of_a_plan, of_samples)
     sub = command("inpaint", _inpaint, "Draw what is missing of samples, given the rest, which is kept.", *of_posterior)
     sub.add_argument(
-        "file", metavar="FILE", help="what is known: a .npy array in the units of the samples, or a picture"
+        "file", metavar="FILE", help="what is known: a .npy or .npz array in the units of the samples, or a picture"
     )
-    mask = "1 or white where FILE is known: a .npy array or a picture (default: where FILE is not NaN)"
+    mask = "1 or white where FILE is known: a .npy or .npz array or a picture (default: where FILE is not NaN)"
     sub.add_argument("--mask", metavar="MASK", help=mask)
     _posterior_options(sub, "inpainted.npy")
 
     sub = command("colorize", _colorize, "Draw samples whose grey values are known.", *of_posterior)
     sub.add_argument(
-        "file", metavar="FILE", help="the grey values: a .npy array in the units of the samples, or a picture"
+        "file", metavar="FILE", help="the grey values: a .npy or .npz array in the units of the samples, or a picture"
     )
     sub.add_argument(
         "--weights", metavar="W,W,W", help="of the channels in the grey value, of sum 1 (default: equal ones)"
@@ -838,7 +838,7 @@ def _parser() -> argparse.ArgumentParser:
     _posterior_options(sub, "colorized.npy")
 
     sub = command("solve", _solve, "Draw samples given measurements y = A x + noise of them.", *of_posterior)
-    measured = "the measurements y: a .npy array, in the units of A x of samples x, or a picture"
+    measured = "the measurements y: a .npy or .npz array, in the units of A x of samples x, or a picture"
     sub.add_argument("file", metavar="FILE", help=measured)
     operators = "grayscale[:W,W,W], downsampling:FACTOR, blur:SIGMA, mask:FILE, fourier:FILE or matrix:FILE"
     sub.add_argument("--operator", required=True, metavar="A", help=f"A, one of {operators}")

@@ -335,21 +335,37 @@ def _opened(path: Path, what: str) -> Iterator[IO[bytes]]:
 def _numpy_file(path: Path, has_labels: bool) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """The array of a .npy or .npz file, and its labels and conditions."""
     with _opened(path, " as a numpy file without pickle") as stream:
-        start = stream.read(4)
-        stream.seek(0)
-        if start[:2] != b"PK":
+        if not _packed(stream):
             return _npy(stream, os.fstat(stream.fileno()).st_size), None, None
         with zipfile.ZipFile(stream) as archive:
             return _members(path, archive, has_labels)
 
 
 def read_array(path: Path) -> np.ndarray:
-    """The array of a .npy file of numbers."""
-    with _opened(path, " as a .npy file without pickle") as stream:
-        array = _npy(stream, os.fstat(stream.fileno()).st_size)
+    """The array of a .npy file of numbers, or of a .npz file that holds one."""
+    with _opened(path, " as a numpy file without pickle") as stream:
+        array = _only(stream)
         if array.dtype.kind not in "biuf":
             raise ValueError(f"it holds {array.dtype}, not numbers")
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+
+
+def _packed(stream: IO[bytes]) -> bool:
+    """Whether it is a .npz file."""
+    start = stream.read(2)
+    stream.seek(0)
+    return start == b"PK"
+
+
+def _only(stream: IO[bytes]) -> np.ndarray:
+    if not _packed(stream):
+        return _npy(stream, os.fstat(stream.fileno()).st_size)
+    with zipfile.ZipFile(stream) as archive:
+        names = _names(archive)
+        if len(names) != 1:
+            listed = ", ".join(names) or "none"
+            raise ValueError(f"it must hold one array, and has {listed:.60}: save that one by numpy.save")
+        return _member(archive, names[0])
 
 
 def read_picture(path: Path, channels: int) -> np.ndarray:
@@ -392,15 +408,21 @@ def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         return _npy(stream, info.file_size)
 
 
-def _members(
-    path: Path, archive: zipfile.ZipFile, has_labels: bool
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+def _names(archive: zipfile.ZipFile) -> list[str]:
+    """Of the arrays in it."""
     infos = archive.infolist()
     names = [info.filename.removesuffix(".npy") for info in infos if info.filename.endswith(".npy")]
     if len(set(names)) != len(names):
         raise ValueError("it names an array twice")
     if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in infos):
         raise ValueError("it is packed in a way that numpy does not use")
+    return names
+
+
+def _members(
+    path: Path, archive: zipfile.ZipFile, has_labels: bool
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    names = _names(archive)
     name = _the_name(path, names, ("x", "images", "data", "x_train"))
     axes = {}
     for each in names:

@@ -14,7 +14,7 @@ from .. import checks
 from ..execution import ops
 from ..execution.noise import SAMPLER
 from ..guidance.base import together
-from .own_steps import OwnSteps, Steps
+from .own_steps import Drawn, OwnSteps, Steps
 from .problem import Measurement, Problem
 
 Solved = Callable[[Tensor, Any, float], Tensor]  # as Measurement.solver gives it
@@ -35,7 +35,7 @@ class DAPS(OwnSteps):
     problem: Problem
     ode_steps: int = 5
 
-    def run(self, steps: Steps) -> tuple[Tensor, int]:
+    def run(self, steps: Steps) -> Drawn:
         ode_steps, calls = checks.integer("ode_steps", self.ode_steps, 1, 10**4), 0
         setting, table = steps.setting, steps.table
         count, process = setting.count, setting.model.process
@@ -58,7 +58,7 @@ class DAPS(OwnSteps):
             if after > 0:
                 x = x + after * steps.normal(count, setting.first_sample, 3 * k + 2)
             steps.notice(k, x)
-        return below * x, calls
+        return Drawn(below * x, calls)
 
 
 def _downward(sigma: float, lowest: float, calls: int) -> list[float]:

@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .. import checks
 from ..errors import ConfigError
 from ..guidance.base import together
 from .operators import product
-from .own_steps import OwnSteps, Steps
+from .own_steps import Drawn, OwnSteps, Steps
 from .problem import Measurement, Problem
 
 LARGEST = 4096  # numbers of a sample, whose operator is made as a matrix and decomposed
@@ -33,7 +32,7 @@ class DDRM(OwnSteps):
     eta: float = 0.85
     eta_b: float = 1.0
 
-    def run(self, steps: Steps) -> tuple[Tensor, int]:
+    def run(self, steps: Steps) -> Drawn:
         eta, eta_b = checks.number("eta", self.eta, 0, 1), checks.number("eta_b", self.eta_b, 0, 1)
         setting, table = steps.setting, steps.table
         count, shape = setting.count, setting.model.data_shape
@@ -76,4 +75,4 @@ class DDRM(OwnSteps):
             state = torch.where(seen, torch.where(after < noise, faint, clear), hidden)
             steps.notice(k, state)
         calls = len(table) * math.ceil(count / steps.batch)
-        return (below * product(state, vt)).to(setting.dtype).view(count, *shape), calls
+        return Drawn((below * product(state, vt)).to(setting.dtype).view(count, *shape), calls)

@@ -39,6 +39,12 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+class Looked(Problem):
+    """A problem whose y the caller calls by another name, and looks at by it."""
+
+    looked = True
+
+
 class Task(NamedTuple):
     """What to guide a run by, and what to make of its samples [count, *], in the units of the data."""
 
@@ -71,7 +77,7 @@ def inpainting(known: Any, mask: Any, shape: tuple[int, ...], count: int, device
     if bool((mask == mask[:1]).all()):
         operator = Mask(mask[0])
         y = operator.A(known[:1])[0] if shared else operator.A(known)
-        return Task(made(Problem(y, operator, 0.0)), finish)
+        return Task(made(Looked(y, operator, 0.0)), finish)
     return Task(EachMasked(known.masked_fill(~mask, 0.0), mask, made), finish)
 
 
@@ -95,7 +101,7 @@ def colorization(gray: Any, weights: Any, shape: tuple[int, ...], method: Any) -
         ones = torch.ones_like(missing)
         return (wide + operator.A_adjoint(missing / operator.A(operator.A_adjoint(ones)))).to(x.dtype)
 
-    return Task(made(Problem(plain, operator, 0.0)), finish)
+    return Task(made(Looked(plain, operator, 0.0)), finish)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +114,7 @@ class EachMasked(Guidance):
 
     def bind(self, setting: Setting) -> Bound:
         operator = OwnMask(self.mask[:1])
-        method = self.method(Problem(self.known, operator, 0.0))
+        method = self.method(Looked(self.known, operator, 0.0))
         inner = method.bind(setting) if isinstance(method, Guidance) else None
         if inner is None or getattr(inner, "follows", False):
             raise ConfigError(

@@ -11,6 +11,7 @@ Of a linear operator and Gaussian noise both are exact, and MMPS's. Where σ →
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..errors import ConfigError, DataError, FastdiffError, short
 from ..guidance.base import Setting
 from ..guidance.log_likelihood import draws, probe
-from .problem import Measurement
+from .problem import SEED, Measurement
 
 NEWTON = 20  # steps at the most
 HALVINGS = 10  # of each
@@ -70,12 +71,30 @@ class Likelihood:
         a noise of its own."""
         at = (mean.to(y.dtype) if self.own else mean.clone()).requires_grad_()
         (slope,) = torch.autograd.grad(self._of(at, y, least).sum(), at, create_graph=True)
-        columns = list(slope.unbind(1)) if self.own and not diagonal else [slope.sum(1)]
-        curved = [self._slope(column, at) for column in columns]
-        second = -(curved[0] if len(curved) == 1 else torch.stack(curved, 1)).double()
-        if not diagonal and second.ndim == 2:
-            second = second.diag_embed()
-        return slope.detach().double().nan_to_num(0.0, 0.0, 0.0), second.nan_to_num(0.0, 0.0, 0.0)  # at a kink
+
+        def along(u: Tensor) -> Tensor:
+            """Λ u of u [n]."""
+            return -self._slope((slope * u).sum(1), at)
+
+        ones = torch.ones_like(at[0])
+        second = along(ones)
+        if not diagonal:
+            second = self._whole(along, second) if self.own else second.diag_embed()
+        # at a kink
+        return slope.detach().double().nan_to_num(0.0, 0.0, 0.0), second.double().nan_to_num(0.0, 0.0, 0.0)
+
+    def _whole(self, along: Callable[[Tensor], Tensor], sums: Tensor) -> Tensor:
+        """Λ [B, n, n] by the sums of its rows [B, n]: by a product for each column only where it is not diagonal, as its product
+        with a random vector says, for each sample."""
+        n = sums.shape[1]
+        u = torch.rand(n, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64).to(sums)
+        apart, wanted = along(u), sums * u
+        rounding = 64 * n * self.eps * wanted.abs().amax(1)
+        tied = ~((apart - wanted).abs().amax(1) <= rounding)
+        if n == 1 or (sums.device.type == "cpu" and not bool(tied.any())):
+            return sums.diag_embed()
+        columns = torch.stack([along(unit) for unit in torch.eye(n, dtype=sums.dtype, device=sums.device)], 1)
+        return torch.where(tied[:, None, None], columns, sums.diag_embed())
 
     @staticmethod
     def _slope(column: Tensor, at: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,16 @@ class OwnSteps:
     steps: ClassVar[int] = 100
 
     @abstractmethod
-    def run(self, steps: Steps) -> tuple[Tensor, int]:
-        """The samples [count, *], and the calls of the network."""
+    def run(self, steps: Steps) -> Drawn:
+        """The samples."""
+
+
+class Drawn(NamedTuple):
+    """The samples [count, *], the calls of the network, and SMC's effective numbers of particles [rows, problems]."""
+
+    x: Tensor
+    calls: int
+    effective: Tensor | None = None
 
 
 @dataclass

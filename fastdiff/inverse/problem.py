@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..errors import ConfigError, DataError, DTypeError, ShapeError, short
+from ..errors import ConfigError, DataError, DTypeError, ShapeError, short, warn
 from ..execution import tensor_checks
 from ..execution.calls import like
 from ..execution.modes import evaluating
@@ -20,6 +20,7 @@ from .operators import Matrix
 
 NOISES = ("gaussian", "poisson")
 SEED = 0x0D07  # of the vectors that an operator is asked with
+POWERS = 10  # iterations for a norm
 ITERATIONS = 100  # of conjugate gradients at the most, where they call no network
 
 
@@ -41,6 +42,7 @@ class Problem:
     operator: Any
     noise_std: float | None = None
     noise: str | Callable[[Tensor, Tensor], Tensor] = "gaussian"
+    looked: ClassVar[bool] = False  # whether the units of y were looked at
 
     def __post_init__(self) -> None:
         tensor_checks.check_dense("y", self.y)
@@ -124,6 +126,7 @@ class Measurement:
         self.offset = zero[:1] if float(zero.abs().max()) > 0 else None
         if self.linear:
             self._check_adjoint(u, forward - zero, generator, tolerance)
+            self._warn_of_units(u[:1])
 
     def _check_y(self, y: Tensor, count: int) -> None:
         tensor_checks.check_device("y", y, self.device)
@@ -133,6 +136,25 @@ class Measurement:
                 f"num_samples={count}, got {tuple(y.shape)}"
             )
         self.each = y.to(self.dtype).expand(count, *self.shape)
+
+    def _warn_of_units(self, u: Tensor) -> None:
+        """Warn where y, of Gaussian noise, is much farther from A of the middle of the data's range than A takes any data in it;
+        ‖A‖₂² by power iteration from u [1, *]."""
+        within = self.model.network_range
+        if within is None or self.problem.looked or self.problem.noise != "gaussian" or not len(self.each):
+            return
+        for _ in range(POWERS):
+            norm = u.norm()
+            u = self.adjoint(self.forward(u / norm)) if norm > 0 else u
+        low, high = within
+        size = math.sqrt(math.prod(self.model.data_shape)) * (high - low) / 2
+        far = float((self.each - self.of(torch.full_like(u, (low + high) / 2))).flatten(1).norm(dim=1).max())
+        most = math.sqrt(float(u.norm())) * size + self.noise_std * math.sqrt(math.prod(self.shape))
+        if far > 2 * most:
+            warn(
+                f"y runs from {float(self.each.min()):.4g} to {float(self.each.max()):.4g}, {far / most:.3g} times as far as the "
+                "operator takes data in the model's range: give it in the units of what the operator makes of samples"
+            )
 
     def _check_adjoint(self, x: Tensor, forward: Tensor, generator: torch.Generator, tolerance: float) -> None:
         """⟨A x, y⟩ = ⟨x, Aᵀ y⟩."""

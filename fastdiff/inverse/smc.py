@@ -12,20 +12,22 @@ weights have grown uneven, particles are drawn anew by them (systematic resampli
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError, NonFiniteError, warn
 from ..execution import ops
 from ..execution.noise import ACCEPTANCE
 from ..guidance.base import Bound, Guidance, Moment, Setting, together
 from ..table import Row, StepTable
-from .own_steps import OwnSteps, Steps
+from .own_steps import Drawn, OwnSteps, Steps
 from .posterior_mean import MMPS, DensityBound
 from .problem import Problem
+
+FEW = 0.05  # of particles, below which their effective number is warned of: it was above 0.14 where the truth was known
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,7 @@ class SMC(OwnSteps):
     proposal: Guidance | None = None
     threshold: float = 0.5
 
-    def run(self, steps: Steps) -> tuple[Tensor, int]:
+    def run(self, steps: Steps) -> Drawn:
         setting, table, smallest = steps.setting, steps.table, checks.number("threshold", self.threshold, 0, 1)
         check_rows(table)
         bound = self._bound(setting)
@@ -87,7 +89,18 @@ class SMC(OwnSteps):
             steps.operations.step(out, matrix, ops.cursor(k, first, setting.seed, setting.device), None, x, guided, z=z)
             x = out
         index = weights.chosen(len(table), setting.count if shared else 1)
-        return x[index.to(x.device)], len(table) * math.ceil(many / steps.batch)
+        effective = torch.stack(weights.seen)
+        self._warn_of_few(effective.median(1).values, size)
+        return Drawn(x[index.to(x.device)], len(table) * math.ceil(many / steps.batch), effective)
+
+    def _warn_of_few(self, effective: Tensor, size: int) -> None:
+        """Of the problems' median before each row."""
+        least, row = effective.min(0)
+        if least < FEW * size:
+            warn(
+                f"inverse.SMC's {size} particles weighed no more than {float(least):.3g} before row {int(row)}, and its samples "
+                "may stand on few of them: take more steps or particles, or a proposal that is nearer to the posterior"
+            )
 
     def _bound(self, setting: Setting) -> Bound:
         if self.proposal is None:
@@ -120,6 +133,7 @@ class Weights:
     log: Tensor
     first: int
     seed: int
+    seen: list[Tensor] = field(default_factory=list)  # effective numbers before each row
 
     def take(self, logs: Tensor) -> None:
         """Multiply by what the steps owe, [groups · size]."""
@@ -133,7 +147,8 @@ class Weights:
         """Numbers of the particles that go on, [groups · size], where some problem's weights have grown uneven; its weights are
         then equal."""
         groups, size = self.log.shape
-        uneven = self.effective() < threshold * size
+        self.seen.append(self.effective())
+        uneven = self.seen[-1] < threshold * size
         if not bool(uneven.any()):
             return None
         index = torch.where(
