@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import checks
-from .errors import ConfigError, ShapeError, choose, names_keywords, short
+from .errors import ConfigError, ShapeError, choose, names_keywords, short, warn
 from .execution import conditions, modules, tensor_checks
 from .execution.calls import answer, dtype_of, like
 from .execution.loop import Condition
@@ -213,6 +213,12 @@ class ScoreModel(nn.Module):
         if least >= 2 * low - high - slack and most <= 2 * high - low + slack:
             return None
         return f"from {least:.4g} to {most:.4g}, far outside of data_range ({low:g}, {high:g})"
+
+    def look_at_units(self, name: str, given: Tensor) -> None:
+        """Warn where data that a caller gave are far outside of the range that the model was told."""
+        far = self.outside(given) if self.range_given else None
+        if far is not None:
+            warn(f"{name} runs {far}: give it in the units of the samples")
 
     @property
     def network_range(self) -> tuple[float, float] | None:

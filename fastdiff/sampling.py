@@ -23,6 +23,7 @@ from .guidance import ClassifierFree
 from .guidance.base import Setting, guided
 from .inverse.inpainting import Task, colorization, inpainting
 from .inverse.own_steps import Drawn, OwnSteps, Steps
+from .inverse.replacement import Replacement
 from .inverse.state import state_changes
 from .model import ScoreModel, as_model, check_path, opened
 from .planning import chains, processes, samplers
@@ -41,7 +42,7 @@ class SampleInfo:
     """What a run was: the seed that repeats it, its network calls and rows, its time, what ran it and why.
 
     A sampler that chooses its steps has no table and no rows, but each sample's own evaluations `nfe` [num_samples]; inverse.SMC
-    the effective numbers of particles (Σw)²/Σw² before each row, `effective` [rows, problems].
+    the effective numbers of particles (Σw)²/Σw² before each row and at the end, `effective` [rows + 1, problems].
     """
 
     seed: int
@@ -367,7 +368,8 @@ def inpaint(
     count = _count(options, known, of)
     task = inpainting(known, mask, of.data_shape, count, device_of(options.get("device"), None, of.net), method)
     shown = task.finish(torch.zeros((), dtype=known.dtype, device=known.device).expand(count, *of.data_shape))
-    _warn_of_units("known", shown, of)
+    if not isinstance(task.guidance, Replacement):  # which looks itself
+        of.look_at_units("known", shown)
     return _finished(task, posterior(model, task.guidance, sde, steps, num_samples=count, **options))
 
 
@@ -388,7 +390,7 @@ def colorize(
     of = _described(model, sde, options)
     task = colorization(gray, weights, of.data_shape, method)
     count = _count(options, gray, of)
-    _warn_of_units("gray", gray, of)
+    of.look_at_units("gray", gray)
     return _finished(task, posterior(model, task.guidance, sde, steps, num_samples=count, **options))
 
 
@@ -420,12 +422,6 @@ def _count(options: dict[str, Any], given: Any, model: ScoreModel) -> int:
     several = isinstance(given, Tensor) and given.ndim == len(model.data_shape) + 1
     count = options.pop("num_samples", len(given) if several else 16)
     return checks.integer("num_samples", count, 0, 2**32)
-
-
-def _warn_of_units(name: str, given: Tensor, model: ScoreModel) -> None:
-    far = model.outside(given) if model.range_given else None
-    if far is not None:
-        warn(f"{name} runs {far}: give it in the units of the samples")
 
 
 def _finished(task: Task, drawn: Any) -> Any:

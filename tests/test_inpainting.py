@@ -426,6 +426,7 @@ def test_inpainted_vectors_have_the_exact_conditional(sde):
     assert ((one[:, 1:].double().mean(0) - mean) / covariance.diag().sqrt()).abs().max() < 0.1
 
 
+@pytest.mark.filterwarnings("ignore:inverse.SMC's particles fell")  # five of them
 @pytest.mark.parametrize("method", ["mmps", "replacement", "repaint", "tmpd", "pigdm", "diffpir", "dps", "ilvr", "noised",
                                     "score_ald", "ddrm", "daps", "smc"])  # fmt: skip
 def test_every_method_keeps_what_is_known(method):
@@ -606,6 +607,8 @@ def test_the_range_of_samples_is_looked_at_with_the_known_part_in_it():
     assert float(x.max()) <= 1
     with pytest.warns(UserWarning, match="the samples run from .* far outside"):
         fastdiff.inpaint(model, PIXELS, ~MASK, steps=3, method="replacement", num_samples=2)
+    with pytest.warns(UserWarning, match="known runs from .* far outside of data_range"):
+        fastdiff.sample(model, steps=3, num_samples=2, guidance=inverse.Replacement((127 * PIXELS, MASK)))
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

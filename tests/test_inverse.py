@@ -419,6 +419,7 @@ def test_a_problem_for_each_sample():
             assert error < 4 / 300**0.5
 
 
+@pytest.mark.filterwarnings("ignore:inverse.SMC's particles")  # few, and a network that knows no prior
 def test_particles_of_one_y_share_their_condition():
     """NaN too, which means none."""
     net = nn.Module()
@@ -435,29 +436,30 @@ def test_particles_of_one_y_share_their_condition():
 
 
 def test_effective_numbers_of_particles_are_told():
-    """Of one y and of several: whole where y says nothing, and less where it does."""
-    gaussian, process = Gaussian((3,)), fastdiff.VP()
-    matrix = torch.tensor([[1.0, 0.5, -0.3]])
+    """Of one y and of several: all of them where y says nothing, fewer where it does, and where they are few there is a warning,
+    also of one problem in three, and of a handful of particles."""
+    gaussian, process, matrix = Gaussian((3,)), fastdiff.VP(), torch.tensor([[1.0, 0.5, -0.3]])
 
-    def effective(y, noise_std, **options):
+    def effective(y, noise_std, count=40, particles=None, operator=matrix):
+        method = inverse.SMC(inverse.Problem(y, operator, noise_std), particles=particles)
         _, info = fastdiff.sample(
-            gaussian.denoiser(process), process, 10, sampler="ancestral", shape=(3,), prediction="x0", num_samples=6,
-            guidance=inverse.SMC(inverse.Problem(y, matrix, noise_std), **options), return_info=True,
+            gaussian.denoiser(process), process, 20, sampler="ancestral", shape=(3,), prediction="x0", num_samples=count,
+            guidance=method, return_info=True,
         )  # fmt: skip
-        assert info.effective.shape == (info.rows, 1 if y.ndim == 1 else 6)
+        assert info.effective.shape == (info.rows + 1, 1 if y.ndim == 1 else count)
         return info.effective
 
-    assert torch.allclose(effective(torch.tensor([0.3]), 1e6), torch.tensor(6.0, dtype=torch.float64))
+    assert torch.allclose(effective(torch.tensor([0.3]), 1e6), torch.tensor(40.0, dtype=torch.float64))
     told = effective(torch.tensor([0.3]), 0.1)
-    assert bool(((told >= 1) & (told <= 6 + 1e-9)).all())
-    assert float(told.min()) < 5.9
-    assert bool((effective(torch.zeros(6, 1), 1e6, particles=5) > 4.999).all())
-    assert (
-        fastdiff.sample(gaussian.denoiser(process), process, 2, shape=(3,), prediction="x0", return_info=True)[
-            1
-        ].effective
-        is None
-    )
+    assert bool(((told > 20) & (told < 40)).any())
+    assert bool((effective(torch.zeros(6, 1), 1e6, 6, 5) > 4.999).all())
+    bent = lambda x: (5 * x[:, :1]).sin()  # noqa: E731
+    with pytest.warns(UserWarning, match=r"particles fell to an effective number of 1(\.\d*)? of 8, at row \d+, and"):
+        effective(torch.tensor([1.5]), 0.05, 8, operator=bent)
+    with pytest.warns(UserWarning, match=r"particles of 1 of 3 problems fell to an effective number"):
+        effective(torch.tensor([[0.0], [0.0], [1.5]]), 0.05, 3, 40, bent)
+    _, info = fastdiff.sample(gaussian.denoiser(process), process, 2, shape=(3,), prediction="x0", return_info=True)
+    assert info.effective is None
 
 
 @pytest.mark.parametrize("name", ["a matrix", "a picture", "standardized", "signed"])
@@ -476,6 +478,12 @@ def test_measurements_in_other_units_are_warned_of(name):
     for x in (middle + half, middle - half):
         y = forward(torch.full((1, *shape), x))[0]
         Measurement(inverse.Problem(y, operator, 0.1), setting)
+    for k in range(20):  # of a measurement that is noise, nearly
+        noisy = inverse.Problem(
+            100 * torch.randn(2, 1, generator=torch.Generator().manual_seed(k)), torch.eye(math.prod(shape))[:1], 100.0
+        )
+        Measurement(noisy, setting)
+    Measurement(inverse.Problem(torch.ones(1), torch.zeros(1, math.prod(shape)), 0.0), setting)
     y = 128 * forward(torch.full((1, *shape), middle + half))[0]
     with pytest.warns(UserWarning, match="y runs from .* times as far as the operator takes data in the model's range"):
         Measurement(inverse.Problem(y, operator, 0.1), setting)
@@ -548,6 +556,43 @@ def test_posteriors_of_any_noise_and_operator(name):
     assert (ratios - 1).abs().max() < 0.25
 
 
+@pytest.mark.parametrize("told", ["by the operator", "by the noise"])
+def test_posteriors_of_many_counts(told):
+    """Twenty of them, of means 3 exp(A x), by conjugate gradients: against draws of the normal distribution about the largest
+    value of the posterior, weighted to be of the posterior itself."""
+    gaussian, process, rng = Gaussian((24,), seed=2), fastdiff.VP(), np.random.default_rng(4)
+    matrix = torch.from_numpy(rng.normal(size=(20, 24))) / 24**0.5
+    y = torch.from_numpy(rng.poisson((3 * (matrix @ gaussian.draw(1)[0]).exp()).numpy())).double()
+    precision = torch.linalg.inv(gaussian.covariance)
+
+    def log_density(x):
+        apart, m = x - gaussian.mean, x @ matrix.T
+        return (y * m - 3 * m.exp()).sum(-1) - 0.5 * ((apart @ precision) * apart).sum(-1)
+
+    top = gaussian.mean.clone()
+    for _ in range(30):
+        curvature = -torch.autograd.functional.hessian(log_density, top)
+        top = top + torch.linalg.solve(curvature, torch.autograd.functional.jacobian(log_density, top))
+    z = torch.from_numpy(np.random.default_rng(3).normal(size=(100_000, 24)))
+    draws = top + z @ torch.linalg.cholesky(1.2 * torch.linalg.inv(curvature)).T
+    weight = (log_density(draws) + 0.5 * z.square().sum(1)).softmax(0)
+    assert float(1 / weight.square().sum()) > 30_000
+    mean = weight @ draws
+    covariance = torch.einsum("k,ki,kj->ij", weight, draws - mean, draws - mean)
+    problem = {
+        "by the operator": inverse.Problem(y.float(), lambda x: 3 * (x @ matrix.to(x).T).exp(), noise="poisson"),
+        "by the noise": inverse.Problem(y.float(), matrix.float(), noise=lambda m, y: (y * m - 3 * m.exp()).sum(1)),
+    }[told]
+    x, info = fastdiff.sample(
+        gaussian.denoiser(process), process, 60, sampler="euler_maruyama", grid="fourth_root", shape=(24,), prediction="x0",
+        num_samples=1500, guidance=inverse.SMC(problem), return_info=True,
+    )  # fmt: skip
+    error, ratios = compared(x, mean, covariance)
+    assert float(info.effective.min()) > 300
+    assert error < 0.15  # of 24 numbers, by particles that are worth 500 draws
+    assert (ratios - 1).abs().max() < 0.25
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_curvatures_of_likelihoods_are_those_of_autograd(dtype):
     """Of measurements that are on their own, that are tied, and that are tied in some samples alone; and the bits of a sample do
@@ -556,7 +601,13 @@ def test_curvatures_of_likelihoods_are_those_of_autograd(dtype):
     def either(mean, y):
         return torch.where(y[:, 0] > 0, t_density(mean, y), related(mean, y))
 
-    for noise in (t_density, related, either):
+    precise = torch.block_diag(torch.tensor([[1e6]]), torch.tensor([[1.0, 0.9], [0.9, 1.0]]), torch.tensor([[2.0]]))
+
+    def beside_a_precise_one(mean, y):
+        r = mean - y
+        return -0.5 * ((r[:, :, None] * precise.to(r)).sum(1) * r).sum(1)
+
+    for noise in (t_density, related, either, beside_a_precise_one):
         setting = Setting(
             fastdiff.ScoreModel(lambda x, t: x, "vp", "x0", "t", (4,)), 6, dtype, torch.device("cpu"), 0, 0, None
         )
@@ -745,6 +796,7 @@ def test_bits_of_many_measurements_do_not_depend_on_the_batch(noise, iterations)
     assert torch.equal(whole, parts)
 
 
+@pytest.mark.filterwarnings("ignore:inverse.SMC's particles")  # few, and a network that knows no prior
 def test_particles_of_a_y_for_each_sample_go_with_its_number():
     y, matrix = torch.randn(5, 1), torch.eye(4)[:1]
     options = {"sde": "vp", "steps": 8, "shape": (4,), "prediction": "x0", "seed": 5}

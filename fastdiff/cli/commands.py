@@ -718,7 +718,7 @@ def _clip(value: str | None) -> Any:
 
 
 def _tensor(option: str, value: str) -> Tensor:
-    """The array of a .npy file."""
+    """The array of a .npy or .npz file."""
     import torch
 
     from .. import files
@@ -786,7 +786,7 @@ def _parser() -> argparse.ArgumentParser:
     count = "how many samples (default: 16, or as many as --cond or FILE has)"
     of_samples.add_argument("-n", "--num-samples", type=int, help=count)
     of_samples.add_argument("--labels", help="of a model trained with labels: 3 for all samples, or 0,1,2 in turn")
-    of_samples.add_argument("--cond", help="a .npy array of conditions, an entry for each sample")
+    of_samples.add_argument("--cond", help="a .npy or .npz array of conditions, an entry for each sample")
     free = (
         "classifier-free, of a model trained with --cond-dropout: 1 is the model as it is, 2 or 3 usual (default: none)"
     )
@@ -863,7 +863,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--data", required=True, help=f"{data}; best what the model was not trained on")
     sub.add_argument("--labels", metavar="FILE", help="class numbers of --data, a .npy or IDX file (default: its own)")
-    sub.add_argument("--cond", metavar="FILE", help="conditions of --data, a .npy array (default: its own)")
+    sub.add_argument("--cond", metavar="FILE", help="conditions of --data, a .npy or .npz array (default: its own)")
     sub.add_argument("--train", help="its training data, to look for copies of (default: half of --data)")
     sub.add_argument(
         "-n", "--num-samples", type=int, default=1000, help="at most, and at most half of the data (default: 1000)"
@@ -897,7 +897,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-n", "--num-samples", type=int, default=64, help="at most this many of the data (default: 64)")
     sub.add_argument("--first-sample", type=int, default=0, help="index of the first in the data (default: 0)")
     sub.add_argument("--labels", help="3 for all of the data, or 0,1,2 in turn (default: the data's own)")
-    sub.add_argument("--cond", help="a .npy array of conditions, an entry for each of the data")
+    sub.add_argument("--cond", help="a .npy or .npz array of conditions, an entry for each of the data")
     sub.add_argument("--trace", default="hutchinson", help="hutchinson (default), hutch++ or exact")
     sub.add_argument("--probes", type=int, default=2, help="of the trace, for each sample (default: 2)")
     sub.add_argument("--rtol", type=float, default=1e-5, help="relative tolerance of a step (default: 1e-5)")
@@ -914,7 +914,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--data", required=True, help=data)
     sub.add_argument("-n", "--num-samples", type=int, help="of the data (default: 16, of small samples more)")
-    sub.add_argument("--cond", help="a .npy array of conditions, an entry for each of the data")
+    sub.add_argument("--cond", help="a .npy or .npz array of conditions, an entry for each of the data")
 
     sub = command("plan", _plan, "Print the table of a run: what each row does, with its coefficients.", of_a_plan)
     sub.add_argument("sde", help="ve, vp, subvp, ou, edm, ddpm or ncsn")
@@ -959,7 +959,7 @@ def _train_options(sub: argparse.ArgumentParser, data: str, net: str) -> None:
     add("data", metavar="DATA", nargs="?", help=f"{data}; also --data")
     add("--data", dest="also_data", help=argparse.SUPPRESS)  # as the other commands have it
     add("--labels", metavar="FILE", help="a .npy or IDX file of class numbers 0 … (default: the data's own)")
-    cond = "a .npy array of conditions, vectors or fields, an entry for each sample (default: the data's)"
+    cond = "a .npy or .npz array of conditions, vectors or fields, an entry for each sample (default: the data's)"
     add("--cond", metavar="FILE", help=cond)
     _reading(of_data)
     add("--lazy", action="store_true", help="read a .npy file or pictures while training, not before")

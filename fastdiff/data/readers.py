@@ -364,7 +364,7 @@ def _only(stream: IO[bytes]) -> np.ndarray:
         names = _names(archive)
         if len(names) != 1:
             listed = ", ".join(names) or "none"
-            raise ValueError(f"it must hold one array, and has {listed:.60}: save that one by numpy.save")
+            raise ValueError(f"it must hold one array, and has {listed:.60}: save one alone by numpy.save")
         return _member(archive, names[0])
 
 

@@ -24,7 +24,7 @@ from .problem import Linear, Measurement, Problem, conjugate_gradients, dot
 
 FEW = 16  # measurements whose covariance is made as a matrix, unless the caller says how many iterations to take
 ITERATIONS = 5
-OUTER = 2  # steps of Newton's method that are by conjugate gradients
+OUTER = 2  # steps of Newton's method that are by conjugate gradients, and one more where the operator is not linear
 
 
 # of log p(y | x_t) up to what is the same for all x_t, [B], float64; most methods need the mean alone
@@ -134,54 +134,77 @@ class DenseLaplace(Laplace):
 
 
 class IteratedLaplace(Laplace):
-    """The largest value is looked for with S as a diagonal, the sums of its rows; from there by Newton's method, whose steps
-    are by conjugate gradients, and are cut where they lead down."""
+    """The largest value of log p(y | A(x)) − ½ (x − x̂0)ᵀ C⁻¹ (x − x̂0) by the Gauss–Newton method: A is made linear where each
+    step begins, steps are by conjugate gradients, and cut where they lead down. S counts by the sums of its rows in log det, and,
+    where A is linear, in a guess of where the first step begins."""
 
     def __init__(self, measured: Measurement, setting: Setting, iterations: int) -> None:
         super().__init__(measured, setting)
         self.iterations = iterations
 
     def change(self, moment: Moment, part: Linear, mean: Tensor, y: Tensor) -> tuple[Tensor, Density]:
-        def along(u: Tensor, last: bool = False) -> Tensor:
-            """C Hᵀ u."""
-            return moment.tweedie * moment.pulled(part.adjoint(u.view_as(y).to(y.dtype)), last=last).detach()
+        x0, linear = moment.x0.detach(), part.shared
+        steps = OUTER if linear else OUTER + 1
 
-        def measured(change: Tensor) -> Tensor:
-            return part.forward(change).double().flatten(1)
+        def spread(w: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
+            """Hᵀ w and C Hᵀ w of w [B, n]."""
+            u = part.adjoint(w.view_as(y).to(y.dtype))
+            return u, moment.tweedie * moment.pulled(u, last=last).detach()
 
-        sums = measured(along(torch.ones_like(y))).clamp(min=0)
-        found = mode(self.likelihood, mean, sums.sqrt(), y)
+        def measured(v: Tensor) -> Tensor:
+            """H v of v [B, *]."""
+            return part.forward(v).double().flatten(1)
+
+        def row_sums(last: bool = False) -> Tensor:
+            """Of S = H C Hᵀ."""
+            return measured(spread(torch.ones_like(mean), last)[1]).clamp(min=0)
+
+        sums = row_sums()
         least = lowest(torch.maximum(sums, sums.mean(1, keepdim=True)))
-        nowhere = torch.zeros_like(mean)
-        here: tuple[Tensor, ...] = nowhere, nowhere, torch.zeros_like(moment.x)
-        best, shift = self.likelihood.value(mean, y, least), sums.sqrt() * found.a
-        for k in range(OUTER):
-            slope, second = self.likelihood.derivatives(mean + shift, y, least, True)
-            second = second.clamp(min=0)
-            root, target = second.sqrt(), slope + second * shift
+        here, best = (torch.zeros_like(x0), torch.zeros_like(x0)), self.likelihood.value(mean, y, least)
+        at, shift, log_det = mean, torch.zeros_like(mean), torch.zeros_like(best)
+        if linear:
+            found = mode(self.likelihood, mean, sums.sqrt(), y)
+            shift, log_det = sums.sqrt() * found.a, found.log_det
+            at = mean + shift
+        for k in range(steps):
+            slope, second = self.likelihood.derivatives(at, y, least, True)
+            root = second.clamp(min=0).sqrt()
+            target = slope + root.square() * shift
             # (1 + Λ S) w = g + Λ δ, with Λ^½ on either side
             z = conjugate_gradients(
-                lambda u, root=root: root * measured(along(root * u)) + u,  # type: ignore[misc]
-                root * measured(along(target)),
+                lambda u, root=root: root * measured(spread(root * u)[1]) + u,  # type: ignore[misc]
+                root * measured(spread(target)[1]),
                 self.iterations,
             )
-            wanted = target - root * z
-            leads = along(wanted, last=k + 1 == OUTER)
-            here, best = self._cut(mean, y, least, best, here, (wanted, measured(leads), leads))
-            shift = here[1]
-        return here[2], lambda: best - 0.5 * found.log_det
+            there = spread(target - root * z, last=linear and k + 1 == steps)
+            here, best = self._cut(x0, y, least, best, here, there)
+            made, part = self.measured.linearized(x0 + here[1])
+            at, shift = made.double().flatten(1), measured(here[1])
+        if not linear:
+            second = self.likelihood.derivatives(at, y, least, True)[1].clamp(min=0)
+            log_det = (row_sums(last=True) * second).log1p().sum(1)
+        return here[1], lambda: best - 0.5 * log_det
 
     def _cut(
-        self, mean: Tensor, y: Tensor, least: Tensor, best: Tensor, here: tuple[Tensor, ...], there: tuple[Tensor, ...]
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The longest of halved steps from here to there, of weights w, S w and C Hᵀ w, whose value is larger, and that value."""
+        self,
+        x0: Tensor,
+        y: Tensor,
+        least: Tensor,
+        best: Tensor,
+        here: tuple[Tensor, Tensor],
+        there: tuple[Tensor, Tensor],
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The longest of halved steps from here to there, of u and C u, whose value is larger, and that value."""
         size = torch.zeros_like(best)
         for halved in range(HALVINGS):
-            weights, shift = (a + (b - a) / 2**halved for a, b in zip(here[:2], there[:2]))
-            value = self.likelihood.value(mean + shift, y, least) - 0.5 * (weights * shift).sum(1)
+            u, v = (a + (b - a) / 2**halved for a, b in zip(here, there))
+            mean = self.measured.of(x0 + v).detach().double().flatten(1)
+            value = self.likelihood.value(mean, y, least) - 0.5 * dot(u, v)
             taken = (size == 0) & (value > best)
             size, best = torch.where(taken, 1 / 2**halved, size), torch.where(taken, value, best)
-        return tuple(a + like(size, a) * (b - a) for a, b in zip(here, there)), best
+        u, v = (a + like(size, a) * (b - a) for a, b in zip(here, there))
+        return (u, v), best
 
 
 def spread(moment: Moment, part: Linear, y: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
@@ -216,7 +239,8 @@ class MMPS(Guidance):
                  measurements it is exact, and C is made as a matrix. Default: exact up to 16 measurements, else 5
 
     Of noise that is not Gaussian, and of an operator that is not linear, by Laplace's approximation about x̂0 (Rasmussen and
-    Williams 2006, section 3.4); with fewer iterations than measurements in two of Newton's steps, by default of 15 products.
+    Williams 2006, section 3.4); with fewer iterations than measurements in two steps of Newton's, by default of 15
+    products, or three, of 23, where the operator is not linear.
     """
 
     problem: Problem

@@ -126,7 +126,8 @@ class Measurement:
         self.offset = zero[:1] if float(zero.abs().max()) > 0 else None
         if self.linear:
             self._check_adjoint(u, forward - zero, generator, tolerance)
-            self._warn_of_units(u[:1])
+            with torch.no_grad():
+                self._warn_of_units(u[:1])
 
     def _check_y(self, y: Tensor, count: int) -> None:
         tensor_checks.check_device("y", y, self.device)
@@ -138,23 +139,24 @@ class Measurement:
         self.each = y.to(self.dtype).expand(count, *self.shape)
 
     def _warn_of_units(self, u: Tensor) -> None:
-        """Warn where y, of Gaussian noise, is much farther from A of the middle of the data's range than A takes any data in it;
-        ‖A‖₂² by power iteration from u [1, *]."""
-        within = self.model.network_range
-        if within is None or self.problem.looked or self.problem.noise != "gaussian" or not len(self.each):
+        """Warn where a y of Gaussian noise is much farther from A of the middle of the data's range than A takes any data in it;
+        ‖A‖₂ by power iteration from u [1, *], as long as y is not explained."""
+        within, count = self.model.network_range, len(self.each)
+        if within is None or self.problem.looked or self.problem.noise != "gaussian" or count == 0:
             return
-        for _ in range(POWERS):
-            norm = u.norm()
-            u = self.adjoint(self.forward(u / norm)) if norm > 0 else u
-        low, high = within
-        size = math.sqrt(math.prod(self.model.data_shape)) * (high - low) / 2
+        (low, high), noise = within, math.sqrt(math.prod(self.shape)) + math.sqrt(2 * math.log(count)) + 5
         far = float((self.each - self.of(torch.full_like(u, (low + high) / 2))).flatten(1).norm(dim=1).max())
-        most = math.sqrt(float(u.norm())) * size + self.noise_std * math.sqrt(math.prod(self.shape))
-        if far > 2 * most:
-            warn(
-                f"y runs from {float(self.each.min()):.4g} to {float(self.each.max()):.4g}, {far / most:.3g} times as far as the "
-                "operator takes data in the model's range: give it in the units of what the operator makes of samples"
-            )
+        most = 0.0
+        for _ in range(POWERS):
+            u = self.adjoint(self.forward(u / u.norm()))
+            size = math.sqrt(float(u.norm()) * math.prod(self.model.data_shape)) * (high - low) / 2
+            most = max(most, 2 * size + noise * self.noise_std)
+            if far <= most or size == 0:
+                return
+        warn(
+            f"y runs from {float(self.each.min()):.4g} to {float(self.each.max()):.4g}, {2 * far / most:.3g} times as far as the "
+            "operator takes data in the model's range: give it in the units of what the operator makes of samples"
+        )
 
     def _check_adjoint(self, x: Tensor, forward: Tensor, generator: torch.Generator, tolerance: float) -> None:
         """⟨A x, y⟩ = ⟨x, Aᵀ y⟩."""

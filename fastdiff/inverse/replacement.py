@@ -45,6 +45,7 @@ class Replacement(Guidance):
                     f"{name} takes an inverse.Problem, or a pair (known, mask), got {type(self.problem).__name__}"
                 )
             known, mask = arranged(*self.problem, setting.model.data_shape, setting.count, setting.device)
+            setting.model.look_at_units("known", known.masked_select(mask))
             return Known(known, mask, setting)
         measured = Measurement(self.problem, setting).needs_linear(name)
         if measured.noise_std > 0:

@@ -27,7 +27,7 @@ from .own_steps import Drawn, OwnSteps, Steps
 from .posterior_mean import MMPS, DensityBound
 from .problem import Problem
 
-FEW = 0.05  # of particles, below which their effective number is warned of: it was above 0.14 where the truth was known
+FEW = 0.05  # of particles, whose effective number is warned of: it was 0.14 or more where the truth is known
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,18 +88,24 @@ class SMC(OwnSteps):
             out = torch.empty_like(x)
             steps.operations.step(out, matrix, ops.cursor(k, first, setting.seed, setting.device), None, x, guided, z=z)
             x = out
+        weights.seen.append(weights.effective())
         index = weights.chosen(len(table), setting.count if shared else 1)
         effective = torch.stack(weights.seen)
-        self._warn_of_few(effective.median(1).values, size)
+        self._warn_of_few(effective, size)
         return Drawn(x[index.to(x.device)], len(table) * math.ceil(many / steps.batch), effective)
 
     def _warn_of_few(self, effective: Tensor, size: int) -> None:
-        """Of the problems' median before each row."""
+        """Where more than a tenth of the problems had too few for a while."""
+        groups, limit = effective.shape[1], max(FEW * size, min(2.0, size / 2))
         least, row = effective.min(0)
-        if least < FEW * size:
+        few = int((least < limit).sum())
+        if few > groups / 10:
+            of = f" of {few} of {groups} problems" if groups > 1 else ""
+            worst = int(least.argmin())
             warn(
-                f"inverse.SMC's {size} particles weighed no more than {float(least):.3g} before row {int(row)}, and its samples "
-                "may stand on few of them: take more steps or particles, or a proposal that is nearer to the posterior"
+                f"inverse.SMC's particles{of} fell to an effective number of {float(least[worst]):.3g} of {size}, at row "
+                f"{int(row[worst])}, and the samples may stand on few of them: give more particles= or steps=, or "
+                "a proposal= that is nearer to the posterior"
             )
 
     def _bound(self, setting: Setting) -> Bound:
@@ -133,7 +139,7 @@ class Weights:
     log: Tensor
     first: int
     seed: int
-    seen: list[Tensor] = field(default_factory=list)  # effective numbers before each row
+    seen: list[Tensor] = field(default_factory=list)  # effective numbers before each row, and of the draws
 
     def take(self, logs: Tensor) -> None:
         """Multiply by what the steps owe, [groups · size]."""
