@@ -395,6 +395,7 @@ def main() -> None:
     add("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS)[:4], metavar="NAME", help=", ".join(PROBLEMS))
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help="; ".join(METHODS))
     add("--sde", choices=processes, default="vp", help="(default: vp)")
+    add("--sigma-max", type=float, metavar="S", help="of ve (default: 50)")
     add("--steps", type=int, default=100, help="where the method does not say (default: 100)")
     add("--draws", type=int, default=1000, help="of each posterior (default: 1000)")
     add("--seeds", type=int, help="problems of each kind (default: 3 normal ones, 5 of modes)")
@@ -403,6 +404,8 @@ def main() -> None:
     add("--picture", metavar="FILE", help="draws of --methods on one problem of modes, instead of tables")
     a = parser.parse_args()
     torch.set_num_threads(1)
+    if a.sigma_max is not None:
+        processes["ve"] = fastdiff.VE(sigma_max=a.sigma_max)
     if a.picture:
         few = ["SMC", "MMPS", "PiGDM", "DPS", "DiffPIR"]
         picture(a.picture, a.methods or few, processes[a.sde], a.steps, a.draws)
