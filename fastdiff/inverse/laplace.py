@@ -105,12 +105,18 @@ class Likelihood:
 
 
 class Mode(NamedTuple):
-    """The largest value of log p(y | mean + L a) − ½ |a|², S = L Lᵀ: where, a [B, n], that value [B], and log det(1 + S Λ) [B];
-    float64."""
+    """The largest value of log p(y | mean + L a) − ½ |a|², S = L Lᵀ: where, a [B, n], and that value [B]; and of Lᵀ Λ L there the
+    eigenvalues [B, n] and -vectors [B, n, n] (L itself where S is a diagonal); float64."""
 
     a: Tensor
     value: Tensor
-    log_det: Tensor
+    curvatures: Tensor
+    vectors: Tensor
+
+    @property
+    def log_det(self) -> Tensor:
+        """log det(1 + S Λ), [B]."""
+        return self.curvatures.log1p().sum(1)
 
 
 def lowest(variance: Tensor) -> Tensor:
@@ -142,7 +148,7 @@ def mode(likelihood: Likelihood, mean: Tensor, root: Tensor, y: Tensor) -> Mode:
             which = which[moved]
             if len(which) == 0:
                 break
-    return Mode(a, best, at.curved(a)[1].log1p().sum(1))
+    return Mode(a, best, *at.curved(a)[1:])
 
 
 class _At(NamedTuple):

@@ -19,11 +19,12 @@ from torch import Tensor
 from .. import checks
 from ..execution.calls import like
 from ..guidance.base import Bound, Guidance, Moment, Setting
-from .laplace import HALVINGS, Likelihood, lowest, mode
+from .laplace import HALVINGS, Likelihood, Mode, lowest, mode
 from .problem import Linear, Measurement, Problem, conjugate_gradients, dot
 
 FEW = 16  # measurements whose covariance is made as a matrix, unless the caller says how many iterations to take
 ITERATIONS = 5
+LOOKS = 2  # at the values on either side of an operator that is not linear, for a mean
 OUTER = 2  # steps of Newton's method that are by conjugate gradients, and one more where the operator is not linear
 
 
@@ -88,49 +89,71 @@ class Laplace(DensityBound):
         super().__init__(measured)
         self.likelihood = Likelihood(measured, setting)
 
-    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Density]:
-        mean, part = self.measured.linearized(moment.x0)
-        change, density = self.change(moment, part, mean.double().flatten(1), parts["y"])
-        return moment.x0 + change, density
-
-    def change(self, moment: Moment, part: Linear, mean: Tensor, y: Tensor) -> tuple[Tensor, Density]:
-        """C Hᵀ S⁻¹ δ, and what gives log p(y | x_t), of measurements whose mean is `mean` [B, n]."""
-        raise NotImplementedError
+    def _measured(self, x0: Tensor) -> Tensor:
+        """A(x0) as [B, n]; DataError where it is not finite."""
+        mean = self.measured.of(x0).detach()
+        self.measured.check("operator", x0, mean)
+        return mean.double().flatten(1)
 
 
 class DenseLaplace(Laplace):
-    """S as a matrix; of an operator that is not linear by its values one standard deviation of x0 given x_t on either side, along
-    each measured direction (Julier & Uhlmann 1997): what these have beside a slope counts as noise. By the Jacobian alone one of
-    several x0 of the same y would be taken for certain while x_t is still noise."""
+    """S as a matrix; of an operator that is not linear by its values one standard deviation on either side, along each direction
+    (Julier & Uhlmann 1997): what these have beside a slope counts as noise. By the Jacobian alone one of several x0 of the same y
+    would be taken for certain while x_t is still noise.
 
-    def change(self, moment: Moment, part: Linear, mean: Tensor, y: Tensor) -> tuple[Tensor, Density]:
+    Those are of x0 given x_t; for the mean alone then of x0 given y too, about which the slope is truer (García-Fernández et al.
+    2015). A density by these may have too little of another x0, which few particles with large weights would have to make up for.
+    """
+
+    def __call__(self, moment: Moment, parts: dict[str, Tensor]) -> Tensor:
+        return self.guided(moment, parts, LOOKS)[0]
+
+    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Density]:
+        return self.guided(moment, parts, 1)
+
+    def guided(self, moment: Moment, parts: dict[str, Tensor], looks: int) -> tuple[Tensor, Density]:
+        (made, part), y = self.measured.linearized(moment.x0), parts["y"]
+        mean = made.double().flatten(1)
         columns, values, vectors, positive = spread(moment, part, y)
         roots = torch.where(positive, values, 0.0).sqrt()
         # x0 = x̂0 + columns · to · a, m = mean + slopes · a + the rest, of normal numbers a of variance 1
         to, slopes = vectors * torch.where(positive, 1 / roots, 0.0)[:, None], vectors * roots[:, None]
-        if not part.shared:
-            mean, slopes, rest = self.aside(moment, columns, to, mean)
-            values, vectors = torch.linalg.eigh(slopes @ slopes.mT + rest)
-            positive = values > 0
+        if part.shared:
+            found = mode(self.likelihood, mean, slopes, y)
+            a = found.a
+        else:
+            a, found = self.looked(moment, columns, to, mean, y, looks)
+        change = weighed(columns, (to @ a[..., None])[..., 0])
+        return moment.x0 + change, lambda: found.value - 0.5 * found.log_det
+
+    def looked(
+        self, moment: Moment, columns: list[Tensor], to: Tensor, mean: Tensor, y: Tensor, looks: int
+    ) -> tuple[Tensor, Mode]:
+        """E[a | y] [B, n], and the likelihood's largest value for m = middle + slopes · a + the rest, of which the last look is
+        where the one before has left a."""
+        x0, one = moment.x0.detach(), torch.eye(mean.shape[1], dtype=to.dtype, device=to.device)
+
+        def measured(a: Tensor) -> Tensor:
+            return self._measured(x0 + weighed(columns, (to @ a[..., None])[..., 0]))
+
+        a, root = torch.zeros_like(mean), one.expand_as(to)
+        for k in range(looks):
+            sides = [(measured(a + step), measured(a - step)) for step in root.unbind(2)]
+            up, down = (torch.stack(side, 2) for side in zip(*sides))
+            middle = measured(a) if k else mean
+            even, odd = (up + down) / 2 - middle[..., None], (up - down) / 2
+            slopes = torch.linalg.solve(root, odd, left=False)
+            middle = middle + even.sum(2) - (slopes @ a[..., None])[..., 0]
+            values, vectors = torch.linalg.eigh(slopes @ slopes.mT + 2 * even @ even.mT)
             roots = values.clamp(min=0).sqrt()
-        found = mode(self.likelihood, mean, vectors * roots[:, None], y)
-        along = torch.where(positive, found.a / roots, 0.0)
-        weights = to @ (slopes.mT @ (vectors @ along[..., None]))
-        return weighed(columns, weights[..., 0]), lambda: found.value - 0.5 * found.log_det
-
-    def aside(self, moment: Moment, columns: list[Tensor], to: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of A(x0): the mean [B, n], the slopes [B, n, n], and the covariance of the rest."""
-        x0, even, odd = moment.x0.detach(), torch.zeros_like(to), torch.zeros_like(to)
-        for i in range(mean.shape[1]):
-            step = weighed(columns, to[:, :, i])
-            up, down = (self._measured(x) for x in (x0 + step, x0 - step))
-            even[:, :, i], odd[:, :, i] = (up + down) / 2 - mean, (up - down) / 2
-        return mean + even.sum(2), odd, 2 * even @ even.mT
-
-    def _measured(self, x0: Tensor) -> Tensor:
-        mean = self.measured.of(x0).detach()
-        self.measured.check("operator", x0, mean)
-        return mean.double().flatten(1)
+            found = mode(self.likelihood, middle, vectors * roots[:, None], y)
+            gain = torch.where(values > 0, 1 / roots, 0.0)[..., None] * (vectors.mT @ slopes)
+            a = (gain.mT @ found.a[..., None])[..., 0]
+            told = found.vectors.mT @ gain
+            lost = told.mT @ ((found.curvatures / (1 + found.curvatures))[..., None] * told)
+            spreads, along = torch.linalg.eigh(one - lost)
+            root = along * spreads.clamp(min=1e-12).sqrt()[:, None]
+        return a, found
 
 
 class IteratedLaplace(Laplace):
@@ -142,8 +165,10 @@ class IteratedLaplace(Laplace):
         super().__init__(measured, setting)
         self.iterations = iterations
 
-    def change(self, moment: Moment, part: Linear, mean: Tensor, y: Tensor) -> tuple[Tensor, Density]:
-        x0, linear = moment.x0.detach(), part.shared
+    def with_density(self, moment: Moment, parts: dict[str, Tensor]) -> tuple[Tensor, Density]:
+        x0, y = moment.x0.detach(), parts["y"]
+        made, part = self.measured.linearized(x0)
+        mean, linear = made.double().flatten(1), part.shared
         steps = OUTER if linear else OUTER + 1
 
         def spread(w: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
@@ -184,7 +209,7 @@ class IteratedLaplace(Laplace):
         if not linear:
             second = self.likelihood.derivatives(at, y, least, True)[1].clamp(min=0)
             log_det = (row_sums(last=True) * second).log1p().sum(1)
-        return here[1], lambda: best - 0.5 * log_det
+        return moment.x0 + here[1], lambda: best - 0.5 * log_det
 
     def _cut(
         self,
@@ -199,8 +224,7 @@ class IteratedLaplace(Laplace):
         size = torch.zeros_like(best)
         for halved in range(HALVINGS):
             u, v = (a + (b - a) / 2**halved for a, b in zip(here, there))
-            mean = self.measured.of(x0 + v).detach().double().flatten(1)
-            value = self.likelihood.value(mean, y, least) - 0.5 * dot(u, v)
+            value = self.likelihood.value(self._measured(x0 + v), y, least) - 0.5 * dot(u, v)
             taken = (size == 0) & (value > best)
             size, best = torch.where(taken, 1 / 2**halved, size), torch.where(taken, value, best)
         u, v = (a + like(size, a) * (b - a) for a, b in zip(here, there))
@@ -238,9 +262,9 @@ class MMPS(Guidance):
     iterations   of the solver, of conjugate gradients, a product with the Jacobian each and one more; with as many as there are
                  measurements it is exact, and C is made as a matrix. Default: exact up to 16 measurements, else 5
 
-    Of noise that is not Gaussian, and of an operator that is not linear, by Laplace's approximation about x̂0 (Rasmussen and
-    Williams 2006, section 3.4); with fewer iterations than measurements in two steps of Newton's, by default of 15
-    products, or three, of 23, where the operator is not linear.
+    Of noise that is not Gaussian, and of an operator that is not linear, by Laplace's approximation of p(y | x_t) (Rasmussen and
+    Williams 2006, section 3.4); with fewer iterations than measurements by Newton's method, in two steps, by default of 15
+    products in all, or where the operator is not linear in three, of 23.
     """
 
     problem: Problem
