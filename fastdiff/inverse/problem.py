@@ -141,11 +141,12 @@ class Measurement:
     def _warn_of_units(self, u: Tensor) -> None:
         """Warn where a y of Gaussian noise is much farther from A of the middle of the data's range than A takes any data in it;
         ‖A‖₂ by power iteration from u [1, *], as long as y is not explained."""
-        within, count = self.model.network_range, len(self.each)
-        if within is None or self.problem.looked or self.problem.noise != "gaussian" or count == 0:
+        within, y = self.model.network_range, self.each
+        y = y[:1] if tuple(self.problem.y.shape) == self.shape else y
+        if within is None or self.problem.looked or self.problem.noise != "gaussian" or len(y) == 0:
             return
-        (low, high), noise = within, math.sqrt(math.prod(self.shape)) + math.sqrt(2 * math.log(count)) + 5
-        far = float((self.each - self.of(torch.full_like(u, (low + high) / 2))).flatten(1).norm(dim=1).max())
+        (low, high), noise = within, math.sqrt(math.prod(self.shape)) + math.sqrt(2 * math.log(len(y))) + 5
+        far = float((y - self.of(torch.full_like(u, (low + high) / 2))).flatten(1).norm(dim=1).max())
         most = 0.0
         for _ in range(POWERS):
             u = self.adjoint(self.forward(u / u.norm()))
@@ -154,7 +155,7 @@ class Measurement:
             if far <= most or size == 0:
                 return
         warn(
-            f"y runs from {float(self.each.min()):.4g} to {float(self.each.max()):.4g}, {2 * far / most:.3g} times as far as the "
+            f"y runs from {float(y.min()):.4g} to {float(y.max()):.4g}, {2 * far / most:.3g} times as far as the "
             "operator takes data in the model's range: give it in the units of what the operator makes of samples"
         )
 
