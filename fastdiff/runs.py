@@ -135,7 +135,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """The samples, the states of the trajectory, and what ran: `nfe` [B] and no table where a solver chose its steps."""
+    """The samples, the states of the trajectory, and what ran: `nfe` [B] and no table where a solver chose its steps; `effective`
+    as in fastdiff.SampleInfo."""
 
     x: Tensor
     states: Tensor | None
@@ -145,6 +146,7 @@ class Result:
     why: str
     table: StepTable | None = None
     nfe: Tensor | None = None
+    effective: Tensor | None = None
 
 
 @contextlib.contextmanager

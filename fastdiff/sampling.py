@@ -247,8 +247,7 @@ def sample(
             f"num_samples={num_samples} of shape {model.data_shape} need more than 2**48 numbers: ask for fewer"
         )
     dtype, state_dtype = _dtypes(dtype, x_init)
-    place, unguided = device_of(device, x_init, model.net), model
-    changes = guide = effective = None
+    place, unguided, changes, guide = device_of(device, x_init, model.net), model, None, None
     if table is None:
         process, solver = _process_and_sampler(model, sde, steps, sampler)
     if guidance is not None and not isinstance(guidance, OwnSteps):
@@ -292,7 +291,7 @@ def sample(
         own = Steps(setting, table, ops.backend_module(ran[0]), at_once, progress, check)
         with torch.no_grad():
             drawn = guidance.run(own) if num_samples else Drawn(own.start(0, first_sample), 0)
-        result, effective = Result(drawn.x, None, drawn.calls, *ops.ran(place, *ran), table), drawn.effective
+        result = Result(drawn.x, None, drawn.calls, *ops.ran(place, *ran), table, effective=drawn.effective)
     elif table is None and isinstance(solver, (samplers.Adaptive, samplers.AdaptiveSDE)):
         if changes is not None:
             raise ConfigError(
@@ -338,7 +337,7 @@ def sample(
         return x
     info = SampleInfo(
         seed, result.calls, 0 if result.table is None else len(result.table), time.perf_counter() - began, result.backend,
-        result.engine, result.why, result.table, result.nfe, effective,
+        result.engine, result.why, result.table, result.nfe, result.effective,
     )  # fmt: skip
     states = [] if result.states is None else [_narrowed(model.in_data_units(result.states), dtype, check)]
     return (x, *states, *([info] if return_info else []))

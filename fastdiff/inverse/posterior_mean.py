@@ -204,8 +204,9 @@ class IteratedLaplace(Laplace):
             )
             there = spread(target - root * z, last=linear and k + 1 == steps)
             here, best = self._cut(x0, y, least, best, here, there)
-            made, part = self.measured.linearized(x0 + here[1])
-            at, shift = made.double().flatten(1), measured(here[1])
+            if not linear or k + 1 < steps:
+                made, part = self.measured.linearized(x0 + here[1])
+                at, shift = made.double().flatten(1), measured(here[1])
         if not linear:
             second = self.likelihood.derivatives(at, y, least, True)[1].clamp(min=0)
             log_det = (row_sums(last=True) * second).log1p().sum(1)
@@ -223,6 +224,8 @@ class IteratedLaplace(Laplace):
         """The longest of halved steps from here to there, of u and C u, whose value is larger, and that value."""
         size = torch.zeros_like(best)
         for halved in range(HALVINGS):
+            if size.device.type == "cpu" and bool((size > 0).all()):
+                break
             u, v = (a + (b - a) / 2**halved for a, b in zip(here, there))
             value = self.likelihood.value(self._measured(x0 + v), y, least) - 0.5 * dot(u, v)
             taken = (size == 0) & (value > best)

@@ -27,7 +27,7 @@ from .own_steps import Drawn, OwnSteps, Steps
 from .posterior_mean import MMPS, DensityBound
 from .problem import Problem
 
-FEW = 0.05  # of particles, whose effective number is warned of: it was 0.14 or more where the truth is known
+FEW = 0.05  # of particles, whose effective number is warned of
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +104,8 @@ class SMC(OwnSteps):
             worst = int(least.argmin())
             warn(
                 f"inverse.SMC's particles{of} fell to an effective number of {float(least[worst]):.3g} of {size}, at row "
-                f"{int(row[worst])}, and the samples may stand on few of them: give more particles= or steps=, or "
-                "a proposal= that is nearer to the posterior"
+                f"{int(row[worst])}, and the samples may stand on few of them: give more particles= (of one y "
+                "num_samples=), more steps=, or a nearer proposal="
             )
 
     def _bound(self, setting: Setting) -> Bound:
