@@ -35,10 +35,16 @@ def inputs(shape: tuple[int, ...], batch: int = 3, dtype: torch.dtype = torch.fl
     return x, torch.rand(batch, generator=generator, dtype=dtype)
 
 
+SIZES = {
+    "unet": {"channels": 8, "blocks": 1},
+    "mlp": {"hidden": 16, "layers": 2},
+    "paper_unet": {"channels": 8, "blocks": 1, "multipliers": (1,), "attention": (), "time_channels": 64},
+}
+
+
 def small(name: str, shape: tuple[int, ...] = (2, 5, 4), **kwargs: object) -> nn.Module:
     torch.manual_seed(0)
-    size = {"channels": 8, "blocks": 1} if name == "unet" else {"hidden": 16, "layers": 2}
-    return awake(MODELS[name](shape, **size, **kwargs))
+    return awake(MODELS[name](shape, **{**SIZES[name], **kwargs}))
 
 
 both = pytest.mark.parametrize("name", MODELS)
@@ -449,21 +455,21 @@ def test_neighbouring_steps_of_a_chain_have_features_that_are_alike(name, kind, 
 @both
 def test_a_time_scale_that_was_given_and_continuous_models_are_left_alone(name, tmp_path):
     for sde in ("vp", "ve", "edm", fastdiff.OU()):
-        net = MODELS[name]((1, 4))
+        net = MODELS[name]((1, 4), **SIZES[name])
         before = dict(net.config)
         fastdiff.ScoreModel(net, sde, data_shape=(1, 4))
         assert net.config == before
-    net = MODELS[name]((1, 4), time_scale=7.0)
+    net = MODELS[name]((1, 4), time_scale=7.0, **SIZES[name])
     old = fastdiff.ScoreModel(net, "ddpm", data_shape=(1, 4))
     assert net.config["time_scale"] == net.conditioning.time.scale == 7.0
     path = fastdiff.save(old, tmp_path / "old")  # so do those of earlier versions have theirs
-    for loaded in (fastdiff.load(path), fastdiff.load(path, net=MODELS[name]((1, 4)))):
+    for loaded in (fastdiff.load(path), fastdiff.load(path, net=MODELS[name]((1, 4), **SIZES[name]))):
         assert loaded.net.config["time_scale"] == loaded.net.conditioning.time.scale == 7.0
-    trained = awake(MODELS[name]((1, 4)))
+    trained = awake(MODELS[name]((1, 4), **SIZES[name]))
     with pytest.warns(UserWarning, match="time features"):
         fastdiff.ScoreModel(trained, "ddpm", data_shape=(1, 4))
     assert trained.config == before
-    shared = MODELS[name]((1, 4))
+    shared = MODELS[name]((1, 4), **SIZES[name])
     fastdiff.ScoreModel(shared, "ddpm", data_shape=(1, 4))
     with pytest.warns(UserWarning, match="another model"):
         fastdiff.ScoreModel(shared, "vp", data_shape=(1, 4))

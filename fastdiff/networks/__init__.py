@@ -12,11 +12,25 @@ from ..errors import ConfigError, choose, short
 from ..execution.modules import inner
 from .layers import TimeEmbedding
 from .mlp import MLP
+from .paper_unet import PaperUNet, adm, ddpm, ddpmpp, ncsnpp
 from .unet import UNet
 
-MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}  # the networks that a checkpoint can name
+# the networks that a checkpoint can name
+MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP, "paper_unet": PaperUNet}
 
-__all__ = ["MLP", "MODELS", "TimeEmbedding", "UNet", "build", "describe"]
+__all__ = [
+    "MLP",
+    "MODELS",
+    "PaperUNet",
+    "TimeEmbedding",
+    "UNet",
+    "adm",
+    "build",
+    "ddpm",
+    "ddpmpp",
+    "describe",
+    "ncsnpp",
+]
 
 
 def build(config: dict[str, Any]) -> nn.Module:

@@ -23,6 +23,7 @@ STEP_SCALES = {
 }  # the most for steps that lie 1 apart: neighbours stay alike
 FEATURES = 64  # time features: 32 frequencies cover four decades, in networks of any width
 FOURIER_SEED = 0x5EED
+HALF = math.sqrt(0.5)  # keeps the variance of a sum of two
 LARGEST = 2**31 - 1  # of any count in a network's configuration
 
 
@@ -135,26 +136,34 @@ class Conditioning(nn.Module):
     """The embedding of the time `t` [B] and the labels `y` [B] in one vector, [B, width].
 
     `MLP(features(t)) + label[y]` with a two-layer SiLU perceptron (Ho et al. 2020; Dhariwal & Nichol 2021, for the
-    labels). Label `num_classes` stands for "no label", so one network serves classifier-free guidance.
+    labels), or `MLP(features(t) + label[y])` (`labels_first`, Karras et al. 2022). Label `num_classes` stands for "no label", so
+    one network serves classifier-free guidance.
     """
 
-    def __init__(self, width: int, hidden: int, num_classes: int | None, kind: str, scale: float) -> None:
+    def __init__(
+        self, width: int, hidden: int, num_classes: int | None, kind: str, scale: float, features: int = FEATURES,
+        labels_first: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.time = TimeEmbedding(FEATURES, kind, scale)
-        self.mlp = nn.Sequential(nn.Linear(FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, width))
-        self.label = None if num_classes is None else nn.Embedding(num_classes + 1, width)
+        self.time = TimeEmbedding(features, kind, scale)
+        self.mlp = nn.Sequential(nn.Linear(features, hidden), nn.SiLU(), nn.Linear(hidden, width))
+        self.labels_first = labels_first and num_classes is not None
+        self.label = None if num_classes is None else nn.Embedding(num_classes + 1, features if labels_first else width)
 
     def of_time(self, t: Tensor) -> Tensor:
-        return self.mlp(self.time(t).to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return]
+        """What depends on the time alone."""
+        features = self.time(t).to(self.mlp[0].weight.dtype)
+        return features if self.labels_first else self.mlp(features)
 
     def forward(self, t: Tensor, y: Tensor | None, features: Tensor | None = None) -> Tensor:
         out = self.of_time(t) if features is None else features
-        if self.label is None:
-            return out
-        if y is None:
-            return out + self.label.weight[-1]
+        if self.label is not None:
+            out = out + (self.label.weight[-1] if y is None else self._labels(y))
+        return self.mlp(out) if self.labels_first else out
+
+    def _labels(self, y: Tensor) -> Tensor:
         try:
-            return out + self.label(y.long())
+            return self.label(y.long())  # type: ignore[misc, no-any-return]
         except IndexError as error:  # checked by the look-up itself, on the CPU only, without another read
             last = self.label.num_embeddings - 1
             raise DataError(
@@ -181,33 +190,69 @@ class ConditionEmbedding(nn.Module):
         return torch.where(none.view(-1, *[1] * (embedded.ndim - 1)), self.null, embedded)
 
 
+def image_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """(C, *spatial) with one to three spatial axes, checked."""
+    sizes = integers("shape", shape, 1)
+    if not 2 <= len(sizes) <= 4:
+        raise ShapeError(
+            f"shape must be (C, *spatial) with one to three spatial axes, got {sizes}: write (1, length) for a signal "
+            f"of one channel, or use the MLP for vectors"
+        )
+    return sizes
+
+
+def image_condition(
+    cond_shape: Sequence[int] | None, shape: tuple[int, ...], vector: int, field: int
+) -> ConditionEmbedding | None:
+    """The embedding of a convolutional network's conditions: of vectors, to `vector` numbers, which join the time's embedding, or
+    of fields on the sample's own grid, to `field` channels, which are added behind the first convolution (a convolution of
+    (x, cond) is the sum of one of each)."""
+    if cond_shape is None:
+        return None
+    sizes, rank = tuple(cond_shape), len(shape) - 1
+    if len(sizes) == 1:
+        return ConditionEmbedding(
+            nn.Sequential(nn.Linear(sizes[0], vector), nn.SiLU(), nn.Linear(vector, vector)), [vector]
+        )
+    if sizes[1:] != shape[1:]:
+        raise ShapeError(
+            f"cond_shape must be (n,), a vector, or {('C', *shape[1:])}, a field beside the sample {shape}, got {sizes}: "
+            "interpolate the field to the sample's grid, or make it flat"
+        )
+    return ConditionEmbedding(CONVS[rank](sizes[0], field, 3, 1, 1, bias=False), [field, *[1] * rank])
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """Wu & He 2018: the most groups that divide `channels`, of four channels or more each, at most 32."""
     groups = max(g for g in range(1, max(1, min(channels // 4, 32)) + 1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def modulated_norm(x: Tensor, groups: int, scale: Tensor, shift: Tensor) -> Tensor:
+def modulated_norm(x: Tensor, groups: int, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     """`group_norm(x) * scale + shift` with `scale` and `shift` [B, C], one of each for every sample.
 
     The samples are viewed as channels of a single sample, so that PyTorch's fused kernel applies scale and shift, and its fused
     backward reduces their gradients.
     """
     one = x.reshape(1, -1, *x.shape[2:])
-    out = torch.group_norm(one, max(len(x) * groups, 1), scale.reshape(-1), shift.reshape(-1), 1e-6)
+    out = torch.group_norm(one, max(len(x) * groups, 1), scale.reshape(-1), shift.reshape(-1), eps)
     return out.view(x.shape)
 
 
 class Attention(nn.Module):
-    """`(x + project(softmax(q kᵀ / √d) v)) / √2` over all positions, [B, C, *] to the same shape.
+    """`(x + project(softmax(q kᵀ / √d) v)) * scale` over all positions, [B, C, *] to the same shape.
 
-    Vaswani et al. 2017, as placed by Ho et al. 2020; heads of at least 64 channels (Dhariwal & Nichol 2021).
+    Vaswani et al. 2017, as placed by Ho et al. 2020; heads of at least 64 channels (Dhariwal & Nichol 2021), unless their number
+    is given; `scale` 1/√2 (Song et al. 2021).
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(
+        self, channels: int, heads: int | None = None, scale: float = HALF, norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.heads = max(h for h in range(1, max(1, channels // 64) + 1) if channels % h == 0)
-        self.norm = group_norm(channels)
+        wide = max(h for h in range(1, max(1, channels // 64) + 1) if channels % h == 0)
+        self.heads, self.scale = heads or wide, scale
+        self.norm = norm or group_norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.project = zeroed(nn.Conv1d(channels, channels, 1))
 
@@ -216,7 +261,8 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x).flatten(2))
         qkv = qkv.view(batch, 3, self.heads, channels // self.heads, qkv.shape[2]).transpose(-1, -2)
         h = F.scaled_dot_product_attention(*qkv.unbind(1)).transpose(-1, -2).reshape(batch, channels, qkv.shape[3])
-        return (x + self.project(h).view(x.shape)).mul_(math.sqrt(0.5))
+        out = x + self.project(h).view(x.shape)
+        return out if self.scale == 1 else out.mul_(self.scale)
 
 
 class ResidualBlock(nn.Module):
@@ -239,7 +285,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         h = self.conv(F.silu(self.norm(x)))
         h = F.silu(modulated_norm(h, self.groups, scale, shift))
-        return self.attend((self.skip(x) + self.last(self.dropout(h))).mul_(math.sqrt(0.5)))
+        return self.attend((self.skip(x) + self.last(self.dropout(h))).mul_(HALF))
 
 
 def zeroed(layer: nn.Module) -> nn.Module:

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..errors import ConfigError, ShapeError
+from ..errors import ConfigError
 from .layers import (
     CONVS,
     LARGEST,
-    ConditionEmbedding,
     Conditioning,
     ResidualBlock,
     TimeConditioned,
@@ -21,6 +20,8 @@ from .layers import (
     common_config,
     condition_config,
     group_norm,
+    image_condition,
+    image_shape,
     integers,
     zeroed,
 )
@@ -67,7 +68,7 @@ class UNet(TimeConditioned):
         super().__init__()
         self.scale_given = time_scale is not None
         self.config = config = {
-            "shape": list(_image_shape(shape)),
+            "shape": list(image_shape(shape)),
             "channels": checks.integer("channels", channels, 2, LARGEST),
             "multipliers": list(integers("multipliers", multipliers, 1)),
             "blocks": checks.integer("blocks", blocks, 1, LARGEST),
@@ -77,22 +78,16 @@ class UNet(TimeConditioned):
         }
         _check_levels(config["multipliers"], config["attention"])
         self.shape, self.num_classes = tuple(config["shape"]), config["num_classes"]
-        self.cond_shape = None if cond_shape is None else _condition_shape(config["cond_shape"], self.shape)
+        self.cond_shape = None if cond_shape is None else tuple(config["cond_shape"])
         self.takes_vector = self.cond_shape is not None and len(self.cond_shape) == 1
         hidden = 2 * config["channels"]
         self.conditioning = Conditioning(hidden, hidden, self.num_classes, time_embedding, config["time_scale"])
         self._build([config["channels"] * m for m in config["multipliers"]])
         self.widths = [block.last.out_channels for block in self.modules() if isinstance(block, ResidualBlock)]
         self.modulation = nn.Linear(hidden, 2 * sum(self.widths))
-        if self.cond_shape is None:
-            return
-        if self.takes_vector:
-            embed = nn.Sequential(nn.Linear(self.cond_shape[0], hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-            self.condition = ConditionEmbedding(embed, [hidden])
-        else:  # a convolution of (x, cond) is the sum of one of each
-            rank, width = len(self.shape) - 1, config["channels"] * config["multipliers"][0]
-            embed = CONVS[rank](self.cond_shape[0], width, 3, 1, 1, bias=False)
-            self.condition = ConditionEmbedding(embed, [width, *[1] * rank])
+        self.condition = image_condition(
+            self.cond_shape, self.shape, hidden, config["channels"] * config["multipliers"][0]
+        )
 
     def _build(self, widths: list[int]) -> None:
         """The layers at levels of `widths` channels, finest first. Each list opens with what leads to its level."""
@@ -149,25 +144,6 @@ class UNet(TimeConditioned):
             for block in blocks:
                 h = block(torch.cat((h, skips.pop()), dim=1), *next(modulations))
         return self.out(F.silu(self.norm(h)))
-
-
-def _image_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = integers("shape", shape, 1)
-    if not 2 <= len(sizes) <= 4:
-        raise ShapeError(
-            f"shape must be (C, *spatial) with one to three spatial axes, got {sizes}: write (1, length) for a signal "
-            f"of one channel, or use the MLP for vectors"
-        )
-    return sizes
-
-
-def _condition_shape(sizes: Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(sizes) > 1 and tuple(sizes[1:]) != shape[1:]:
-        raise ShapeError(
-            f"cond_shape must be (n,), a vector, or {('C', *shape[1:])}, a field beside the sample {shape}, got {tuple(sizes)}: "
-            "interpolate the field to the sample's grid, or make it flat"
-        )
-    return tuple(sizes)
 
 
 def _check_levels(multipliers: list[int], attention: list[int]) -> None:
