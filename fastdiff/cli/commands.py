@@ -1,4 +1,4 @@
-"""The command line: `fastdiff demo | train | sample | inpaint | colorize | solve | evaluate | likelihood | check | plan | …`."""
+"""The command line: `fastdiff demo | train | sample | inpaint | colorize | solve | evaluate | check | import | plan | …`."""
 
 from __future__ import annotations
 
@@ -674,6 +674,24 @@ def _model(a: argparse.Namespace) -> ScoreModel:
     return model
 
 
+def _import(a: argparse.Namespace) -> int | None:
+    """Another library's file as one of fastdiff's."""
+    from .. import files
+    from ..training import load, save
+
+    out = _writable("--out", a.out, (".safetensors",))
+    model = load(a.file, source=a.source, config=a.config, part=a.part)
+    path = save(model, out)
+    count = sum(parameter.numel() for parameter in model.net.parameters())
+    print(f"wrote {files.shown(path)}: {type(model.net).__name__}, {count:,} parameters")
+    for name in ("process", "prediction", "time_input", "data_shape", "data_range", "variance", "num_classes"):
+        value = getattr(model, name)
+        if value is not None:
+            print(f"  {name:<11} {value if name == 'process' else repr(value)}")
+    print(f"whether that can be right, by data: fastdiff check {files.shown(path)} --data DATA")
+    return None
+
+
 def _labels(a: argparse.Namespace, model: ScoreModel, count: int) -> Tensor:
     """The labels of --labels, in turn, for so many samples."""
     import torch
@@ -915,6 +933,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", required=True, help=data)
     sub.add_argument("-n", "--num-samples", type=int, help="of the data (default: 16, of small samples more)")
     sub.add_argument("--cond", help="a .npy or .npz array of conditions, an entry for each of the data")
+
+    about = "Another library's weights as a file of fastdiff's, with process, prediction, time input and range."
+    sub = command("import", _import, about)
+    sub.add_argument("file", metavar="FILE", help="the library's file, or its folder (diffusers)")
+    of = "score_sde_pytorch, guided-diffusion, improved-diffusion, edm or diffusers (the default for its folders)"
+    sub.add_argument("--from", dest="source", metavar="NAME", help=of)
+    facts = "what the file does not say: a .json, its text, or the name of a published configuration"
+    sub.add_argument("--config", metavar="CONFIG", help=facts)
+    sub.add_argument("--part", help="the network's part of the file (default: the averaged weights)")
+    sub.add_argument("--out", default="model.safetensors", help="default: model.safetensors")
 
     sub = command("plan", _plan, "Print the table of a run: what each row does, with its coefficients.", of_a_plan)
     sub.add_argument("sde", help="ve, vp, subvp, ou, edm, ddpm or ncsn")

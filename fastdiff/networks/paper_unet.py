@@ -49,7 +49,8 @@ class PaperUNet(TimeConditioned):
 
     shape           one sample's shape, (C, *spatial), with one to three spatial axes, multiples of 2^(levels − 1)
     attention       the levels (0 is the finest) whose blocks end in self-attention; on the way up "each" of them or the "last"
-                    of the level (`attention_up`), with `heads` heads or heads of `head_channels` channels
+                    of the level (`attention_up`), with `heads` heads or heads of `head_channels` channels; `attention_middle`
+                    False leaves out that below the coarsest level
     resample        between levels "conv": strided convolution, padded behind, and nearest interpolation with a convolution;
                     "padded_conv": the same, padded on both sides; "pool": means, and interpolation; "block": a residual block
                     that resamples within (BigGAN, Brock et al. 2019), whose skip has a convolution (`skip_conv`) or not
@@ -86,6 +87,7 @@ class PaperUNet(TimeConditioned):
         blocks: int = 2,
         attention: Sequence[int] = (1,),
         attention_up: str = "each",
+        attention_middle: bool = True,
         heads: int = 1,
         head_channels: int | None = None,
         resample: str = "conv",
@@ -121,6 +123,7 @@ class PaperUNet(TimeConditioned):
             "blocks": checks.integer("blocks", blocks, 1, LARGEST),
             "attention": list(integers("attention", attention, 0)),
             "attention_up": choose("attention_up", attention_up, ATTENTION_UP),
+            "attention_middle": bool(attention_middle),
             "heads": checks.integer("heads", heads, 1, LARGEST),
             "head_channels": None
             if head_channels is None
@@ -197,7 +200,8 @@ class PaperUNet(TimeConditioned):
                 inputs = width
                 skips.append(inputs)
             self.down.append(stage)
-        self.middle = nn.ModuleList(Block(config, rank, inputs, inputs, i == 0) for i in range(2))
+        attends = config["attention_middle"]
+        self.middle = nn.ModuleList(Block(config, rank, inputs, inputs, i == 0 and attends) for i in range(2))
         for level, width in reversed(list(enumerate(widths))):
             stage = Stage()
             for i in range(config["blocks"] + 1):

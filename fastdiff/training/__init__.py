@@ -2,8 +2,9 @@
 
 from ..data import Data, load_data
 from .averages import posthoc_ema
-from .checkpoint import load, save
+from .checkpoint import save
 from .classifier import TimeClassifier, train_classifier
+from .sources import load
 from .torch_file import load_tensors
 from .trainer import Training, train
 

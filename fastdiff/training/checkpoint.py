@@ -18,12 +18,11 @@ from ..errors import (
     CheckpointVersionError,
     ConfigError,
     CorruptCheckpointError,
-    names_keywords,
     short,
     warn,
 )
 from ..execution import modules
-from ..model import ScoreModel, loads
+from ..model import ScoreModel
 from ..planning import processes
 from . import tensor_file
 
@@ -31,12 +30,12 @@ FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 FILE = "checkpoint.safetensors"
 NUMBERED = "step-{:09d}.safetensors"
-WRAP = "net.load_state_dict(fastdiff.load_tensors(path, part='...')), then ScoreModel(net, sde, ...)"
+WRAP = "source=..., or net.load_state_dict(fastdiff.load_tensors(path, part='...')), then ScoreModel(net, sde, ...)"
 OTHER = "read it by its own library, and wrap its network, ScoreModel(net, sde, ...)"
 # how files that are no checkpoint begin, what they are, and what to do
 FOREIGN = {
-    b"PK\3\4": f"a zip archive, as torch.save writes: {WRAP}",
-    b"\x80": f"a pickle, as torch.save wrote: {WRAP}",
+    b"PK\3\4": f"a zip of torch.save: {WRAP}",
+    b"\x80": f"a pickle of torch.save: {WRAP}",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
     b"<": "an HTML or XML page, not the file itself: download it again",
     b"\x1f\x8b": "a gzip archive: unpack it",
@@ -58,21 +57,10 @@ def save(model: ScoreModel, path: str | os.PathLike[str]) -> Path:
     return write(path, {"net." + name: value for name, value in modules.state(model.net).items()}, header)
 
 
-@loads
-@torch.inference_mode(False)
-@names_keywords
-def load(
-    path_or_name: str | os.PathLike[str], *, net: nn.Module | None = None, sde: processes.Process | None = None,
-    ema: float | None = None,
-) -> ScoreModel:  # fmt: skip
-    """The ScoreModel of a file written by `save`, of a training directory (its EMA weights), or of a shipped name.
-
-    `net`: the network to fill, needed for a network of your own; its tensors must have the names in the file.
-    `sde`: the process it was trained on, needed for a process of your own; its options must be those in the file.
-    `ema`: of a training with several averages, the one of this rate; the first unless given.
-    Errors: FileNotFoundError, CorruptCheckpointError, CheckpointVersionError, CheckpointMismatchError; nothing is
-    half-loaded.
-    """
+def load_saved(
+    path_or_name: str | os.PathLike[str], net: nn.Module | None, sde: processes.Process | None, ema: float | None
+) -> ScoreModel:
+    """The ScoreModel of a file written by `save`, of a training directory, or of a shipped name: see fastdiff.load."""
     path, given = _find(path_or_name), None if sde is None else processes.get(sde)
     header, tensors = read(path, "net." if ema is None else "")
     if ema is not None:

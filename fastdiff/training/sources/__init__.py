@@ -1,0 +1,138 @@
+"""Models of other libraries from their own files: the network as one of fastdiff's, with its process, prediction and time."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ... import files
+from ...errors import ConfigError, choose, names_keywords, short
+from ...model import ScoreModel, loads
+from ...planning import processes
+from ..checkpoint import load_saved
+from . import diffusers, edm, openai, score_sde
+
+
+class Source(NamedTuple):
+    """A library whose files are read: (path, part, **facts) -> model."""
+
+    model: Callable[..., ScoreModel]
+    published: Callable[[str], Mapping[str, Any]] | None = None  # the facts of what it published, by its name there
+    defaults: Mapping[str, Any] = {}  # facts that are other than the function's
+    told: frozenset[str] = frozenset()  # facts of its configurations that the file itself tells, or that no model needs
+
+
+SOURCES = {
+    "score_sde_pytorch": Source(score_sde.model, score_sde.published),
+    "guided-diffusion": Source(openai.model, openai.published, told=openai.TOLD),
+    "improved-diffusion": Source(openai.model, openai.published, {"rescale_timesteps": True}, openai.TOLD),
+    "edm": Source(edm.model),
+    "diffusers": Source(diffusers.model, told=diffusers.TOLD),
+}
+
+
+@loads
+@torch.inference_mode(False)
+@names_keywords
+def load(
+    path_or_name: str | os.PathLike[str], *, net: nn.Module | None = None, sde: processes.Process | None = None,
+    ema: float | None = None, source: str | None = None, config: Mapping[str, Any] | str | None = None, part: str | None = None,
+) -> ScoreModel:  # fmt: skip
+    """The ScoreModel of a file written by `save`, of a training directory (its EMA weights), or of a shipped name; with `source`,
+    of another library's file.
+
+    net     the network to fill, needed for a network of your own; its tensors must have the names in the file
+    sde     the process it was trained on, needed for a process of your own; its options must be those in the file
+    ema     of a training with several averages, the one of this rate; the first unless given
+    source  the library whose file it is: "score_sde_pytorch", "guided-diffusion", "improved-diffusion", "edm", "diffusers" (the
+            default for its folders). Its network becomes one of fastdiff.networks with the same weights, and the model has the
+            process, prediction, time input and range of its training (docs/networks.md)
+    config  facts that the file does not hold, by the source's own names: a dict, the path of a JSON file of them, its scripts'
+            flags ("--image_size 64 --noise_schedule cosine"), or the name of what was published
+            ("ve/cifar10_ncsnpp_continuous" of score_sde_pytorch, "64x64_diffusion" of guided-diffusion)
+    part    the network's part of the file, as in load_tensors, where it is not the averaged weights that are wanted
+
+    Errors: FileNotFoundError, ConfigError, CorruptCheckpointError, CheckpointVersionError, CheckpointMismatchError; nothing is
+    half-loaded, and nothing of a file runs.
+    """
+    if source is None and _of_diffusers(path_or_name):
+        source = "diffusers"
+    if source is None:
+        if config is not None or part is not None:
+            raise ConfigError(
+                f"config and part are of other libraries' files: say whose, source= one of {', '.join(SOURCES)}"
+            )
+        return load_saved(path_or_name, net, sde, ema)
+    for name, value in (("net", net), ("sde", sde), ("ema", ema)):
+        if value is not None:
+            raise ConfigError(f"{name} is of fastdiff's own files, got it with source={source!r}: leave it out")
+    path = files.path("path_or_name", path_or_name)
+    if not path.exists():
+        raise FileNotFoundError(f"no file at {files.shown(path)}: give the path of a file of {source}")
+    origin = SOURCES[choose("source", source, SOURCES)]
+    facts = {**origin.defaults, **_facts(config, source, path)}
+    known = inspect.signature(origin.model).parameters
+    options = [name for name, parameter in known.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    for name in facts:
+        choose(f"config's names for {source}", name, {*options, *origin.told})
+    missing = [name for name in options if known[name].default is inspect.Parameter.empty and name not in facts]
+    if missing:
+        raise ConfigError(
+            f"config must have {missing[0]!r} for {source}, whose files do not say it: config={{{missing[0]!r}: …}}"
+        )
+    return origin.model(path, part, **{name: facts[name] for name in options if name in facts}).eval()
+
+
+def _of_diffusers(path: Any) -> bool:
+    """Whether it is a folder that diffusers wrote."""
+    if not isinstance(path, (str, os.PathLike)):
+        return False
+    index, config = (os.path.join(path, name) for name in ("model_index.json", "config.json"))
+    return os.path.isfile(index) or (
+        os.path.isfile(config)
+        and str(diffusers.read_json(Path(config)).get("_class_name")) in ("UNet2DModel", "DiTTransformer2DModel")
+    )
+
+
+def _facts(config: Mapping[str, Any] | str | None, source: str, path: Path) -> dict[str, Any]:
+    """The facts of `config`; of none those of the published file that has the path's name."""
+    published = SOURCES[source].published
+    if config is None:
+        return dict(openai.PUBLISHED.get(path.stem, {})) if published is openai.published else {}
+    if isinstance(config, Mapping):
+        return dict(config)
+    if not isinstance(config, (str, os.PathLike)):
+        raise ConfigError(
+            f"config must be a dict, the path of a JSON file, flags or a published name, got {short(config)}"
+        )
+    text = str(config)
+    if text.endswith(".json"):
+        return diffusers.read_json(files.path("config", text))
+    if text.startswith("--"):  # as they stand in a script
+        words = shlex.split(text)
+        if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
+            raise ConfigError(f"config must be flags, each with its value, '--image_size 64 …', got {short(text)}")
+        return {name[2:]: _value(value) for name, value in zip(words[::2], words[1::2])}
+    if text.startswith("{"):
+        value = _value(text)
+        if isinstance(value, dict):
+            return value
+        raise ConfigError(f"config must be a JSON object, got {short(text)}")
+    if published is None:
+        raise ConfigError(f"config must be a dict or a JSON file of one for {source}, got {short(text)}")
+    return dict(published(text))
+
+
+def _value(text: str) -> Any:
+    try:
+        return {"True": True, "False": False}[text] if text in ("True", "False") else json.loads(text)
+    except ValueError:
+        return text

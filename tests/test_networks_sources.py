@@ -1,0 +1,350 @@
+"""Other libraries' own files, as they write them, loaded by name: the model that comes out says what their code says, and its
+samples are those of their samplers from the same noise."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from strangers import close, drawn, modules_of, package, score_sde_stand_ins, stand_in
+from test_networks_papers import diffusers_unet, score_sde_config
+
+import fastdiff
+import fastdiff.errors as errors
+from fastdiff.cli import main
+from fastdiff.training.sources import score_sde
+from fastdiff.training.sources.diffusers import betas
+
+
+def x_and_t(shape=(2, 3, 16, 16)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5)), torch.tensor([0.3, 0.9])
+
+
+# ------------------------------------------------------------------------------------------------------- score_sde_pytorch
+@pytest.fixture(
+    params=["ve/cifar10_ncsnpp_continuous", "vp/cifar10_ddpmpp_continuous", "subvp/cifar10_ddpm_continuous"]
+)
+def song(request, tmp_path):
+    """(a checkpoint as its training writes it, the name of its configuration, the score by its code, its SDE)."""
+    with modules_of("yang-song/score_sde_pytorch", **score_sde_stand_ins()) as root:
+        import sde_lib
+        from models import ddpm, ncsnpp, utils  # noqa: F401
+        from models.ema import ExponentialMovingAverage
+
+        config = score_sde_config(root, request.param)
+        net = torch.nn.DataParallel(drawn(utils._MODELS[config.model.name](config)))
+        ema = ExponentialMovingAverage(net.parameters(), 0.999)
+        for value in ema.shadow_params:
+            value.mul_(0.9)
+        torch.save({"optimizer": {}, "model": net.state_dict(), "ema": ema.state_dict(), "step": 7}, tmp_path / "c.pth")
+        ema.copy_to(net.parameters())
+        sde = {"ve": lambda: sde_lib.VESDE(0.01, 50, 1000), "vp": sde_lib.VPSDE, "subvp": sde_lib.subVPSDE}
+        sde = sde[request.param.partition("/")[0]]()
+        yield tmp_path / "c.pth", request.param, utils.get_score_fn(sde, net, train=False, continuous=True), sde
+
+
+def test_a_checkpoint_of_score_sde_has_its_average_s_score_and_flow(song):
+    path, name, score, _ = song
+    facts = {**score_sde.published(name), "image_size": 16}
+    model = fastdiff.load(path, source="score_sde_pytorch", config=facts)
+    x, t = x_and_t()
+    with torch.no_grad():
+        close(model.score(x, t), score(x, t))
+    assert model.data_range == ((0, 1) if name.startswith("ve") else (-1, 1))
+
+
+def test_its_own_sampler_s_run_is_ours_from_the_same_noise(song, monkeypatch):
+    path, name, score, sde = song
+    with modules_of("yang-song/score_sde_pytorch", **score_sde_stand_ins()):
+        import sampling
+
+        kind = "reverse_diffusion" if name.startswith("ve") else "euler_maruyama"
+        predictor = {
+            "reverse_diffusion": sampling.ReverseDiffusionPredictor,
+            "euler_maruyama": sampling.EulerMaruyamaPredictor,
+        }
+        sde = type(sde)(N=10)
+        step, drawn_ones, z = predictor[kind](sde, score), [], sde.prior_sampling((2, 3, 16, 16))
+        draw, x = torch.randn_like, z
+        monkeypatch.setattr(torch, "randn_like", lambda x: drawn_ones.append(draw(x)) or drawn_ones[-1])
+        with torch.no_grad():
+            for now in torch.linspace(sde.T, 1e-3, sde.N):
+                x, mean = step.update_fn(x, now.expand(2))
+    facts = {**score_sde.published(name), "image_size": 16}
+    model, noise = fastdiff.load(path, source="score_sde_pytorch", config=facts), iter(drawn_ones)
+    ours = fastdiff.sample(
+        model,
+        sampler=kind,
+        steps=10,
+        t_min=1e-3,
+        grid="score_sde",
+        x_init=z,
+        num_samples=2,
+        noise=lambda row: next(noise),
+    )
+    close(ours, mean, 1e-4)
+
+
+def test_published_configurations_are_known_by_their_names():
+    assert score_sde.published("ve/cifar10_ncsnpp_continuous") == {
+        "sde": "vesde", "continuous": True, "image_size": 32, "centered": False,
+    }  # fmt: skip
+    assert score_sde.published("configs/vp/ddpm/celebahq.py") == {
+        "sde": "vpsde", "continuous": False, "image_size": 256, "centered": True,
+    }  # fmt: skip
+    assert score_sde.published("ve/ffhq_ncsnpp_continuous")["image_size"] == 1024
+    with pytest.raises(errors.ConfigError, match="config must name one of score_sde_pytorch's"):
+        score_sde.published("cifar10")
+
+
+def test_every_published_configuration_is_read_as_it_says():
+    with modules_of("yang-song/score_sde_pytorch", **score_sde_stand_ins()) as root:
+        count = 0
+        for path in sorted(root.glob("configs/**/*.py")):
+            name = str(path.relative_to(root / "configs").with_suffix(""))
+            if (
+                not re.match("(ve|vp|subvp)/(ddpm/)?(cifar10|celeba|bedroom|church|ffhq)[a-z_0-9]*$", name)
+                or "uncond" in name
+            ):
+                continue
+            import importlib.util
+
+            spec = importlib.util.spec_from_file_location("config", path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            config, count = module.get_config(), count + 1
+            assert score_sde.published(name) == {
+                "sde": config.training.sde, "continuous": config.training.continuous,
+                "image_size": config.data.image_size, "centered": config.data.centered,
+            }, name  # fmt: skip
+        assert count >= 25
+
+
+# ------------------------------------------------------------------------------------------------------------------- OpenAI
+@pytest.mark.parametrize(
+    ("flags", "config"),
+    [
+        ({"learn_sigma": True, "noise_schedule": "cosine"}, {"noise_schedule": "cosine"}),
+        ({"rescale_timesteps": True, "diffusion_steps": 400}, {"rescale_timesteps": True, "diffusion_steps": 400}),
+        ({"predict_xstart": True}, {"predict_xstart": True}),
+    ],
+)
+def test_ddim_of_a_guided_diffusion_file_is_its_own(flags, config, tmp_path):
+    stand_ins = {"mpi4py": stand_in("mpi4py", MPI=None), "blobfile": stand_in("blobfile")}
+    options = {
+        "image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "8",
+        "num_heads": 2, "use_scale_shift_norm": True, "timestep_respacing": "ddim10", **flags,
+    }  # fmt: skip
+    with modules_of("openai/guided-diffusion", **stand_ins):
+        from guided_diffusion import script_util
+
+        net, diffusion = script_util.create_model_and_diffusion(
+            **{**script_util.model_and_diffusion_defaults(), **options}
+        )
+        drawn(net)
+        z, _ = x_and_t()
+        with torch.no_grad():
+            theirs = diffusion.ddim_sample_loop(net, z.shape, noise=z, clip_denoised=True, device="cpu")
+    torch.save(net.state_dict(), tmp_path / "ema_0.9999_100000.pt")
+    model = fastdiff.load(
+        tmp_path / "ema_0.9999_100000.pt",
+        source="guided-diffusion",
+        config={"image_size": 16, "num_heads": 2, "class_cond": False, **config},
+    )
+    assert model.variance == ("learned_range" if "learn_sigma" in flags else None)
+    ours = fastdiff.sample(model, x_init=z, num_samples=2, steps=10, sampler="ddim", grid="ddim10", clip=(-1, 1))
+    close(ours, theirs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- EDM
+@pytest.mark.parametrize("precond", ["edm", "vp", "ve"])
+def test_a_pickle_of_edm_is_its_denoiser_and_runs_nothing(precond, tmp_path):
+    options = {
+        "model_type": "SongUNet",
+        "model_channels": 32,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [8],
+    }
+    if precond == "ve":
+        options |= {
+            "embedding_type": "fourier",
+            "encoder_type": "residual",
+            "channel_mult_noise": 2,
+            "resample_filter": [1, 3, 3, 1],
+        }
+    x, y, sigma = x_and_t()[0] * 3, torch.tensor([1, 3]), torch.tensor([0.5, 20.0])
+    with modules_of("NVlabs/edm") as root:
+        from training import networks
+
+        net = drawn(getattr(networks, f"{precond.upper()}Precond")(16, 3, label_dim=4, **options))
+        (tmp_path / "edm.pkl").write_bytes(pickle.dumps({"ema": net}))
+        with torch.no_grad():
+            theirs = net(x, sigma, torch.eye(4)[y])
+            time = net.sigma_inv(sigma) if precond == "vp" else None
+        code = (root / "generate.py").read_text()
+        code = code[code.index("def edm_sampler(") : code.index("#----", code.index("def edm_sampler("))]
+        names = {"np": np, "torch": torch}
+        exec(code, names)
+        with torch.no_grad():
+            path = names["edm_sampler"](net, x, torch.eye(4)[y], num_steps=18)
+    model = fastdiff.load(tmp_path / "edm.pkl", source="edm", config={"precond": precond})
+    with torch.no_grad():
+        if precond == "edm":
+            ours = model.predict("x0", x, sigma, y)
+        elif precond == "vp":
+            alpha = (1 + sigma**2).rsqrt().view(-1, 1, 1, 1)
+            ours = model.predict("x0", alpha * x, torch.as_tensor(time), y)
+        else:
+            ours = model.predict("x0", x, torch.log(sigma / 0.02) / np.log(100 / 0.02), y)
+    close(ours, theirs)
+    if precond == "edm":
+        out = fastdiff.sample(model, x_init=80 * x, num_samples=2, steps=18, sampler="heun", grid="karras", cond=y)
+        close(out, path.float())
+
+
+# ---------------------------------------------------------------------------------------------------------------- diffusers
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction",
+         "rescale_betas_zero_snr": True},
+        {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"},
+        {"trained_betas": np.linspace(2e-4, 0.03, 500).tolist(), "num_train_timesteps": 500},
+    ],
+)  # fmt: skip
+def test_ddim_of_a_pipelines_folder_is_its_own(scheduler, tmp_path):
+    module = package("diffusers")
+    net = diffusers_unet()
+    theirs = module.DDIMScheduler(timestep_spacing="trailing", clip_sample=False, **scheduler)
+    module.DDIMPipeline(net, theirs).save_pretrained(tmp_path)
+    model = fastdiff.load(tmp_path)
+    chain = torch.tensor(1 - np.cumprod(1 - np.array(betas(dict(theirs.config)))))
+    torch.testing.assert_close(1 - theirs.alphas_cumprod.double(), chain, rtol=1e-5, atol=1e-6)
+    theirs.set_timesteps(10)
+    z, _ = x_and_t()
+    x = z
+    with torch.no_grad():
+        for t in theirs.timesteps:
+            x = theirs.step(net(x, t).sample, t, x, eta=0.0).prev_sample
+    ours = fastdiff.sample(model, x_init=z, num_samples=2, steps=10, sampler="ddim", grid="trailing")
+    close(ours, x, 1e-4)  # its table of ᾱ is of float32
+
+
+def test_other_schedulers_give_their_process(tmp_path):
+    module = package("diffusers")
+    diffusers_unet().save_pretrained(tmp_path)
+    with pytest.raises(errors.ConfigError, match=r"has no scheduler_config\.json, which says what the"):
+        fastdiff.load(tmp_path)
+    for name, process, prediction in (
+        ("ScoreSdeVeScheduler", "ve", "scaled_score"),
+        ("EDMEulerScheduler", "edm", "edm"),
+    ):
+        getattr(module, name)().save_pretrained(tmp_path)
+        model = fastdiff.load(str(tmp_path))
+        assert (model.process.name, model.prediction) == (process, prediction)
+    module.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path)
+    with pytest.raises(errors.ConfigError, match="scheduler must be of a chain of betas"):
+        fastdiff.load(tmp_path)
+
+
+def test_a_pipeline_of_songs_networks_is_its_score(tmp_path):
+    module, song = package("diffusers"), {
+        "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"), "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        "block_out_channels": (128, 128), "norm_num_groups": 32, "time_embedding_type": "fourier", "center_input_sample": True,
+        "attention_head_dim": None, "mid_block_scale_factor": 2**0.5, "norm_eps": 1e-6, "sample_size": 4,
+    }  # fmt: skip
+    net = diffusers_unet(**song)
+    module.ScoreSdeVePipeline(net, module.ScoreSdeVeScheduler(sigma_max=50.0)).save_pretrained(tmp_path)
+    model = fastdiff.load(tmp_path)
+    x, t = x_and_t((2, 3, 4, 4))
+    sigma = 0.01 * (50 / 0.01) ** t
+    with torch.no_grad():
+        close(model.score(x, t), net(x, sigma).sample)
+
+
+# ---------------------------------------------------------------------------------------------------- commands and mistakes
+def test_the_command_writes_a_file_of_fastdiffs_and_says_what_it_set(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = package("diffusers")
+    module.DDPMPipeline(diffusers_unet(), module.DDPMScheduler()).save_pretrained("pipe")
+    assert main(["import", "pipe", "--out", "mine.safetensors"]) == 0
+    shown = capsys.readouterr().out
+    for line in ("PaperUNet", "DDPM(", "prediction  'eps'", "time_input  'index'", "data_range  (-1.0, 1.0)",
+                 "fastdiff check mine.safetensors --data DATA"):  # fmt: skip
+        assert line in shown
+    mine, theirs = fastdiff.load("mine.safetensors"), fastdiff.load("pipe")
+    x, _ = x_and_t()
+    t = torch.tensor([3.0, 800.0])
+    assert torch.equal(mine(x, t), theirs(x, t))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from", "score_sde"], "source must be one of .* got 'score_sde' (did you mean 'score_sde_pytorch'?)"),
+        (
+            ["--from", "guided-diffusion"],
+            "config must have 'image_size' for guided-diffusion, whose files do not say it",
+        ),
+        (["--from", "edm"], "the file lacks enc or dec"),
+        (["--from", "edm", "--config", "{}", "--part", "nets"], "part must be the beginning of names"),
+        (["--from", "edm", "--config", "none"], "config must be a dict or a JSON file of one for edm, got 'none'"),
+        (["--from", "diffusers"], "must be a folder of diffusers"),
+        (["--config", "x.json"], "config and part are of other libraries' files: say whose"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"ema": {"linear.weight": torch.zeros(2, 2)}}, "file.pt")
+    assert main(["import", "file.pt", *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert re.search(re.escape(message).replace(r"\.\*", ".*").replace(r"\ \.", " ."), shown), shown
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_tensors_that_nothing_takes_and_that_are_missing_are_named(tmp_path):
+    net = diffusers_unet()
+    net.save_pretrained(tmp_path)
+    config = {"prediction_type": "epsilon"}
+    fastdiff.load(tmp_path, config=config)
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "more.weight": torch.zeros(2)}, path)
+    with pytest.raises(errors.CheckpointMismatchError, match=r"has 1 tensors .* such as 'more.weight'"):
+        fastdiff.load(tmp_path, config=config)
+    save_file({name: value for name, value in tensors.items() if name != "conv_out.weight"}, path)
+    with pytest.raises(errors.CheckpointMismatchError, match=r"the file lacks 'conv_out.weight'"):
+        fastdiff.load(tmp_path, config=config)
+    save_file({**tensors, "mid_block.resnets.0.conv1.weight": torch.zeros(48, 48, 1, 1)}, path)
+    with pytest.raises(errors.CheckpointMismatchError, match="must have the shape"):
+        fastdiff.load(tmp_path, config=config)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(errors.CheckpointError, match="is no JSON file that can be read"):
+        fastdiff.load(tmp_path, source="diffusers", config=config)
+
+
+def test_options_of_two_kinds_of_files_do_not_mix(tmp_path):
+    for options in ({"ema": 0.9}, {"sde": fastdiff.VP()}, {"net": torch.nn.Linear(1, 1)}):
+        with pytest.raises(errors.ConfigError, match="is of fastdiff's own files"):
+            fastdiff.load(tmp_path / "x", source="edm", **options)
+    with pytest.raises(FileNotFoundError, match="no file at"):
+        fastdiff.load(tmp_path / "x", source="edm")
+    torch.save({"ema": torch.zeros(1)}, tmp_path / "x")
+    with pytest.raises(
+        errors.ConfigError, match="config must be a dict, the path of a JSON file, flags or a published name"
+    ):
+        fastdiff.load(tmp_path / "x", source="edm", config=3)
+    (tmp_path / "facts.json").write_text(json.dumps({"precond": "vp", "sigma_dat": 1}))
+    with pytest.raises(errors.ConfigError, match=r"got 'sigma_dat' .did you mean 'sigma_data'"):
+        fastdiff.load(tmp_path / "x", source="edm", config=str(tmp_path / "facts.json"))
+    with pytest.raises(errors.ConfigError, match="config must be flags, each with its value"):
+        fastdiff.load(tmp_path / "x", source="edm", config="--precond")
