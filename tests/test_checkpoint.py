@@ -68,7 +68,7 @@ def test_load_in_inference_mode_gives_weights_that_can_be_trained(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"PK\3\4" + bytes(60), r"zip archive, as torch\.save writes: .*fastdiff\.load_tensors"),
+        (b"PK\3\4" + bytes(60), r"zip of torch\.save: .*fastdiff\.load_tensors"),
         (b"\x80\2}q\0." + bytes(60), "a pickle"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
         (b"\n <!DOCTYPE html><html></html>", "HTML"),

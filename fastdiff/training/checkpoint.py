@@ -30,12 +30,12 @@ FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 FILE = "checkpoint.safetensors"
 NUMBERED = "step-{:09d}.safetensors"
-WRAP = "source=..., or net.load_state_dict(fastdiff.load_tensors(path, part='...')), then ScoreModel(net, sde, ...)"
+WRAP = "net.load_state_dict(fastdiff.load_tensors(path, part='...')), then ScoreModel(net, sde, ...)"
 OTHER = "read it by its own library, and wrap its network, ScoreModel(net, sde, ...)"
 # how files that are no checkpoint begin, what they are, and what to do
 FOREIGN = {
-    b"PK\3\4": f"a zip of torch.save: {WRAP}",
-    b"\x80": f"a pickle of torch.save: {WRAP}",
+    b"PK\3\4": f"a zip of torch.save: source=..., or {WRAP}",
+    b"\x80": f"a pickle of torch.save: source=..., or {WRAP}",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
     b"<": "an HTML or XML page, not the file itself: download it again",
     b"\x1f\x8b": "a gzip archive: unpack it",
