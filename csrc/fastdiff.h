@@ -5,7 +5,7 @@
 // In the order of OPERATIONS in fastdiff/execution/cpu.py (a test compares them).
 enum Operation {
     kNormal, kRademacher, kWords, kStep, kMeasureLangevin, kPerturb, kDsmLoss, kDsmLossBackward, kTimestepEmbedding, kProbeDot,
-    kRkError, kSumOfSquares, kAdam
+    kRkError, kSumOfSquares, kAdam, kWinogradWeights, kWinograd, kGroupNormSilu
 };
 // As fastdiff/execution/cpu.py words them.
 enum Result { kDone, kRowOutOfRange, kWrongDtype, kWrongCursor, kWrongTable, kNoMemory, kThreads };

@@ -4,6 +4,7 @@
 // and no combination of them needs code of its own. An operation's tensors are numbered as in OPERATIONS of
 // fastdiff/execution/cpu.py (a test compares them); the comment before it lists the numbers that precede them in a call.
 #pragma once
+#include "layers.h"
 #include "step.h"
 #include "update.h"
 
@@ -242,6 +243,9 @@ inline int run(int op, const int64_t* a, bool wide) {
         case kRkError: return wide ? rk_error<double>(a) : rk_error<float>(a);
         case kSumOfSquares: return wide ? sum_of_squares<double>(a) : sum_of_squares<float>(a);
         case kAdam: return wide ? adam<double>(a) : adam<float>(a);
+        case kWinogradWeights: return winograd_weights(a);
+        case kWinograd: return winograd(a);
+        case kGroupNormSilu: return group_norm_silu(a);
     }
     return kDone;
 }

@@ -53,7 +53,7 @@ def snake(names):
 def test_operations_slots_and_columns_are_numbered_alike_on_both_sides():
     """cpu.py and csrc/ name the same operations, tensors and columns in the same order."""
     face = (CSRC / "fastdiff.h").read_text()
-    assert snake(re.search(r"enum Operation \{(.*?)\}", face, re.S)[1]) == (*cpu.OPERATIONS, *cpu.LISTS)
+    assert snake(re.search(r"enum Operation \{(.*?)\}", face, re.S)[1]) == (*cpu.OPERATIONS, *cpu.LISTS, *cpu.LAYERS)
     results = snake(re.search(r"enum Result \{(.*?)\}", face, re.S)[1])
     assert set(cpu._FAULTS) == set(range(1, len(results)))
     assert int(re.search(r"kMaxStages = (\d+)", face)[1]) == cpu.MAX_STAGES

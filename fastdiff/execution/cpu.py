@@ -52,7 +52,9 @@ LISTS = {
     "sum_of_squares": ("tensors",),
     "adam": ("weights", "gradients", "first", "second", "average"),
 }
-_NUMBERS = {name: number for number, name in enumerate([*OPERATIONS, *LISTS])}
+# Those of networks' layers (csrc/layers.h), whose arguments are sizes and addresses
+LAYERS = ("winograd_weights", "winograd", "group_norm_silu")
+_NUMBERS = {name: number for number, name in enumerate([*OPERATIONS, *LISTS, *LAYERS])}
 
 # FASTDIFF_LIBRARY names another build of the same sources, such as that of `make sanitize`
 PACKAGED = Path(__file__).parent.parent / "libfastdiff.so"
@@ -558,6 +560,41 @@ def _call_lists(operation: str, scalars: Sequence[int], lists: Sequence[Sequence
     if dtype not in _STATES:
         raise DTypeError(f"tensors of {operation} must be float32 or float64, got {dtype}")
     _check(_run(_NUMBERS[operation], _packer(len(packed))(*packed), dtype is torch.float64))
+
+
+def winograd_weights(weight: Tensor) -> Tensor:
+    """The weights [O, C, 3, 3] of a convolution as `winograd` takes them."""
+    outputs, inputs = weight.shape[:2]
+    columns = 32  # of the widest registers; narrower ones need no more
+    packed = torch.empty(36 * inputs * -(-outputs // columns) * columns)
+    values = weight.detach().contiguous()
+    _call_layer("winograd_weights", 0, 0, 0, inputs, outputs, values.data_ptr(), packed.data_ptr())
+    return packed
+
+
+def winograd(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    """The convolution of x [B, C, H, W], channels_last, by 3×3 weights of `winograd_weights`, x being 0 beyond its ends."""
+    samples, inputs, height, width = x.shape
+    out = torch.empty((samples, outputs, height, width), memory_format=torch.channels_last)
+    added = 0 if bias is None else bias.data_ptr()
+    _call_layer(
+        "winograd", samples, height, width, inputs, outputs, x.data_ptr(), packed.data_ptr(), added, out.data_ptr()
+    )
+    return out
+
+
+def group_norm(x: Tensor, groups: int, gain: Tensor, shift: Tensor, eps: float, silu: bool) -> Tensor:
+    """(silu of) group_norm(x) gain + shift of x [B, C, H, W], channels_last, gain and shift [C] or [B, C]."""
+    samples, channels, height, width = x.shape
+    gain, shift = gain.contiguous(), shift.contiguous()
+    out, step = torch.empty_like(x), channels if gain.ndim == 2 else 0
+    addresses = x.data_ptr(), gain.data_ptr(), shift.data_ptr(), out.data_ptr()
+    _call_layer("group_norm_silu", samples, height * width, channels, groups, *_bits(eps), int(silu), step, *addresses)
+    return out
+
+
+def _call_layer(operation: str, *arguments: int) -> None:
+    _check(_run(_NUMBERS[operation], _packer(len(arguments))(*arguments), False))
 
 
 def _bits(*values: float) -> tuple[int, ...]:

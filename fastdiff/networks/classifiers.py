@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..errors import ConfigError, ShapeError, choose
-from .layers import CONVS, LARGEST, Conditioning, ResidualBlock, group_norm, integers
+from .layers import CONVS, LARGEST, Conditioning, ResidualBlock, group_norm, integers, norm_silu
 
 SCALE = 4.0  # of the Fourier features of a level in [0, 1]
 
@@ -102,7 +102,7 @@ class WideResNet(nn.Module):
             for block in blocks:  # type: ignore[union-attr]
                 scale, shift = next(of_level).chunk(2, dim=1)
                 h = block(h, 1 + scale, shift)
-        return self.out(F.silu(self.norm(h)).flatten(2).mean(2))  # type: ignore[no-any-return]
+        return self.out(norm_silu(self.norm, h).flatten(2).mean(2))  # type: ignore[no-any-return]
 
 
 CLASSIFIERS: dict[str, type[nn.Module]] = {"mlp": MLPClassifier, "wide_resnet": WideResNet}  # that a file can name

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError, choose, short, warn
-from ..execution import ops
+from ..execution import layers, ops
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TIME_SCALES = {"sinusoidal": 1000.0, "cos_sin": 1000.0, "fourier": 16.0}  # for times that span 1
@@ -228,15 +228,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def modulated_norm(x: Tensor, groups: int, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
-    """`group_norm(x) * scale + shift` with `scale` and `shift` [B, C], one of each for every sample.
-
-    The samples are viewed as channels of a single sample, so that PyTorch's fused kernel applies scale and shift, and its fused
-    backward reduces their gradients.
-    """
-    one = x.reshape(1, -1, *x.shape[2:])
-    out = torch.group_norm(one, max(len(x) * groups, 1), scale.reshape(-1), shift.reshape(-1), eps)
-    return out.view(x.shape)
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return layers.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 class Attention(nn.Module):
@@ -258,10 +251,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels = x.shape[:2]
-        qkv = self.qkv(self.norm(x).flatten(2))
-        qkv = qkv.view(batch, 3, self.heads, channels // self.heads, qkv.shape[2]).transpose(-1, -2)
-        h = F.scaled_dot_product_attention(*qkv.unbind(1)).transpose(-1, -2).reshape(batch, channels, qkv.shape[3])
-        out = x + self.project(h).view(x.shape)
+        norm = self.norm
+        h = layers.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=False)
+        h = h.flatten(2).transpose(1, 2)  # of one place after the other, as they lie where channels lie side by side
+        qkv = F.linear(h, self.qkv.weight[:, :, 0], self.qkv.bias)
+        qkv = qkv.view(batch, h.shape[1], 3, self.heads, channels // self.heads).permute(2, 0, 3, 1, 4)
+        h = layers.attention(*qkv).transpose(1, 2).flatten(2)
+        h = F.linear(h, self.project.weight[:, :, 0], self.project.bias)
+        out = x + h.transpose(1, 2).unflatten(2, x.shape[2:])
         return out if self.scale == 1 else out.mul_(self.scale)
 
 
@@ -283,8 +280,8 @@ class ResidualBlock(nn.Module):
         self.attend = Attention(outputs) if attention else nn.Identity()
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        h = self.conv(F.silu(self.norm(x)))
-        h = F.silu(modulated_norm(h, self.groups, scale, shift))
+        h = self.conv(norm_silu(self.norm, x))
+        h = layers.group_norm(h, self.groups, scale, shift, 1e-6)
         return self.attend((self.skip(x) + self.last(self.dropout(h))).mul_(HALF))
 
 

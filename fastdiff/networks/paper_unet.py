@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import checks
 from ..errors import ConfigError, ShapeError, choose
+from ..execution import layers
 from .layers import (
     CONVS,
     HALF,
@@ -26,7 +27,7 @@ from .layers import (
     image_condition,
     image_shape,
     integers,
-    modulated_norm,
+    norm_silu,
     zeroed,
 )
 
@@ -364,9 +365,8 @@ class Block(nn.Module):
             gain, shift = told.expand(len(h), -1).chunk(2, dim=1)
             gain = 1 + gain
             norm = self.norm2
-            h = F.silu(
-                modulated_norm(h, norm.num_groups, norm.weight * gain, torch.addcmul(shift, norm.bias, gain), norm.eps)
-            )
+            shift = torch.addcmul(shift, norm.bias, gain)
+            h = layers.group_norm(h, norm.num_groups, norm.weight * gain, shift, norm.eps)
         else:
             h = norm_silu(self.norm2, h + told.view(*told.shape, *[1] * (h.ndim - 2)))
         h = self.skip(x) + self.last(self.dropout(h))
@@ -457,10 +457,6 @@ def norm_of(config: dict[str, Any], channels: int) -> nn.GroupNorm:
         norm.eps = config["eps"]
         return norm
     return nn.GroupNorm(config["groups"], channels, config["eps"])
-
-
-def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    return F.silu(norm(x))
 
 
 def _multipliers(multipliers: Sequence[float]) -> list[float]:

@@ -23,6 +23,7 @@ from .layers import (
     image_condition,
     image_shape,
     integers,
+    norm_silu,
     zeroed,
 )
 
@@ -143,7 +144,7 @@ class UNet(TimeConditioned):
                 h = F.interpolate(h, size=skips[0].shape[2:], mode="nearest")
             for block in blocks:
                 h = block(torch.cat((h, skips.pop()), dim=1), *next(modulations))
-        return self.out(F.silu(self.norm(h)))
+        return self.out(norm_silu(self.norm, h))
 
 
 def _check_levels(multipliers: list[int], attention: list[int]) -> None:

@@ -1,0 +1,108 @@
+"""Layers of networks, fused. For inference on a CPU, of float32 images whose channels lie side by side (torch's channels_last),
+the compiled library has them; everywhere else they are what torch makes of them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import cpu, torch_private
+
+
+def fusable(x: Tensor) -> bool:
+    """Whether the compiled library may work on x: plain numbers, of which nobody wants a derivative."""
+    return (
+        x.dtype is torch.float32
+        and x.ndim == 4
+        and x.device.type == "cpu"
+        and cpu.available
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch_private.functorch_is_active()
+        and not torch_private.forward_mode_is_active()
+        and torch_private.dispatch_modes() == 0
+        and type(x) in (Tensor, nn.Parameter)
+        and x.numel() > 0
+    )
+
+
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = True
+) -> Tensor:
+    """silu(group_norm(x) * weight + bias): Wu & He 2018; Elfwing et al. 2017. x [B, C, *], weight and bias [C], or [B, C], one of
+    each for every sample (FiLM, Perez et al. 2018)."""
+    if weight is not None and bias is not None and fusable(x) and x.is_contiguous(memory_format=torch.channels_last):
+        return cpu.group_norm(x, groups, weight, bias, eps, silu)
+    if weight is not None and weight.ndim == 2:
+        # the samples are viewed as channels of a single sample, so that PyTorch's fused kernel applies scale and shift, and its
+        # fused backward reduces their gradients
+        one = x.reshape(1, -1, *x.shape[2:])
+        made = torch.group_norm(one, max(len(x) * groups, 1), weight.reshape(-1), bias.reshape(-1), eps)  # type: ignore[union-attr]
+        out = made.view(x.shape)
+    else:
+        out = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(out) if silu else out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d) v (Vaswani et al. 2017)."""
+    if torch_private.functorch_is_active():  # whose vmap takes torch's fused attention sample by sample, and warns
+        return torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class WinogradConv2d(nn.Conv2d):
+    """A convolution of 3×3, in a quarter of the multiplications (Lavin & Gray 2016, F(4×4, 3×3)), to some 1e-5 of the largest
+    output.
+
+    For inference in float32 on a CPU; else as its class. Its transformed weights take four times the memory of its weights.
+    """
+
+    _prepared: tuple[int, int, Tensor] | None = None
+
+    @staticmethod
+    def fits(layer: nn.Module) -> bool:
+        """Whether a layer is such a convolution."""
+        return (
+            isinstance(layer, nn.Conv2d)
+            and layer.kernel_size == (3, 3)
+            and layer.stride == (1, 1)
+            and layer.padding == (1, 1)
+            and layer.dilation == (1, 1)
+            and layer.groups == 1
+            and layer.padding_mode == "zeros"
+            and layer.weight.dtype is torch.float32
+            and layer.weight.device.type == "cpu"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not fusable(x) or self.weight.dtype is not torch.float32:
+            return super().forward(x)
+        key = (self.weight.data_ptr(), self.weight._version if not self.weight.is_inference() else -1)
+        if self._prepared is None or self._prepared[:2] != key:
+            self._prepared = (*key, cpu.winograd_weights(self.weight))
+        return cpu.winograd(
+            x.contiguous(memory_format=torch.channels_last), self._prepared[2], self.bias, self.out_channels
+        )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A convolution of 1×1 as a product of matrices over the channels, which lie side by side."""
+
+    @staticmethod
+    def fits(layer: nn.Module) -> bool:
+        return (
+            isinstance(layer, nn.Conv2d)
+            and layer.kernel_size == (1, 1)
+            and layer.stride == (1, 1)
+            and layer.padding == (0, 0)
+            and layer.groups == 1
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
