@@ -33,10 +33,11 @@ COUNTS = dict.fromkeys((*ASKED, "states held at once"), ".3g")
 CHOICES = {"calls": ",.0f", "evaluations": ",.0f", "error": ".1e", "tolerance": ".0e"}
 FOUND = {"distance in that of two exact sets": ".3g", "calls of the network": ".0f"}
 PAIRS = {**COUNTS, **CHOICES, **FOUND}
-# of which each whole, and outside of the network's passes: (title, what a row is of)
+# of which each row has a metric of its own: (title, what a row is of)
 PARTS = {
     "training": ("A step of training", "step"),
     "inverse problems": ("A call of a guided network", "network, method"),
+    "networks": ("A network's call and its training's step, at equal weights", "network, precision"),
 }
 # of solvers that choose their steps, and of those that do not
 CHOOSING = {"likelihood": "Log-likelihoods at equal error", "rk45": "The sampler rk45 at equal error"}

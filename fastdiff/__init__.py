@@ -13,6 +13,7 @@ from .execution.ops import normal
 from .likelihood import LogLikelihood, bits_per_dim, decode, encode, interpolate, log_likelihood
 from .losses import VariationalBound, vlb
 from .model import ScoreModel
+from .optimization import optimize
 from .planning import grids, predictions, processes, samplers, schedules
 from .planning.plan import plan
 from .planning.processes import DDPM, EDM, NCSN, OU, VE, VP, SubVP
@@ -73,6 +74,7 @@ __all__ = [
     "models",
     "networks",
     "normal",
+    "optimize",
     "plan",
     "posthoc_ema",
     "predictions",

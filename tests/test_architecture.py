@@ -39,6 +39,7 @@ RULES = {
     "sampling": RUN | {"guidance", "inverse"},
     "likelihood": RUN,
     "conventions": MODEL | {"data"},
+    "optimization": MODEL,
     "metrics": BASE | {"execution", "data"},
     "training": MODEL | {"losses", "networks", "data"},
     "cli": MODEL | {"networks", "data", "sampling", "likelihood", "training", "conventions", "metrics"} | {"inverse"},
@@ -56,6 +57,7 @@ RULES = {
         "likelihood",
         "training",
         "conventions",
+        "optimization",
     },
 }
 NO_TORCH = {"planning", "table", "checks", "errors", "files"}

@@ -1,0 +1,166 @@
+"""A call of a network, and a step of its training, against the libraries that its weights come from: at equal weights, in turns."""
+
+import copy
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import clock
+from peers import SCORE_SDE, load, missing
+from recorder import turns
+from torch import Tensor, nn
+
+import fastdiff
+from fastdiff.networks import PaperUNet
+from fastdiff.training.sources import diffusers as from_diffusers
+from fastdiff.training.sources import score_sde as from_score_sde
+
+pytestmark = pytest.mark.usefixtures("kept_memory")
+
+BATCH, SHAPE = 4, (3, 32, 32)
+# Ho et al. 2020, as google/ddpm-cifar10-32 has it
+DDPM = {
+    "sample_size": 32, "block_out_channels": (128, 256, 256, 256), "layers_per_block": 2, "downsample_padding": 0,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"), "flip_sin_to_cos": False,
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), "freq_shift": 1, "norm_eps": 1e-6,
+    "attention_head_dim": None,
+}  # fmt: skip
+
+
+def drawn(net: nn.Module) -> nn.Module:
+    """With all its parameters drawn, as if it were trained."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        scale = 0.05 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
+        parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return net
+
+
+def of_diffusers() -> tuple[nn.Module, PaperUNet]:
+    """(its U-Net of 35.7 million parameters, ours with the same weights)."""
+    theirs = drawn(load("diffusers").UNet2DModel(**DDPM))
+    return theirs, from_diffusers.network(theirs.state_dict(), dict(theirs.config))
+
+
+def of_score_sde() -> tuple[nn.Module, PaperUNet]:
+    """(its NCSN++ of 62.8 million parameters, ours with the same weights)."""
+    root = Path(os.environ["SCORE_SDE_PYTORCH"])
+    stand_ins = {"op": types.ModuleType("op"), "ml_collections": types.ModuleType("ml_collections")}
+    stand_ins["op"].upfirdn2d = upfirdn2d  # type: ignore[attr-defined]
+    stand_ins["ml_collections"].ConfigDict = Config  # type: ignore[attr-defined]
+    with mock.patch.dict(sys.modules, stand_ins), mock.patch.object(sys, "path", [str(root), *sys.path]):
+        from configs.ve.cifar10_ncsnpp_continuous import get_config
+        from models.ncsnpp import NCSNpp
+
+        theirs = drawn(NCSNpp(get_config()))
+    return theirs, from_score_sde.network(theirs.state_dict(), SHAPE, centered=False)
+
+
+class Config(dict):  # type: ignore[type-arg]
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__  # type: ignore[assignment]
+
+
+def upfirdn2d(x: Tensor, kernel: Tensor, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)) -> Tensor:
+    """Its extension's function as its own plain PyTorch has it (op/upfirdn2d.py, upfirdn2d_native)."""
+    batch, channels, height, width = x.shape
+    out = F.pad(x.reshape(-1, height, 1, width, 1, 1), [0, 0, 0, up - 1, 0, 0, 0, up - 1]).view(
+        -1, 1, height * up, width * up
+    )
+    out = F.conv2d(F.pad(out, (*pad, *pad)), kernel.flip(0, 1)[None, None].to(x.dtype))
+    return out.view(batch, channels, *out.shape[2:])[:, :, ::down, ::down]
+
+
+def calls(net: Callable[..., Any], x: Tensor, t: Tensor) -> Callable[[], float]:
+    def measure() -> float:
+        with torch.inference_mode():
+            began = clock()
+            net(x, t)
+            return 1e3 * (clock() - began)
+
+    return measure
+
+
+def check(ours: Tensor, theirs: Tensor, most: float) -> None:
+    """What is timed is the same."""
+    difference = float((ours.float() - theirs).abs().max() / theirs.abs().max())
+    assert difference < most, f"{difference:.1e} apart"
+
+
+CASES = {
+    "U-Net 35.7M 4x3x32x32": ("diffusers", of_diffusers, "ddpm", "eps", "index"),
+    "NCSN++ 62.8M 4x3x32x32": (SCORE_SDE, of_score_sde, "ve", "scaled_score", "log_sigma"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # the peers' own
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_call(benchmark, recorder, name, precision):
+    """Theirs eagerly in float32, as it comes; ours as `fastdiff.optimize` leaves it, in bfloat16 where that is faster here."""
+    opponent, make, sde, prediction, time_input = CASES[name]
+    if reason := missing(opponent):
+        pytest.skip(reason)
+    theirs, network = make()
+    model = fastdiff.ScoreModel(network.eval(), sde, prediction, time_input, SHAPE)
+    made = fastdiff.optimize(model, precision=precision, batch_size=BATCH, verbose=False)
+    dtype = next(made.net.parameters()).dtype
+    x, t = torch.rand(BATCH, *SHAPE), torch.full((BATCH,), 500 if sde == "ddpm" else 3.0)
+    time = t if sde == "ddpm" else t.exp()
+    theirs.eval()
+    with torch.inference_mode():
+        out = theirs(x, time)
+        out = out.sample if hasattr(out, "sample") else out * time.view(-1, 1, 1, 1)
+        check(made.net(x.to(dtype), t), out, 1e-4 if dtype is torch.float32 else 0.1)
+    benchmark.group = f"networks: {name}"
+    systems = {"ours": calls(made.net, x.to(dtype), t), opponent: calls(theirs, x, time)}
+    ratios = recorder.pairs("networks", f"{name}, {precision}", BATCH, "ms a call", turns(systems, 25.0))
+    benchmark.extra_info["ratio"] = ratios[opponent]
+    benchmark.pedantic(systems["ours"], rounds=1)
+
+
+def step(net: nn.Module, clean: Tensor, autocast: bool) -> Callable[[], float]:
+    """A step by hand: both networks' are the same around them."""
+    adam = torch.optim.AdamW(net.parameters(), lr=2e-4, fused=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def measure() -> float:
+        began = clock()
+        noise = torch.randn(clean.shape, generator=generator)
+        t = torch.randint(0, 1000, (len(clean),), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = net(clean + noise, t)
+        loss = F.mse_loss((out.sample if hasattr(out, "sample") else out).float(), noise)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        return 1e3 * (clock() - began)
+
+    return measure
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_step(benchmark, recorder, precision):
+    """A step of the U-Net of 35.7 million parameters, forward and backward passes and Adam; theirs in float32."""
+    if reason := missing("diffusers"):
+        pytest.skip(reason)
+    theirs, network = of_diffusers()
+    network = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    clean = torch.rand(BATCH, *SHAPE)
+    benchmark.group = "networks: a step of training"
+    systems = {
+        "ours": step(network.train(), clean, precision == "bf16"),
+        "diffusers": step(theirs.train(), clean, False),
+    }
+    times = turns(systems, 40.0)
+    ratios = recorder.pairs("networks", f"U-Net 35.7M 4x3x32x32, {precision}", BATCH, "ms a step of training", times)
+    benchmark.extra_info["ratio"] = ratios["diffusers"]
+    benchmark.pedantic(systems["ours"], rounds=1)

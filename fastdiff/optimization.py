@@ -1,0 +1,188 @@
+"""optimize(): a model whose network does the same faster, by what is measured best on this machine."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError, choose, names_keywords
+from .execution import modules
+from .execution.calls import dtype_of
+from .execution.layers import PointwiseConv2d, WinogradConv2d
+from .model import ScoreModel
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PAYS = 0.97  # of the time before: what is kept takes less
+SECONDS = 0.3  # to measure a layer or a network for, at most; three calls at least
+
+
+@names_keywords
+def optimize(
+    model: ScoreModel, precision: str = "bf16", compile: bool = False, *, batch_size: int = 16, cond: Any = None,
+    verbose: bool = True,
+) -> ScoreModel:  # fmt: skip
+    """A copy of the model whose network is as fast as it was measured to get here, for sampling; the model itself stays as it is.
+
+    Tried in this order, each kept where it takes less time than what was before: channels side by side in memory (channels_last);
+    Winograd's convolution, for each layer by itself, on a CPU in float32 (four times the memory of those weights); 1×1
+    convolutions as products of matrices; with precision "bf16" the whole network in bfloat16, where the processor has it;
+    with `compile`, torch.compile. It prints each with its time, and how far the outputs of one batch are from those of the
+    network as it was in float32: some 1e-5 of the largest in "fp32", some 1e-2 in "bf16". The same text is `optimized`.
+
+    precision   "bf16", where that is faster, or "fp32"
+    batch_size  samples of a call, as in the runs to come
+    cond        a condition of one batch, where the network must have one: labels 0 and conditions of zeros unless given
+
+    For training use `precision="bf16"` of `fastdiff.train`. Errors: ConfigError.
+    """
+    if not isinstance(model, ScoreModel) or not isinstance(model.net, nn.Module):
+        raise ConfigError(
+            f"model must be a ScoreModel of a torch.nn.Module, got {type(model).__name__}: wrap it, ScoreModel(net, sde, …)"
+        )
+    choose("precision", precision, PRECISIONS)
+    net = copy.deepcopy(modules.inner(model.net)).eval().requires_grad_(False)
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    trial = _Trial(model, device, batch_size, cond)
+    with torch.inference_mode():
+        expected = trial.output(net)
+        report = [f"batches of {batch_size} on {device}, ms a call:"]
+        best, took = net, trial.seconds(net)
+        report.append(f"{1e3 * took:9.2f}  as it was, {str(dtype_of(net, torch.float32)).removeprefix('torch.')}")
+        for name, change in _changes(trial, precision, compile):
+            candidate = change(best)
+            if candidate is None:
+                continue
+            seconds = trial.seconds(candidate)
+            kept = seconds < PAYS * took
+            report.append(f"{1e3 * seconds:9.2f}  {name}{'' if kept else ': not kept'}")
+            if kept:
+                best, took = candidate, seconds
+        error = float((trial.output(best) - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    report.append(f"largest difference {error:.1e} of the largest output")
+    made = copy.copy(model)
+    made.net = best
+    made.optimized = "\n".join(report)
+    if verbose:
+        print(made.optimized)
+    return made
+
+
+class _Trial:
+    """One batch, and how long a network takes for it."""
+
+    def __init__(self, model: ScoreModel, device: torch.device, count: int, cond: Any) -> None:
+        self.model, self.device = copy.copy(model), device
+        generator = torch.Generator().manual_seed(0)
+        if not model.data_shape:
+            raise ConfigError("model must have a data_shape, to be measured: ScoreModel(net, sde, data_shape=(…))")
+        self.x = torch.randn(count, *model.data_shape, generator=generator).to(device)
+        process = model.process
+        middle = float(round(0.5 * process.T)) if process.discrete else 0.5 * process.T
+        self.t = torch.full((count,), max(middle, process.first_time), device=device)
+        self.cond = self._cond(count) if cond is None else cond
+
+    def _cond(self, count: int) -> Any:
+        given = {}
+        if self.model.num_classes:
+            given["y"] = torch.zeros(count, dtype=torch.long, device=self.device)
+        if self.model.cond_shape:
+            given["cond"] = torch.zeros(count, *self.model.cond_shape, device=self.device)
+        return given or None if len(given) != 1 else next(iter(given.values()))
+
+    def output(self, net: nn.Module) -> Tensor:
+        self.model.net = net
+        return self.model(self.x.to(dtype_of(net, torch.float32)), self.t, self.cond).float()
+
+    def seconds(self, net: nn.Module) -> float:
+        return _seconds(lambda: self.output(net), self.device)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The least of several calls, after one that warms up."""
+    best, began = float("inf"), time.perf_counter()
+    for turn in range(100):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if turn:
+            best = min(best, time.perf_counter() - start)
+        if turn >= 3 and time.perf_counter() - began > SECONDS:
+            break
+    return best
+
+
+def _changes(trial: _Trial, precision: str, compile: bool) -> list[tuple[str, Callable[[nn.Module], nn.Module | None]]]:
+    """What is tried, in words, and what makes a changed network of a network, or None where there is nothing to change."""
+    on_cpu = trial.device.type == "cpu"
+    changes: list[tuple[str, Callable[[nn.Module], nn.Module | None]]] = [("channels_last", _channels_last)]
+    changes += [("1×1 convolutions as products of matrices", _pointwise)]
+    if on_cpu:
+        changes += [("Winograd's convolutions, where they are faster", lambda net: _winograd(net, trial))]
+    if precision == "bf16":
+        changes += [("bfloat16", lambda net: _converted(net, torch.bfloat16))]
+    if compile:
+        changes += [("torch.compile", lambda net: torch.compile(copy.deepcopy(net)))]  # type: ignore[list-item]
+    return changes
+
+
+def _channels_last(net: nn.Module) -> nn.Module | None:
+    if not any(isinstance(layer, nn.Conv2d) for layer in net.modules()):
+        return None
+    return copy.deepcopy(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _converted(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """In another precision, and with the layers of its class again, which are of float32."""
+    made = copy.deepcopy(net)
+    for layer in made.modules():
+        if type(layer) is WinogradConv2d:
+            layer.__class__ = nn.Conv2d
+    return made.to(dtype)
+
+
+def _pointwise(net: nn.Module) -> nn.Module | None:
+    return _replaced(net, lambda layer: PointwiseConv2d if PointwiseConv2d.fits(layer) else None)
+
+
+def _winograd(net: nn.Module, trial: _Trial) -> nn.Module | None:
+    """Each of the layers that are faster so, on what the network gives it."""
+    inputs: dict[nn.Module, Tensor] = {}
+    layers = [layer for layer in net.modules() if type(layer) is nn.Conv2d and WinogradConv2d.fits(layer)]
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, given: inputs.setdefault(layer, given[0])) for layer in layers
+    ]
+    try:
+        trial.output(net)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    faster: dict[tuple[object, ...], bool] = {}
+    for layer, x in inputs.items():
+        key = (tuple(x.shape), layer.out_channels, x.stride())
+        if key not in faster:
+            other = copy.deepcopy(layer)
+            other.__class__ = WinogradConv2d
+            pair = (_seconds(lambda f=f, x=x: f(x), trial.device) for f in (other, layer))  # type: ignore[misc]
+            faster[key] = next(pair) < PAYS * next(pair)
+    chosen = {id(layer) for layer, x in inputs.items() if faster[(tuple(x.shape), layer.out_channels, x.stride())]}
+    names = {name for name, layer in net.named_modules() if id(layer) in chosen}
+    made = copy.deepcopy(net)
+    for name in names:
+        made.get_submodule(name).__class__ = WinogradConv2d
+    return made if names else None
+
+
+def _replaced(net: nn.Module, choose_class: Callable[[nn.Module], type[nn.Module] | None]) -> nn.Module | None:
+    """A copy whose layers have the classes that are chosen for them."""
+    made, changed = copy.deepcopy(net), False
+    for layer in made.modules():
+        kind = choose_class(layer) if type(layer) is nn.Conv2d else None
+        if kind is not None:
+            layer.__class__, changed = kind, True
+    return made if changed else None
