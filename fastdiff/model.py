@@ -34,7 +34,8 @@ class ScoreModel(nn.Module):
     prediction   "score", "eps", "x0", "v", "velocity", "scaled_score", "prev_mean", "increment", "edm" (see fastdiff.predictions)
     time_input   what `time` is: the process time "t", "index", "fractional_index", "index/T", "sigma", "log_sigma", "t*999",
                  "c_noise" (EDM's), or a function t [B] -> [B]. Default: "c_noise" for "edm"; on DDPM chains "index", the
-                 steps from 0 as published networks count them, but "t" for "score" and for fastdiff's own networks; else "t"
+                 steps from 0 as published networks count them, but "t" for "score" and for fastdiff's own networks; else "t".
+                 A network with a `default_time_input` that is not None has that
     data_range   the range of its training data, and so of its samples (which are not clamped to it), default (−1, 1)
     variance     of ancestral steps: the network returns twice the channels, the second half v for it: "learned" log variance = v;
                  "learned_range" between the bounds log β̃ and log β, share (v + 1)/2 (Nichol & Dhariwal 2021, eq. 15)
@@ -81,6 +82,8 @@ class ScoreModel(nn.Module):
             raise ConfigError(f"net must be callable as net(x, t), got {type(net).__name__}")
         process = processes.get(sde)
         fit_times = getattr(modules.inner(net), "fit_times", None)
+        if time_input is None:
+            time_input = getattr(modules.inner(net), "default_time_input", None)
         if time_input is None:
             time_input = predictions.default_time_input(prediction, process)
             if time_input == "index" and callable(fit_times):  # it fits itself to process times

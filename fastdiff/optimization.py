@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .errors import ConfigError, choose, names_keywords
 from .execution import modules
 from .execution.calls import dtype_of
-from .execution.layers import PointwiseConv2d, WinogradConv2d
+from .execution.fused import PointwiseConv2d, WinogradConv2d
 from .model import ScoreModel
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

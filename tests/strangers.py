@@ -19,6 +19,8 @@ from torch import nn
 # repository -> the variable that names a checkout of it
 CHECKOUTS = {
     "yang-song/score_sde_pytorch": "SCORE_SDE_PYTORCH",
+    "ermongroup/ncsn": "NCSN",
+    "ermongroup/ncsnv2": "NCSNV2",
     "openai/guided-diffusion": "GUIDED_DIFFUSION",
     "openai/improved-diffusion": "IMPROVED_DIFFUSION",
     "NVlabs/edm": "EDM",

@@ -11,25 +11,38 @@ from torch import nn
 from ..errors import ConfigError, choose, short
 from ..execution.modules import inner
 from .layers import TimeEmbedding
+from .linear_attention_unet import LinearAttentionUNet
 from .mlp import MLP
 from .paper_unet import PaperUNet, adm, ddpm, ddpmpp, ncsnpp
+from .refinenet import RefineNet, ncsn, ncsnv2
+from .transformers import DiT, Transformer, dit
 from .unet import UNet
 
 # the networks that a checkpoint can name
-MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP, "paper_unet": PaperUNet}
+MODELS: dict[str, type[nn.Module]] = {
+    "unet": UNet, "mlp": MLP, "paper_unet": PaperUNet, "linear_attention_unet": LinearAttentionUNet, "refinenet": RefineNet,
+    "dit": DiT, "transformer": Transformer,
+}  # fmt: skip
 
 __all__ = [
     "MLP",
     "MODELS",
+    "DiT",
+    "LinearAttentionUNet",
     "PaperUNet",
+    "RefineNet",
     "TimeEmbedding",
+    "Transformer",
     "UNet",
     "adm",
     "build",
     "ddpm",
     "ddpmpp",
     "describe",
+    "dit",
+    "ncsn",
     "ncsnpp",
+    "ncsnv2",
 ]
 
 

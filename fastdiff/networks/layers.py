@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError, choose, short, warn
-from ..execution import layers, ops
+from ..execution import fused, ops
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TIME_SCALES = {"sinusoidal": 1000.0, "cos_sin": 1000.0, "fourier": 16.0}  # for times that span 1
@@ -31,10 +31,10 @@ class TimeEmbedding(nn.Module):
     """Features of the time: `t` [B], float or integer, to [B, channels].
 
     `"sinusoidal"` (Ho et al. 2020; Vaswani et al. 2017): `[sin(ω s t), cos(ω s t)]` with `s = scale` and
-    `ω_k = exp(-ln(1e4) k / (half - 1))`, `k < half = channels // 2`. Their steps run over 0..999, so a scale of 1000
-    suits a time in [0, 1] and a scale of 1 an integer step.
+    `ω_k = exp(-ln(base) k / (half - 1))`, `k < half = channels // 2`, `base` 1e4. Their steps run over 0..999, so a scale of
+    1000 suits a time in [0, 1] and a scale of 1 an integer step.
 
-    `"cos_sin"` (Dhariwal & Nichol 2021; diffusers' default): `[cos(ω s t), sin(ω s t)]` with `ω_k = exp(-ln(1e4) k / half)`.
+    `"cos_sin"` (Dhariwal & Nichol 2021; diffusers' default): `[cos(ω s t), sin(ω s t)]` with `ω_k = exp(-ln(base) k / half)`.
 
     `"fourier"` (Tancik et al. 2020; Song et al. 2021): `[sin(2π W t), cos(2π W t)]` with `W ~ N(0, scale²)`, a buffer
     drawn from a fixed seed and kept in the state dict.
@@ -43,9 +43,9 @@ class TimeEmbedding(nn.Module):
     whatever the dtype of the network: an angle of hundreds of radians means nothing in half precision.
     """
 
-    def __init__(self, channels: int, kind: str = "sinusoidal", scale: float | None = None) -> None:
+    def __init__(self, channels: int, kind: str = "sinusoidal", scale: float | None = None, base: float = 1e4) -> None:
         super().__init__()
-        self.channels = checks.integer("channels", channels, 2, LARGEST)
+        self.channels, self.base = checks.integer("channels", channels, 2, LARGEST), base
         self.kind = choose("kind", kind, TIME_SCALES)
         self.scale = TIME_SCALES[kind] if scale is None else checks.number("scale", scale, 0, above=True)
         if kind == "fourier":
@@ -65,9 +65,9 @@ class TimeEmbedding(nn.Module):
         return torch.randn(self.channels // 2, generator=generator, dtype=torch.float32, device="cpu") * scale
 
     def _frequencies(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-        # 10^(-4 k / (half - 1)) is Ho et al.'s frequency, in one operation
-        half = self.channels // 2
-        last = -4 * (half - 1) / half if self.kind == "cos_sin" else -4
+        # with base 1e4, 10^(-4 k / (half - 1)) is Ho et al.'s frequency, in one operation
+        half, power = self.channels // 2, -math.log10(self.base)
+        last = power * (half - 1) / half if self.kind == "cos_sin" else power
         return torch.logspace(0, last, half, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimeEmbedding:
@@ -112,10 +112,10 @@ class TimeConditioned(nn.Module):
     def fit_times(self, steps: tuple[float, float] | None) -> None:
         """Choose the time scale of a new network for a model's times: a chain's, which span steps[0] and whose neighbours lie
         steps[1] apart, or (None) continuous ones, for which it stays. One that was given stays too."""
+        if self.scale_given or self.conditioning is None:
+            return
         kind = self.config["time_embedding"]
         wanted = TIME_SCALES[kind] if steps is None else min(TIME_SCALES[kind] / steps[0], STEP_SCALES[kind] / steps[1])
-        if self.scale_given:
-            return
         weight = self.out.weight
         if wanted != self.config["time_scale"] and (self.scale_set or (not weight.is_meta and bool(weight.any()))):
             warn(
@@ -137,16 +137,17 @@ class Conditioning(nn.Module):
 
     `MLP(features(t)) + label[y]` with a two-layer SiLU perceptron (Ho et al. 2020; Dhariwal & Nichol 2021, for the
     labels), or `MLP(features(t) + label[y])` (`labels_first`, Karras et al. 2022). Label `num_classes` stands for "no label", so
-    one network serves classifier-free guidance.
+    one network serves classifier-free guidance. `time` takes the place of the TimeEmbedding of this kind and scale, `activation`
+    that of the SiLU.
     """
 
     def __init__(
         self, width: int, hidden: int, num_classes: int | None, kind: str, scale: float, features: int = FEATURES,
-        labels_first: bool = False,
+        labels_first: bool = False, time: nn.Module | None = None, activation: type[nn.Module] = nn.SiLU,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.time = TimeEmbedding(features, kind, scale)
-        self.mlp = nn.Sequential(nn.Linear(features, hidden), nn.SiLU(), nn.Linear(hidden, width))
+        self.time = TimeEmbedding(features, kind, scale) if time is None else time
+        self.mlp = nn.Sequential(nn.Linear(features, hidden), activation(), nn.Linear(hidden, width))
         self.labels_first = labels_first and num_classes is not None
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, features if labels_first else width)
 
@@ -158,18 +159,22 @@ class Conditioning(nn.Module):
     def forward(self, t: Tensor, y: Tensor | None, features: Tensor | None = None) -> Tensor:
         out = self.of_time(t) if features is None else features
         if self.label is not None:
-            out = out + (self.label.weight[-1] if y is None else self._labels(y))
+            out = out + label_rows(self.label, y)
         return self.mlp(out) if self.labels_first else out
 
-    def _labels(self, y: Tensor) -> Tensor:
-        try:
-            return self.label(y.long())  # type: ignore[misc, no-any-return]
-        except IndexError as error:  # checked by the look-up itself, on the CPU only, without another read
-            last = self.label.num_embeddings - 1
-            raise DataError(
-                f"y must hold labels >= 0 and <= {last} ({last} means no label), got values from {int(y.min())} to "
-                f"{int(y.max())}: build the network with a larger num_classes, or renumber the labels"
-            ) from error
+
+def label_rows(label: nn.Embedding, y: Tensor | None) -> Tensor:
+    """The rows [B, width] of labels y [B], or the last [width], which means "no label", of all samples where y is None."""
+    if y is None:
+        return label.weight[-1]
+    try:
+        return label(y.long())  # type: ignore[no-any-return]
+    except IndexError as error:  # checked by the look-up itself, on the CPU only, without another read
+        last = label.num_embeddings - 1
+        raise DataError(
+            f"y must hold labels >= 0 and <= {last} ({last} means no label), got values from {int(y.min())} to "
+            f"{int(y.max())}: build the network with a larger num_classes, or renumber the labels"
+        ) from error
 
 
 class ConditionEmbedding(nn.Module):
@@ -202,24 +207,32 @@ def image_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def image_condition(
-    cond_shape: Sequence[int] | None, shape: tuple[int, ...], vector: int, field: int
+    cond_shape: Sequence[int] | None, shape: tuple[int, ...], vector: int, field: int, kernel: int = 3
 ) -> ConditionEmbedding | None:
     """The embedding of a convolutional network's conditions: of vectors, to `vector` numbers, which join the time's embedding, or
     of fields on the sample's own grid, to `field` channels, which are added behind the first convolution (a convolution of
-    (x, cond) is the sum of one of each)."""
+    (x, cond) is the sum of one of each), by a convolution of that kernel."""
     if cond_shape is None:
         return None
     sizes, rank = tuple(cond_shape), len(shape) - 1
     if len(sizes) == 1:
-        return ConditionEmbedding(
-            nn.Sequential(nn.Linear(sizes[0], vector), nn.SiLU(), nn.Linear(vector, vector)), [vector]
-        )
-    if sizes[1:] != shape[1:]:
+        return vector_condition(sizes[0], vector)
+    check_field(sizes, shape)
+    return ConditionEmbedding(CONVS[rank](sizes[0], field, kernel, 1, kernel // 2, bias=False), [field, *[1] * rank])
+
+
+def vector_condition(numbers: int, width: int) -> ConditionEmbedding:
+    """The embedding of conditions that are vectors, a two-layer SiLU perceptron: [B, numbers] to [B, width]."""
+    return ConditionEmbedding(nn.Sequential(nn.Linear(numbers, width), nn.SiLU(), nn.Linear(width, width)), [width])
+
+
+def check_field(cond_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Refuse conditions that are no field on the sample's own grid."""
+    if cond_shape[1:] != shape[1:]:
         raise ShapeError(
-            f"cond_shape must be (n,), a vector, or {('C', *shape[1:])}, a field beside the sample {shape}, got {sizes}: "
+            f"cond_shape must be (n,), a vector, or {('C', *shape[1:])}, a field beside the sample {shape}, got {cond_shape}: "
             "interpolate the field to the sample's grid, or make it flat"
         )
-    return ConditionEmbedding(CONVS[rank](sizes[0], field, 3, 1, 1, bias=False), [field, *[1] * rank])
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -229,7 +242,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return layers.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return fused.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 class Attention(nn.Module):
@@ -252,11 +265,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, channels = x.shape[:2]
         norm = self.norm
-        h = layers.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=False)
+        h = fused.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=False)
         h = h.flatten(2).transpose(1, 2)  # of one place after the other, as they lie where channels lie side by side
         qkv = F.linear(h, self.qkv.weight[:, :, 0], self.qkv.bias)
         qkv = qkv.view(batch, h.shape[1], 3, self.heads, channels // self.heads).permute(2, 0, 3, 1, 4)
-        h = layers.attention(*qkv).transpose(1, 2).flatten(2)
+        h = fused.attention(*qkv).transpose(1, 2).flatten(2)
         h = F.linear(h, self.project.weight[:, :, 0], self.project.bias)
         out = x + h.transpose(1, 2).unflatten(2, x.shape[2:])
         return out if self.scale == 1 else out.mul_(self.scale)
@@ -281,7 +294,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         h = self.conv(norm_silu(self.norm, x))
-        h = layers.group_norm(h, self.groups, scale, shift, 1e-6)
+        h = fused.group_norm(h, self.groups, scale, shift, 1e-6)
         return self.attend((self.skip(x) + self.last(self.dropout(h))).mul_(HALF))
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import checks
 from ..errors import ConfigError, ShapeError, choose
-from ..execution import layers
+from ..execution import fused
 from .layers import (
     CONVS,
     HALF,
@@ -366,7 +366,7 @@ class Block(nn.Module):
             gain = 1 + gain
             norm = self.norm2
             shift = torch.addcmul(shift, norm.bias, gain)
-            h = layers.group_norm(h, norm.num_groups, norm.weight * gain, shift, norm.eps)
+            h = fused.group_norm(h, norm.num_groups, norm.weight * gain, shift, norm.eps)
         else:
             h = norm_silu(self.norm2, h + told.view(*told.shape, *[1] * (h.ndim - 2)))
         h = self.skip(x) + self.last(self.dropout(h))

@@ -137,7 +137,7 @@ def _skeleton(config: Any, tensors: dict[str, Tensor], path: Path) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, networks.TimeEmbedding):  # holds numbers of its own, which no file has
                 with torch.device(place()):
-                    setattr(module, name, networks.TimeEmbedding(child.channels, child.kind, child.scale))
+                    setattr(module, name, networks.TimeEmbedding(child.channels, child.kind, child.scale, child.base))
     return network
 
 

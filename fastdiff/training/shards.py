@@ -177,7 +177,7 @@ class Shards:
 
     def follow(self) -> None:
         """What a checkpoint changed in the caller's network beside the trained parameters."""
-        if isinstance(self.net, TimeConditioned):
+        if isinstance(self.net, TimeConditioned) and "time_scale" in self.net.config:
             self.net.set_time_scale(self.owner.config["time_scale"])  # type: ignore[index]
         for mine, theirs in zip(self.net.modules(), self.owner.modules()):
             mine._buffers.update(theirs._buffers)
