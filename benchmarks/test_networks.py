@@ -1,4 +1,4 @@
-"""A call of a network, and a step of its training, against the libraries that its weights come from: at equal weights, in turns."""
+"""A call of a network, and a step of its training, against the libraries that have its weights: at equal weights, in turns."""
 
 import copy
 import os

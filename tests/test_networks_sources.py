@@ -9,8 +9,9 @@ import re
 
 import numpy as np
 import pytest
+import test_networks_linear_attention_unet as lucidrains
 import torch
-from strangers import close, drawn, modules_of, package, score_sde_stand_ins, stand_in
+from strangers import Config, close, drawn, modules_of, package, score_sde_stand_ins, stand_in
 from test_networks_papers import diffusers_unet, score_sde_config
 
 import fastdiff
@@ -268,6 +269,99 @@ def test_a_pipeline_of_songs_networks_is_its_score(tmp_path):
         close(model.score(x, t), net(x, sigma).sample)
 
 
+# --------------------------------------------------------------------------------------------------------- NCSN and NCSNv2
+def ncsn_config(**model):
+    named = {"ngf": 8, "num_classes": 6, "sigma_begin": 5.0, "sigma_end": 0.01, "sigma_dist": "geometric", "batch_norm": False,
+             "normalization": "InstanceNorm++", "nonlinearity": "elu", "spec_norm": False, **model}  # fmt: skip
+    data = {"channels": 3, "image_size": 16, "logit_transform": False, "rescaled": False}
+    return Config(model=Config(named), data=Config(data), device="cpu")
+
+
+def test_a_checkpoint_of_ncsnv2_is_its_averages_score_and_its_langevin_steps_are_ours(tmp_path, monkeypatch):
+    with modules_of("ermongroup/ncsnv2"):
+        from models import anneal_Langevin_dynamics, ncsnv2
+        from models.ema import EMAHelper
+
+        config = ncsn_config()
+        net = torch.nn.DataParallel(drawn(ncsnv2.NCSNv2(config)))
+        helper = EMAHelper(mu=0.5)
+        helper.register(net)
+        for value in helper.shadow.values():
+            value.mul_(0.9)
+        states = [net.state_dict(), {}, 1, 2, helper.state_dict()]
+        torch.save(states, tmp_path / "checkpoint.pth")
+        helper.ema(net)
+        scale, draw, drawn_ones = net.module.sigmas, torch.randn_like, []
+        monkeypatch.setattr(torch, "randn_like", lambda x: drawn_ones.append(draw(x)) or drawn_ones[-1])
+        start = torch.rand(2, 3, 16, 16)
+        with torch.no_grad():
+            labels = torch.tensor([1, 4])
+            theirs = net(start, labels)
+            run = anneal_Langevin_dynamics(
+                start.clone(), net, scale.numpy(), n_steps_each=2, step_lr=1e-5, final_only=True, denoise=True
+            )[-1]
+    model, noise = (
+        fastdiff.load(tmp_path / "checkpoint.pth", source="ncsn", config={"image_size": 16}),
+        iter(drawn_ones),
+    )
+    assert (model.process.name, model.prediction, model.data_range) == ("ncsn", "scaled_score", (0, 1))
+    with torch.no_grad():
+        close(model.score(start, 6.0 - labels), theirs)
+    sampler = fastdiff.samplers.AnnealedLangevin(steps_per_level=2, step_size=1e-5)
+    ours = fastdiff.sample(model, sampler=sampler, x_init=start, num_samples=2, noise=lambda row: next(noise))
+    close(ours, run, 1e-4)
+
+
+def test_a_checkpoint_of_ncsn_has_the_levels_of_its_configuration(tmp_path):
+    with modules_of("ermongroup/ncsn"):
+        from models.cond_refinenet_dilated import CondRefineNetDilated
+
+        net = drawn(CondRefineNetDilated(ncsn_config()))
+        torch.save([torch.nn.DataParallel(net).state_dict(), {}], tmp_path / "checkpoint.pth")
+        x, labels = torch.rand(2, 3, 16, 16), torch.tensor([1, 4])
+        with torch.no_grad():
+            theirs = net(x, labels)
+    model = fastdiff.load(tmp_path / "checkpoint.pth", source="ncsn", config={"image_size": 16, "sigma_begin": 5.0})
+    assert model.process.sigmas[0] == 5.0
+    with torch.no_grad():
+        close(model.score(x, 6.0 - labels), theirs)
+
+
+# ---------------------------------------------------------------------------------------------- denoising-diffusion-pytorch
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
+def test_ddim_of_a_file_of_denoising_diffusion_pytorch_is_its_own(objective, tmp_path):
+    module = lucidrains.package()
+    net = drawn(module.Unet(dim=8, dim_mults=(1, 2)))
+    diffusion = module.GaussianDiffusion(net, image_size=16, timesteps=200, sampling_timesteps=10, objective=objective)
+    torch.save({"model": diffusion.state_dict(), "step": 3}, tmp_path / "model-1.pt")
+    model = fastdiff.load(tmp_path / "model-1.pt", source="denoising-diffusion-pytorch", config={"image_size": 16})
+    x, t = x_and_t()[0], torch.tensor([20.0, 150.0])
+    with torch.no_grad():
+        theirs = diffusion.model_predictions(x, t.long() - 1)
+        close(model.predict("x0", x, t), theirs.pred_x_start, 1e-4)
+        close(model.predict("eps", x, t), theirs.pred_noise, 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- DiT
+def test_a_pipelines_folder_of_a_transformer_is_its_own(tmp_path):
+    module = package("diffusers")
+    options = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+               "num_attention_heads": 2, "attention_head_dim": 16, "num_embeds_ada_norm": 5}  # fmt: skip
+    net = drawn(module.DiTTransformer2DModel(**options))
+    for block in net.transformer_blocks:  # which share it in DiT, and have copies there
+        block.norm1.emb.load_state_dict(net.transformer_blocks[0].norm1.emb.state_dict())
+    (tmp_path / "transformer").mkdir()
+    net.save_pretrained(tmp_path / "transformer")
+    module.DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    (tmp_path / "model_index.json").write_text("{}")
+    model = fastdiff.load(tmp_path)
+    assert model.variance == "learned_range"
+    x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 4])
+    with torch.no_grad():
+        theirs = net(x, timestep=torch.tensor([8, 8]), class_labels=y).sample[:, :4]
+        close(model.predict("eps", x, torch.tensor([9.0, 9.0]), y), theirs)
+
+
 # ---------------------------------------------------------------------------------------------------- commands and mistakes
 def test_the_command_writes_a_file_of_fastdiffs_and_says_what_it_set(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -294,8 +388,15 @@ def test_the_command_writes_a_file_of_fastdiffs_and_says_what_it_set(tmp_path, c
         ),
         (["--from", "edm"], "the file lacks enc or dec"),
         (["--from", "edm", "--config", "{}", "--part", "nets"], "part must be the beginning of names"),
-        (["--from", "edm", "--config", "none"], "config must be a dict or a JSON file of one for edm, got 'none'"),
+        (
+            ["--from", "edm", "--config", "none"],
+            "config must be a dict, or the name of a published file such as 'edm-cifar10",
+        ),
         (["--from", "diffusers"], "must be a folder of diffusers"),
+        (
+            ["--from", "denoising-diffusion-pytorch"],
+            "tensors must be denoising-diffusion-pytorch's GaussianDiffusion's",
+        ),
         (["--config", "x.json"], "config and part are of other libraries' files: say whose"),
     ],
 )

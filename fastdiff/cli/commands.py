@@ -937,7 +937,10 @@ def _parser() -> argparse.ArgumentParser:
     about = "Another library's weights as a file of fastdiff's, with process, prediction, time input and range."
     sub = command("import", _import, about)
     sub.add_argument("file", metavar="FILE", help="the library's file, or its folder (diffusers)")
-    of = "score_sde_pytorch, guided-diffusion, improved-diffusion, edm or diffusers (the default for its folders)"
+    of = (
+        "score_sde_pytorch, guided-diffusion, improved-diffusion, edm, ncsn, denoising-diffusion-pytorch, dit or diffusers (the "
+        "default for its folders)"
+    )
     sub.add_argument("--from", dest="source", metavar="NAME", help=of)
     facts = "what the file does not say: a .json, its text, or the name of a published configuration"
     sub.add_argument("--config", metavar="CONFIG", help=facts)

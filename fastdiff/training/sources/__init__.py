@@ -18,7 +18,7 @@ from ...errors import ConfigError, choose, names_keywords, short
 from ...model import ScoreModel, loads
 from ...planning import processes
 from ..checkpoint import load_saved
-from . import diffusers, edm, openai, score_sde
+from . import denoising_diffusion_pytorch, diffusers, dit, edm, ncsn, openai, score_sde
 
 
 class Source(NamedTuple):
@@ -34,8 +34,11 @@ SOURCES = {
     "score_sde_pytorch": Source(score_sde.model, score_sde.published),
     "guided-diffusion": Source(openai.model, openai.published, told=openai.TOLD),
     "improved-diffusion": Source(openai.model, openai.published, {"rescale_timesteps": True}, openai.TOLD),
-    "edm": Source(edm.model),
+    "edm": Source(edm.model, edm.published),
     "diffusers": Source(diffusers.model, told=diffusers.TOLD),
+    "ncsn": Source(ncsn.model),
+    "denoising-diffusion-pytorch": Source(denoising_diffusion_pytorch.model),
+    "dit": Source(dit.model),
 }
 
 
@@ -53,8 +56,9 @@ def load(
     sde     the process it was trained on, needed for a process of your own; its options must be those in the file
     ema     of a training with several averages, the one of this rate; the first unless given
     source  the library whose file it is: "score_sde_pytorch", "guided-diffusion", "improved-diffusion", "edm", "diffusers" (the
-            default for its folders). Its network becomes one of fastdiff.networks with the same weights, and the model has the
-            process, prediction, time input and range of its training (docs/networks.md)
+            default for its folders), "ncsn" (both versions), "denoising-diffusion-pytorch" or "dit". Its network becomes one of
+            fastdiff.networks with the same weights, and the model has the process, prediction, time input and range of its
+            training (docs/networks.md)
     config  facts that the file does not hold, by the source's own names: a dict, the path of a JSON file of them, its scripts'
             flags ("--image_size 64 --noise_schedule cosine"), or the name of what was published
             ("ve/cifar10_ncsnpp_continuous" of score_sde_pytorch, "64x64_diffusion" of guided-diffusion)
@@ -106,7 +110,7 @@ def _facts(config: Mapping[str, Any] | str | None, source: str, path: Path) -> d
     """The facts of `config`; of none those of the published file that has the path's name."""
     published = SOURCES[source].published
     if config is None:
-        return dict(openai.PUBLISHED.get(path.stem, {})) if published is openai.published else {}
+        return _of_name(published, path.stem)
     if isinstance(config, Mapping):
         return dict(config)
     if not isinstance(config, (str, os.PathLike)):
@@ -129,6 +133,14 @@ def _facts(config: Mapping[str, Any] | str | None, source: str, path: Path) -> d
     if published is None:
         raise ConfigError(f"config must be a dict or a JSON file of one for {source}, got {short(text)}")
     return dict(published(text))
+
+
+def _of_name(published: Callable[[str], Mapping[str, Any]] | None, stem: str) -> dict[str, Any]:
+    """The facts of the published file of that name, where there is one."""
+    try:
+        return {} if published is None else dict(published(stem))
+    except ConfigError:
+        return {}
 
 
 def _value(text: str) -> Any:

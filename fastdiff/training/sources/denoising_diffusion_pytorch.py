@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
-from ...errors import CheckpointMismatchError, ConfigError, ShapeError
+from ...errors import CheckpointMismatchError, ConfigError, ShapeError, choose
+from ...model import ScoreModel
 from ...networks.layers import LARGEST
 from ...networks.linear_attention_unet import LinearAttentionUNet, time_module
+from ...planning import processes
+from ..torch_file import load_tensors
 from . import unets
 
 SOURCE = "denoising-diffusion-pytorch"
@@ -254,3 +258,48 @@ def _attention_values(file: unets.Tensors, ours: str, theirs: str) -> Iterator[t
     if f"{inner}.mem_kv" in file.all:
         memory = file.take(f"{inner}.mem_kv")
         yield f"{ours}.memory", memory if full else memory.mT
+
+
+def model(
+    path: Path, part: str | None, *, image_size: int | Sequence[int] | None = None, seq_length: int | None = None,
+    objective: str | None = None, auto_normalize: bool = True, attn_heads: int = 4, dropout: float = 0.0,
+    sinusoidal_pos_emb_theta: float = 10000, learned_sinusoidal_cond: bool = False,
+) -> ScoreModel:  # fmt: skip
+    """Of a Trainer's file, or of the state dict of a GaussianDiffusion, in which chain and objective are. `image_size` or, of
+    signals, `seq_length`; `auto_normalize` as the diffusion was made."""
+    everything = load_tensors(path)
+    part = part or next((p for p in ("ema.ema_model", "model") if f"{p}.betas" in everything), None)
+    tensors = (
+        everything
+        if part is None
+        else {n[len(part) + 1 :]: v for n, v in everything.items() if n.startswith(f"{part}.")}
+    )
+    told = options(tensors)
+    known = {"pred_noise": "eps", "pred_x0": "x0", "pred_v": "v"}
+    wanted = told["objective"] or objective
+    if wanted is None:
+        raise ConfigError(
+            "config must have 'objective' for this file, which does not tell it: 'pred_noise', 'pred_x0' or 'pred_v'"
+        )
+    if objective is not None and objective != wanted:
+        raise ConfigError(f"objective must be {wanted!r} by the file's loss weights, got {objective!r}: leave it out")
+    inside = {n.removeprefix("model."): v for n, v in tensors.items() if n.startswith("model.")}
+    if (image_size is None) == (seq_length is None):
+        raise ConfigError(
+            f"config must have 'image_size', or 'seq_length' of signals, for {SOURCE}, whose files do not say it"
+        )
+    size = (seq_length,) if image_size is None else unets.sizes(image_size)
+    # a first convolution of twice the channels was trained with self-conditioning; without its estimate they see zeros
+    channels = unets.Tensors(inside, SOURCE).take("final_conv.weight").shape[0]
+    inputs = inside["init_conv.weight"].shape[1]
+    channels = inputs if channels % inputs == 0 else inputs // 2
+    net = network(
+        inside, (channels, *size), attn_heads=attn_heads, dropout=dropout,
+        sinusoidal_pos_emb_theta=sinusoidal_pos_emb_theta, learned_sinusoidal_cond=learned_sinusoidal_cond,
+    )  # fmt: skip
+    double = (net.config["out_channels"] or channels) == 2 * channels
+    return ScoreModel(
+        net, processes.DDPM(told["betas"]), known[choose("objective", wanted, known)], "index", net.shape,
+        (-1, 1) if auto_normalize else (0, 1), "learned_range" if double else None,
+        cond_dropout=0.5 if net.num_classes else 0.0,
+    )  # fmt: skip

@@ -18,7 +18,7 @@ from ...model import ScoreModel
 from ...networks import PaperUNet
 from ...planning import processes, schedules
 from ..torch_file import load_tensors
-from . import unets
+from . import dit, unets
 
 SOURCE = "diffusers"
 NAMES = unets.Names(
@@ -259,7 +259,15 @@ def model(
             f"{files.shown(path)} has no scheduler_config.json, which says what the network was trained on: give the pipeline's "
             "folder, or config={'beta_schedule': 'linear', 'prediction_type': 'epsilon', …}"
         )
-    net = network(load_tensors(weights, part), config)
+    tensors = load_tensors(weights, part)
+    if config.get("_class_name") == "DiTTransformer2DModel":
+        heads, eps = config.get("num_attention_heads", 16), config.get("norm_eps", 1e-5)
+        net: Any = dit.network(
+            tensors, sample_size=config.get("sample_size", 32), num_attention_heads=heads, norm_eps=eps,
+            activation_fn=config.get("activation_fn", "gelu-approximate"),
+        )  # fmt: skip
+    else:
+        net = network(tensors, config)
     process, options = process_of(scheduler := {**scheduler, **facts})
     double = net.config["out_channels"] == 2 * net.shape[0]
     if double:

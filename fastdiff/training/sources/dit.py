@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import CheckpointMismatchError, ConfigError, choose
+from ...model import ScoreModel
 from ...networks import DiT
 from ...networks.transformers import SIZES, positions
+from ...planning import processes
+from ..torch_file import load_tensors
 from . import unets
 
 Layer = tuple[Tensor, Tensor]  # weight and bias
@@ -214,3 +218,20 @@ def _check_embedders(file: unets.Tensors, layers: int) -> None:
                     f"the file's {name.partition('.norm1.')[2]} must be alike in all blocks, got another in block {i}: "
                     "its blocks were trained apart, which is another network"
                 )
+
+
+def model(
+    path: Path, part: str | None, *, input_size: int | None = None, num_heads: int | None = None,
+    class_dropout_prob: float = 0.1,
+) -> ScoreModel:  # fmt: skip
+    """Of facebookresearch/DiT: published files, and the averaged weights of its trainings. ε and a learned variance, on a linear
+    chain of 1000 steps, of latents (its autoencoder's times 0.18215), whose range is not known."""
+    everything = unets.unwrapped(load_tensors(path, part))
+    if part is None and any(name.startswith("ema.") for name in everything):
+        everything = unets.unwrapped({n.removeprefix("ema."): v for n, v in everything.items() if n.startswith("ema.")})
+    net = network(everything, input_size=input_size, num_heads=num_heads, class_dropout_prob=class_dropout_prob)
+    double = net.config["out_channels"] == 2 * net.shape[0]
+    return ScoreModel(
+        net, processes.DDPM("linear"), "eps", "index", net.shape, variance="learned_range" if double else None,
+        cond_dropout=class_dropout_prob,
+    )  # fmt: skip

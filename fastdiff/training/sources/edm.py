@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointMismatchError, choose
+from ...errors import CheckpointMismatchError, ConfigError, choose, short
 from ...model import ScoreModel
 from ...networks import PaperUNet
 from ...planning import processes
@@ -23,6 +23,18 @@ NAMES = unets.Names(
     attention=(("qkv",),), project=("proj",),
 )  # fmt: skip
 LAYER = re.compile(r"(enc|dec)\.(\d+)x(\d+)_([a-z0-9_]+)\.")
+
+
+def published(name: str) -> dict[str, Any]:
+    """What the name of a published file says: "edm-cifar10-32x32-cond-vp", "baseline-cifar10-32x32-uncond-ve"."""
+    stem = name.removesuffix(".pkl")
+    if stem.startswith("edm-"):  # whose last word is of the network
+        return {"precond": "edm"}
+    if stem.startswith("baseline-") and stem.endswith(("-vp", "-ve")):
+        return {"precond": stem[-2:]}
+    raise ConfigError(
+        f"config must be a dict, or the name of a published file such as 'edm-cifar10-32x32-cond-vp', got {short(name)}"
+    )
 
 
 def network(

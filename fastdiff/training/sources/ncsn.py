@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...errors import CheckpointMismatchError, ConfigError, choose
+from ...model import ScoreModel
 from ...networks.refinenet import NORMS, RefineNet
+from ...planning import processes, schedules
+from ..torch_file import load_tensors
 from . import unets
 
 SOURCE = "NCSN"
@@ -168,3 +172,40 @@ def _norms(stages: list[str], refines: list[str], normed: bool) -> Iterator[str]
         for block in range(3 if name == refines[-1] else 1):
             yield from (f"refine{name}.output_convs.{block + 1}_{k}_norm" for k in (1, 2))
     yield "normalizer"
+
+
+def model(
+    path: Path, part: str | None, *, image_size: int | Sequence[int], sigma_begin: float | None = None, sigma_end: float = 0.01,
+    normalization: str | None = None, nonlinearity: str = "elu", logit_transform: bool = False, rescaled: bool = False,
+) -> ScoreModel:  # fmt: skip
+    """The options are those of its .yml files, under data and model; levels and widths are in the file. Of NCSNv2 the averaged
+    weights, where the file has them, and its levels; of NCSN levels from `sigma_begin` (1) to `sigma_end`."""
+    everything = load_tensors(path)
+    if part is None and not any(name.startswith("begin_conv.") for name in unets.unwrapped(everything)):
+        part = (
+            "4" if any(name.startswith("4.") for name in everything) else "0"
+        )  # its list: network, optimiser, …, averages
+    own = (
+        everything
+        if part is None
+        else {n[len(part) + 1 :]: v for n, v in everything.items() if n.startswith(f"{part}.")}
+    )
+    tensors = unets.unwrapped(own or load_tensors(path, part))
+    if "sigmas" not in tensors:  # a table beside the weights, which averages lack
+        table = [name for name in everything if name.split(".")[-1] == "sigmas"]
+        tensors |= {"sigmas": everything[table[0]]} if table else {}
+    channels = unets.Tensors(tensors, SOURCE).take("begin_conv.weight").shape[1]
+    centered = logit_transform or rescaled
+    net = network(
+        tensors,
+        (channels, *unets.sizes(image_size)),
+        normalization=normalization,
+        nonlinearity=nonlinearity,
+        centered=centered,
+    )
+    if "sigmas" in tensors:  # NCSNv2, which divides by σ
+        levels, prediction = [float(f"{value:.6g}") for value in tensors["sigmas"].tolist()], "scaled_score"
+    else:
+        levels = schedules.geometric(sigma_begin or 1.0, sigma_end, net.config["levels"] or 1).tolist()
+        prediction = "score"
+    return ScoreModel(net, processes.NCSN(levels), prediction, "index", net.shape, (-1, 1) if rescaled else (0, 1))

@@ -74,7 +74,7 @@ def fill(net: torch.nn.Module, values: dict[str, Tensor], source: str) -> None:
     """The values become the network's, each of the shape that it has there."""
     state = net.state_dict()
     for name, value in values.items():
-        if name not in state or value.numel() != state[name].numel():
+        if name not in state or _sizes(value) != _sizes(state[name]):
             found = list(state[name].shape) if name in state else "no such tensor"
             raise CheckpointMismatchError(
                 f"{source}'s tensor for {name!r} must have the shape {found}, got {list(value.shape)}: give the facts with "
@@ -84,6 +84,11 @@ def fill(net: torch.nn.Module, values: dict[str, Tensor], source: str) -> None:
     if missing:
         raise CheckpointMismatchError(f"the file lacks what {source}'s network has at {missing[0]!r}")
     net.load_state_dict({name: value.reshape(state[name].shape) for name, value in values.items()})
+
+
+def _sizes(value: Tensor) -> list[int]:
+    """Without axes of length one, which layers of the same numbers have or have not."""
+    return [size for size in value.shape if size != 1]
 
 
 def paper_unet(
