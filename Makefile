@@ -15,6 +15,8 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[demo,test,bench]"
+	# for the tests of its networks, without what its trainings need
+	$(BIN)/python -m pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
 	touch $(READY)
 
 demo: $(READY)

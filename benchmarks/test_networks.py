@@ -152,6 +152,8 @@ def test_training_step(benchmark, recorder, precision):
     """A step of the U-Net of 35.7 million parameters, forward and backward passes and Adam; theirs in float32."""
     if reason := missing("diffusers"):
         pytest.skip(reason)
+    if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor multiplies no bfloat16")
     theirs, network = of_diffusers()
     network = copy.deepcopy(network).to(memory_format=torch.channels_last)
     clean = torch.rand(BATCH, *SHAPE)

@@ -64,7 +64,7 @@ def optimize(
                 best, took = candidate, seconds
         error = float((trial.output(best) - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
     report.append(f"largest difference {error:.1e} of the largest output")
-    made = copy.copy(model)
+    made = _twin(model)
     made.net = best
     made.optimized = "\n".join(report)
     if verbose:
@@ -72,14 +72,19 @@ def optimize(
     return made
 
 
+def _twin(model: ScoreModel) -> ScoreModel:
+    """The same model, to be given another network: a copy has its parts in the same dict."""
+    made = copy.copy(model)
+    vars(made)["_modules"] = dict(model._modules)
+    return made
+
+
 class _Trial:
     """One batch, and how long a network takes for it."""
 
     def __init__(self, model: ScoreModel, device: torch.device, count: int, cond: Any) -> None:
-        self.model, self.device = copy.copy(model), device
+        self.model, self.device = _twin(model), device
         generator = torch.Generator().manual_seed(0)
-        if not model.data_shape:
-            raise ConfigError("model must have a data_shape, to be measured: ScoreModel(net, sde, data_shape=(…))")
         self.x = torch.randn(count, *model.data_shape, generator=generator).to(device)
         process = model.process
         middle = float(round(0.5 * process.T)) if process.discrete else 0.5 * process.T

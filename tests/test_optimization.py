@@ -1,0 +1,203 @@
+"""Networks made faster: the same outputs, what was kept and what not, and layers that know where they may work."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from strangers import close, drawn
+from torch import nn
+
+import fastdiff
+import fastdiff.errors as errors
+from fastdiff.execution import cpu, fused
+from fastdiff.networks import MLP, PaperUNet, UNet
+
+compiled = pytest.mark.skipif(not cpu.available, reason="the compiled library is not loaded")
+
+
+def model_of(net: nn.Module, **options: object) -> fastdiff.ScoreModel:
+    return fastdiff.ScoreModel(drawn(net), "vp", data_shape=net.shape, **options)
+
+
+def images(batch: int, channels: int, height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(batch * 1000 + channels * 100 + height * 10 + width)
+    return torch.randn(batch, channels, height, width, generator=generator).to(memory_format=torch.channels_last)
+
+
+@compiled
+@pytest.mark.parametrize("outputs", [1, 16, 33])
+@pytest.mark.parametrize("inputs", [1, 16, 35])
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (3, 9), (13, 6), (32, 32)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_winograds_convolution_is_the_convolution(inputs, outputs, size, threads):
+    """To float32's rounding times what its transforms multiply it by, some hundred."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        layer = drawn(nn.Conv2d(inputs, outputs, 3, padding=1, bias=inputs != 16))
+        fast = copy.deepcopy(layer)
+        fast.__class__ = fused.WinogradConv2d
+        x = images(3, inputs, *size)
+        with torch.inference_mode():
+            ours, exact = fast(x), copy.deepcopy(layer).double()(x.double())
+        assert fused.fusable(x) is False
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        close(ours.double(), exact, 3e-5)
+        one = fast(x[1:2])  # with derivatives, as its class has it
+        close(one.detach(), exact[1:2].float(), 3e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@compiled
+def test_winograds_convolution_of_a_sample_does_not_depend_on_the_batch():
+    layer = drawn(nn.Conv2d(20, 24, 3, padding=1))
+    layer.__class__ = fused.WinogradConv2d
+    x = images(7, 20, 10, 10)
+    with torch.inference_mode():
+        whole = layer(x)
+        for i in range(7):
+            assert torch.equal(layer(x[i : i + 1].contiguous(memory_format=torch.channels_last)), whole[i : i + 1])
+
+
+@compiled
+def test_nan_stays_in_its_sample_and_weights_that_change_are_seen():
+    layer = drawn(nn.Conv2d(8, 8, 3, padding=1))
+    layer.__class__ = fused.WinogradConv2d
+    x = images(3, 8, 8, 8)
+    with torch.inference_mode():
+        before = layer(x)
+        x[1] = math.nan
+        after = layer(x)
+        assert torch.equal(after[[0, 2]], before[[0, 2]])
+        assert after[1].isnan().all()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        close(layer(x)[0] - layer.bias.view(-1, 1, 1), 2 * (before[0] - layer.bias.view(-1, 1, 1)))
+        layer.weight.data = layer.weight.data / 2
+        close(layer(x)[0], before[0])
+    assert "_prepared" not in copy.deepcopy(layer).__dict__
+
+
+@compiled
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "groups", "size"), [(8, 2, (1, 1)), (20, 5, (5, 7)), (96, 32, (9, 3)), (256, 1, (4, 4))]
+)
+def test_group_normalisation_in_one_pass_is_that_of_torch(channels, groups, size, each, silu):
+    x = 3 * images(3, channels, *size) + 2
+    generator = torch.Generator().manual_seed(4)
+    gain, shift = torch.randn(2, *((3, channels) if each else (channels,)), generator=generator)
+    with torch.inference_mode():
+        ours = fused.group_norm(x, groups, gain, shift, 1e-5, silu)
+    exact = F.group_norm(x.double(), groups, eps=1e-5)
+    columns = (gain.double()[:, :, None, None], shift.double()[:, :, None, None]) if each else (
+        gain.double().view(-1, 1, 1), shift.double().view(-1, 1, 1))  # fmt: skip
+    exact = exact * columns[0] + columns[1]
+    close(ours.double(), F.silu(exact) if silu else exact, 2e-6)
+    with_derivative = fused.group_norm(x.clone().requires_grad_(), groups, gain, shift, 1e-5, silu)
+    close(with_derivative.detach().double(), F.silu(exact) if silu else exact, 2e-5)
+
+
+@compiled
+def test_where_numbers_are_not_plain_torchs_own_layers_work():
+    layer = drawn(nn.Conv2d(4, 4, 3, padding=1))
+    fast = copy.deepcopy(layer)
+    fast.__class__ = fused.WinogradConv2d
+    x = images(2, 4, 8, 8)
+    with torch.no_grad():
+        assert fused.fusable(x)
+        for other in (x.double(), x[..., 0], x.to("meta"), x[:0]):
+            assert not fused.fusable(other)
+        mapped = torch.func.vmap(lambda x: fast(x[None])[0])(x)
+        torch.testing.assert_close(mapped, layer(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not fused.fusable(x)
+            assert fast(x).dtype == torch.bfloat16
+        _, slope = torch.func.jvp(fast, (x,), (torch.ones_like(x),))
+        torch.testing.assert_close(slope, torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1])
+        torch.testing.assert_close(torch.compile(fast, backend="eager", fullgraph=True)(x), layer(x))
+
+
+def test_a_product_of_matrices_is_the_convolution_of_one_by_one():
+    layer = drawn(nn.Conv2d(5, 7, 1))
+    fast = copy.deepcopy(layer)
+    fast.__class__ = fused.PointwiseConv2d
+    x = images(2, 5, 4, 6)
+    torch.testing.assert_close(fast(x), layer(x))
+    assert not fused.PointwiseConv2d.fits(nn.Conv2d(5, 7, 1, stride=2))
+
+
+NETWORKS = {
+    "U-Net": lambda: PaperUNet((3, 16, 16), channels=32, multipliers=(1, 2), blocks=1, num_classes=3),
+    "its own": lambda: UNet((2, 12, 10), channels=16, attention=(1,), cond_shape=(2, 12, 10)),
+    "signal": lambda: UNet((2, 16), channels=8),
+    "vectors": lambda: MLP((4,), num_classes=3, cond_shape=(2,)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_optimized_model_gives_the_same_and_says_what_it_did(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("fastdiff.optimization.SECONDS", 0.0)
+    model = model_of(NETWORKS[name]())
+    faster = fastdiff.optimize(model, precision="fp32", batch_size=2)
+    shown = capsys.readouterr().out
+    assert shown == faster.optimized + "\n"
+    assert "as it was, float32" in shown
+    assert "largest difference" in shown
+    assert "bfloat16" not in shown
+    assert float(shown.split("largest difference ")[1].split()[0]) < 1e-4
+    x, cond = torch.randn(2, *model.data_shape), {}
+    if model.num_classes:
+        cond["y"] = torch.tensor([0, 2])
+    if model.cond_shape:
+        cond["cond"] = torch.randn(2, *model.cond_shape)
+    with torch.inference_mode():
+        close(faster(x, torch.tensor([0.1, 0.7]), cond or None), model(x, torch.tensor([0.1, 0.7]), cond or None), 1e-4)
+    assert faster.net is not model.net
+    assert not any(isinstance(layer, fused.WinogradConv2d) for layer in model.net.modules())
+    loaded = fastdiff.load(fastdiff.save(faster, tmp_path / "faster"))
+    with torch.inference_mode():
+        close(loaded(x, torch.tensor([0.1, 0.7]), cond or None), model(x, torch.tensor([0.1, 0.7]), cond or None), 1e-4)
+
+
+@compiled
+def test_a_large_layer_becomes_winograds_and_samples_stay(monkeypatch):
+    model = model_of(PaperUNet((3, 32, 32), channels=64, multipliers=(1, 2), blocks=1, attention=()))
+    faster = fastdiff.optimize(model, precision="fp32", batch_size=4, verbose=False)
+    kinds = [type(layer) for layer in faster.net.modules()]
+    assert fused.WinogradConv2d in kinds  # it is twice as fast and more, here as anywhere
+    ours, before = (fastdiff.sample(m, steps=5, num_samples=2, seed=1, sampler="ddim") for m in (faster, model))
+    close(ours, before, 1e-3)
+
+
+def test_a_model_in_bfloat16_samples_in_float32(monkeypatch):
+    monkeypatch.setattr("fastdiff.optimization.PAYS", 1e9)  # whatever it takes
+    faster = fastdiff.optimize(model_of(NETWORKS["its own"](), cond_shape=()), batch_size=2, verbose=False)
+    assert {p.dtype for p in faster.net.parameters()} == {torch.bfloat16}
+    assert "bfloat16" in faster.optimized
+    x = fastdiff.sample(faster, steps=4, num_samples=2)
+    assert x.dtype == torch.float32
+    assert x.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.Linear(1, 1), {}, "model must be a ScoreModel of a torch.nn.Module, got Linear"),
+        (
+            fastdiff.ScoreModel(lambda x, t: x, "vp", data_shape=(2,)),
+            {},
+            "model must be a ScoreModel of a torch.nn.Module",
+        ),
+        (fastdiff.ScoreModel(MLP((2,)), "vp", data_shape=(2,)), {"precision": "fp8"}, "precision must be one of"),
+    ],
+)
+def test_what_cannot_be_optimized_is_refused(model, options, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        fastdiff.optimize(model, **options)
