@@ -132,6 +132,17 @@ class TimeConditioned(nn.Module):
         self.scale_set = True
 
 
+def normal_(weight: Tensor, std: float = 1.0) -> None:
+    """Draw from N(0, std²), where there is memory: without any torch would import its compiler for it, for seconds."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        normal_(self.weight)
+
+
 class Conditioning(nn.Module):
     """The embedding of the time `t` [B] and the labels `y` [B] in one vector, [B, width].
 
@@ -149,7 +160,7 @@ class Conditioning(nn.Module):
         self.time = TimeEmbedding(features, kind, scale) if time is None else time
         self.mlp = nn.Sequential(nn.Linear(features, hidden), activation(), nn.Linear(hidden, width))
         self.labels_first = labels_first and num_classes is not None
-        self.label = None if num_classes is None else nn.Embedding(num_classes + 1, features if labels_first else width)
+        self.label = None if num_classes is None else Embedding(num_classes + 1, features if labels_first else width)
 
     def of_time(self, t: Tensor) -> Tensor:
         """What depends on the time alone."""

@@ -20,6 +20,7 @@ from .layers import (
     FOURIER_SEED,
     LARGEST,
     Conditioning,
+    Embedding,
     TimeConditioned,
     TimeEmbedding,
     check_call,
@@ -144,7 +145,7 @@ class LinearAttentionUNet(TimeConditioned):
         )  # fmt: skip
         self.modulation = nn.Linear(hidden, sum(self.widths))
         if self.num_classes is not None:
-            self.label = nn.Embedding(self.num_classes + 1, channels)
+            self.label = Embedding(self.num_classes + 1, channels)
             self.label_mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, hidden))
             self.label_modulation = nn.Linear(hidden, sum(self.widths), bias=False)
         self.condition = image_condition(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from .layers import (
     condition_config,
     image_shape,
     integers,
+    normal_,
     vector_condition,
     zeroed,
 )
@@ -81,7 +83,7 @@ class TokenNetwork(TimeConditioned):
                     nn.init.zeros_(module.bias)
         for part in self.conditioning.modules():
             if isinstance(part, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(part.weight, std=0.02)
+                normal_(part.weight, std=0.02)
         zeroed(self.modulation)
         zeroed(self.out)
 
@@ -323,11 +325,11 @@ class Transformer(TokenNetwork):
         self.enter.reset_parameters()
         if condition is not None and embed is not None:
             embed.reset_parameters()
-            nn.init.normal_(condition.null, std=0.5)
+            normal_(condition.null, std=0.5)
         self.register_parameter("position", None)
         if tokens == "sequence":
             self.position = nn.Parameter(torch.empty(sizes[0], config["hidden"]))
-            nn.init.normal_(self.position, std=0.5)
+            normal_(self.position, std=0.5)
 
     def _tokens(self, x: Tensor, cond: Tensor | None) -> Tensor:
         h: Tensor = self.enter(x.flatten(2) if x.ndim > 2 else x[..., None])
@@ -371,13 +373,16 @@ def positions(grid: Sequence[int], hidden: int) -> Tensor:
     k < half = hidden // (2 r); zeros behind them where hidden is no multiple of 2 r.
     """
     half = hidden // (2 * len(grid))
-    frequencies = PERIOD ** (torch.arange(half, dtype=torch.float64) / -half)
+    frequencies = PERIOD ** (np.arange(half) / -half)  # in numpy: torch's own on the meta device import its compiler
     parts = []
     for axis in reversed(range(len(grid))):
-        angles = torch.arange(grid[axis], dtype=torch.float64)[:, None] * frequencies
-        waves = torch.cat([angles.sin(), angles.cos()], 1)
-        parts.append(waves.view(*[-1 if i == axis else 1 for i in range(len(grid))], 2 * half).expand(*grid, 2 * half))
-    return F.pad(torch.cat(parts, -1).flatten(0, -2), (0, hidden - 2 * half * len(grid)))
+        angles = np.arange(grid[axis])[:, None] * frequencies
+        waves = np.concatenate([np.sin(angles), np.cos(angles)], 1)
+        waves = waves.reshape(*[-1 if i == axis else 1 for i in range(len(grid))], 2 * half)
+        parts.append(np.broadcast_to(waves, (*grid, 2 * half)))
+    rest = np.zeros((*grid, hidden - 2 * half * len(grid)))
+    made = np.concatenate([*parts, rest], -1).reshape(-1, hidden)
+    return torch.from_numpy(made).to(torch.get_default_device())
 
 
 def _patch(patch: int | Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
