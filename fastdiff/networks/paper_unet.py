@@ -422,7 +422,8 @@ class Interpolated(nn.Module):
 
 def _kernel(x: Tensor, taps: Sequence[float], gain: float) -> Tensor:
     """The filter of every channel along every axis, [C, 1, taps, …]."""
-    line = x.new_tensor(taps) * gain
+    # no tensor of a list, whose copy to a device cannot be captured in a CUDA graph
+    line = torch.stack([x.new_full((), tap * gain) for tap in taps])
     kernel = line
     for _ in range(x.ndim - 3):
         kernel = kernel[..., None] * line
