@@ -223,6 +223,7 @@ inline int winograd(const int64_t* a) {
     return kDone;
 }
 
+// Sums are of what lies apart from each channel's first number, so that large means cost no digits.
 // samples, pixels, channels, groups, eps (float64), whether SiLU follows, gain's and shift's step from sample to sample (0: the same
 // for all); x, gain, shift [B or 1, C], y [B, pixels, C]
 inline int group_norm_silu(const int64_t* a) {
@@ -257,19 +258,30 @@ inline int group_norm_silu(const int64_t* a) {
                 for (int64_t r = row; r < row + rows; ++r) {
                     const float* line = in + r * channels;
 FASTDIFF_INDEPENDENT
-                    for (int64_t c = 0; c < width; ++c) a_[c] += line[c], b_[c] = fma(line[c], line[c], b_[c]);
+                    for (int64_t c = 0; c < width; ++c) {
+                        const float apart = line[c] - in[c];
+                        a_[c] += apart, b_[c] = fma(apart, apart, b_[c]);
+                    }
                 }
                 for (int64_t c = 0; c < width; ++c) total[c] += a_[c], square[c] += b_[c];
             }
             for (int64_t g = 0; g < together; ++g) {
                 double mean = 0, second = 0;
-                for (int64_t c = g * each; c < (g + 1) * each; ++c) mean += total[c], second += square[c];
-                const double n = double(pixels * each);
-                mean /= n, second = second / n - mean * mean;
+                for (int64_t c = g * each; c < (g + 1) * each; ++c) {
+                    total[c] /= double(pixels);
+                    second += square[c] - double(pixels) * total[c] * total[c];
+                    mean += double(in[c]) + total[c];
+                }
+                mean /= double(each);
+                for (int64_t c = g * each; c < (g + 1) * each; ++c) {
+                    const double from_mean = double(in[c]) + total[c] - mean;
+                    second += double(pixels) * from_mean * from_mean;
+                }
+                second /= double(pixels * each);
                 const double scale = 1 / sqrt((second > 0 ? second : second == second ? 0 : second) + eps);
                 for (int64_t c = g * each; c < (g + 1) * each; ++c) {
-                    const double w = double(gain[sample * step + from + c]);
-                    a_[c] = float(w * scale), b_[c] = float(double(shift[sample * step + from + c]) - w * scale * mean);
+                    const double w = double(gain[sample * step + from + c]) * scale;
+                    a_[c] = float(w), b_[c] = float(double(shift[sample * step + from + c]) + w * (double(in[c]) - mean));
                 }
             }
             for (int64_t r = 0; r < pixels; ++r) {
@@ -278,12 +290,12 @@ FASTDIFF_INDEPENDENT
                 if (silu) {
 FASTDIFF_INDEPENDENT
                     for (int64_t c = 0; c < width; ++c) {
-                        const float v = fma(line[c], a_[c], b_[c]);
+                        const float v = fma(line[c] - in[c], a_[c], b_[c]);
                         to[c] = v / (1.f + exponential(-v));
                     }
                 } else {
 FASTDIFF_INDEPENDENT
-                    for (int64_t c = 0; c < width; ++c) to[c] = fma(line[c], a_[c], b_[c]);
+                    for (int64_t c = 0; c < width; ++c) to[c] = fma(line[c] - in[c], a_[c], b_[c]);
                 }
             }
         }

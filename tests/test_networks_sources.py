@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -413,7 +414,7 @@ def test_what_does_not_fit_is_said_in_one_line(arguments, message, tmp_path, cap
 def test_tensors_that_nothing_takes_and_that_are_missing_are_named(tmp_path):
     net = diffusers_unet()
     net.save_pretrained(tmp_path)
-    config = {"prediction_type": "epsilon"}
+    config = {"prediction_type": "epsilon", "beta_schedule": "linear"}
     fastdiff.load(tmp_path, config=config)
     from safetensors.torch import load_file, save_file
 
@@ -431,6 +432,81 @@ def test_tensors_that_nothing_takes_and_that_are_missing_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(errors.CheckpointError, match="is no JSON file that can be read"):
         fastdiff.load(tmp_path, source="diffusers", config=config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "vp/cifar10_ddpmpp_continuous",
+            {"sde": "vesde"},
+            "sde='vesde' with continuous=True must be of a network that is told",
+        ),
+        ("ve/cifar10_ncsnpp_continuous", {"sde": "vpsde"}, "Say 'vesde' and continuous=True"),
+        ("ve/cifar10_ncsnpp_continuous", {"continuous": False}, "this file's is told ln σ, by Fourier features"),
+        ("vp/cifar10_ddpmpp_continuous", {"scale_by_sigma": True}, "scale_by_sigma must be False for vpsde"),
+        (
+            "vp/cifar10_ddpmpp_continuous",
+            {"continuous": "perhaps"},
+            "config's continuous must be of type True or False",
+        ),
+        (
+            "vp/cifar10_ddpmpp_continuous",
+            {"image_size": 16.0},
+            "config's image_size must be of type Sequence or int, got 16.0",
+        ),
+        ("vp/cifar10_ddpmpp_continuous", {"image_size": "16"}, "config's image_size must be of type Sequence or int"),
+        ("vp/cifar10_ddpmpp_continuous", {"num_scales": "10"}, "config's num_scales must be of type int, got '10'"),
+    ],
+)
+def test_what_contradicts_a_file_of_score_sde_is_refused(name, changes, message, tmp_path):
+    with modules_of("yang-song/score_sde_pytorch", **score_sde_stand_ins()) as root:
+        from models import ncsnpp  # noqa: F401
+        from models import utils as theirs
+
+        config = score_sde_config(root, name)
+        net = drawn(theirs._MODELS[config.model.name](config))
+    torch.save({"model": {f"module.{k}": v for k, v in net.state_dict().items()}}, tmp_path / "c.pth")
+    facts = {**score_sde.published(name), "image_size": 16}
+    with pytest.warns(UserWarning, match="has no averages of the weights"):
+        fastdiff.load(tmp_path / "c.pth", source="score_sde_pytorch", config={**facts, "continuous": "yes"})
+    with warnings.catch_warnings(action="ignore"), pytest.raises(errors.ConfigError, match=re.escape(message)):
+        fastdiff.load(tmp_path / "c.pth", source="score_sde_pytorch", config={**facts, **changes})
+
+
+def test_flags_that_contradict_a_file_are_refused_and_others_of_a_script_are_passed_over(tmp_path):
+    flags = {
+        "image_size": 16, "in_channels": 3, "model_channels": 32, "out_channels": 6, "num_res_blocks": 1,
+        "attention_resolutions": (2,), "channel_mult": (1, 2), "num_heads": 2,
+    }  # fmt: skip
+    with modules_of("openai/guided-diffusion"):
+        from guided_diffusion.unet import UNetModel
+
+        torch.save(UNetModel(**flags).state_dict(), tmp_path / "lsun_cat.pt")
+    path, say = (
+        tmp_path / "lsun_cat.pt",
+        "--image_size=16 --num_heads 2 --num_head_channels -1 --lr 1e-4 --learn_sigma yes",
+    )
+    model = fastdiff.load(path, source="guided-diffusion", config=say)
+    assert model.variance == "learned_range"
+    for wrong, message in (
+        ("--num_channels 64", "num_channels must be 32 by the file, got 64"),
+        ("--class_cond True", "class_cond must be False by the file"),
+        ("--predict_xstart perhaps", "config's predict_xstart must be of type True or False"),
+        ("--num_heads '", "config must be flags as a shell reads them"),
+    ):
+        with pytest.raises(errors.ConfigError, match=message):
+            fastdiff.load(path, source="guided-diffusion", config=f"{say} {wrong}")
+    path.rename(tmp_path / "mine.pt")
+    with pytest.raises(errors.ConfigError, match="config must have 'num_heads' or 'num_head_channels'"):
+        fastdiff.load(tmp_path / "mine.pt", source="guided-diffusion", config={"image_size": 16})
+
+
+def test_a_scheduler_that_says_otherwise_is_not_overridden(tmp_path):
+    module = package("diffusers")
+    module.DDPMPipeline(diffusers_unet(), module.DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(errors.ConfigError, match="prediction_type must be 'epsilon', as its scheduler_config"):
+        fastdiff.load(tmp_path, config={"prediction_type": "v_prediction"})
 
 
 def test_options_of_two_kinds_of_files_do_not_mix(tmp_path):

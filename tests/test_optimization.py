@@ -84,6 +84,71 @@ def test_nan_stays_in_its_sample_and_weights_that_change_are_seen():
 
 
 @compiled
+def test_weights_that_change_behind_torchs_back_are_seen():
+    layer = drawn(nn.Conv2d(8, 16, 3, padding=1))
+    layer.__class__ = fused.WinogradConv2d
+    x = images(1, 8, 8, 8)
+    plain = nn.Conv2d(8, 16, 3, padding=1)
+
+    def same() -> None:
+        plain.load_state_dict(layer.state_dict())
+        with torch.inference_mode():
+            close(layer(x), F.conv2d(x, plain.weight, plain.bias, padding=1), 3e-5)
+
+    same()
+    layer.weight.data.mul_(2)  # as averages of weights do
+    same()
+    layer.weight.data.lerp_(torch.randn(16, 8, 3, 3), 0.5)
+    same()
+    layer.weight.detach().numpy()[...] *= 5
+    same()
+    for _ in range(20):  # at the same place in memory, with the same version
+        layer.weight = None
+        layer.weight = nn.Parameter(torch.randn(16, 8, 3, 3))
+        same()
+    other = {"weight": torch.randn(16, 8, 3, 3), "bias": torch.zeros(16)}
+    with torch.inference_mode():
+        close(torch.func.functional_call(layer, other, (x,)), F.conv2d(x, other["weight"], padding=1), 3e-5)
+    same()
+
+
+@compiled
+def test_what_the_kernel_does_not_take_is_torchs_and_its_refusals_too():
+    layer = drawn(nn.Conv2d(8, 16, 3, padding=1))
+    layer.__class__ = fused.WinogradConv2d
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="channels"):
+        layer(images(1, 7, 8, 8))
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.inference_mode():
+                x = images(1, 8, 8, 8).float()
+                close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), 3e-5)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    layer.stride = (2, 2)
+    with torch.inference_mode():
+        assert layer(images(1, 8, 8, 8)).shape == (1, 16, 4, 4)
+    layer.stride, layer.bias = (1, 1), nn.Parameter(torch.randn(32)[::2])
+    with torch.inference_mode():
+        x = images(1, 8, 8, 8)
+        close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), 3e-5)
+
+
+@compiled
+@pytest.mark.parametrize("mean", [0.0, 10.0, 1e3, 1e5])
+def test_large_means_cost_no_digits(mean):
+    x = images(2, 64, 12, 12) + mean
+    gain, shift = torch.ones(64), torch.zeros(64)
+    with torch.inference_mode():
+        ours = fused.group_norm(x, 16, gain, shift, 1e-5, silu=False)
+    groups = x.double().contiguous().view(2, 16, -1)  # torch's own, in float64 too, loses digits here
+    apart = groups - groups.mean(-1, keepdim=True)
+    exact = (apart / (apart.square().mean(-1, keepdim=True) + 1e-5).sqrt()).view(x.shape)
+    close(ours.double(), exact, 1e-6)
+
+
+@compiled
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize(
@@ -166,6 +231,38 @@ def test_an_optimized_model_gives_the_same_and_says_what_it_did(name, capsys, mo
         close(loaded(x, torch.tensor([0.1, 0.7]), cond or None), model(x, torch.tensor([0.1, 0.7]), cond or None), 1e-4)
 
 
+def test_an_optimized_model_has_likelihoods_and_takes_weights_again():
+    model = model_of(PaperUNet((1, 8, 8), channels=16, multipliers=(1, 2), blocks=1))
+    faster = fastdiff.optimize(model, precision="fp32", batch_size=2, verbose=False)
+    x = torch.rand(1, 1, 8, 8)
+    ours, before = (fastdiff.log_likelihood(m, x, probes=1, rtol=1e-2, atol=1e-2).nats for m in (faster, model))
+    torch.testing.assert_close(ours, before, rtol=1e-3, atol=1e-3)
+    other = {name: value * 0.9 for name, value in model.net.state_dict().items()}
+    faster.net.load_state_dict(other)
+    model.net.load_state_dict(other)
+    with torch.inference_mode():
+        close(faster(x, torch.tensor([0.4])), model(x, torch.tensor([0.4])), 1e-4)
+
+
+def test_a_change_that_the_network_does_not_bear_is_left_out():
+    class Flat(nn.Module):  # whose view does not fit channels that lie side by side
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4 * 16, 2 * 16)
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.conv(x).view(len(x), -1)).view(len(x), 2, 4, 4)
+
+    model = fastdiff.ScoreModel(Flat(), "vp", data_shape=(2, 4, 4))
+    faster = fastdiff.optimize(model, batch_size=2, verbose=False)
+    assert "channels_last: not kept, view size is not compatible" in faster.optimized
+
+
+def test_of_a_new_network_nothing_is_known():
+    model = fastdiff.ScoreModel(MLP((2,)), "vp", data_shape=(2,))
+    assert "the outputs are all 0" in fastdiff.optimize(model, verbose=False).optimized
+
+
 @compiled
 def test_a_large_layer_becomes_winograds_and_samples_stay(monkeypatch):
     model = model_of(PaperUNet((3, 32, 32), channels=64, multipliers=(1, 2), blocks=1, attention=()))
@@ -189,13 +286,14 @@ def test_a_model_in_bfloat16_samples_in_float32(monkeypatch):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (nn.Linear(1, 1), {}, "model must be a ScoreModel of a torch.nn.Module, got Linear"),
+        (nn.Linear(1, 1), {}, "model must be a ScoreModel, got Linear"),
         (
             fastdiff.ScoreModel(lambda x, t: x, "vp", data_shape=(2,)),
             {},
-            "model must be a ScoreModel of a torch.nn.Module",
+            "model must have a network that is a torch.nn.Module, got function",
         ),
         (fastdiff.ScoreModel(MLP((2,)), "vp", data_shape=(2,)), {"precision": "fp8"}, "precision must be one of"),
+        (fastdiff.ScoreModel(MLP((2,)), "vp", data_shape=(2,)), {"batch_size": 0}, "batch_size must be"),
     ],
 )
 def test_what_cannot_be_optimized_is_refused(model, options, message):

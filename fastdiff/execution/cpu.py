@@ -566,7 +566,7 @@ def winograd_weights(weight: Tensor) -> Tensor:
     """The weights [O, C, 3, 3] of a convolution as `winograd` takes them."""
     outputs, inputs = weight.shape[:2]
     columns = 32  # of the widest registers; narrower ones need no more
-    packed = torch.empty(36 * inputs * -(-outputs // columns) * columns)
+    packed = torch.empty(36 * inputs * -(-outputs // columns) * columns, dtype=torch.float32, device=weight.device)
     values = weight.detach().contiguous()
     _call_layer("winograd_weights", 0, 0, 0, inputs, outputs, values.data_ptr(), packed.data_ptr())
     return packed
@@ -575,7 +575,9 @@ def winograd_weights(weight: Tensor) -> Tensor:
 def winograd(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     """The convolution of x [B, C, H, W], channels_last, by 3×3 weights of `winograd_weights`, x being 0 beyond its ends."""
     samples, inputs, height, width = x.shape
-    out = torch.empty((samples, outputs, height, width), memory_format=torch.channels_last)
+    out = torch.empty(
+        (samples, outputs, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
     added = 0 if bias is None else bias.data_ptr()
     _call_layer(
         "winograd", samples, height, width, inputs, outputs, x.data_ptr(), packed.data_ptr(), added, out.data_ptr()

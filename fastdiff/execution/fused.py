@@ -53,14 +53,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def _plain(part: Tensor) -> bool:
+    """Whether a layer's numbers are float32, and lie on the CPU without gaps."""
+    dense = part.is_contiguous() or (part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last))
+    return part.dtype is torch.float32 and part.device.type == "cpu" and dense
+
+
 class WinogradConv2d(nn.Conv2d):
     """A convolution of 3×3, in a quarter of the multiplications (Lavin & Gray 2016, F(4×4, 3×3)), to some 1e-5 of the largest
     output.
 
-    For inference in float32 on a CPU; else as its class. Its transformed weights take four times the memory of its weights.
+    For inference in float32 on a CPU; else as its class. Its transformed weights take four times the memory of its weights; they
+    are made again where it has other weights, and where 256 of the numbers in them, or their version, show that they changed.
     """
 
-    _prepared: tuple[int, int, Tensor] | None = None
+    _prepared: tuple[Tensor, int, Tensor, Tensor] | None = None  # weights, their version, 256 of them, the transformed
 
     @staticmethod
     def fits(layer: nn.Module) -> bool:
@@ -73,19 +80,24 @@ class WinogradConv2d(nn.Conv2d):
             and layer.dilation == (1, 1)
             and layer.groups == 1
             and layer.padding_mode == "zeros"
-            and layer.weight.dtype is torch.float32
-            and layer.weight.device.type == "cpu"
+            and _plain(layer.weight)
+            and (layer.bias is None or _plain(layer.bias))
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if not fusable(x) or self.weight.dtype is not torch.float32:
+        if not fusable(x) or x.shape[1] != self.in_channels or not self.fits(self):
             return super().forward(x)
-        key = (self.weight.data_ptr(), self.weight._version if not self.weight.is_inference() else -1)
-        if self._prepared is None or self._prepared[:2] != key:
-            self._prepared = (*key, cpu.winograd_weights(self.weight))
-        return cpu.winograd(
-            x.contiguous(memory_format=torch.channels_last), self._prepared[2], self.bias, self.out_channels
-        )
+        weights = self._transformed(self.weight)
+        return cpu.winograd(x.contiguous(memory_format=torch.channels_last), weights, self.bias, self.out_channels)
+
+    def _transformed(self, weight: Tensor) -> Tensor:
+        step = max(1, weight.numel() // 256)
+        some = weight.detach().as_strided((weight.numel() // step,), (step,))  # in whatever order they lie
+        version = -1 if weight.is_inference() else weight._version
+        known = self._prepared
+        if known is None or known[0] is not weight or known[1] != version or not torch.equal(known[2], some):
+            known = self._prepared = (weight, version, some.clone(), cpu.winograd_weights(weight))
+        return known[3]
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
@@ -101,8 +113,11 @@ class PointwiseConv2d(nn.Conv2d):
             and layer.kernel_size == (1, 1)
             and layer.stride == (1, 1)
             and layer.padding == (0, 0)
+            and layer.dilation == (1, 1)
             and layer.groups == 1
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4:
+            return super().forward(x)
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)

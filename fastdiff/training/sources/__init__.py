@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +27,18 @@ class Source(NamedTuple):
     model: Callable[..., ScoreModel]
     published: Callable[[str], Mapping[str, Any]] | None = None  # the facts of what it published, by its name there
     defaults: Mapping[str, Any] = {}  # facts that are other than the function's
-    told: frozenset[str] = frozenset()  # facts of its configurations that the file itself tells, or that no model needs
+    known: frozenset[str] = (
+        frozenset()
+    )  # facts of its configurations that the file itself tells, or that no model needs
+    told: Callable[[ScoreModel], Mapping[str, Any]] | None = None  # of these what the file told
 
 
 SOURCES = {
     "score_sde_pytorch": Source(score_sde.model, score_sde.published),
-    "guided-diffusion": Source(openai.model, openai.published, told=openai.TOLD),
-    "improved-diffusion": Source(openai.model, openai.published, {"rescale_timesteps": True}, openai.TOLD),
+    "guided-diffusion": Source(openai.model, openai.published, known=openai.TOLD, told=openai.told),
+    "improved-diffusion": Source(openai.model, openai.published, {"rescale_timesteps": True}, openai.TOLD, openai.told),
     "edm": Source(edm.model, edm.published),
-    "diffusers": Source(diffusers.model, told=diffusers.TOLD),
+    "diffusers": Source(diffusers.model, known=diffusers.TOLD),
     "ncsn": Source(ncsn.model),
     "denoising-diffusion-pytorch": Source(denoising_diffusion_pytorch.model),
     "dit": Source(dit.model),
@@ -86,13 +89,55 @@ def load(
     known = inspect.signature(origin.model).parameters
     options = [name for name, parameter in known.items() if parameter.kind is parameter.KEYWORD_ONLY]
     for name in facts:
-        choose(f"config's names for {source}", name, {*options, *origin.told})
+        choose(f"config's names for {source}", name, {*options, *origin.known})
     missing = [name for name in options if known[name].default is inspect.Parameter.empty and name not in facts]
     if missing:
         raise ConfigError(
             f"config must have {missing[0]!r} for {source}, whose files do not say it: config={{{missing[0]!r}: …}}"
         )
-    return origin.model(path, part, **{name: facts[name] for name in options if name in facts}).eval()
+    given = {name: _typed(name, facts[name], str(known[name].annotation)) for name in options if name in facts}
+    model = origin.model(path, part, **given).eval()
+    for name, told in (origin.told(model) if origin.told is not None else {}).items():
+        if name in facts and _typed(name, facts[name], type(told).__name__) != told:
+            raise ConfigError(
+                f"{name} must be {told!r} by the file, got {short(facts[name])}: these are the facts of another file"
+            )
+    return model
+
+
+def _typed(name: str, value: Any, wanted: str) -> Any:
+    """A fact, of a type that its reader's annotation names; words of flags as booleans."""
+    kinds = {part.strip().partition("[")[0] for part in wanted.split("|")}
+    if value is None and "None" in kinds:
+        return None
+    if "bool" in kinds:
+        word = str(value).lower()
+        if isinstance(value, bool) or word in WORDS:
+            return WORDS[word]
+    elif "int" in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif "float" in kinds and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif ("str" in kinds and isinstance(value, str)) or (
+        "Sequence" in kinds and isinstance(value, Sequence) and not isinstance(value, str)
+    ):
+        return value
+    kind = " or ".join(sorted(kinds - {"None"})).replace("bool", "True or False")
+    raise ConfigError(f"config's {name} must be of type {kind}, got {short(value)}")
+
+
+WORDS = {
+    "true": True,
+    "yes": True,
+    "t": True,
+    "y": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "f": False,
+    "n": False,
+    "0": False,
+}
 
 
 def _of_diffusers(path: Any) -> bool:
@@ -107,32 +152,43 @@ def _of_diffusers(path: Any) -> bool:
 
 
 def _facts(config: Mapping[str, Any] | str | None, source: str, path: Path) -> dict[str, Any]:
-    """The facts of `config`; of none those of the published file that has the path's name."""
+    """The facts of `config`, besides those of the published file that has the path's name."""
     published = SOURCES[source].published
+    known = _of_name(published, path.stem)
     if config is None:
-        return _of_name(published, path.stem)
+        return known
     if isinstance(config, Mapping):
-        return dict(config)
+        return {**known, **config}
     if not isinstance(config, (str, os.PathLike)):
         raise ConfigError(
             f"config must be a dict, the path of a JSON file, flags or a published name, got {short(config)}"
         )
-    text = str(config)
+    text = str(config).strip()
     if text.endswith(".json"):
-        return diffusers.read_json(files.path("config", text))
+        return {**known, **diffusers.read_json(files.path("config", text))}
     if text.startswith("--"):  # as they stand in a script
-        words = shlex.split(text)
-        if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
-            raise ConfigError(f"config must be flags, each with its value, '--image_size 64 …', got {short(text)}")
-        return {name[2:]: _value(value) for name, value in zip(words[::2], words[1::2])}
+        return {**known, **_flags(text)}
     if text.startswith("{"):
         value = _value(text)
         if isinstance(value, dict):
-            return value
+            return {**known, **value}
         raise ConfigError(f"config must be a JSON object, got {short(text)}")
     if published is None:
         raise ConfigError(f"config must be a dict or a JSON file of one for {source}, got {short(text)}")
     return dict(published(text))
+
+
+def _flags(text: str) -> dict[str, Any]:
+    """{name: value} of "--name value --other=value"."""
+    try:
+        words = [
+            part for word in shlex.split(text) for part in (word.split("=", 1) if word.startswith("--") else [word])
+        ]
+    except ValueError as error:
+        raise ConfigError(f"config must be flags as a shell reads them, got {short(text)}: {error}") from error
+    if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
+        raise ConfigError(f"config must be flags, each with its value, '--image_size 64 …', got {short(text)}")
+    return {name[2:]: _value(value) for name, value in zip(words[::2], words[1::2])}
 
 
 def _of_name(published: Callable[[str], Mapping[str, Any]] | None, stem: str) -> dict[str, Any]:

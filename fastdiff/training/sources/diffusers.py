@@ -58,6 +58,11 @@ def network(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> PaperUN
     facts = {**DEFAULTS, **config}
     file = unets.Tensors(tensors, "diffusers' UNet2DModel")
     _check(facts)
+    levels = {len(facts[name]) for name in ("down_block_types", "up_block_types", "block_out_channels")}
+    if len(levels) > 1:
+        raise CheckpointMismatchError(
+            "config.json must have as many block_out_channels as down_block_types and up_block_types"
+        )
     skips = any("Skip" in kind for kind in facts["down_block_types"])
     widths, layers = facts["block_out_channels"], facts["layers_per_block"]
     between = _between(facts)
@@ -254,7 +259,16 @@ def model(
     }  # fmt: skip
     facts = {name: value for name, value in given.items() if value is not None}
     weights, config, _, scheduler = folder(path)
-    if not scheduler and not facts:
+    for name in facts:
+        if scheduler.get(name, facts[name]) != facts[name]:
+            raise ConfigError(
+                f"{name} must be {scheduler[name]!r}, as its scheduler_config.json says, got {facts[name]!r}: leave it out"
+            )
+    if scheduler.get("timestep_type", "discrete") != "discrete":
+        raise ConfigError(
+            f"timestep_type must be 'discrete', got {scheduler['timestep_type']!r}: wrap the network, ScoreModel(net, …)"
+        )
+    if not scheduler and ("prediction_type" not in facts or not facts.keys() & {"beta_schedule", "trained_betas"}):
         raise ConfigError(
             f"{files.shown(path)} has no scheduler_config.json, which says what the network was trained on: give the pipeline's "
             "folder, or config={'beta_schedule': 'linear', 'prediction_type': 'epsilon', …}"

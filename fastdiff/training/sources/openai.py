@@ -23,12 +23,14 @@ NAMES = unets.Names(
 
 # flags of its scripts that the file itself tells, or that no model needs
 TOLD = frozenset((
-    "attention_resolutions", "channel_mult", "class_cond", "learn_sigma", "num_channels", "num_heads_upsample",
+    "attention_resolutions", "batch_size", "clip_denoised", "data_dir", "ema_rate", "fp16_scale_growth", "log_interval", "lr",
+    "lr_anneal_steps", "microbatch", "model_path", "num_samples", "resume_checkpoint", "save_interval", "schedule_sampler",
+    "use_ddim", "weight_decay", "channel_mult", "class_cond", "learn_sigma", "num_channels", "num_heads_upsample",
     "num_res_blocks", "rescale_learned_sigmas", "resblock_updown", "sigma_small", "timestep_respacing", "use_checkpoint",
     "use_fp16", "use_kl", "use_scale_shift_norm",
 ))  # fmt: skip
 _LARGE = {"num_head_channels": 64}
-_LONG = {"noise_schedule": "cosine", "diffusion_steps": 4000, "rescale_timesteps": True}
+_LONG = {"noise_schedule": "cosine", "diffusion_steps": 4000, "rescale_timesteps": True, "num_heads": 4}
 _BEDROOM = {"image_size": 256, "num_heads": 1, "rescale_timesteps": False}
 # the files that were published, by their names, with the flags of the READMEs
 PUBLISHED: dict[str, Mapping[str, Any]] = {
@@ -139,7 +141,7 @@ def in_double(tensors: dict[str, Tensor]) -> bool:
 
 def model(
     path: Path, part: str | None, *, image_size: int | Sequence[int], noise_schedule: str = "linear", diffusion_steps: int = 1000,
-    rescale_timesteps: bool = False, predict_xstart: bool = False, num_heads: int = 4, num_head_channels: int = -1,
+    rescale_timesteps: bool = False, predict_xstart: bool = False, num_heads: int | None = None, num_head_channels: int = -1,
     use_new_attention_order: bool = False, dropout: float = 0.0,
 ) -> ScoreModel:  # fmt: skip
     """The flags of its scripts: `image_size`, `noise_schedule`, `diffusion_steps`, `num_heads`, `num_head_channels`, …; widths,
@@ -147,11 +149,16 @@ def model(
     tensors = unets.unwrapped(load_tensors(path, part))
     scale = 1000 / diffusion_steps if rescale_timesteps else 1.0
     channels = unets.Tensors(tensors, "improved and guided diffusion").take("input_blocks.0.0.weight").shape[1]
+    if num_heads is None and num_head_channels == -1:
+        raise ConfigError(
+            "config must have 'num_heads' or 'num_head_channels', which the file does not say: the scripts' default is "
+            "{'num_heads': 4}"
+        )
     net = network(
         tensors,
         (channels, *unets.sizes(image_size)),
         time_scale=scale,
-        num_heads=num_heads,
+        num_heads=num_heads or 1,
         num_head_channels=num_head_channels,
         use_new_attention_order=use_new_attention_order,
         dropout=dropout,
@@ -161,3 +168,13 @@ def model(
         net, process, "x0" if predict_xstart else "eps", "index", net.shape, (-1, 1),
         "learned_range" if in_double(tensors) else None,
     )  # fmt: skip
+
+
+def told(model: ScoreModel) -> dict[str, Any]:
+    """What the file itself tells of the flags."""
+    config = model.net.config
+    return {
+        "num_channels": config["channels"], "num_res_blocks": config["blocks"], "learn_sigma": model.variance is not None,
+        "class_cond": config["num_classes"] is not None, "use_scale_shift_norm": config["scale_shift"],
+        "resblock_updown": config["resample"] == "block",
+    }  # fmt: skip

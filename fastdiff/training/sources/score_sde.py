@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ... import files
-from ...errors import CheckpointMismatchError, ConfigError, choose, short
+from ...errors import CheckpointMismatchError, ConfigError, choose, short, warn
 from ...model import ScoreModel
 from ...networks import PaperUNet
 from ...planning import processes, schedules
@@ -184,8 +184,26 @@ def model(
     """`sde` "vesde", "vpsde" or "subvpsde", `continuous`, `centered` (data in [−1, 1], not [0, 1]), and more of its configs."""
     kind = choose("sde", sde, ("vesde", "vpsde", "subvpsde"))
     centered = kind != "vesde" if centered is None else centered
+    if kind != "vesde" and scale_by_sigma:
+        raise ConfigError(
+            "scale_by_sigma must be False for vpsde and subvpsde, as in their configurations, got True: leave it out"
+        )
     tensors = _averaged(path) if part is None else unets.unwrapped(load_tensors(path, part))
-    channels = next(value.shape[1] for name, value in tensors.items() if value.ndim == 4 and name.endswith(".weight"))
+    fourier = "all_modules.0.W" in tensors and tensors["all_modules.0.W"].ndim == 1
+    if fourier != (kind == "vesde" and continuous):
+        told = "ln σ, by Fourier features" if fourier else "a step or 999 t, by sines and cosines"
+        raise ConfigError(
+            f"sde={kind!r} with continuous={continuous} must be of a network that is told otherwise: this file's is told {told}. "
+            + ("Say 'vesde' and continuous=True" if fourier else "Say 'vpsde', or continuous=False")
+        )
+    channels = next(
+        (value.shape[1] for name, value in tensors.items() if value.ndim == 4 and name.endswith(".weight")), None
+    )
+    if channels is None or (kind == "vesde" and "sigmas" not in tensors):
+        raise CheckpointMismatchError(
+            f"{files.shown(path)} has no {'convolutions' if channels is None else 'sigmas'} in this part: leave part out, or "
+            "give 'model.module' or 'model'"
+        )
     net = network(
         tensors,
         (channels, *unets.sizes(image_size)),
@@ -231,4 +249,8 @@ def _averaged(path: Path) -> dict[str, Tensor]:
                 f"{files.shown(path)} has {len(averages)} averages of {len(trained)} trained tensors: give part='model.module'"
             )
         tensors |= dict(zip(trained, averages.values()))
+    else:
+        warn(
+            f"{files.shown(path)} has no averages of the weights (ema.shadow_params): these are the trained weights themselves"
+        )
     return tensors

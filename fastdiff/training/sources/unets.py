@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import CheckpointMismatchError, ConfigError
 from ...networks import PaperUNet
+from ...networks.layers import integers
 
 Orders = Callable[[Tensor, int], Tensor]  # rows of the weights of q, k and v, and the number of heads, to our order
 
@@ -210,12 +211,17 @@ def heads_first(parts_last: bool) -> Orders:
 
 def sizes(size: int | Sequence[int]) -> tuple[int, ...]:
     """The lengths of an image's axes, of one number or of all."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    lengths = [size, size] if isinstance(size, int) else size
+    return integers("image_size", lengths, 1)
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """By their names without those of what wraps a network."""
-    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in tensors.items()}
+    names = {name: name for name in tensors}
+    for name in names:
+        while names[name].startswith(("module.", "_orig_mod.")):
+            names[name] = names[name].partition(".")[2]
+    return {names[name]: value for name, value in tensors.items()}
 
 
 def shifted(weight: Tensor, frequencies: Tensor, by: float) -> Tensor:
