@@ -24,6 +24,7 @@ CHECKOUTS = {
     "openai/guided-diffusion": "GUIDED_DIFFUSION",
     "openai/improved-diffusion": "IMPROVED_DIFFUSION",
     "NVlabs/edm": "EDM",
+    "NVlabs/edm2": "EDM2",
 }
 
 

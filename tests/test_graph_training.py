@@ -15,7 +15,7 @@ import fastdiff
 from fastdiff.errors import ConfigError, GraphError
 from fastdiff.execution import conditions, graphs
 from fastdiff.losses.weights import MinSNR
-from fastdiff.networks import MLP, UNet
+from fastdiff.networks import MLP, MPUNet, UNet
 from fastdiff.training import captured, checkpoint, optimisers
 
 STEPS = 20
@@ -95,6 +95,24 @@ CASES = {
         pictures,
         {"cond_dropout": 0.3, "augment": "flip", "dequantize": True},
     ),
+    "weights brought back": (
+        lambda: (
+            MPUNet(
+                (1, 8, 8), channels=8, multipliers=(1, 2), blocks=1, attention=(1,), taps=(1, 3, 3, 1), num_classes=3
+            ),
+            "edm",
+        ),
+        pictures,
+        {"cond_dropout": 0.3, "dequantize": True},
+    ),
+    "half weights brought back": (
+        lambda: (
+            MPUNet((1, 8, 8), channels=8, multipliers=(1,), blocks=1, attention=(), num_classes=3).bfloat16(),
+            "edm",
+        ),
+        pictures,
+        {"dequantize": True},
+    ),
     "running statistics, a skipped step": (lambda: (Net(), "vp"), lambda: points(labels=labels()), {"batch_size": 12}),
     "conditions": (
         functools.partial(mlp, cond_shape=(3,)),
@@ -124,7 +142,7 @@ def train(captures, case, folder, engine, steps=STEPS, **more):
     make, data, options = CASES[case]
     torch.manual_seed(0)
     net, sde = make()
-    prediction = "edm" if isinstance(net, UNet) else "eps"
+    prediction = "edm" if isinstance(net, (UNet, MPUNet)) else "eps"
     model = fastdiff.ScoreModel(net.to(captures.device), sde, prediction, data_shape=tuple(data().shape))
     options = {"batch_size": 8, "lr": 1e-2, "warmup": 12, "grad_clip": 0.05, **options, **more}
     done = fastdiff.train(model, data(), steps=steps, engine=engine, checkpoint=folder, checkpoint_every=5, **options)

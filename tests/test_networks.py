@@ -43,6 +43,7 @@ SIZES = {
     "dit": {"patch": 1, "hidden": 16, "layers": 2, "heads": 2},
     "transformer": {"hidden": 16, "layers": 2, "heads": 2},
     "linear_attention_unet": {"channels": 8, "multipliers": (1,), "heads": 2, "head_channels": 4, "time_channels": 64},
+    "mp_unet": {"channels": 8, "blocks": 1, "multipliers": (1,), "attention": (), "time_channels": 64},
 }
 
 

@@ -938,7 +938,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("import", _import, about)
     sub.add_argument("file", metavar="FILE", help="the library's file, or its folder (diffusers)")
     of = (
-        "score_sde_pytorch, guided-diffusion, improved-diffusion, edm, ncsn, denoising-diffusion-pytorch, dit or diffusers (the "
+        "score_sde_pytorch, guided-diffusion, improved-diffusion, edm, edm2, ncsn, denoising-diffusion-pytorch, dit or diffusers (the "
         "default for its folders)"
     )
     sub.add_argument("--from", dest="source", metavar="NAME", help=of)

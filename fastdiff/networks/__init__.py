@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError, choose, short
 from ..execution.modules import inner
+from .edm2 import MPUNet, edm2
 from .layers import TimeEmbedding
 from .linear_attention_unet import LinearAttentionUNet
 from .mlp import MLP
@@ -21,7 +22,7 @@ from .unet import UNet
 # the networks that a checkpoint can name
 MODELS: dict[str, type[nn.Module]] = {
     "unet": UNet, "mlp": MLP, "paper_unet": PaperUNet, "linear_attention_unet": LinearAttentionUNet, "refinenet": RefineNet,
-    "dit": DiT, "transformer": Transformer,
+    "dit": DiT, "transformer": Transformer, "mp_unet": MPUNet,
 }  # fmt: skip
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "MODELS",
     "DiT",
     "LinearAttentionUNet",
+    "MPUNet",
     "PaperUNet",
     "RefineNet",
     "TimeEmbedding",
@@ -40,6 +42,7 @@ __all__ = [
     "ddpmpp",
     "describe",
     "dit",
+    "edm2",
     "ncsn",
     "ncsnpp",
     "ncsnv2",

@@ -15,14 +15,17 @@ from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError
 from ..execution import fused, ops
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TIME_SCALES = {"sinusoidal": 1000.0, "cos_sin": 1000.0, "fourier": 16.0}  # for times that span 1
+# for times that span 1
+TIME_SCALES = {"sinusoidal": 1000.0, "cos_sin": 1000.0, "fourier": 16.0, "fourier_phases": 1.0}
 STEP_SCALES = {
     "sinusoidal": 1.0,
     "cos_sin": 1.0,
     "fourier": 0.08,
+    "fourier_phases": 0.08,
 }  # the most for steps that lie 1 apart: neighbours stay alike
 FEATURES = 64  # time features: 32 frequencies cover four decades, in networks of any width
 FOURIER_SEED = 0x5EED
+DRAWN = ("fourier", "fourier_phases")  # kinds whose frequencies are numbers of the state dict
 HALF = math.sqrt(0.5)  # keeps the variance of a sum of two
 LARGEST = 2**31 - 1  # of any count in a network's configuration
 
@@ -39,6 +42,9 @@ class TimeEmbedding(nn.Module):
     `"fourier"` (Tancik et al. 2020; Song et al. 2021): `[sin(2π W t), cos(2π W t)]` with `W ~ N(0, scale²)`, a buffer
     drawn from a fixed seed and kept in the state dict.
 
+    `"fourier_phases"` (Rahimi & Recht 2007; Karras et al. 2024, eq. 75): `cos(W t + φ)` with `W ~ N(0, (2π scale)²)` and
+    `φ ~ U(0, 2π)`, buffers too.
+
     An odd number of channels ends in a zero. The result is float64 for float64 times and float32 for all others,
     whatever the dtype of the network: an angle of hundreds of radians means nothing in half precision.
     """
@@ -48,21 +54,26 @@ class TimeEmbedding(nn.Module):
         self.channels, self.base = checks.integer("channels", channels, 2, LARGEST), base
         self.kind = choose("kind", kind, TIME_SCALES)
         self.scale = TIME_SCALES[kind] if scale is None else checks.number("scale", scale, 0, above=True)
-        if kind == "fourier":
-            self.register_buffer("weight", self._drawn(self.scale).to(torch.get_default_device()))
+        if kind in DRAWN:
+            for name, value in self._drawn(self.scale).items():
+                self.register_buffer(name, value.to(torch.get_default_device()))
         else:
             self.register_buffer("frequencies", self._frequencies(torch.float32), persistent=False)
 
     def rescale(self, scale: float) -> None:
         """Become the embedding of another scale."""
         self.scale = scale
-        if self.kind == "fourier":
+        if self.kind in DRAWN:
             with torch.inference_mode(False):
-                self.weight = self._drawn(scale).to(self.weight.device)
+                self.weight = self._drawn(scale)["weight"].to(self.weight.device)
 
-    def _drawn(self, scale: float) -> Tensor:
+    def _drawn(self, scale: float) -> dict[str, Tensor]:
         generator = torch.Generator(device="cpu").manual_seed(FOURIER_SEED)
-        return torch.randn(self.channels // 2, generator=generator, dtype=torch.float32, device="cpu") * scale
+        options: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+        if self.kind == "fourier":
+            return {"weight": torch.randn(self.channels // 2, **options) * scale}
+        weight = torch.randn(self.channels, **options) * (2 * math.pi * scale)
+        return {"weight": weight, "phases": torch.rand(self.channels, **options) * (2 * math.pi)}
 
     def _frequencies(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
         # with base 1e4, 10^(-4 k / (half - 1)) is Ho et al.'s frequency, in one operation
@@ -73,15 +84,17 @@ class TimeEmbedding(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimeEmbedding:
         # net.half() would round the frequencies, and so turn angles by a sizeable part of a radian: they move, but stay
         # float32.
-        (name,) = self._buffers
-        exact = self._buffers[name]
+        exact = dict(self._buffers)
         super()._apply(fn, recurse)
-        if self._buffers[name].dtype != exact.dtype:
-            self._buffers[name] = exact.to(self._buffers[name].device)
+        for name, value in exact.items():
+            if self._buffers[name].dtype != value.dtype:
+                self._buffers[name] = value.to(self._buffers[name].device)
         return self
 
     def forward(self, t: Tensor) -> Tensor:
         t = t.to(torch.promote_types(t.dtype, torch.float32) if t.is_floating_point() else torch.float32)
+        if self.kind == "fourier_phases":
+            return torch.addcmul(self.phases.to(t.dtype), t[:, None], self.weight.to(t.dtype)).cos()
         if self.kind == "fourier":
             frequencies, scale = self.weight.to(t.dtype), 2 * math.pi
         elif t.dtype == self.frequencies.dtype:
@@ -116,14 +129,18 @@ class TimeConditioned(nn.Module):
             return
         kind = self.config["time_embedding"]
         wanted = TIME_SCALES[kind] if steps is None else min(TIME_SCALES[kind] / steps[0], STEP_SCALES[kind] / steps[1])
-        weight = self.out.weight
-        if wanted != self.config["time_scale"] and (self.scale_set or (not weight.is_meta and bool(weight.any()))):
+        if wanted != self.config["time_scale"] and (self.scale_set or not self._is_new()):
             warn(
                 f"the network's time features have the scale {self.config['time_scale']:g}, of its training or of another "
                 f"model, and this model's times want {wanted:g}: build a new network, or give it its time_scale"
             )
             return
         self.set_time_scale(wanted)
+
+    def _is_new(self) -> bool:
+        """Whether its output is 0, as before a training."""
+        weight = self.out.weight
+        return weight.is_meta or not bool(weight.any())
 
     def set_time_scale(self, scale: float) -> None:
         if scale != self.config["time_scale"]:
@@ -141,6 +158,16 @@ def normal_(weight: Tensor, std: float = 1.0) -> None:
 class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         normal_(self.weight)
+
+
+class Constrained(nn.Module):
+    """A layer whose weights a training brings back to where they belong before each of its steps (State.constrain)."""
+
+    weight: Tensor
+
+    def constrain(self, weight: Tensor) -> None:
+        """Change `weight` in place: the layer's own, or what is trained in its stead, such as some of its outputs."""
+        raise NotImplementedError
 
 
 class Conditioning(nn.Module):

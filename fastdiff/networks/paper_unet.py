@@ -120,7 +120,7 @@ class PaperUNet(TimeConditioned):
         self.config = config = {
             "shape": list(image_shape(shape)),
             "channels": channels,
-            "multipliers": _multipliers(multipliers),
+            "multipliers": multipliers_of(multipliers),
             "blocks": checks.integer("blocks", blocks, 1, LARGEST),
             "attention": list(integers("attention", attention, 0)),
             "attention_up": choose("attention_up", attention_up, ATTENTION_UP),
@@ -155,7 +155,7 @@ class PaperUNet(TimeConditioned):
         self.conditioning = Conditioning(
             hidden, hidden, self.num_classes, time_embedding, scale, config["time_channels"], labels_first
         ) if time else None  # fmt: skip
-        self._build(_widths(channels, config["multipliers"]))
+        self._build(widths_of(channels, config["multipliers"]))
         self.widths = [block.width for block in self.blocks()]
         self.modulation = nn.Linear(hidden, sum(self.widths)) if time else None
         self.condition = image_condition(self.cond_shape, self.shape, hidden, self.enter.out_channels)
@@ -460,22 +460,28 @@ def norm_of(config: dict[str, Any], channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(config["groups"], channels, config["eps"])
 
 
-def _multipliers(multipliers: Sequence[float]) -> list[float]:
+def multipliers_of(multipliers: Sequence[float]) -> list[float]:
     if isinstance(multipliers, str) or not isinstance(multipliers, Sequence):
         integers("multipliers", multipliers, 1)
     values = [checks.number(f"multipliers[{i}]", m, 0, above=True) for i, m in enumerate(multipliers)]
     return [int(m) if m == int(m) else m for m in values]
 
 
-def _widths(channels: int, multipliers: Sequence[float]) -> list[int]:
+def widths_of(channels: int, multipliers: Sequence[float]) -> list[int]:
     return [round(channels * m) for m in multipliers]
 
 
-def _check(config: dict[str, Any]) -> None:
+def check_levels(config: dict[str, Any]) -> None:
+    """Refuse levels, and a filter between them, that no U-Net of this kind has."""
     levels = len(config["multipliers"])
     if not levels:
         raise ConfigError(
             "multipliers must have at least one entry, got (): write (1,) for a network of one resolution"
+        )
+    if min(widths_of(config["channels"], config["multipliers"])) < 1:
+        raise ConfigError(
+            f"multipliers must give each level a channel, got {tuple(config['multipliers'])} of {config['channels']} channels: "
+            "give more channels"
         )
     if config["attention"] and max(config["attention"]) >= levels:
         raise ConfigError(
@@ -490,7 +496,11 @@ def _check(config: dict[str, Any]) -> None:
         )
     if len(config["taps"]) not in (2, 4) or not sum(config["taps"]):
         raise ConfigError(f"taps must be two or four numbers such as (1, 3, 3, 1), got {tuple(config['taps'])}")
-    for width in _widths(config["channels"], config["multipliers"]):
+
+
+def _check(config: dict[str, Any]) -> None:
+    check_levels(config)
+    for width in widths_of(config["channels"], config["multipliers"]):
         if config["groups"] and width % config["groups"]:
             raise ConfigError(f"groups must divide every level's channels, got {config['groups']} and {width} channels")
         if config["head_channels"] and width % config["head_channels"]:
@@ -508,7 +518,8 @@ def _check(config: dict[str, Any]) -> None:
 def ddpm(shape: Sequence[int], **changes: Any) -> PaperUNet:
     """Ho et al. 2020, appendix B: 35.7 million parameters on (3, 32, 32). `t` is the step, 0 … T − 1. `changes` of PaperUNet."""
     return PaperUNet(
-        shape, **{"attention": _at(shape, (16,), (1, 2, 2, 2), changes), "time_scale": 1.0, "dropout": 0.1, **changes}
+        shape,
+        **{"attention": levels_at(shape, (16,), (1, 2, 2, 2), changes), "time_scale": 1.0, "dropout": 0.1, **changes},
     )
 
 
@@ -518,7 +529,7 @@ SONG = {"blocks": 4, "attention_up": "last", "resample": "block", "rescale": Tru
 def ddpmpp(shape: Sequence[int], **changes: Any) -> PaperUNet:
     """DDPM++ (Song et al. 2021, appendix H): four blocks a level, which also resample, and sums times 1/√2; `blocks=8` is the
     deep one. `t` is 999 times the time. `changes` of PaperUNet."""
-    attention = _at(shape, (16,), (1, 2, 2, 2), changes)
+    attention = levels_at(shape, (16,), (1, 2, 2, 2), changes)
     return PaperUNet(shape, **{**SONG, "attention": attention, "time_scale": 1.0, **changes})
 
 
@@ -526,7 +537,7 @@ def ncsnpp(shape: Sequence[int], **changes: Any) -> PaperUNet:
     """NCSN++ (Song et al. 2021, appendix H): DDPM++ with anti-aliased resampling, Fourier features of ln σ, and the sample
     itself, down-sampled, at each level; `blocks=8` is the deep one. `t` is ln σ. `changes` of PaperUNet."""
     options = {"taps": (1, 3, 3, 1), "progressive_in": "residual", "time_embedding": "fourier", "time_scale": 16.0}
-    attention = _at(shape, (16,), (1, 2, 2, 2), changes)
+    attention = levels_at(shape, (16,), (1, 2, 2, 2), changes)
     return PaperUNet(shape, **{**SONG, **options, "attention": attention, **changes})
 
 
@@ -538,11 +549,11 @@ def adm(shape: Sequence[int], **changes: Any) -> PaperUNet:
         "scale_shift": True, "groups": 32, "eps": 1e-5, "time_embedding": "cos_sin", "time_scale": 1.0, "dropout": 0.1,
     }  # fmt: skip
     options |= {"out_channels": 2 * shape[0]}
-    attention = _at(shape, (32, 16, 8), options["multipliers"], changes)
+    attention = levels_at(shape, (32, 16, 8), options["multipliers"], changes)
     return PaperUNet(shape, **{**options, "attention": attention, **changes})
 
 
-def _at(shape: Sequence[int], sizes: Sequence[int], multipliers: Any, changes: dict[str, Any]) -> list[int]:
+def levels_at(shape: Sequence[int], sizes: Sequence[int], multipliers: Any, changes: dict[str, Any]) -> list[int]:
     """The levels whose longest axis has one of the sizes."""
     levels = range(len(changes.get("multipliers", multipliers)))
     return [level for level in levels if max(image_shape(shape)[1:]) >> level in sizes]

@@ -100,6 +100,7 @@ class Run:
         ranks.step = step
         with stepping(self.model.net), _seeded((self.options["seed"] * 1_000_003 + step + ranks.rank * APART) % 2**63):
             parts = list(batches.parts(step, self.options["accumulate"]))
+            state.constrain()
             captured = self._captured(parts)
             made = Passes(self._passes(parts), state.loss) if captured is None else captured.passes(parts)  # type: ignore[arg-type]
             seen, value = [(batch.drawn, values) for batch, values in zip(parts, made.values)], made.loss

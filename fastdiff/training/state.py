@@ -17,6 +17,7 @@ from ..errors import CheckpointMismatchError, ConfigError, CorruptCheckpointErro
 from ..execution import cpu, modules
 from ..execution.torch_private import foreach_mul_, foreach_norm
 from ..files import shown
+from ..networks.layers import Constrained
 from . import averages, optimisers, tensor_file
 from . import checkpoint as files
 from .objective import Objective
@@ -83,6 +84,9 @@ class State:
         # up to torch 2.11 Adam counts its steps in a tensor of the default device, which may hold no data
         self.elsewhere = torch.get_default_device().type != "cpu"
         self.modules = list((net if shards is None else shards.net).modules())
+        weights = {id(p): weight for p, weight in zip(self.parameters, self.weights)}
+        constrained = [module for module in self.modules if isinstance(module, Constrained)]
+        self.constraints = [(m.constrain, weights[id(m.weight)]) for m in constrained if id(m.weight) in weights]
         self.buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
         self.loss: Tensor | None = None
         self.gradients: list[Tensor] = []
@@ -102,6 +106,13 @@ class State:
             # without its cache, which would keep weights past the step
             around.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
         return around
+
+    def constrain(self) -> None:
+        """Before a step's forward pass, bring weights to where their layers want them (networks.layers.Constrained)."""
+        for constrain, weight in self.constraints:
+            constrain(weight)
+        if self.constraints:
+            self._round()
 
     def keep_buffers(self) -> None:
         """Copies of the buffers, such as running statistics, which a step changes before its loss is known."""

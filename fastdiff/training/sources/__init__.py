@@ -18,7 +18,7 @@ from ...errors import ConfigError, choose, names_keywords, short
 from ...model import ScoreModel, loads
 from ...planning import processes
 from ..checkpoint import load_saved
-from . import denoising_diffusion_pytorch, diffusers, dit, edm, ncsn, openai, score_sde
+from . import denoising_diffusion_pytorch, diffusers, dit, edm, edm2, ncsn, openai, score_sde
 
 
 class Source(NamedTuple):
@@ -38,6 +38,7 @@ SOURCES = {
     "guided-diffusion": Source(openai.model, openai.published, known=openai.TOLD, told=openai.told),
     "improved-diffusion": Source(openai.model, openai.published, {"rescale_timesteps": True}, openai.TOLD, openai.told),
     "edm": Source(edm.model, edm.published),
+    "edm2": Source(edm2.model, known=edm2.TOLD),
     "diffusers": Source(diffusers.model, known=diffusers.TOLD),
     "ncsn": Source(ncsn.model),
     "denoising-diffusion-pytorch": Source(denoising_diffusion_pytorch.model),
@@ -58,10 +59,10 @@ def load(
     net     the network to fill, needed for a network of your own; its tensors must have the names in the file
     sde     the process it was trained on, needed for a process of your own; its options must be those in the file
     ema     of a training with several averages, the one of this rate; the first unless given
-    source  the library whose file it is: "score_sde_pytorch", "guided-diffusion", "improved-diffusion", "edm", "diffusers" (the
-            default for its folders), "ncsn" (both versions), "denoising-diffusion-pytorch" or "dit". Its network becomes one of
-            fastdiff.networks with the same weights, and the model has the process, prediction, time input and range of its
-            training (docs/networks.md)
+    source  the library whose file it is: "score_sde_pytorch", "guided-diffusion", "improved-diffusion", "edm", "edm2",
+            "diffusers" (the default for its folders), "ncsn" (both versions), "denoising-diffusion-pytorch" or "dit". Its network
+            becomes one of fastdiff.networks with the same weights, and the model has the process, prediction, time input and
+            range of its training (docs/networks.md)
     config  facts that the file does not hold, by the source's own names: a dict, the path of a JSON file of them, its scripts'
             flags ("--image_size 64 --noise_schedule cosine"), or the name of what was published
             ("ve/cifar10_ncsnpp_continuous" of score_sde_pytorch, "64x64_diffusion" of guided-diffusion)
