@@ -938,8 +938,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("import", _import, about)
     sub.add_argument("file", metavar="FILE", help="the library's file, or its folder (diffusers)")
     of = (
-        "score_sde_pytorch, guided-diffusion, improved-diffusion, edm, edm2, ncsn, denoising-diffusion-pytorch, dit or diffusers (the "
-        "default for its folders)"
+        "score_sde_pytorch, guided-diffusion, improved-diffusion, edm, edm2, ncsn, denoising-diffusion-pytorch, dit or diffusers "
+        "(the default for its folders)"
     )
     sub.add_argument("--from", dest="source", metavar="NAME", help=of)
     facts = "what the file does not say: a .json, its text, or the name of a published configuration"
