@@ -1,6 +1,6 @@
 """A call of a network, and a step of its training, against the libraries that have its weights: at equal weights, in turns."""
 
-import copy
+import functools
 import os
 import sys
 import types
@@ -51,6 +51,14 @@ def of_diffusers() -> tuple[nn.Module, PaperUNet]:
 
 def of_score_sde() -> tuple[nn.Module, PaperUNet]:
     """(its NCSN++ of 62.8 million parameters, ours with the same weights)."""
+    make, config = ncsnpp()
+    theirs = drawn(make(config))
+    return theirs, from_score_sde.network(theirs.state_dict(), SHAPE, centered=False)
+
+
+@functools.cache
+def ncsnpp() -> tuple[Any, Any]:
+    """(its class, its configuration for CIFAR-10), imported once."""
     root = Path(os.environ["SCORE_SDE_PYTORCH"])
     stand_ins = {"op": types.ModuleType("op"), "ml_collections": types.ModuleType("ml_collections")}
     stand_ins["op"].upfirdn2d = upfirdn2d  # type: ignore[attr-defined]
@@ -59,8 +67,7 @@ def of_score_sde() -> tuple[nn.Module, PaperUNet]:
         from configs.ve.cifar10_ncsnpp_continuous import get_config
         from models.ncsnpp import NCSNpp
 
-        theirs = drawn(NCSNpp(get_config()))
-    return theirs, from_score_sde.network(theirs.state_dict(), SHAPE, centered=False)
+        return NCSNpp, get_config()
 
 
 class Config(dict):  # type: ignore[type-arg]
@@ -155,7 +162,6 @@ def test_training_step(benchmark, recorder, precision):
     if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor multiplies no bfloat16")
     theirs, network = of_diffusers()
-    network = copy.deepcopy(network).to(memory_format=torch.channels_last)
     clean = torch.rand(BATCH, *SHAPE)
     benchmark.group = "networks: a step of training"
     systems = {
