@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +20,11 @@ import fastdiff
 import fastdiff.errors as errors
 from fastdiff.networks import TimeEmbedding, build, describe
 from fastdiff.networks import edm2 as edm2_network
-from fastdiff.networks.edm2 import EPS, SIZES, MPBlock, MPConditioning, MPLayer, MPUNet, mp_cat, mp_sum
+from fastdiff.networks import mp_unet as module
 from fastdiff.networks.layers import TIME_SCALES
+from fastdiff.networks.mp_unet import EPS, SIZES, MPBlock, MPConditioning, MPLayer, MPUNet, mp_cat, mp_sum
 from fastdiff.training.sources import edm2 as edm2_source
 
-module = sys.modules["fastdiff.networks.edm2"]  # whose name in the package is that of the function
 SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (1,), "head_channels": 8}
 SHAPES = [(2, 8), (2, 4, 6), (1, 2, 4, 2)]
 KINDS = {

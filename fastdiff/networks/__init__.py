@@ -10,10 +10,10 @@ from torch import nn
 
 from ..errors import ConfigError, choose, short
 from ..execution.modules import inner
-from .edm2 import MPUNet, edm2
 from .layers import TimeEmbedding
 from .linear_attention_unet import LinearAttentionUNet
 from .mlp import MLP
+from .mp_unet import MPUNet, edm2
 from .paper_unet import PaperUNet, adm, ddpm, ddpmpp, ncsnpp
 from .refinenet import RefineNet, ncsn, ncsnv2
 from .transformers import DiT, Transformer, dit
