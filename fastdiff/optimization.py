@@ -173,7 +173,11 @@ def _converted(net: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _pointwise(net: nn.Module) -> nn.Module | None:
-    return _replaced(net, lambda layer: PointwiseConv2d if PointwiseConv2d.fits(layer) else None)
+    made = copy.deepcopy(net)
+    layers = [layer for layer in made.modules() if type(layer) is nn.Conv2d and PointwiseConv2d.fits(layer)]
+    for layer in layers:
+        layer.__class__ = PointwiseConv2d
+    return made if layers else None
 
 
 def _winograd(net: nn.Module, trial: _Trial) -> nn.Module | None:
@@ -203,13 +207,3 @@ def _winograd(net: nn.Module, trial: _Trial) -> nn.Module | None:
     for name in names:
         made.get_submodule(name).__class__ = WinogradConv2d
     return made if names else None
-
-
-def _replaced(net: nn.Module, choose_class: Callable[[nn.Module], type[nn.Module] | None]) -> nn.Module | None:
-    """A copy whose layers have the classes that are chosen for them."""
-    made, changed = copy.deepcopy(net), False
-    for layer in made.modules():
-        kind = choose_class(layer) if type(layer) is nn.Conv2d else None
-        if kind is not None:
-            layer.__class__, changed = kind, True
-    return made if changed else None

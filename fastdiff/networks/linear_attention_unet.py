@@ -75,7 +75,7 @@ class LinearAttentionUNet(TimeConditioned):
     dropout         in the residual blocks
     out_channels    channels of the result, where they are not the sample's (a learned variance: 2 C)
     recompute       blocks and attention keep no activations for the backward pass and are run again in it (Chen et al. 2016):
-                    less memory, a third more time
+                    less memory, more time
 
     The last convolution starts at zero, unlike the package's, and with it the network's output. `config` holds the arguments as
     JSON has them.

@@ -61,7 +61,7 @@ class RefineNet(TimeConditioned):
     centered     False: of samples in [0, 1] the network sees 2 x − 1
     out_channels channels of the result, where they are not the sample's (a learned variance: 2 C)
     recompute    blocks keep no activations for the backward pass and are run again in it (Chen et al. 2016): less memory,
-                 a third more time
+                 more time
 
     It takes no labels and no conditions. `config` holds the arguments as JSON has them.
     """

@@ -183,7 +183,7 @@ class DiT(TokenNetwork):
     dropout         of what attention and perceptrons add
     out_channels    channels of the result, where they are not the sample's (a learned variance: 2 C)
     recompute       blocks keep no activations for the backward pass and are run again in it (Chen et al. 2016): less memory,
-                    a third more time
+                    more time
 
     The modulation and the last layer start at zero, and with them the network's output. `position` is a buffer of the state dict
     and no parameter. `config` holds the arguments as JSON has them.
@@ -266,7 +266,7 @@ class Transformer(TokenNetwork):
     dropout         of what attention and perceptrons add
     out_channels    replaces the leading axis of the result by a multiple of it (a learned variance: 2 * shape[0])
     recompute       blocks keep no activations for the backward pass and are run again in it (Chen et al. 2016): less memory,
-                    a third more time
+                    more time
 
     The modulation and the last layer start at zero, and with them the network's output. `config` holds the arguments as JSON has
     them.

@@ -228,8 +228,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def folder(path: Path) -> tuple[Path, dict[str, Any], Path, dict[str, Any]]:
-    """(the weights' file, the network's config, its folder, the scheduler's config) of a pipeline's or a network's folder."""
+def folder(path: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """(the weights' file, the network's config, the scheduler's config) of a pipeline's or a network's folder."""
     at = next((path / name for name in ("unet", "transformer") if (path / name / "config.json").exists()), path)
     weights = next((at / name for name in WEIGHTS if (at / name).exists()), None)
     if weights is None or not (at / "config.json").exists():
@@ -243,7 +243,7 @@ def folder(path: Path) -> tuple[Path, dict[str, Any], Path, dict[str, Any]]:
         at.parent / "scheduler" / "scheduler_config.json",
     ]
     scheduler = next((p for p in found if p.exists()), None)
-    return weights, read_json(at / "config.json"), at, {} if scheduler is None else read_json(scheduler)
+    return weights, read_json(at / "config.json"), {} if scheduler is None else read_json(scheduler)
 
 
 def model(
@@ -258,7 +258,7 @@ def model(
         "prediction_type": prediction_type, "variance_type": variance_type,
     }  # fmt: skip
     facts = {name: value for name, value in given.items() if value is not None}
-    weights, config, _, scheduler = folder(path)
+    weights, config, scheduler = folder(path)
     for name in facts:
         if scheduler.get(name, facts[name]) != facts[name]:
             raise ConfigError(

@@ -108,7 +108,7 @@ def paper_unet(
     blocks = [ours for ours in parts if not ours.endswith(".attend") and _is_block(tensors, parts[ours], names)]
     levels = 1 + max(int(name.split(".")[1]) for name in parts if name.startswith("down."))
     widths = [tensors.take(f"{parts[f'down.{i}.blocks.0']}.{names.conv}.weight").shape[0] for i in range(levels)]
-    told = tensors.first(parts["enter_block"] if "enter_block" in parts else parts["down.0.blocks.0"], [names.told])
+    told = tensors.first(parts["down.0.blocks.0"], [names.told])
     channels = widths[0] if told is None else tensors.take(f"{told}.weight").shape[1] // 4
     attention = [i for i in range(levels) if f"down.{i}.blocks.0.attend" in parts]
     each = not attention or f"up.{levels - 1 - attention[0]}.blocks.0.attend" in parts
@@ -151,7 +151,6 @@ def paper_unet(
         values[f"{ours}.weight"] = weight
         values[f"{ours}.bias"] = weight.new_zeros(weight.shape[0]) if bias is None else bias
 
-    products = []
     for ours, theirs in parts.items():
         if ours in blocks:
             _put_block(tensors, put, ours, theirs, names)
