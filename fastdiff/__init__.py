@@ -6,6 +6,7 @@ Public is what this module shows; the packages `planning` and `execution` are th
 import sys as _sys
 
 from . import errors, guidance, inverse, losses, mcmc, metrics, networks, training
+from .autoencoder import Autoencoder
 from .conventions import Check, check
 from .data import Data, dequantize, load_data
 from .execution import graphs
@@ -41,6 +42,7 @@ __all__ = [
     "OU",
     "VE",
     "VP",
+    "Autoencoder",
     "Check",
     "Data",
     "LogLikelihood",

@@ -32,6 +32,7 @@ RULES = {
     "model": MODEL - {"model"},
     "losses": MODEL | {"data"},
     "mcmc": MODEL,
+    "autoencoder": BASE - {"files"} | {"execution"},
     "probability_flow": MODEL,
     "runs": RUN - {"runs"},
     "guidance": MODEL | {"table"},
@@ -45,6 +46,7 @@ RULES = {
     "cli": MODEL | {"networks", "data", "sampling", "likelihood", "training", "conventions", "metrics"} | {"inverse"},
     FACE: MODEL
     | {
+        "autoencoder",
         "guidance",
         "inverse",
         "table",

@@ -20,7 +20,19 @@ import torch
 from torch import Tensor
 
 # The streams: noise for different purposes, which never share a counter.
-PRIOR, SAMPLER, PERTURBATION, PROBES, AUGMENTATION, DATA_ORDER, TIMES, ACCEPTANCE, CONDITIONS, MEASUREMENTS = range(10)
+(
+    PRIOR,
+    SAMPLER,
+    PERTURBATION,
+    PROBES,
+    AUGMENTATION,
+    DATA_ORDER,
+    TIMES,
+    ACCEPTANCE,
+    CONDITIONS,
+    MEASUREMENTS,
+    ENCODINGS,
+) = range(11)
 
 HOST = torch.device("cpu")  # not the default device, which a user may have set
 _WORD = 0xFFFFFFFF
