@@ -17,7 +17,7 @@ from .model import ScoreModel
 from .optimization import optimize
 from .planning import grids, predictions, processes, samplers, schedules
 from .planning.plan import plan
-from .planning.processes import DDPM, EDM, NCSN, OU, VE, VP, SubVP
+from .planning.processes import DDPM, EDM, NCSN, OU, VE, VP, RectifiedFlow, SubVP
 from .sampling import SampleInfo, colorize, inpaint, sample
 from .table import StepTable
 from .training import TimeClassifier, Training, load, load_tensors, posthoc_ema, save, train, train_classifier
@@ -46,6 +46,7 @@ __all__ = [
     "Check",
     "Data",
     "LogLikelihood",
+    "RectifiedFlow",
     "SampleInfo",
     "ScoreModel",
     "StepTable",

@@ -20,14 +20,17 @@ from .execution.calls import answer, device_of, dtype_of, moved, picked
 from .execution.loop import Condition
 from .execution.modes import evaluating, leaves_no_trace
 from .execution.noise import PERTURBATION, permutation
-from .model import ScoreModel, opened
-from .planning import predictions, processes, schedules
+from .model import ScoreModel, opened, stands_above
+from .planning import coverage, predictions, processes, schedules
 
-RATIOS = (0.1, 0.3, 1.0, 3.0)  # noise ratios σ/α asked about, times the data's deviation, where the process has them
+RATIOS = (0.1, 0.5, 2.0, 10.0)  # noise ratios σ/α asked about, times the data's deviation, where the process has them
 RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5), (0.0, 255.0))
-FITS = 1.5  # times the error of the best linear denoiser: a trained network's is less
+FITS = 1.5  # times the error of the best linear denoiser: a trained network's is less,
+FITS_AT = 2.0  # and at each level less than this
 NONLINEAR = 0.95  # below it, a network knows more of the data than their mean and variance
-CLEARLY = 0.85  # of the error of what was said: below it, another convention is named,
+CLEARLY = (
+    0.85  # of the error of what was said: below it for each change, as more changes have more luck, others are named,
+)
 DOUBTFUL = 0.5  # or below this where it knows no more than a linear denoiser
 ONE_LEVEL = 1.4  # times its error at one level alone, which names it too
 SILENT = 0.9  # times the error of an output of 0: a network that says anything has less
@@ -96,7 +99,7 @@ class Check:
     @property
     def fits(self) -> bool:
         """Whether what was said can be right: nothing is clearly better, and its errors are a trained network's."""
-        return self.likeliest is None and _mean(self.errors) < FITS
+        return self.likeliest is None and _mean(self.errors) < FITS and max(self.errors) < FITS_AT
 
     @property
     def verdict(self) -> str:
@@ -112,6 +115,13 @@ class Check:
             )
         if self.fits:
             return "what was said fits, and nothing clearly better"
+        if _mean(self.errors) < FITS:
+            worst = max(range(len(self.errors)), key=lambda k: self.errors[k])
+            return (
+                f"at noise ratio {self.levels[worst]:.3g} what was said has a denoising error of {self.errors[worst]:.2g} of the "
+                "best linear denoiser's, and nothing that was tried is clearly better: the network was trained on other levels "
+                "or data, or not long enough"
+            )
         return (
             "nothing that was tried fits: the network was trained on other data or in other units, on another process, or not "
             "long enough"
@@ -122,11 +132,13 @@ class Check:
         lines += ["what was said, by noise ratio sigma/alpha:"]
         lines += [f"  {level:<9.3g} {error:.3g}" for level, error in zip(self.levels, self.errors)]
         lines += ["over all of them:", f"  {self.error:<9.3g} what was said"]
-        others = [(other, error) for other, error in self.tried if other != self.said]
+        # those of the same error are the same to this network, such as processes to one that is told the noise
+        others = [each for each in self.tried if each[0] != self.said and abs(each[1] / self.error - 1) > 1e-6]
         lines += [f"  {error:<9.3g} {_shown(other.changes(self.said))}" for other, error in others[:8]]
         return "\n".join([*lines, self.verdict])
 
 
+@stands_above
 @leaves_no_trace
 @names_keywords
 def check(
@@ -190,6 +202,8 @@ def check(
     result = Check(said, error, levels, tuple(e for _, e in there), tuple(found), best if likelier else None)
     if not result.fits:
         warn(result.verdict)
+    elif (unsuited := coverage.misfit(said.sde, *denoising.scale(said))) is not None:
+        warn(unsuited)
     return result
 
 
@@ -277,7 +291,7 @@ class _Denoising:
         if least >= NONLINEAR:  # as the errors of many conventions are
             return changed == 1 and least < DOUBTFUL * error
         one_level = changed == 1 and least < error / ALIKE and any(a > ONE_LEVEL * b for a, b in both)
-        return least < CLEARLY * error or one_level
+        return least < CLEARLY**changed * error or one_level
 
     def _answers(self, of: Convention) -> tuple[list[float], list[float]]:
         key = replace(of, prediction="edm" if of.prediction == "edm" else "eps")
@@ -307,6 +321,10 @@ class _Denoising:
             self._variances[key] = self.seen(self.some, of).var(0, correction=0)
         return self._variances[key]
 
+    def scale(self, of: Convention) -> tuple[float, float]:
+        """(the largest of the data's numbers, their deviation) as the network sees them."""
+        return float(self.seen(self.some, of).abs().max()), math.sqrt(float(self.variances(of).mean()))
+
     def seen(self, index: Tensor, of: Convention) -> Tensor:
         """The data of these numbers as the network sees them, in double precision."""
         if of.standardize is None:
@@ -318,7 +336,7 @@ class _Denoising:
         """What differs from it in one way, and can be."""
         alone: list[dict[str, Any]] = [{"prediction": name} for name in predictions.PREDICTIONS]
         alone += [{"prediction": "edm", "time_input": "c_noise"}]  # which are one convention
-        alone += [{"time_input": name} for name in (*predictions.TIME_INPUTS, _Remaining(float(best.sde.T)))]
+        alone += [{"time_input": name} for name in predictions.TIME_INPUTS]
         alone += [{"data_range": pair, "standardize": None} for pair in (*RANGES, self.data.range)]
         if len(self.data.shape) == 1:
             alone += [{"standardize": self.moments, "data_range": self.data.range}]
@@ -399,7 +417,7 @@ def _mean(errors: Sequence[float]) -> float:
 
 def _processes(said: processes.Process) -> Iterator[processes.Process]:
     """fastdiff's own, and for a chain those of other schedules and lengths, their ends times 1000/T or as they are."""
-    yield from (processes.get(name) for name in ("vp", "ve", "subvp", "edm", "ddpm"))
+    yield from (processes.get(name) for name in ("vp", "ve", "subvp", "edm", "ddpm", "rectified_flow"))
     if said.discrete and not said.ladder:
         for steps in {int(said.T), *LENGTHS}:
             for name in schedules.BETAS if steps == said.T else ("linear", "cosine"):
@@ -423,19 +441,6 @@ def _can_be(what: Convention) -> bool:
     except ConfigError:
         return False
     return True
-
-
-@dataclass(frozen=True)
-class _Remaining:
-    """The time input T − t, of those who count from the noise."""
-
-    top: float
-
-    def __call__(self, t: Tensor) -> Tensor:
-        return self.top - t
-
-    def __repr__(self) -> str:
-        return f"lambda t: {self.top:g} - t"
 
 
 def _shown(changes: dict[str, Any]) -> str:

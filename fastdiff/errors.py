@@ -35,10 +35,11 @@ SPELLINGS: dict[str, str] = {
     # processes
     "vpsde": "vp", "variancepreserving": "vp", "vesde": "ve", "varianceexploding": "ve", "subvpsde": "subvp",
     "smld": "ncsn ve", "gaussian": "ddpm", "ornsteinuhlenbeck": "ou",
+    "flowmatching": "rectified_flow", "straight": "rectified_flow", "linearflow": "rectified_flow", "fm": "rectified_flow",
     # predictions and times
     "epsilon": "eps", "noise": "eps", "prednoise": "eps", "vprediction": "v", "predv": "v",
     "sample": "x0", "predx0": "x0", "xstart": "x0", "xstartprediction": "x0", "denoised": "x0", "data": "x0",
-    "denoiser": "x0 edm", "karras": "edm", "flow": "velocity", "flowprediction": "velocity",
+    "denoiser": "x0 edm", "karras": "edm", "flow": "velocity data_velocity rectified_flow", "flowprediction": "velocity",
     "previousx": "prev_mean", "discrete": "index", "timestep": "index",
     "step": "index", "continuous": "t", "time": "t", "noiselevel": "sigma",
     # grids and schedules

@@ -31,8 +31,10 @@ class ScoreModel(nn.Module):
 
     net          callable (x [B, *data_shape], time [B]) -> [B, *data_shape], with a condition as `cond` below
     sde          a process or its name; one without alpha and sigma (see fastdiff.processes.Process) takes "score" only
-    prediction   "score", "eps", "x0", "v", "velocity", "scaled_score", "prev_mean", "increment", "edm" (see fastdiff.predictions)
+    prediction   "score", "eps", "x0", "v", "velocity", "data_velocity", "scaled_score", "prev_mean", "increment", "edm" (see
+                 fastdiff.predictions)
     time_input   what `time` is: the process time "t", "index", "fractional_index", "index/T", "sigma", "log_sigma", "t*999",
+                 "T-t",
                  "c_noise" (EDM's), or a function t [B] -> [B]. Default: "c_noise" for "edm"; on DDPM chains "index", the
                  steps from 0 as published networks count them, but "t" for "score" and for fastdiff's own networks; else "t".
                  A network with a `default_time_input` that is not None has that
@@ -141,7 +143,7 @@ class ScoreModel(nn.Module):
         """The network's output, and that for a learned variance, None where there is none."""
         t, cond = self.times(t, x), self.condition(cond, len(x))
         alpha = sigma = None
-        if self.process.linear and (self.prediction == "edm" or self.time_input not in ("t", "t*999")):
+        if self.process.linear and (self.prediction == "edm" or self.time_input not in ("t", "t*999", "T-t")):
             alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         if self.prediction == "edm":
             x = like(predictions.input_scale(self.prediction, self.process, alpha, sigma), x) * x
@@ -293,6 +295,10 @@ class ScoreModel(nn.Module):
         """∇ log p_t(x), [B, *]."""
         return self.predict("score", x, t, cond)
 
+    def check(self, data: Any, **options: Any) -> Any:
+        """fastdiff.check(model, data, …): whether what is said of the network can be right, by its denoising error on data."""
+        return _above["check"](self, data, **options)
+
 
 class _Described(ScoreModel):
     """A plain callable with what the caller says of it, for one run, which leaves it as it is."""
@@ -319,18 +325,18 @@ def _moments(name: str, standardize: Any, shape: tuple[int, ...]) -> tuple[Array
     return mean, std
 
 
-_loaders: list[Callable[[Any], ScoreModel]] = []
+_above: dict[str, Callable[..., Any]] = {}
 
 
-def loads(function: R) -> R:
-    """Register the function that loads a model by its path or name, which stands above this module."""
-    _loaders[:] = [function]  # type: ignore[list-item]
+def stands_above(function: R) -> R:
+    """Register a function that this module calls by its name, of a module that stands above it."""
+    _above[function.__name__] = function  # type: ignore[attr-defined, assignment]
     return function
 
 
 def opened(model: Any) -> Any:
     """The model of a path or a shipped name; anything else as it is."""
-    return _loaders[0](model) if isinstance(model, (str, os.PathLike)) and _loaders else model
+    return _above["load"](model) if isinstance(model, (str, os.PathLike)) and "load" in _above else model
 
 
 def as_model(

@@ -57,6 +57,9 @@ class SampleInfo:
     effective: Tensor | None = None
 
 
+MUCH = 0.01  # of the numbers, that clip="data" cuts from more than a width outside of the range, is told
+
+
 def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, left out of what torch.compile traces: of a loop's host code it could make nothing."""
 
@@ -167,8 +170,8 @@ def sample(
                   then `sde` and `shape` are needed, `prediction` is "score" and t the process time unless said otherwise (on a
                   DDPM chain the step from 0, "index", of a network that predicts anything but a score). x and t are the run's
                   own buffers, overwritten for the next call: a model that keeps them must clone them
-    sde           "ve", "vp", "subvp", "ddpm", "ncsn", "edm", "ou" or a process; default the model's own. A discrete
-                  chain whose levels lie on the model's path (DDPM where α² + σ² = 1, NCSN where α = 1) runs on it
+    sde           "ve", "vp", "subvp", "ddpm", "ncsn", "edm", "ou", "rectified_flow" or a process; default the model's own. A
+                  discrete chain whose levels lie on the model's path (DDPM where α² + σ² = 1, NCSN where α = 1) runs on it
     steps         predictor steps (annealed Langevin: levels × steps per level); default 1000, all steps of a chain, or
                   what an explicit grid says
     sampler       a name or an object of fastdiff.samplers; default the process's own. "rk45" and "adaptive_sde" choose their
@@ -322,14 +325,20 @@ def sample(
             changes=changes,
         )  # fmt: skip
     x = model.in_data_units(result.x)
-    if clamps:
-        x = x.clamp(*model.data_range)
-    elif t_min is None and check != "off" and model.range_given:
+    if t_min is None and check != "off" and (clamps or model.range_given):
         left = 0.0 if result.table is None else 5 * result.table.end.sigma
         free = x if changes is None or changes.known is None else x[~changes.known[1]]
         far = model.outside(free, left if model.standardize is None else left * float(model.standardize[1].max()))
-        if far is not None:
-            warn(f"the samples run {far}: take more steps, another sampler or grid, or clip='data'")
+        low, high = model.data_range
+        cut = clamps and float(((free < 2 * low - high) | (free > 2 * high - low)).float().mean())
+        if far is not None and (not clamps or cut > MUCH):
+            what = f"clip='data' cut {cut:.0%} of the samples' numbers, which ran" if clamps else "the samples run"
+            holds = table is not None and pair is None and model.standardize is None
+            held = f"clip=({low:g}, {high:g}), which holds each step's prediction there, " if holds else ""
+            way = "or more steps" if clamps else "more steps, or clip='data'"
+            warn(f"{what} {far}: take {held}another sampler or grid, {way}")
+    if clamps:
+        x = x.clamp(*model.data_range)
     x = x if changes is None else changes.finish(x)
     x = _narrowed(x, dtype, check)
     x = _like_start(x, x_init)

@@ -84,7 +84,7 @@ def test_an_unknown_device_is_refused(command, tmp_path, capsys):
 def test_a_warning_is_a_line_without_code(tmp_path):
     done = run("sample", "digits-vp", "--steps", 3, "-n", 2, "--out", tmp_path / "x.npy")
     assert done.returncode == 0
-    assert re.fullmatch(r"fastdiff sample: the samples run from .* or --clip data\n", done.stderr)
+    assert re.fullmatch(r"fastdiff sample: the samples run from .*: take --clip=-1,1, .* or --clip data\n", done.stderr)
 
 
 def pairs(folder):

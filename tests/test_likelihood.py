@@ -41,7 +41,7 @@ def log_prior(z, process):
 
 def closed_form(data, process, x, latent, t_min=None):
     t = process.t_likelihood if t_min is None else t_min
-    there = data.log_prob(latent.double(), float(process.alpha(process.T)), float(process.sigma(process.T)))
+    there = data.log_prob(latent.double(), float(process.alpha(process.t_start)), float(process.sigma(process.t_start)))
     return (
         data.log_prob(x.double(), float(process.alpha(t)), float(process.sigma(t))) - there + log_prior(latent, process)
     )
@@ -80,7 +80,13 @@ def test_closed_forms_in_float64(name, numbers, bound, make):
     if make is gaussian:
         t = process.t_likelihood
         levels = [
-            float(v) for v in (process.alpha(t), process.sigma(t), process.alpha(process.T), process.sigma(process.T))
+            float(v)
+            for v in (
+                process.alpha(t),
+                process.sigma(t),
+                process.alpha(process.t_start),
+                process.sigma(process.t_start),
+            )
         ]
         assert (ll.latent - data.ode_map(x, *levels)).abs().max() < 1e-5 * process.prior_std
 

@@ -36,6 +36,7 @@ def case(kind):
         "scaled_score": -(x - alpha * X0) / sigma,
         # dx/dt of log α linear within a step, with α² + σ² = 1
         "velocity": 0.5 * np.log(1 - beta) * (alpha * X0 - alpha**2 / sigma * EPS),
+        "data_velocity": 0.5 * np.log(1 - beta) * (alpha**2 / sigma * EPS - alpha * X0),
         "prev_mean": mean,  # Ho et al. 2020, eq. 7
         "increment": np.sqrt(beta) * EPS / sigma,  # E[z | x_t, x_0] of x_t = √(1−β) x_{t−1} + √β z
     }

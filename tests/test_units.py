@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -334,11 +335,12 @@ def test_clip_data_clamps_the_samples():
         warnings.simplefilter("ignore")
         free = fastdiff.sample(model, **run)
     for more in ({}, {"sampler": "rk45", "steps": None}, {"sampler": "heun"}, {"dtype": torch.float64}):
-        x, count = said(lambda: fastdiff.sample(model, **{**run, **more}, clip="data"))  # noqa: B023
-        assert count == 0
+        with pytest.warns(UserWarning, match="^clip='data' cut .*% of the samples' numbers"):
+            x = fastdiff.sample(model, **{**run, **more}, clip="data")
         assert float(x.min()) == -1.0
         assert float(x.max()) == 2.0
-    assert torch.equal(fastdiff.sample(model, **run, clip="data"), free.clamp(-1.0, 2.0))
+    with pytest.warns(UserWarning, match="^clip='data' cut"):
+        assert torch.equal(fastdiff.sample(model, **run, clip="data"), free.clamp(-1.0, 2.0))
     for wrong in ("date", "", "(-1, 1)"):
         with pytest.raises(ConfigError, match="clip must be"):
             fastdiff.sample(model, **run, clip=wrong)
@@ -360,7 +362,7 @@ def test_clip_of_a_standardized_model():
 
 def test_the_command_line_clips(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["sample", "digits-vp", "--steps", "3", "-n", "2", "--clip", "data", "--out", "s.npy"]) == 0
+    assert main(["sample", "digits-vp", "--steps", "30", "-n", "2", "--clip", "data", "--out", "s.npy"]) == 0
     s = np.load("s.npy")
     assert s.min() >= -1
     assert s.max() <= 1
@@ -393,3 +395,24 @@ def test_a_training_sees_the_scale_of_what_the_network_sees(data, options, says)
     )
     with pytest.warns(UserWarning, match=says):
         fit(model, data)
+
+
+@pytest.mark.parametrize("share", [0.005, 0.5])
+def test_samples_that_are_cut_much_are_told_of(share):
+    """A network that is wrong for a part of the numbers, which a clamp at the end would hide."""
+    wrong = (torch.arange(200) < 200 * share).float() * 100
+    model = fastdiff.ScoreModel(lambda x, t: wrong.expand_as(x), VP, "x0", data_shape=(200,), data_range=(-1, 1))
+    options = {"steps": 5, "num_samples": 2, "sampler": "ddim", "clip": "data"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x = fastdiff.sample(model, **options)
+    assert x.max() == 1
+    said = [str(w.message) for w in caught]
+    if share > 0.01:
+        assert len(said) == 1
+        assert re.match(
+            r"clip='data' cut 50% of the samples' numbers, which ran from .*: take clip=\(-1, 1\), which", said[0]
+        )
+        assert fastdiff.sample(model, **options | {"clip": (-1, 1)}).max() <= 1.001  # the way out
+    else:
+        assert said == []

@@ -113,6 +113,8 @@ def _in_options(message: str, arguments: argparse.Namespace) -> str:
         name = {"checkpoint": "out"}.get(name, name)
         if name not in arguments:
             return found[0]
+        if name == "clip" and several:
+            return f"--clip={several.replace(' ', '')}"
         value = several.replace(",", "") if several else (one or "").strip("\"'")
         value = {"True": "", "tensor": "FILE"}.get(value, value)
         apart = " " if message[found.end() : found.end() + 1].strip(" ,.:;)") else ""  # from a value of another form

@@ -11,6 +11,8 @@ from torch import Tensor
 from .adaptive import AdaptiveRun, Field, Progress, Solution, Solver, power
 from .reference import tree_sum
 
+GROWTH = 5.0  # of a step to the next, at most
+
 
 class NoisyField(Field, Protocol):
     """The same with a noise term g(u) dw: g [S, B], and standard normals [B, *], those of attempt k of each sample."""
@@ -34,8 +36,9 @@ def integrate_sde(
 
         y' = y + h f(u, y) + √|h| g(u) z,   ỹ = y + h f(u + h, y') + √|h| g(u + h) z,   y'' = (y' + ỹ)/2
 
-    accepted where √mean(((y' − y'')/δ)²) = E ≤ 1, δ = max(atol, rtol·max(|y'|, |y'_before|)); h ← 0.9 h E^{−0.9}. Theirs
-    draws anew for each attempt; here the noise that a rejected step has seen stays (see _Stochastic). Raises as `integrate`.
+    accepted where √mean(((y' − y'')/δ)²) = E ≤ 1, δ = max(atol, rtol·max(|y'|, |y'_before|)); h ← 0.9 h E^{−0.9}, here at most
+    GROWTH times the step that was wanted before. Theirs draws anew for each attempt; here the noise that a rejected step has seen
+    stays (see _Stochastic). Raises as `integrate`.
     """
     return _Stochastic(field, y, start, end, solver, operations, progress).solve()
 
@@ -87,7 +90,8 @@ class _Stochastic(AdaptiveRun):
         error = (tree_sum(((trial - after) / tolerance).double().square()) / max(after[:1].numel(), 1)).sqrt()
         finite, accepted = error.isfinite(), self.running & (error <= 1)
         factor = 0.9 * power(error.clamp(min=1e-10), -0.9)
-        next_h = size * torch.where(finite, factor, 0.1)
+        # theirs grows without bound: after the rest of a piece, or by luck, a step over all that is left would look right
+        next_h = torch.minimum(size * torch.where(finite, factor, 0.1), GROWTH * self.h)
         self.settle(accepted, finite, last, reached, next_h.clamp(max=self.span), {"y": after, "before": trial})
         self.depth = self.depth - accepted.long()
 

@@ -415,7 +415,7 @@ def sa_solver(
 
 def adaptive_sde(
     drift: Model, diffusion: Callable[[float], float], x: Tensor, start: float, end: float, noise: Noise, eps_rel: float,
-    eps_abs: float, h_init: float, memory: bool, r: float = 0.9, theta: float = 0.9,
+    eps_abs: float, h_init: float, memory: bool, r: float = 0.9, theta: float = 0.9, growth: float = math.inf,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """Algorithm 1 for one sample x [*] of the reverse SDE dx = drift(x, t) dt + g dw, t from start down to end: x'' and attempts.
 
@@ -423,13 +423,14 @@ def adaptive_sde(
 
     memory: instead of a new z for each attempt, the rejected steps' increments on a stack of futures, bridged (Rackauckas & Nie
     2017, RSwM1).
+    growth: the most that a step is of the one that was wanted before; the paper has no bound.
     """
     t, h, before, attempts = start, h_init, x, 0
     future: list[tuple[float, Tensor]] = []
     while t > end:
         z = noise(attempts)
         attempts += 1
-        h = min(h, t - end)
+        h = wanted = min(h, t - end)
         if future:
             length, piece = future.pop()
             h = min(h, length)
@@ -449,5 +450,5 @@ def adaptive_sde(
             x, t, before = mean, s, first
         elif memory:
             future.append((h, w))
-        h = theta * h * error ** (-r)
+        h = min(theta * h * error ** (-r), growth * wanted)
     return x, attempts

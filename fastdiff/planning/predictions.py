@@ -7,7 +7,8 @@ x = α x0 + σ ε that makes any prediction an affine function of x and any othe
     scaled_score   (0, −1), score = m/σ (NCSNv2)   v      (−σ, α)         (Salimans & Ho 2022)
     prev_mean      E[x_{t−1} | x_t, x0], the mean of Ho et al. 2020, eq. 7: (α_{t−1}, α_{t|t−1} σ_{t−1}²/σ_t)
     increment      the noise of the last increment x_t = α_{t|t−1} x_{t−1} + σ_{t|t−1} z given x_t: (0, σ_{t|t−1}/σ_t)
-    velocity       dx/dt = α̇ x0 + σ̇ ε of the path, ε − x0 on the straight one (Lipman et al. 2023; Liu et al. 2023)
+    velocity       dx/dt = α̇ x0 + σ̇ ε of the path, ε − x0 on the straight one (Liu et al. 2023)
+    data_velocity  −dx/dt, of those whose time runs to the data: x0 − ε on the straight one (Lipman et al. 2023)
     edm            F of D = c_skip x̂ + c_out F(c_in x̂, ln σ̂/4), x̂ = x/α, σ̂ = σ/α (Karras et al. 2022, eq. 7)
 """
 
@@ -72,6 +73,7 @@ PREDICTIONS: dict[str, Callable[[Process, Any, Any, Any], Pair]] = {
     "v": lambda process, t, alpha, sigma: (-sigma, alpha),
     "scaled_score": lambda process, t, alpha, sigma: (0.0 * sigma, 0.0 * sigma - 1.0),
     "velocity": lambda process, t, alpha, sigma: process.rates(t),
+    "data_velocity": lambda process, t, alpha, sigma: tuple(-rate for rate in process.rates(t)),
     "prev_mean": _prev_mean,
     "increment": _increment,
     "edm": _edm,
@@ -158,6 +160,7 @@ TIME_INPUTS: dict[str, Callable[[Process, Any, Any, Any], Any]] = {
     "sigma": lambda process, t, alpha, sigma: 1.0 * sigma,
     "log_sigma": lambda process, t, alpha, sigma: lib(sigma).log(sigma),
     "t*999": lambda process, t, alpha, sigma: 999.0 * t,
+    "T-t": lambda process, t, alpha, sigma: float(process.T) - t,
     "c_noise": lambda process, t, alpha, sigma: lib(sigma).log(sigma / alpha) / 4,
 }
 
@@ -198,7 +201,7 @@ def _by_function(function: Callable[[Any], Any], t: Any) -> Any:
 def time_steps(time_input: TimeInput, process: Process) -> tuple[float, float] | None:
     """How far a chain's first and last step, and two neighbouring ones, lie apart as a network is told the time;
     None where time is continuous, or is told by the noise or by a function."""
-    if not process.discrete or time_input not in ("t", "index", "fractional_index", "index/T", "t*999"):
+    if not process.discrete or time_input not in ("t", "index", "fractional_index", "index/T", "t*999", "T-t"):
         return None
     first, second, last = (
         float(network_time(time_input, process, t, None, None)) for t in (1.0, 2.0, float(process.T))
@@ -221,8 +224,10 @@ def check(prediction: str, time_input: TimeInput, process: Process) -> None:
                 "choose a smaller T"
             )
     _check_direction(process)
-    coordinates(prediction, process, t, alpha, sigma)
-    network_time(time_input, process, t, alpha, sigma)
+    start = np.array([process.t_start])  # below T where α(T) = 0, of which σ/α says nothing
+    alpha, sigma = process.alpha(start), process.sigma(start)
+    coordinates(prediction, process, start, alpha, sigma)
+    network_time(time_input, process, start, alpha, sigma)
 
 
 @cached(64)  # as each run of a plain callable asks

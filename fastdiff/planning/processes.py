@@ -83,11 +83,11 @@ class Process:
 
     @property
     def prior_std(self) -> float:
-        """Standard deviation of the start x_T ~ N(0, prior_std²): σ(T), and 1 where there is no σ.
+        """Standard deviation of the start x_T ~ N(0, prior_std²): σ where runs start (`t_start`), and 1 where there is no σ.
 
         VP, sub-VP and DDPM say 1, as published: what α(T)² lacks in σ(T)² is the data's, whose variance is about 1.
         """
-        return float(self.sigma(float(self.T))) if self.linear else 1.0
+        return float(self.sigma(float(self.t_start))) if self.linear else 1.0
 
     @property
     def t_start(self) -> float:
@@ -393,6 +393,38 @@ class OU(Process):
 
 
 @dataclass(frozen=True)
+class RectifiedFlow(Process):
+    """The straight path of rectified flow and flow matching (Liu et al. 2023; Lipman et al. 2023): α = 1 − t, σ = t.
+
+    Its velocity is ε − x_0. The SDE of the same path, f = −1/(1 − t) and g² = 2t/(1 − t), is infinite at T = 1, which runs start
+    below (`t_start`). Where an author's t = 1 is the data, the network is told 1 − t, and its velocity is minus this one.
+    """
+
+    name: ClassVar[str] = "rectified_flow"
+    default_sampler: ClassVar[Any] = "heun"
+    T = 1.0
+
+    def alpha(self, t: Any) -> Any:
+        return 1.0 - t
+
+    def sigma(self, t: Any) -> Any:
+        return 1.0 * t
+
+    def drift(self, t: Any) -> Any:
+        return -1.0 / (1.0 - t)
+
+    def diffusion(self, t: Any) -> Any:
+        return lib(t).sqrt(2.0 * t / (1.0 - t))
+
+    def rates(self, t: Any) -> Pair:
+        return 0.0 * t - 1.0, 0.0 * t + 1.0
+
+    def time(self, sigma_hat: Any) -> Any:
+        where, finite = lib(sigma_hat).where, sigma_hat < math.inf
+        return where(finite, sigma_hat / (1.0 + where(finite, sigma_hat, 0.0)), 1.0)
+
+
+@dataclass(frozen=True)
 class EDM(Process):
     """Karras et al. 2022: α = 1 and the time is the noise level itself, σ(t) = t; `sigma_data` scales the network."""
 
@@ -575,7 +607,7 @@ class NCSN(Process):
         return self.T - t
 
 
-PROCESSES: dict[str, type[Process]] = {c.name: c for c in (VE, VP, SubVP, DDPM, NCSN, EDM, OU)}
+PROCESSES: dict[str, type[Process]] = {c.name: c for c in (VE, VP, SubVP, DDPM, NCSN, EDM, OU, RectifiedFlow)}
 
 
 @cached(64)

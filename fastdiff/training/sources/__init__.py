@@ -15,7 +15,7 @@ from torch import nn
 
 from ... import files
 from ...errors import ConfigError, choose, names_keywords, short
-from ...model import ScoreModel, loads
+from ...model import ScoreModel, stands_above
 from ...planning import processes
 from ..checkpoint import load_saved
 from . import denoising_diffusion_pytorch, diffusers, dit, edm, edm2, ncsn, openai, score_sde
@@ -46,7 +46,7 @@ SOURCES = {
 }
 
 
-@loads
+@stands_above
 @torch.inference_mode(False)
 @names_keywords
 def load(
