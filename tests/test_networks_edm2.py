@@ -247,7 +247,7 @@ def test_bad_arguments_are_refused(argument, value):
         MPUNet(**{"shape": (2, 4, 4), **SMALL, argument: value})
 
 
-@pytest.mark.parametrize("change", [{"shape": (3,)}, {"shape": (2, 5, 4)}, {"cond_shape": (3, 2, 2)}])
+@pytest.mark.parametrize("change", [{"shape": (3,)}, {"shape": (2, 5, 4)}, {"cond_shape": (3, 2, 5)}])
 def test_shapes_that_do_not_fit_are_refused(change):
     with pytest.raises(errors.ShapeError, match=f"^{next(iter(change))} must"):
         MPUNet(**{"shape": (2, 4, 4), **SMALL, **change})

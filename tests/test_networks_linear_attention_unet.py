@@ -279,7 +279,7 @@ def test_no_label_and_no_condition():
         cond = torch.randn(3, *shape)
         assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(net(x, t, cond=cond), none))
     with pytest.raises(errors.ShapeError, match="cond_shape must be"):
-        tiny(cond_shape=(5, 4, 4))
+        tiny(cond_shape=(5, 8, 6))
 
 
 @variants

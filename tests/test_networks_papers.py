@@ -185,7 +185,8 @@ def test_strided_and_interpolated_layers_are_their_filters_and_a_convolution(tap
         ({"time": False, "num_classes": 3}, "time must be True"),
         ({"time": False, "cond_shape": (3,)}, "time must be True"),
         ({"resample": "linear"}, "resample must be one of"),
-        ({"cond_shape": (1, 8, 8)}, "cond_shape must be"),
+        ({"cond_shape": (1, 8, 64)}, "cond_shape must be .* of as many places or fewer, got"),
+        ({"cond_shape": (1, 8)}, "cond_shape must be .* a field beside the sample"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_in_one_sentence(arguments, message):

@@ -385,7 +385,7 @@ def test_the_command_writes_a_file_of_fastdiffs_and_says_what_it_set(tmp_path, c
         (["--from", "score_sde"], "source must be one of .* got 'score_sde' (did you mean 'score_sde_pytorch'?)"),
         (
             ["--from", "guided-diffusion"],
-            "config must have 'image_size' for guided-diffusion, whose files do not say it",
+            "config must have 'image_size', or 'large_size' and 'small_size' of super-resolution, which the file",
         ),
         (["--from", "edm"], "the file lacks enc or dec"),
         (["--from", "edm", "--config", "{}", "--part", "nets"], "part must be the beginning of names"),

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError, choose, short
 from ..execution.modules import inner
+from .classifiers import adm_classifier
 from .layers import TimeEmbedding
 from .linear_attention_unet import LinearAttentionUNet
 from .mlp import MLP
@@ -37,6 +38,7 @@ __all__ = [
     "Transformer",
     "UNet",
     "adm",
+    "adm_classifier",
     "build",
     "ddpm",
     "ddpmpp",

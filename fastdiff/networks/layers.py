@@ -15,6 +15,7 @@ from ..errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError
 from ..execution import fused, ops
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}  # interpolation along so many axes
 # for times that span 1
 TIME_SCALES = {"sinusoidal": 1000.0, "cos_sin": 1000.0, "fourier": 16.0, "fourier_phases": 1.0}
 STEP_SCALES = {
@@ -217,11 +218,12 @@ def label_rows(label: nn.Embedding, y: Tensor | None) -> Tensor:
 
 class ConditionEmbedding(nn.Module):
     """`embed(cond)` of conditions [B, *shape], and a learned `null` of its shape for samples without one: those whose numbers
-    are all NaN, and all samples where cond is None ([1, *null])."""
+    are all NaN, and all samples where cond is None ([1, *null]). Fields on another grid than `grid` are first interpolated to it,
+    linearly along each axis."""
 
-    def __init__(self, embed: nn.Module, null: Sequence[int]) -> None:
+    def __init__(self, embed: nn.Module, null: Sequence[int], grid: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.embed = embed
+        self.embed, self.grid = embed, grid if grid is None else tuple(grid)
         self.null = nn.Parameter(torch.zeros(tuple(null)))
 
     def forward(self, cond: Tensor | None) -> Tensor:
@@ -229,7 +231,10 @@ class ConditionEmbedding(nn.Module):
             return self.null[None]
         none = cond.isnan().flatten(1).all(1)
         # no NaN enters a product, whose gradient would be one
-        embedded = self.embed(torch.where(none.view(-1, *[1] * (cond.ndim - 1)), 0, cond))
+        cond = torch.where(none.view(-1, *[1] * (cond.ndim - 1)), 0, cond)
+        if self.grid is not None and cond.shape[2:] != self.grid:
+            cond = F.interpolate(cond, self.grid, mode=LINEAR[len(self.grid)])
+        embedded = self.embed(cond)
         return torch.where(none.view(-1, *[1] * (embedded.ndim - 1)), self.null, embedded)
 
 
@@ -248,15 +253,16 @@ def image_condition(
     cond_shape: Sequence[int] | None, shape: tuple[int, ...], vector: int, field: int, kernel: int = 3
 ) -> ConditionEmbedding | None:
     """The embedding of a convolutional network's conditions: of vectors, to `vector` numbers, which join the time's embedding, or
-    of fields on the sample's own grid, to `field` channels, which are added behind the first convolution (a convolution of
-    (x, cond) is the sum of one of each), by a convolution of that kernel."""
+    of fields, interpolated to the sample's own grid, to `field` channels, which are added behind the first convolution (a
+    convolution of (x, cond) is the sum of one of each), by a convolution of that kernel."""
     if cond_shape is None:
         return None
     sizes, rank = tuple(cond_shape), len(shape) - 1
     if len(sizes) == 1:
         return vector_condition(sizes[0], vector)
     check_field(sizes, shape)
-    return ConditionEmbedding(CONVS[rank](sizes[0], field, kernel, 1, kernel // 2, bias=False), [field, *[1] * rank])
+    embed = CONVS[rank](sizes[0], field, kernel, 1, kernel // 2, bias=False)
+    return ConditionEmbedding(embed, [field, *[1] * rank], shape[1:])
 
 
 def vector_condition(numbers: int, width: int) -> ConditionEmbedding:
@@ -265,11 +271,11 @@ def vector_condition(numbers: int, width: int) -> ConditionEmbedding:
 
 
 def check_field(cond_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    """Refuse conditions that are no field on the sample's own grid."""
-    if cond_shape[1:] != shape[1:]:
+    """Refuse conditions that are no field on the sample's own grid or a coarser one."""
+    if len(cond_shape) != len(shape) or any(own > most for own, most in zip(cond_shape[1:], shape[1:])):
         raise ShapeError(
-            f"cond_shape must be (n,), a vector, or {('C', *shape[1:])}, a field beside the sample {shape}, got {cond_shape}: "
-            "interpolate the field to the sample's grid, or make it flat"
+            f"cond_shape must be (n,), a vector, or {('C', *shape[1:])}, a field beside the sample {shape}, of as many places or "
+            f"fewer, got {cond_shape}: interpolate the field to the sample's grid, or make it flat"
         )
 
 

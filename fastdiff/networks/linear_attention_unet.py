@@ -68,7 +68,8 @@ class LinearAttentionUNet(TimeConditioned):
     down_kernel     of the strided convolutions: 2 (the same as pixel-unshuffle and a 1×1 convolution) or 4
     num_classes     labels `y` [B] >= 0 and <= num_classes; num_classes means "no label", and so does `y=None` for all samples
     cond_shape      conditions `cond` [B, *cond_shape]: (n,), vectors, which enter every block with the time, or (C', *spatial),
-                    fields, which are further channels of the input; NaN in all numbers of a sample, and None, mean "no condition"
+                    fields, which are further channels of the input (of fewer places: interpolated linearly); NaN in all
+                    numbers of a sample, and None, mean "no condition"
     time_embedding  "sinusoidal" or "cos_sin" of `time_base` (see TimeEmbedding), or "fourier": `[s t, sin(2π W s t),
                     cos(2π W s t)]` with W ~ N(0, 1), which are trained where `learned_frequencies` says so; `time_channels`
                     features (`channels` unless given; 17 for "fourier") with s = `time_scale`

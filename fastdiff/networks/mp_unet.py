@@ -72,8 +72,9 @@ class MPUNet(TimeConditioned):
     num_classes       labels `y` [B] >= 0 and <= num_classes; num_classes means "no label", whose embedding is 0, and so does
                       `y=None` for all samples
     cond_shape        conditions `cond` [B, *cond_shape]: (n,), vectors, by two layers into the embedding, or (C', *spatial),
-                      fields, which are further channels of the input; NaN in all numbers of a sample, and None, mean "no
-                      condition", for which a vector, or one number for each channel, is learned
+                      fields, which are further channels of the input (of fewer places: interpolated linearly); NaN in all
+                      numbers of a sample, and None, mean "no condition", for which a vector, or one number for each channel, is
+                      learned
     time_embedding    "fourier_phases" (the paper's), "fourier", "sinusoidal" or "cos_sin" (see TimeEmbedding), `time_channels`
                       features (default `channels`) and `time_scale` (the paper's is 1)
     embedding_channels  of the sum of the embeddings, default those of the widest level
@@ -155,7 +156,7 @@ class MPUNet(TimeConditioned):
         elif self.cond_shape is not None:
             check_field(self.cond_shape, self.shape)
             fields = self.cond_shape[0]
-            self.condition = ConditionEmbedding(nn.Identity(), [fields, *[1] * rank])
+            self.condition = ConditionEmbedding(nn.Identity(), [fields, *[1] * rank], self.shape[1:])
         self.enter = MPLayer(self.shape[0] + 1 + fields, widths[0], rank, 3)
         self._build(widths, rank)
         self.out = MPLayer(widths[0], config["out_channels"] or self.shape[0], rank, 3)

@@ -40,7 +40,121 @@ TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class PaperUNet(TimeConditioned):
+class PaperEncoder(nn.Module):
+    """What the papers' U-Nets share with classifiers: the time's embedding, the first convolution, the way down, and the blocks
+    below the coarsest level."""
+
+    config: dict[str, Any]
+    shape: tuple[int, ...]
+    conditioning: Conditioning
+    modulation: nn.Linear | None
+
+    def _build_down(self, config: dict[str, Any], num_classes: int | None = None) -> tuple[int, list[int], int]:
+        """These layers, by the options of a PaperUNet with these embeddings of labels; the channels of their result, of what is
+        set beside it on a way up, and of a progressive path."""
+        hidden, rank, widths = 4 * config["channels"], len(self.shape) - 1, level_widths(config)
+        conv, self.half = CONVS[rank], HALF if config["rescale"] else 1.0
+        self.conditioning = Conditioning(
+            hidden, hidden, num_classes, config["time_embedding"], config["time_scale"], config["time_channels"],
+            config["labels_first"],
+        ) if config["time"] else None  # type: ignore[assignment]  # fmt: skip
+        inputs, skips, pyramid = widths[0], [widths[0]], self.shape[0]
+        self.enter = conv(pyramid, inputs, 3, 1, 1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for level, width in enumerate(widths):
+            stage = Stage()
+            if level:
+                stage.resample = resampling(config, rank, inputs, "down")
+                if config["progressive_in"] == "skip":
+                    stage.pyramid = Resample(rank, config["taps"], "down")
+                    stage.join = conv(pyramid, inputs, 1)
+                    inputs *= 2 if config["combine"] == "cat" else 1
+                elif config["progressive_in"] == "residual":
+                    stage.pyramid = Strided(rank, config["taps"], pyramid, inputs)
+                    pyramid = inputs
+                skips.append(inputs)
+            for _ in range(config["blocks"]):
+                stage.blocks.append(Block(config, rank, inputs, width, level in config["attention"]))
+                inputs = width
+                skips.append(inputs)
+            self.down.append(stage)
+        attends = config["attention_middle"]
+        self.middle = nn.ModuleList(Block(config, rank, inputs, inputs, i == 0 and attends) for i in range(2))
+        return inputs, skips, pyramid
+
+    def _build_modulation(self) -> None:
+        """What tells all blocks the time, in one product instead of a small one in each block."""
+        self.widths = [block.width for block in self.blocks()]
+        told = self.conditioning is not None
+        self.modulation = nn.Linear(4 * self.config["channels"], sum(self.widths)) if told else None
+
+    def _initialise(self) -> None:
+        """The papers' initialisation: uniform of variance 2 / (inputs + outputs), and zeros at the ends of what is added."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, *CONVS.values())):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, Block):
+                zeroed(module.last)
+            elif isinstance(module, Attention):
+                zeroed(module.project)
+
+    def blocks(self) -> Iterator[Block]:
+        """The residual blocks, in the order in which they run."""
+        for stage in self.down:
+            yield from (part for part in (stage.resample, *stage.blocks) if isinstance(part, Block))
+        yield from self.middle
+        for stage in self.up:
+            yield from (part for part in (*stage.blocks, stage.resample) if isinstance(part, Block))
+
+    def _modulations(self, hidden: Tensor) -> Tensor:
+        return self.modulation(F.silu(hidden))  # type: ignore[misc]
+
+    def _told(self, features: Tensor | None) -> Iterator[Tensor | None]:
+        """Of the modulations of all blocks that of each, in the order in which they run."""
+        return iter([None] * len(self.widths)) if features is None else iter(features.split(self.widths, dim=1))
+
+    def _descend(
+        self, x: Tensor, told: Iterator[Tensor | None], field: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The result of the blocks below the coarsest level, and all results on the way down.
+
+        field   what is added behind the first convolution
+        """
+        h = self.enter(x)
+        if field is not None:
+            h = h + field
+        passed, pyramid = [h], x
+        for level, stage in enumerate(self.down):
+            if level:
+                h = self._run(stage.resample, h, told)
+                if stage.pyramid is not None:
+                    pyramid = stage.pyramid(pyramid)
+                    if stage.join is None:
+                        h = pyramid = (pyramid + h) * self.half
+                    else:
+                        joined = stage.join(pyramid)
+                        h = torch.cat((joined, h), 1) if self.config["combine"] == "cat" else joined + h
+                passed.append(h)
+            for block in stage.blocks:
+                h = self._run(block, h, told)
+                passed.append(h)
+        for block in self.middle:
+            h = self._run(block, h, told)
+        return h, passed
+
+    def _run(self, part: nn.Module, h: Tensor, told: Iterator[Tensor | None]) -> Tensor:
+        """One layer between or on levels."""
+        if not isinstance(part, Block):
+            return part(h)  # type: ignore[no-any-return]
+        if self.config["recompute"] and torch.is_grad_enabled():
+            return checkpoint(part, h, next(told), use_reentrant=False)  # type: ignore[no-any-return]
+        return part(h, next(told))  # type: ignore[no-any-return]
+
+
+class PaperUNet(PaperEncoder, TimeConditioned):
     """A U-Net as the papers have it: `x` [B, C, *spatial], `t` [B] to [B, out_channels, *spatial].
 
     Level `l` has `channels * multipliers[l]` channels: `blocks` residual blocks on the way down, each joined by concatenation to
@@ -67,7 +181,8 @@ class PaperUNet(TimeConditioned):
     num_classes     labels `y` [B] >= 0 and <= num_classes, added to the time's embedding, or, `labels_first`, to its features;
                     num_classes means "no label", and so does `y=None` for all samples
     cond_shape      conditions `cond` [B, *cond_shape]: (n,), vectors, added to the time's embedding, or (C', *spatial), fields,
-                    which are further channels of the input; NaN in all numbers of a sample, and None, mean "no condition"
+                    which are further channels of the input (of fewer places: interpolated linearly, as in super-resolution by
+                    Saharia et al. 2021 and Dhariwal & Nichol 2021); NaN in all numbers of a sample, and None, mean "no condition"
     time_embedding  "sinusoidal", "cos_sin" or "fourier" (see TimeEmbedding) with `time_channels` features (default `channels`,
                     twice as many for "fourier") and `time_scale`
     time            False: the network is told no time (and no label)
@@ -147,62 +262,26 @@ class PaperUNet(TimeConditioned):
             **common_config(num_classes, time_embedding, time_scale, dropout, out_channels),
             **condition_config(cond_shape),
         }
-        _check(config)
+        check_options(config)
         self.shape, self.num_classes = tuple(config["shape"]), config["num_classes"]
         self.cond_shape = None if cond_shape is None else tuple(config["cond_shape"])
         self.takes_vector = self.cond_shape is not None and len(self.cond_shape) == 1
-        hidden, scale = 4 * channels, config["time_scale"]
-        self.conditioning = Conditioning(
-            hidden, hidden, self.num_classes, time_embedding, scale, config["time_channels"], labels_first
-        ) if time else None  # fmt: skip
-        self._build(widths_of(channels, config["multipliers"]))
-        self.widths = [block.width for block in self.blocks()]
-        self.modulation = nn.Linear(hidden, sum(self.widths)) if time else None
-        self.condition = image_condition(self.cond_shape, self.shape, hidden, self.enter.out_channels)
+        self._build_up(*self._build_down(config, self.num_classes))
+        self._build_modulation()
+        self.condition = image_condition(self.cond_shape, self.shape, 4 * channels, self.enter.out_channels)
         self._initialise()
 
     def _initialise(self) -> None:
-        """The papers' initialisation: uniform of variance 2 / (inputs + outputs), and zeros at the ends of what is added."""
+        super()._initialise()
         for module in self.modules():
-            if isinstance(module, (nn.Linear, *CONVS.values())):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, Block):
-                zeroed(module.last)
-            elif isinstance(module, Attention):
-                zeroed(module.project)
-            elif isinstance(module, Stage) and self.config["progressive_out"] == "skip" and module.head is not None:
+            if isinstance(module, Stage) and self.config["progressive_out"] == "skip" and module.head is not None:
                 zeroed(module.head)
         zeroed(self.out)
 
-    def _build(self, widths: list[int]) -> None:
-        """The layers at levels of `widths` channels, finest first."""
-        config, rank, last = self.config, len(self.shape) - 1, len(widths) - 1
-        conv = CONVS[rank]
-        inputs, skips, pyramid = widths[0], [widths[0]], self.shape[0]
-        self.enter = conv(pyramid, inputs, 3, 1, 1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for level, width in enumerate(widths):
-            stage = Stage()
-            if level:
-                stage.resample = resampling(config, rank, inputs, "down")
-                if config["progressive_in"] == "skip":
-                    stage.pyramid = Resample(rank, config["taps"], "down")
-                    stage.join = conv(pyramid, inputs, 1)
-                    inputs *= 2 if config["combine"] == "cat" else 1
-                elif config["progressive_in"] == "residual":
-                    stage.pyramid = Strided(rank, config["taps"], pyramid, inputs)
-                    pyramid = inputs
-                skips.append(inputs)
-            for _ in range(config["blocks"]):
-                stage.blocks.append(Block(config, rank, inputs, width, level in config["attention"]))
-                inputs = width
-                skips.append(inputs)
-            self.down.append(stage)
-        attends = config["attention_middle"]
-        self.middle = nn.ModuleList(Block(config, rank, inputs, inputs, i == 0 and attends) for i in range(2))
+    def _build_up(self, inputs: int, skips: list[int], pyramid: int) -> None:
+        """The way up from so many channels."""
+        config, rank, widths = self.config, len(self.shape) - 1, level_widths(self.config)
+        conv, last = CONVS[rank], len(widths) - 1
         for level, width in reversed(list(enumerate(widths))):
             stage = Stage()
             for i in range(config["blocks"] + 1):
@@ -226,14 +305,6 @@ class PaperUNet(TimeConditioned):
         self.norm = norm_of(config, inputs)
         self.out = conv(inputs, self.result, 3, 1, 1)
 
-    def blocks(self) -> Iterator[Block]:
-        """The residual blocks, in the order in which they run."""
-        for stage in self.down:
-            yield from (part for part in (stage.resample, *stage.blocks) if isinstance(part, Block))
-        yield from self.middle
-        for stage in self.up:
-            yield from (part for part in (*stage.blocks, stage.resample) if isinstance(part, Block))
-
     @property
     def result(self) -> int:
         """The result's channels."""
@@ -245,10 +316,6 @@ class PaperUNet(TimeConditioned):
         hidden = self.conditioning.of_time(t)
         return hidden if self.num_classes is not None or self.takes_vector else self._modulations(hidden)
 
-    def _modulations(self, hidden: Tensor) -> Tensor:
-        # one product for all blocks, instead of a small one in each block
-        return self.modulation(F.silu(hidden))  # type: ignore[misc, no-any-return]
-
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, features: Tensor | None = None, cond: Tensor | None = None
     ) -> Tensor:
@@ -256,29 +323,10 @@ class PaperUNet(TimeConditioned):
         if self.conditioning is not None and (features is None or self.num_classes is not None or self.takes_vector):
             hidden = self.conditioning(t, y, features)
             features = self._modulations(hidden + self.condition(cond) if self.takes_vector else hidden)
-        told = iter([None] * len(self.widths)) if self.modulation is None else iter(features.split(self.widths, dim=1))
+        told = self._told(None if self.modulation is None else features)
         x = x if self.config["centered"] else 2 * x - 1
-        half = HALF if self.config["rescale"] else 1.0
-        h = self.enter(x)
-        if self.condition is not None and not self.takes_vector:
-            h = h + self.condition(cond)
-        skips, pyramid = [h], x
-        for level, stage in enumerate(self.down):
-            if level:
-                h = self._run(stage.resample, h, told)
-                if stage.pyramid is not None:
-                    pyramid = stage.pyramid(pyramid)
-                    if stage.join is None:
-                        h = pyramid = (pyramid + h) * half
-                    else:
-                        joined = stage.join(pyramid)
-                        h = torch.cat((joined, h), 1) if self.config["combine"] == "cat" else joined + h
-                skips.append(h)
-            for block in stage.blocks:
-                h = self._run(block, h, told)
-                skips.append(h)
-        for block in self.middle:
-            h = self._run(block, h, told)
+        field = None if self.condition is None or self.takes_vector else self.condition(cond)
+        h, skips = self._descend(x, told, field)
         total = None
         for stage in self.up:
             for block in stage.blocks:
@@ -294,19 +342,11 @@ class PaperUNet(TimeConditioned):
                 if total is None:
                     total = stage.head(norm_silu(stage.norm, h))
                 else:
-                    h = total = (stage.pyramid(total) + h) * half
+                    h = total = (stage.pyramid(total) + h) * self.half
             if stage.resample is not None:
                 h = self._run(stage.resample, h, told)
         out = self.out(norm_silu(self.norm, h))
         return out + total if self.config["progressive_out"] == "skip" and total is not None else out
-
-    def _run(self, part: nn.Module, h: Tensor, told: Iterator[Tensor | None]) -> Tensor:
-        """One layer between or on levels."""
-        if not isinstance(part, Block):
-            return part(h)  # type: ignore[no-any-return]
-        if self.config["recompute"] and torch.is_grad_enabled():
-            return checkpoint(part, h, next(told), use_reentrant=False)  # type: ignore[no-any-return]
-        return part(h, next(told))  # type: ignore[no-any-return]
 
 
 class Stage(nn.Module):
@@ -471,8 +511,13 @@ def widths_of(channels: int, multipliers: Sequence[float]) -> list[int]:
     return [round(channels * m) for m in multipliers]
 
 
-def check_levels(config: dict[str, Any]) -> None:
-    """Refuse levels, and a filter between them, that no U-Net of this kind has."""
+def level_widths(config: dict[str, Any]) -> list[int]:
+    """The channels of each level, finest first."""
+    return widths_of(config["channels"], config["multipliers"])
+
+
+def check_levels(config: dict[str, Any], other: str = "UNet") -> None:
+    """Refuse levels, and a filter between them, that no U-Net of this kind has; `other` is one for any lengths."""
     levels = len(config["multipliers"])
     if not levels:
         raise ConfigError(
@@ -492,15 +537,16 @@ def check_levels(config: dict[str, Any]) -> None:
     if any(size % factor for size in config["shape"][1:]):
         raise ShapeError(
             f"shape must have axes that are multiples of {factor} with {levels} levels, got {tuple(config['shape'])}: pad the "
-            "samples, give fewer multipliers, or take the UNet, which has no such rule"
+            f"samples, give fewer multipliers, or take the {other}, which has no such rule"
         )
     if len(config["taps"]) not in (2, 4) or not sum(config["taps"]):
         raise ConfigError(f"taps must be two or four numbers such as (1, 3, 3, 1), got {tuple(config['taps'])}")
 
 
-def _check(config: dict[str, Any]) -> None:
-    check_levels(config)
-    for width in widths_of(config["channels"], config["multipliers"]):
+def check_options(config: dict[str, Any], other: str = "UNet") -> None:
+    """Refuse options of levels and blocks that do not fit together; `other` is a network for any lengths."""
+    check_levels(config, other)
+    for width in level_widths(config):
         if config["groups"] and width % config["groups"]:
             raise ConfigError(f"groups must divide every level's channels, got {config['groups']} and {width} channels")
         if config["head_channels"] and width % config["head_channels"]:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import checks
 from ..errors import ConfigError, DataError, choose
 from ..execution import fused
-from .layers import CONVS, LARGEST, TimeConditioned, check_call, image_shape, integers
+from .layers import CONVS, LARGEST, LINEAR, TimeConditioned, check_call, image_shape, integers
 from .paper_unet import POOLS
 
 NORMS = {
@@ -33,7 +33,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 MAXIMA: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 POOLING = ("average", "max")
 WINDOW = 5  # of the refine blocks' pooling
-LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 EPS = 1e-5  # of variances
 
 

@@ -162,6 +162,17 @@ def modulated(h: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=eps), scale)
 
 
+class PatchEmbedding(nn.Linear):
+    """A product with the patches of a field [B, C, *spatial], [B, n, width]."""
+
+    def __init__(self, patch: Sequence[int], numbers: int, width: int) -> None:
+        super().__init__(numbers, width, bias=False)
+        self.patch = tuple(patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(patches(x, self.patch))
+
+
 class DiT(TokenNetwork):
     """A transformer on patches (Peebles & Xie 2023): `x` [B, C, *spatial], `t` [B] to [B, out_channels, *spatial].
 
@@ -177,7 +188,8 @@ class DiT(TokenNetwork):
     eps             added to the variance in the normalisations before attention (and in the last one), and before the perceptrons
     num_classes     labels `y` [B] >= 0 and <= num_classes; num_classes means "no label", and so does `y=None` for all samples
     cond_shape      conditions `cond` [B, *cond_shape]: (k,), vectors, added to the time's embedding, or (C', *spatial), fields,
-                    which are further channels of the input; NaN in all numbers of a sample, and None, mean "no condition"
+                    which are further channels of the input (of fewer places: interpolated linearly); NaN in all numbers of a
+                    sample, and None, mean "no condition"
     time_embedding  "cos_sin", "sinusoidal" or "fourier" (see TimeEmbedding) with `time_channels` features and `time_scale`, 1000
                     or 16 unless given; a model of a chain chooses one for its steps (`fit_times`)
     dropout         of what attention and perceptrons add
@@ -226,7 +238,8 @@ class DiT(TokenNetwork):
         if cond_shape is not None and len(cond_shape) > 1:
             check_field(tuple(cond_shape), sizes)
             # a product with the patches of (x, cond) is the sum of one with each
-            condition = ConditionEmbedding(nn.Linear(cond_shape[0] * volume, width, bias=False), [1, width])
+            embed = PatchEmbedding(steps, cond_shape[0] * volume, width)
+            condition = ConditionEmbedding(embed, [1, width], sizes[1:])
         super().__init__(config, sizes[0] * volume, (config["out_channels"] or sizes[0]) * volume, condition)
         self.scale_given = time_scale is not None
         self.patch, self.grid = steps, tuple(size // step for size, step in zip(sizes[1:], steps))
@@ -237,7 +250,7 @@ class DiT(TokenNetwork):
         h = self.enter(patches(x, self.patch)) + self.position
         if self.condition is None or self.takes_vector:
             return h  # type: ignore[no-any-return]
-        return h + self.condition(None if cond is None else patches(cond, self.patch))  # type: ignore[no-any-return]
+        return h + self.condition(cond)  # type: ignore[no-any-return]
 
     def _sample(self, h: Tensor) -> Tensor:
         return unpatched(h, self.patch, self.grid)

@@ -42,8 +42,9 @@ class UNet(TimeConditioned):
     attention       the levels (0 is the finest) whose blocks end in self-attention
     num_classes     labels `y` [B] >= 0 and <= num_classes; num_classes means "no label", and so does `y=None` for all samples
     cond_shape      conditions `cond` [B, *cond_shape]: (n,), vectors, which enter every block's scale and shift with the time and
-                    the label (FiLM, Perez et al. 2018), or (C', *spatial), fields, which are further channels of the input; NaN
-                    in all numbers of a sample means "no condition", which is learned, and so does `cond=None` for all samples
+                    the label (FiLM, Perez et al. 2018), or (C', *spatial), fields, which are further channels of the input (of
+                    fewer places: interpolated linearly); NaN in all numbers of a sample means "no condition", which is learned,
+                    and so does `cond=None` for all samples
     time_embedding  "sinusoidal", "cos_sin" or "fourier" (see TimeEmbedding), `time_scale` 1000 or 16 unless given; a model of a
                     chain chooses one for its steps (`fit_times`)
     out_channels    channels of the result, where they are not the sample's (a learned variance: 2 C)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..data import LazyData, load_data
-from ..errors import ConfigError, CorruptCheckpointError, DataError, ShapeError, names_keywords, short
+from ..errors import ConfigError, CorruptCheckpointError, DataError, ShapeError, choose, names_keywords, short
 from ..execution import ops, tensor_checks
 from ..execution.calls import parameters
 from ..execution.modes import leaves_no_trace
@@ -22,10 +23,10 @@ from ..execution.monitor import bar
 from ..execution.noise import PERTURBATION
 from ..model import ScoreModel, opened
 from ..networks.classifiers import CLASSIFIERS, MLPClassifier, WideResNet, build_classifier
-from ..planning import processes
+from ..planning import predictions, processes
 from ..planning.processes import Process, require_linear
 from . import checkpoint as files
-from . import fitting
+from . import fitting, sources
 from .batches import Batches
 from .objective import VLB_WEIGHT, Objective
 
@@ -37,28 +38,39 @@ class TimeClassifier(nn.Module):
 
     net          (x_t, u [B]) -> logits, u = 0 … 1 where log σ/α stands between its ends on the process
     process      that of the samples; data_shape, data_range and standardize as a ScoreModel has them
+    time_input   what the network is told in u's place, by a ScoreModel's name of it, such as "index"; "level" is u
     loss         of each step of its training
     """
 
     def __init__(
         self, net: nn.Module, process: Process, num_classes: int, data_shape: tuple[int, ...], data_range: tuple[float, float],
-        range_given: bool = True, standardize: Any = None,
+        range_given: bool = True, standardize: Any = None, time_input: str = "level",
     ) -> None:  # fmt: skip
         super().__init__()
+        self.time_input = choose("time_input", time_input, ("level", *predictions.TIME_INPUTS))
         self.net, self.process, self.num_classes = net, process, num_classes
         self.data_shape, self.data_range, self.range_given = tuple(data_shape), tuple(data_range), range_given
         self.standardize = standardize
         self.loss = torch.empty(0)
         ends = process.training_times(torch.tensor([0.0, 1 - 2**-24], dtype=torch.float64))
         self.low, self.high = process.sigma_hat(ends).clamp(1e-12, MOST).log().tolist()
+        self._told(ends, torch.float32)  # refuses a time input that the process does not define
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.data_shape:
             raise ShapeError(f"x must be samples [B, {', '.join(map(str, self.data_shape))}], got {tuple(x.shape)}")
-        level = self.process.sigma_hat(t.double()).clamp(1e-12, MOST).log()
-        u = ((level - self.low) / (self.high - self.low)).clamp(0, 1)
-        weight = next(self.net.parameters())
-        return self.net(x.to(weight.dtype), u.to(weight.dtype).expand(len(x)))  # type: ignore[no-any-return]
+        dtype = next(self.net.parameters()).dtype
+        return self.net(x.to(dtype), self._told(t.double(), dtype).expand(len(x)))  # type: ignore[no-any-return]
+
+    def _told(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """The time that a network of this dtype is told."""
+        if self.time_input == "level":
+            level = self.process.sigma_hat(t).clamp(1e-12, MOST).log()
+            return ((level - self.low) / (self.high - self.low)).clamp(0, 1).to(dtype)
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        time: Tensor = predictions.network_time(self.time_input, self.process, t, alpha, sigma)
+        # half precision does not hold a thousand steps
+        return time.round().long() if self.time_input == "index" else time.to(torch.promote_types(dtype, torch.float32))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it to `path` (.safetensors is added where it lacks), whole or not at all."""
@@ -76,13 +88,37 @@ class TimeClassifier(nn.Module):
             "data_range": list(self.data_range),
             "range_given": self.range_given,
             "standardize": None if self.standardize is None else [values.tolist() for values in self.standardize],
+            "time_input": self.time_input,
         }
         tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
         return files.write(path, tensors, {"classifier": described})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, sde: Process | None = None) -> TimeClassifier:
-        """The classifier of a file that `save` wrote; `sde`: the process, where it is one of your own."""
+    @names_keywords
+    def load(
+        cls, path: str | os.PathLike[str], *, sde: Process | None = None, source: str | None = None,
+        config: Mapping[str, Any] | str | None = None, part: str | None = None,
+    ) -> TimeClassifier:  # fmt: skip
+        """The classifier of a file that `save` wrote; with `source`, of another library's file.
+
+        sde     the process, where it is one of your own
+        source  "guided-diffusion": a classifier of OpenAI's, as a UNetClassifier that is told the steps of its chain
+        config, part   as in fastdiff.load; what was published is known by its name, "64x64_classifier"
+
+        Errors: those of fastdiff.load.
+        """
+        if source is not None:
+            if sde is not None:
+                raise ConfigError(f"sde is of fastdiff's own files, got it with source={source!r}: leave it out")
+            return cls(**sources.classifier(path, source, config, part)).requires_grad_(False).eval()
+        if config is not None or part is not None:
+            raise ConfigError(
+                f"config and part are of other libraries' files: say whose, source= one of {', '.join(sources.CLASSIFIERS)}"
+            )
+        return cls._load(path, sde)
+
+    @classmethod
+    def _load(cls, path: str | os.PathLike[str], sde: Process | None) -> TimeClassifier:
         source = files.files.path("path", path)
         header, tensors = files.read(source, "net.")
         shown = files.files.shown(source)

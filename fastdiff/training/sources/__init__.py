@@ -1,4 +1,4 @@
-"""Models of other libraries from their own files: the network as one of fastdiff's, with its process, prediction and time."""
+"""Models and classifiers of other libraries from their own files: the network as one of fastdiff's, with its process and time."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from . import denoising_diffusion_pytorch, diffusers, dit, edm, edm2, ncsn, open
 
 
 class Source(NamedTuple):
-    """A library whose files are read: (path, part, **facts) -> model."""
+    """A library whose files are read: (path, part, **facts) -> model, or what a TimeClassifier is made of."""
 
-    model: Callable[..., ScoreModel]
+    model: Callable[..., Any]
     published: Callable[[str], Mapping[str, Any]] | None = None  # the facts of what it published, by its name there
     defaults: Mapping[str, Any] = {}  # facts that are other than the function's
     known: frozenset[str] = (
         frozenset()
     )  # facts of its configurations that the file itself tells, or that no model needs
-    told: Callable[[ScoreModel], Mapping[str, Any]] | None = None  # of these what the file told
+    told: Callable[[Any], Mapping[str, Any]] | None = None  # of these what the file told
 
 
 SOURCES = {
@@ -43,6 +43,11 @@ SOURCES = {
     "ncsn": Source(ncsn.model),
     "denoising-diffusion-pytorch": Source(denoising_diffusion_pytorch.model),
     "dit": Source(dit.model),
+}
+CLASSIFIERS = {
+    "guided-diffusion": Source(
+        openai.classifier, openai.published, known=openai.TOLD_OF_CLASSIFIER, told=openai.told_of_classifier
+    ),
 }
 
 
@@ -82,11 +87,27 @@ def load(
     for name, value in (("net", net), ("sde", sde), ("ema", ema)):
         if value is not None:
             raise ConfigError(f"{name} is of fastdiff's own files, got it with source={source!r}: leave it out")
-    path = files.path("path_or_name", path_or_name)
+    return _read("path_or_name", path_or_name, SOURCES, source, config, part).eval()  # type: ignore[no-any-return]
+
+
+@torch.inference_mode(False)
+def classifier(
+    path: str | os.PathLike[str], source: str, config: Mapping[str, Any] | str | None, part: str | None
+) -> dict[str, Any]:
+    """What the TimeClassifier of another library's file is made of; its arguments as `load` has them."""
+    return _read("path", path, CLASSIFIERS, source, config, part)  # type: ignore[no-any-return]
+
+
+def _read(
+    argument: str, path_or_name: Any, sources: Mapping[str, Source], source: str, config: Mapping[str, Any] | str | None,
+    part: str | None,
+) -> Any:  # fmt: skip
+    """What a source's reader makes of a file and its facts."""
+    path = files.path(argument, path_or_name)
     if not path.exists():
         raise FileNotFoundError(f"no file at {files.shown(path)}: give the path of a file of {source}")
-    origin = SOURCES[choose("source", source, SOURCES)]
-    facts = {**origin.defaults, **_facts(config, source, path)}
+    origin = sources[choose("source", source, sources)]
+    facts = {**origin.defaults, **_facts(config, source, origin.published, path)}
     known = inspect.signature(origin.model).parameters
     options = [name for name, parameter in known.items() if parameter.kind is parameter.KEYWORD_ONLY]
     for name in facts:
@@ -97,13 +118,13 @@ def load(
             f"config must have {missing[0]!r} for {source}, whose files do not say it: config={{{missing[0]!r}: …}}"
         )
     given = {name: _typed(name, facts[name], str(known[name].annotation)) for name in options if name in facts}
-    model = origin.model(path, part, **given).eval()
-    for name, told in (origin.told(model) if origin.told is not None else {}).items():
+    made = origin.model(path, part, **given)
+    for name, told in (origin.told(made) if origin.told is not None else {}).items():
         if name in facts and _typed(name, facts[name], type(told).__name__) != told:
             raise ConfigError(
                 f"{name} must be {told!r} by the file, got {short(facts[name])}: these are the facts of another file"
             )
-    return model
+    return made
 
 
 def _typed(name: str, value: Any, wanted: str) -> Any:
@@ -152,9 +173,13 @@ def _of_diffusers(path: Any) -> bool:
     )
 
 
-def _facts(config: Mapping[str, Any] | str | None, source: str, path: Path) -> dict[str, Any]:
+def _facts(
+    config: Mapping[str, Any] | str | None,
+    source: str,
+    published: Callable[[str], Mapping[str, Any]] | None,
+    path: Path,
+) -> dict[str, Any]:
     """The facts of `config`, besides those of the published file that has the path's name."""
-    published = SOURCES[source].published
     known = _of_name(published, path.stem)
     if config is None:
         return known

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from torch import Tensor
 from ...errors import CheckpointMismatchError, ConfigError
 from ...networks import PaperUNet
 from ...networks.layers import integers
+from ...networks.paper_unet import PaperEncoder
 
+Net = TypeVar("Net", bound=PaperEncoder)
 Orders = Callable[[Tensor, int], Tensor]  # rows of the weights of q, k and v, and the number of heads, to our order
 
 
@@ -92,6 +94,26 @@ def _sizes(value: Tensor) -> list[int]:
     return [size for size in value.shape if size != 1]
 
 
+def encoder_config(tensors: Tensors, parts: Mapping[str, str], names: Names) -> dict[str, Any]:
+    """What the tensors tell of the way down."""
+    levels = 1 + max(int(name.split(".")[1]) for name in parts if name.startswith("down."))
+    widths = [tensors.take(f"{parts[f'down.{i}.blocks.0']}.{names.conv}.weight").shape[0] for i in range(levels)]
+    told = tensors.first(parts["down.0.blocks.0"], [names.told])
+    channels = widths[0] if told is None else tensors.take(f"{told}.weight").shape[1] // 4
+    attention = [i for i in range(levels) if f"down.{i}.blocks.0.attend" in parts]
+    resampler = parts.get("down.1.resample")
+    found: dict[str, Any] = {
+        "channels": channels,
+        "multipliers": [width / channels for width in widths],
+        "blocks": sum(name.startswith("down.0.blocks.") and name.count(".") == 3 for name in parts),
+        "attention": attention,
+        "scale_shift": told is not None and tensors.take(f"{told}.weight").shape[0] == 2 * widths[0],
+    }
+    if resampler is not None and _is_block(tensors, resampler, names):
+        found |= {"resample": "block", "skip_conv": tensors.first(resampler, names.skip) is not None}
+    return found
+
+
 def paper_unet(
     tensors: Tensors,
     parts: Mapping[str, str],
@@ -99,34 +121,25 @@ def paper_unet(
     config: dict[str, Any],
     order: Orders | None = None,
     labels: Tensor | None = None,
+    more: Mapping[str, Tensor] | None = None,
 ) -> PaperUNet:
     """The network whose parts, by our names ("down.0.blocks.1"), are theirs of those names.
 
     config   what no shape tells: shape, heads or head_channels, taps, rescale, …
     labels   the embeddings of labels, [classes + 1, width], the last one where there is none
+    more     further tensors, by our names
     """
-    blocks = [ours for ours in parts if not ours.endswith(".attend") and _is_block(tensors, parts[ours], names)]
-    levels = 1 + max(int(name.split(".")[1]) for name in parts if name.startswith("down."))
-    widths = [tensors.take(f"{parts[f'down.{i}.blocks.0']}.{names.conv}.weight").shape[0] for i in range(levels)]
-    told = tensors.first(parts["down.0.blocks.0"], [names.told])
-    channels = widths[0] if told is None else tensors.take(f"{told}.weight").shape[1] // 4
-    attention = [i for i in range(levels) if f"down.{i}.blocks.0.attend" in parts]
+    found = encoder_config(tensors, parts, names)
+    levels, attention = len(found["multipliers"]), found["attention"]
     each = not attention or f"up.{levels - 1 - attention[0]}.blocks.0.attend" in parts
-    resampler = parts.get("down.1.resample")
+    told = tensors.first(parts["down.0.blocks.0"], [names.told])
     enter, out = tensors.layer(parts["enter"])[0], tensors.layer(parts["out"])[0]
-    found: dict[str, Any] = {
-        "channels": channels,
-        "multipliers": [width / channels for width in widths],
-        "blocks": sum(name.startswith("down.0.blocks.") and name.count(".") == 3 for name in parts),
-        "attention": attention,
+    found |= {
         "attention_up": "each" if each else "last",
         "attention_middle": "middle.0.attend" in parts,
         "time": told is not None,
         "out_channels": out.shape[0],
-        "scale_shift": told is not None and tensors.take(f"{told}.weight").shape[0] == 2 * widths[0],
     }
-    if resampler is not None and "down.1.resample" in blocks:
-        found |= {"resample": "block", "skip_conv": tensors.first(resampler, names.skip) is not None}
     if labels is not None:
         found["num_classes"] = len(labels) - 1
     if told is not None:
@@ -137,14 +150,24 @@ def paper_unet(
         raise ConfigError(
             f"shape must be one sample's, {enter.shape[1]} channels and {enter.ndim - 2} axes by the file, got {shape}"
         )
+    values = dict(more or {})
+    if labels is not None:
+        values["conditioning.label.weight"] = labels
+    return filled(PaperUNet, config, tensors, parts, names, order, values)
+
+
+def filled(
+    kind: Callable[..., Net], config: Mapping[str, Any], tensors: Tensors, parts: Mapping[str, str], names: Names,
+    order: Orders | None, values: dict[str, Tensor],
+) -> Net:  # fmt: skip
+    """The network of a config with the tensors of its parts, and with `values` by our names."""
     with torch.device("meta"):
-        net = PaperUNet(**config)
+        net = kind(**config)
     net = net.to_empty(device="cpu")
-    if told is not None:  # it holds numbers of its own
-        net.conditioning.time = type(net.conditioning.time)(
-            config["time_channels"], net.conditioning.time.kind, net.config["time_scale"]
-        )
-    values: dict[str, Tensor] = {}
+    if net.conditioning is not None:  # its time holds numbers of its own
+        time = net.conditioning.time
+        net.conditioning.time = type(time)(time.channels, time.kind, net.config["time_scale"])
+    blocks = [ours for ours in parts if not ours.endswith(".attend") and _is_block(tensors, parts[ours], names)]
 
     def put(ours: str, layer: tuple[Tensor, Tensor | None]) -> None:
         weight, bias = layer
@@ -169,12 +192,10 @@ def paper_unet(
             put(f"conditioning.mlp.{2 * int(ours[-1])}", tensors.layer(theirs))
         else:
             put(ours if net.get_submodule(ours)._parameters else f"{ours}.conv", tensors.layer(theirs))
-    if told is not None:
+    if net.conditioning is not None:
         paths = {module: name for name, module in net.named_modules()}
         products = [tensors.layer(f"{parts[paths[block]]}.{names.told}") for block in net.blocks()]
         put("modulation", (torch.cat([w for w, _ in products]), torch.cat([b for _, b in products if b is not None])))
-        if labels is not None:
-            values["conditioning.label.weight"] = labels
         if net.conditioning.time.kind == "fourier":
             values["conditioning.time.weight"] = tensors.take(parts["frequencies"])
     fill(net, values, tensors.source)
