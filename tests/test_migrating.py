@@ -515,7 +515,8 @@ def test_what_the_page_calls_exists():
         "torch": torch,
         "guidance": fastdiff.guidance,
     }
-    names |= {"timesteps": [980, 500, 20], "empty": torch.zeros(3)}
+    names |= {"timesteps": [980, 500, 20], "empty": torch.zeros(3), "low_res": torch.ones(2, 3)}
+    names |= {"classifier": lambda x, t: x, "y": 1}
     chain = fastdiff.DDPM()
     cells = [line.split("|")[2] for line in page.splitlines() if line.startswith("|") and "`" in line.split("|")[2]]
     calls = [call for cell in cells for call in re.findall(r"`([^`]+)`", cell)]

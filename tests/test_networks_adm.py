@@ -252,13 +252,20 @@ def their_cond_fn(root, classifier, scale: float):
     return names["cond_fn"]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_ddim_guided_by_a_classifier_is_theirs(schedule, tmp_path):
+@pytest.mark.parametrize(
+    "chain",
+    [
+        {"noise_schedule": "cosine"},
+        {"noise_schedule": "linear"},
+        {"noise_schedule": "linear", "diffusion_steps": 400, "rescale_timesteps": True},
+    ],
+)
+def test_ddim_guided_by_a_classifier_is_theirs(chain, tmp_path):
     """`ddim_sample_loop` with the cond_fn of their script, from the same noise."""
     options = {
         "image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "8",
-        "num_heads": 2, "use_scale_shift_norm": True, "timestep_respacing": "ddim5", "noise_schedule": schedule,
-        "learn_sigma": True,
+        "num_heads": 2, "use_scale_shift_norm": True, "timestep_respacing": "ddim5", "learn_sigma": True,
+        **chain,
     }  # fmt: skip
     y = torch.tensor([2, 6])
     with openai() as root:
@@ -278,7 +285,7 @@ def test_ddim_guided_by_a_classifier_is_theirs(schedule, tmp_path):
                 diffusion.ddim_sample_loop(lambda x, t, y=None: net(x, t), z.shape, cond_fn=function, **of)
                 for function in (cond_fn, None)
             )
-    facts = {"image_size": 16, "noise_schedule": schedule}
+    facts = {"image_size": 16, **chain}
     model = fastdiff.load(tmp_path / "model.pt", source="guided-diffusion", config={**facts, "num_heads": 2})
     made = TimeClassifier.load(
         tmp_path / "classifier.pt", source="guided-diffusion", config={**facts, "classifier_head_channels": 16}

@@ -686,7 +686,8 @@ def _import(a: argparse.Namespace) -> int | None:
     path = save(model, out)
     count = sum(parameter.numel() for parameter in model.net.parameters())
     print(f"wrote {files.shown(path)}: {type(model.net).__name__}, {count:,} parameters")
-    for name in ("process", "prediction", "time_input", "data_shape", "data_range", "variance", "num_classes"):
+    facts = ("process", "prediction", "time_input", "data_shape", "data_range", "variance", "num_classes", "cond_shape")
+    for name in facts:
         value = getattr(model, name)
         if value is not None:
             print(f"  {name:<11} {value if name == 'process' else repr(value)}")

@@ -144,7 +144,7 @@ class AttentionPool(nn.Module):
 
 
 class UNetClassifier(PaperEncoder):
-    """The half of a U-Net (Dhariwal & Nichol 2021, §4.1): samples `x` [B, C, *spatial] and the noise's level `u` [B] in [0, 1],
+    """The half of a U-Net (Dhariwal & Nichol 2021, §4.3): samples `x` [B, C, *spatial] and the noise's level `u` [B] in [0, 1],
     to logits [B, num_classes].
 
     The way down of ADM's PaperUNet and the blocks below its coarsest level, of which a layer makes the logits. `adm_classifier`
@@ -239,7 +239,7 @@ SIZES = {
 
 
 def adm_classifier(shape: Sequence[int], num_classes: int = 1000, **changes: Any) -> UNetClassifier:
-    """The classifier of ADM-G (Dhariwal & Nichol 2021, §4.1, and their published files): attention at 32, 16 and 8, of shapes of
+    """The classifier of ADM-G (Dhariwal & Nichol 2021, §4.3, and their published files): attention at 32, 16 and 8, of shapes of
     64, 128, 256 and 512 the depth and widths for these, of others `UNetClassifier`'s. `changes` of UNetClassifier."""
     multipliers, blocks = SIZES.get(max(image_shape(shape)[1:]), ((1, 2, 3, 4), 2))
     attention = levels_at(shape, (32, 16, 8), multipliers, changes)

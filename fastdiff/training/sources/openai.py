@@ -128,7 +128,7 @@ def _parts(file: unets.Tensors) -> dict[str, str]:
     if into and not out:
         raise CheckpointMismatchError(
             f"the file has input_blocks and no output_blocks, as {file.source}'s classifiers: read one by "
-            "fastdiff.TimeClassifier.load(path, source='guided-diffusion')"
+            "fastdiff.TimeClassifier.load, with the same source"
         )
     if not into or not out:
         raise CheckpointMismatchError(f"the file lacks input_blocks or output_blocks, which {file.source}'s U-Net has")
@@ -156,7 +156,7 @@ def _numbered(file: unets.Tensors, part: str) -> dict[int, set[int]]:
     numbers: dict[int, set[int]] = {}
     for name in file.all:
         first, *rest = name.split(".")[:3]
-        if first == part:
+        if first == part and len(rest) == 2 and all(number.isdigit() for number in rest):
             numbers.setdefault(int(rest[0]), set()).add(int(rest[1]))
     return numbers
 
@@ -275,7 +275,7 @@ def classifier_network(
     if between:
         levels = len(between) + 1
     elif pool == "attention":
-        ratio = math.prod(shape[1:]) / (tensors[POSITIONS].shape[1] - 1)
+        ratio = math.prod(shape[1:]) / max(tensors[POSITIONS].shape[-1] - 1, 1)  # of places
         levels = 1 + round(math.log2(ratio) / (len(shape) - 1)) if ratio >= 1 else 0
     elif depth is not None:
         levels = count // (depth + 1)
