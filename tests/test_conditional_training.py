@@ -192,7 +192,7 @@ def test_networks_without_conditions_are_as_they_were(make, concat):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: UNet((1, 8, 8), cond_shape=(2, 4, 4)), r"\(n,\), a vector, or \('C', 8, 8\), a field .* got \(2, 4, 4\)"),
+        (lambda: UNet((1, 8, 8), cond_shape=(2, 4, 16)), r"\(n,\), a vector, or \('C', 8, 8\), a field .* got \(2, 4, 16\)"),
         (lambda: UNet((1, 8, 8), cond_shape=(8, 8)), "a field beside"), (lambda: UNet((1, 8), cond_shape=(1, 8, 8)), "a field"),
         (lambda: MLP((2,), cond_shape=()), "at least one axis"), (lambda: MLP((2,), cond_shape=3), "tuple of integers"),
         (lambda: MLP((2,), cond_shape=(0,)), ">= 1"), (lambda: MLP((2,), cond_shape=(1,), cond_mode="cat"), "concat"),
