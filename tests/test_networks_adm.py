@@ -325,6 +325,8 @@ def test_facts_that_contradict_a_classifier_and_files_of_others_are_refused(tmp_
     with openai():
         torch.save(theirs_of().state_dict(), tmp_path / "c.pt")
         torch.save(theirs_of(pool="adaptive").state_dict(), tmp_path / "mean.pt")
+        torch.save(theirs_of(pool="spatial_v2").state_dict(), tmp_path / "spatial_v2.pt")
+        torch.save({**theirs_of().state_dict(), "more.weight": torch.zeros(2)}, tmp_path / "more.pt")
     whole = (
         "--attention_resolutions 32,16,8 --class_cond True --image_size 16 --num_channels 192 --num_head_channels 64 "
         "--classifier_scale 1.0 --classifier_path c.pt --classifier_head_channels 16"
@@ -338,6 +340,8 @@ def test_facts_that_contradict_a_classifier_and_files_of_others_are_refused(tmp_
         ("c", {"image_size": 2}, r"layers are not those of samples \(3, 2, 2\)"),
         ("c", {"image_size": 16, "noise_schedule": "sqrt"}, "noise_schedule must be one of"),
         ("c", {"image_size": 16, "depth": 2}, "got 'depth'"),
+        ("more", {"image_size": 16}, "has 1 tensors .* such as 'more.weight'"),
+        ("spatial_v2", {"image_size": 16, "classifier_depth": 2}, r"the file lacks 'out\.2\.weight'"),
         ("mean", {"image_size": 16}, "config must have 'classifier_depth'"),
         ("mean", {"image_size": 16, "classifier_depth": 3}, "layers are not those of samples"),
     ):

@@ -151,7 +151,7 @@ class UNetClassifier(PaperEncoder):
     has the paper's sizes.
 
     shape           one sample's shape, (C, *spatial), with one to three spatial axes, multiples of 2^(levels − 1)
-    channels, multipliers, blocks, attention, head_channels, resample, skip_conv, scale_shift, groups, eps, recompute
+    channels, multipliers, blocks, attention, head_channels, resample, skip_conv, scale_shift, groups, eps, dropout, recompute
                     as PaperUNet has them
     pool            "attention": of the mean over all places, to them (see AttentionPool), in heads of `head_channels`; "mean":
                     the mean; "spatial": the means of all results on the way down too, through a layer of 2048 and ReLU

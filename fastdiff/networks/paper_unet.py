@@ -181,8 +181,8 @@ class PaperUNet(PaperEncoder, TimeConditioned):
     num_classes     labels `y` [B] >= 0 and <= num_classes, added to the time's embedding, or, `labels_first`, to its features;
                     num_classes means "no label", and so does `y=None` for all samples
     cond_shape      conditions `cond` [B, *cond_shape]: (n,), vectors, added to the time's embedding, or (C', *spatial), fields,
-                    which are further channels of the input (of fewer places: interpolated linearly, as in super-resolution by
-                    Saharia et al. 2021 and Dhariwal & Nichol 2021); NaN in all numbers of a sample, and None, mean "no condition"
+                    which are further channels of the input (of fewer places: interpolated linearly, as for super-resolution by
+                    Dhariwal & Nichol 2021); NaN in all numbers of a sample, and None, mean "no condition"
     time_embedding  "sinusoidal", "cos_sin" or "fourier" (see TimeEmbedding) with `time_channels` features (default `channels`,
                     twice as many for "fourier") and `time_scale`
     time            False: the network is told no time (and no label)

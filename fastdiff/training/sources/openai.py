@@ -24,6 +24,9 @@ NAMES = unets.Names(
     skip=("skip_connection",), attention_norm="norm", attention=(("qkv",),), project=("proj_out",),
 )  # fmt: skip
 
+SOURCE = "improved and guided diffusion"
+POSITIONS = "out.2.positional_embedding"  # of a classifier's pool of attention
+
 # flags of its scripts that the file itself tells, or that no model needs
 TOLD = frozenset((
     "attention_resolutions", "batch_size", "clip_denoised", "data_dir", "ema_rate", "fp16_scale_growth", "log_interval", "lr",
@@ -69,9 +72,6 @@ def published(name: str) -> Mapping[str, Any]:
             f"config must be a dict, flags, or the name of a published file such as '64x64_diffusion', got {short(name)}"
         )
     return PUBLISHED[known]
-
-
-SOURCE = "improved and guided diffusion"
 
 
 def network(
@@ -307,9 +307,6 @@ def classifier_network(
     net = unets.filled(UNetClassifier, config, file, _with_tensors(file, parts), NAMES, order, more)
     file.finish()
     return net
-
-
-POSITIONS = "out.2.positional_embedding"  # of a pool of attention
 
 
 def classifier(
