@@ -251,7 +251,7 @@ def error(sampler, process, grid):
 )
 @pytest.mark.parametrize(("sampler", "order"), ORDERS, ids=str)
 def test_measured_order(sampler, order, name, t_min, in_ratios):
-    process, counts = get(name), (240, 480)
+    process, counts = get(name), (160, 320)
     errors = [error(sampler, process, graded(process, steps, t_min, in_ratios)) for steps in counts]
     assert measured_order(errors, counts) == pytest.approx(order, abs=0.3), errors
 

@@ -287,6 +287,13 @@ def test_half_precision_trains_float32_weights_towards_the_same(precision, apart
     assert (weights(model) - weights(single)).norm() < apart * moved.norm()
 
 
+@pytest.mark.parametrize(("capability", "count"), [("AVX2", 1), ("AVX512", 0)])
+def test_a_processor_that_emulates_half_precision_is_named(monkeypatch, recwarn, capability, count):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    fastdiff.train(tiny(), points(), steps=1, batch_size=8, precision="bf16")
+    assert [str(w.message).startswith("precision='bf16' is emulated") for w in recwarn] == [True] * count
+
+
 def overflowing(bad):
     """A network whose gradient overflows in some of its steps."""
     model = tiny()

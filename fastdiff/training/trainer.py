@@ -46,6 +46,7 @@ from .state import PRECISIONS, State
 from .watch import Watch, of_validation, writer
 
 EVALUATE_EVERY = 1000  # steps, unless given
+WITHOUT_HALF = ("NO AVX", "AVX2")  # processors' instruction sets, as torch names them
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -234,7 +235,13 @@ def train(
         raise ConfigError("posthoc=True must have a directory for its snapshots: give checkpoint=")
     if checkpoint is not None:
         files.as_json(described)  # refuse before the first step what could not be saved after it
-    ranks = Ranks(group, next(model.net.parameters()).device)
+    device = next(model.net.parameters()).device
+    if precision is not None and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in WITHOUT_HALF:
+        warn(
+            f"precision={precision!r} is emulated by this processor, which has no instructions for it, and may take ten times as "
+            "long: leave it out"
+        )
+    ranks = Ranks(group, device)
     rows = ranks.rows(options["batch_size"], options["accumulate"])
     if shard:
         check_shards(model.net, ranks, objective.loss, optimizer, compile)
