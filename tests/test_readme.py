@@ -66,11 +66,22 @@ def run_command(line):
         assert words[0] == "make", f"nothing here runs {line!r}"
 
 
+def a_pipeline(folder):
+    """A folder of diffusers, as a reader of the README has downloaded one."""
+    diffusers = pytest.importorskip("diffusers")
+    small = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
+    kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    net = diffusers.UNet2DModel(sample_size=16, **small, **kinds)
+    diffusers.DDPMPipeline(net, diffusers.DDPMScheduler()).save_pretrained(folder)
+
+
 @pytest.mark.parametrize("page", named(PAGES))
 def test_snippets_and_commands_run(page, tmp_path, monkeypatch):
     """In the page's order, in one folder and one namespace: what a page makes, it may use further on."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)  # the networks' weights
+    if page == PAGES[0]:
+        a_pipeline(tmp_path / "pipeline")
     space = {"__name__": "__main__"}
     for language, text, line in blocks(page, "python", "sh"):
         if language == "sh":
@@ -86,6 +97,8 @@ def test_snippets_and_commands_run(page, tmp_path, monkeypatch):
                 assert float(value) == pytest.approx(float(wanted), abs=0.15), f"{page.name}: {expression}"
     if page == PAGES[0]:
         check_own_array(space["array"], space["new"])
+        assert space["theirs"].time_input == "index"
+        assert space["z"].shape == (4, 3, 16, 16)
 
 
 def check_own_array(array, new):
