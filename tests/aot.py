@@ -173,6 +173,27 @@ def variants() -> dict[tuple[str, str], Callable[[Any], None]]:
         ("timestep_embedding", "128 channels"): lambda k: k.timestep_embedding(
             each, torch.ones(64), 1.0, 128, "sin_cos"
         ),
+    } | group_norms()  # fmt: skip
+
+
+def group_norms() -> dict[tuple[str, str], Callable[[Any], None]]:
+    """Of maps of 128 channels in 32 groups: whole groups in a program, and blocks of them, so many that they are merged where
+    channels lie side by side."""
+
+    def norm(places: int, dtype: torch.dtype, last: bool) -> Callable[[Any], None]:
+        x = torch.zeros(1, 128, places, places, dtype=dtype)
+        x = x.to(memory_format=torch.channels_last) if last else x
+        each, shared = torch.ones(1, 128, dtype=dtype), torch.ones(128, dtype=dtype)
+        return lambda k: k.group_norm(x, 32, each, shared, 1e-6)
+
+    kinds = {
+        "bf16 channels-last": (torch.bfloat16, True), "bf16": (torch.bfloat16, False), "float32": (torch.float32, False),
+        "float32 channels-last": (torch.float32, True),
+    }  # fmt: skip
+    return {
+        ("group_norm", f"{size}, {kind}"): norm(places, *how)
+        for size, places in (("whole", 16), ("blocks", 64))
+        for kind, how in kinds.items()
     }
 
 
@@ -301,10 +322,14 @@ def _contracted(compiled: Any, count: Counter[str]) -> int:
     if compiled.metadata.target.arch >= 100:
         return unrounded
     root, quotient = ptx("sqrt.rn.f32"), ptx("div.rn.f32")  # each a short sequence
+    near_quotient, near_power = (
+        ptx("div.full.f32"),
+        ptx("ex2.approx.f32"),
+    )  # scaled, so that nothing over- or underflows
     wide_root, wide_quotient = ptx("sqrt.rn.f64"), ptx("div.rn.f64")
     expected = {
         "FFMA": ptx("fma.rn.f32") + 2 * root + 5 * quotient + wide_quotient,
-        "FMUL": ptx("mul.rn.f32") + 2 * root,
+        "FMUL": ptx("mul.rn.f32") + 2 * root + 5 * near_quotient + 2 * near_power,
         "FADD": ptx("add.rn.f32") + ptx("sub.rn.f32"),
         "DFMA": ptx("fma.rn.f64") + 5 * wide_root + 7 * wide_quotient,
         "DMUL": ptx("mul.rn.f64") + 3 * wide_root + wide_quotient,
@@ -345,8 +370,8 @@ def targets_of(name: tuple[str, str], few: bool) -> list[str]:
     operation, variant = name
     if variant in RARE:
         return RARE_TARGETS
-    widest = variant in ("m+noise+net_input", "m+pushed+net_input+history3", "usual, mask and guide")
-    return ["sm_90"] if few and operation == "step" and not widest else list(TARGETS)
+    widest = "m+noise+net_input", "m+pushed+net_input+history3", "usual, mask and guide", "blocks, bf16 channels-last"
+    return ["sm_90"] if few and operation in ("step", "group_norm") and variant not in widest else list(TARGETS)
 
 
 def compile_all(few: bool, processes: int = 2) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import re
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,7 +74,8 @@ def launch(kernel: Any, grid: tuple[int, ...], like: torch.Tensor, *args: Any, *
     key = compiled.hash, _fault
     if key not in _kernels:
         code = compiled.asm["ptx"]
-        _kernels[key] = ptx.Kernel(FAULTS[_fault](code if isinstance(code, str) else code.decode()))
+        declared = getattr(sys.modules[kernel.fn.__module__], "APPROXIMATIONS", ())
+        _kernels[key] = ptx.Kernel(FAULTS[_fault](code if isinstance(code, str) else code.decode()), declared)
     names = [parameter.name for parameter in kernel.params]
     values, signature = {**dict(zip(names, args)), **meta}, compiled.src.signature
     flat = [pair for name in names for pair in _flat(values[name], signature[name])]

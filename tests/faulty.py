@@ -388,10 +388,10 @@ def test_where_triton_keeps_its_files_is_no_other_setting(monkeypatch):
 
 
 def test_nothing_is_asked_while_a_graph_is_captured(monkeypatch, asked):
-    monkeypatch.setattr(verify, "_capturing", lambda device: True)
+    monkeypatch.setattr(verify, "capturing", lambda device: True)
     fastdiff.normal(3, (5,), seed=1, backend="triton")
     assert asked == []
-    monkeypatch.setattr(verify, "_capturing", lambda device: False)
+    monkeypatch.setattr(verify, "capturing", lambda device: False)
     fastdiff.normal(3, (5,), seed=1, backend="triton")
     assert asked == ["normal"]
 
@@ -404,7 +404,7 @@ def test_plain_pytorch_in_the_place_of_kernels_is_not_captured(monkeypatch):
     expected = torch.empty(3, 50)
     reference.normal(expected, ops.cursor(0, 0, 0), noise.PRIOR)
     assert torch.equal(out, expected)
-    monkeypatch.setattr(verify, "_capturing", lambda device: True)
+    monkeypatch.setattr(verify, "capturing", lambda device: True)
     with pytest.raises(GraphError, match="in the place of refused kernels"):
         module.normal(out=out, cursor=ops.cursor(0, 0, 0), stream=noise.PRIOR)
     with warnings.catch_warnings():

@@ -13,6 +13,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from step_cases import CURSOR, INF, NAN, PLAIN, STEP, copied, cursor, laid, pair
 
 import fastdiff
 from fastdiff import kernels, samplers, table
-from fastdiff.execution import cpu, noise
+from fastdiff.execution import cpu, fused, noise, verify
 from fastdiff.execution import reference as row
 
 DEVICE = torch.device(os.environ.get("FASTDIFF_KERNELS_DEVICE", "cpu"))
@@ -380,6 +381,138 @@ def test_timestep_embedding(order, channels):
     same(kernels.timestep_embedding(t.to(DEVICE), frequencies.to(DEVICE), 1.7, channels, order), expected)
 
 
+# Group normalisation
+
+
+norms = importlib.import_module("fastdiff.kernels.group_norm")
+
+
+class Norm(NamedTuple):
+    shape: tuple[int, ...]
+    groups: int
+    last: bool = False  # channels side by side
+    dtype: torch.dtype = torch.float32
+    weight: str = "each"  # [B, C], part of a wider tensor; "all": [C]; "none"
+    silu: bool = True
+    mean: float = 0.0  # of numbers whose deviation is 1
+    eps: float = 1e-5
+
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        g = torch.Generator().manual_seed(len(self.shape))
+        x, batch, channels = torch.randn(self.shape, generator=g) + self.mean, *self.shape[:2]
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1) if self.last else x
+        both = torch.randn(batch, 2 * channels, generator=g)
+        weight, bias = both.chunk(2, 1) if self.weight == "each" else (both[0, :channels], both[0, channels:])
+        return x.to(self.dtype), *((None, None) if self.weight == "none" else (weight, bias))
+
+    def exact(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+        """In float64, and by differences from the mean: torch's own is not exact where the mean is large."""
+        wide = x.double().reshape(len(x), self.groups, -1)
+        apart = wide - wide.mean(-1, keepdim=True)
+        out = (apart / (apart.square().mean(-1, keepdim=True) + self.eps).sqrt()).reshape(x.shape)
+        if weight is not None:
+            weight, bias = (v.double().view(-1, x.shape[1], *[1] * (x.ndim - 2)) for v in (weight, bias))
+            out = out * weight + bias
+        return torch.nn.functional.silu(out) if self.silu else out
+
+
+NORMS = [
+    Norm((2, 32, 24, 24), 2, last=True, dtype=torch.bfloat16),  # blocks, of which the last is partly filled
+    Norm((3, 16, 5, 7), 4, mean=1e3),  # several groups in a program
+    Norm((1, 6, 64, 64), 2, weight="all", mean=1e3),  # blocks, places apart
+    Norm((2, 48, 8, 8), 4, last=True, weight="all", silu=False),  # 12 channels a group
+    Norm((2, 64, 8, 8), 16, last=True, dtype=torch.float16, mean=30.0),  # several groups, side by side
+    Norm((1, 24, 32, 40), 2, last=True, weight="all", mean=1e5),
+    Norm((2, 10, 7, 9), 5, last=True, weight="none"),
+    Norm((2, 5, 37), 5, dtype=torch.bfloat16, weight="none", silu=False),
+    Norm((2, 12, 3, 4, 6), 3, last=True),
+    Norm((2, 12, 3, 4, 6), 3, weight="all", dtype=torch.float16),
+    Norm((4, 64), 16, dtype=torch.bfloat16),
+    Norm((3, 6, 1, 1), 6, silu=False),  # groups of one number
+    Norm((2, 7, 4, 4), 1, last=True, eps=1e-2),
+]
+
+
+def near(case: Norm, ours: torch.Tensor, exact: torch.Tensor) -> None:
+    """float32: a sum's roundings, some units of 2⁻²⁴, beside those of exp and a division, two of 2⁻²³ each; then x's dtype, to
+    which the interpreter truncates."""
+    assert ours.dtype == case.dtype
+    rounding = 0.0 if case.dtype == torch.float32 else torch.finfo(case.dtype).eps / (1 if INTERPRETED else 2)
+    apart = (ours.cpu().double() - exact).abs() - rounding * exact.abs()
+    assert float(apart.max()) <= 1e-6 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_group_norm(case):
+    """Near the exact numbers, in x's layout; a sample's bits are the same without the others, and the second time."""
+    given = case.operands()
+    x, weight, bias = on_device(*given)
+    ours = kernels.group_norm(x, case.groups, weight, bias, case.eps, case.silu)
+    assert ours.stride() == x.stride()
+    near(case, ours, case.exact(*given))
+    for i in range(len(x)):
+        mine = [v if v is None or v.ndim == 1 else v[i : i + 1] for v in (weight, bias)]
+        assert torch.equal(kernels.group_norm(x[i : i + 1], case.groups, *mine, case.eps, case.silu), ours[i : i + 1])
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_group_norm_of_very_many_blocks(last, monkeypatch):
+    """Whose moments are merged before they are applied, and merged again."""
+    monkeypatch.setattr(norms, "TILE", 64)
+    monkeypatch.setattr(norms, "MOST_BLOCKS", 4)
+    monkeypatch.setattr(norms, "MERGED", 4)
+    monkeypatch.setattr(tiles, "_PREPARED", {})
+    case = Norm((1, 8, 9, 32), 2, last=last, mean=100.0)
+    given = case.operands()
+    assert norms.cut(8, 9 * 32, 2, last).blocks > 16
+    x, weight, bias = on_device(*given)
+    near(case, kernels.group_norm(x, 2, weight, bias, case.eps), case.exact(*given))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("wrong", [False, True])
+def test_networks_layer_is_the_kernel_for_plain_numbers(wrong, monkeypatch):
+    """And what torch makes of it everywhere else, and where the kernel's answer was wrong."""
+    case = Norm((2, 16, 6, 6), 4, last=True, dtype=torch.bfloat16)
+    x, *both = on_device(*case.operands())
+    arguments = case.groups, *(v.to(x.dtype) for v in both), case.eps
+    monkeypatch.setattr(fused, "_right", {})
+    monkeypatch.setattr(verify, "_refused", {})
+    kernel, plain = kernels.group_norm, fused._group_norm(x, *arguments, True)
+    ours = kernel(x, *arguments)
+    assert not torch.equal(plain, ours)
+    if wrong:
+        monkeypatch.setattr(kernels, "group_norm", lambda *given: kernel(*given) + 0.1)
+        with torch.no_grad(), pytest.warns(RuntimeWarning, match="not used on .*group_norm of torch.bfloat16"):
+            assert torch.equal(fused.group_norm(x, *arguments), plain)
+        with torch.no_grad():
+            assert torch.equal(fused.group_norm(x, *arguments), plain)  # without asking again
+        return
+    gaps = x[:, :, ::2]
+    with torch.no_grad():
+        assert torch.equal(fused.group_norm(x, *arguments), ours)
+        assert torch.equal(fused.group_norm(gaps, *arguments), fused._group_norm(gaps, *arguments, True))
+        with torch.autocast(x.device.type, torch.bfloat16):
+            assert torch.equal(fused.group_norm(x, *arguments), plain)
+        assert "group_norm" in str(torch.jit.trace(lambda x: fused.group_norm(x, *arguments), x).graph)
+    assert torch.equal(fused.group_norm(x, *arguments), plain)  # of which somebody may want a derivative
+
+
+@pytest.mark.skipif(ON_HOST, reason="needs a CUDA device")
+def test_group_norm_is_captured():
+    """And a graph's second run is of the numbers that x has by then."""
+    for case in NORMS[:2]:
+        x, weight, bias = on_device(*case.operands())
+        run = lambda: kernels.group_norm(x, case.groups, weight, bias, case.eps)  # noqa: B023, E731
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run()
+        x.copy_(x.flip(0) + 1)
+        graph.replay()
+        assert torch.equal(out, run())
+
+
 @pytest.fixture
 def narrow_grid(monkeypatch):
     """The grid's second dimension counts only two samples, but on a device, which has the time for more."""
@@ -479,9 +612,10 @@ def test_an_operand_whose_samples_are_2_to_the_30_apart(tmp_path: Path, layout):
 
 def test_signatures_are_the_references():
     for name in kernels.__all__:
-        if name == "KEEPS_NOISE":
+        if name in ("KEEPS_NOISE", "group_norm_fits"):
             continue
-        ours, theirs = inspect.signature(getattr(kernels, name)), inspect.signature(getattr(row, name))
+        meant = fused if name == "group_norm" else row
+        ours, theirs = inspect.signature(getattr(kernels, name)), inspect.signature(getattr(meant, name))
         assert str(ours) == str(theirs), name
 
 
@@ -590,6 +724,11 @@ def test_what_would_be_misread_is_refused():
         lambda: kernels.step(x.clone(), coefficients, at, None, x, x, pushed=torch.zeros(8, 3, device=DEVICE).T),
         lambda: kernels.step(x.clone(), coefficients, at, None, x, known=x, mask=x),
         lambda: kernels.step(x.clone(), coefficients, at, None, x, first_bad=torch.zeros(2, device=DEVICE)),
+        lambda: kernels.group_norm(x[:, ::2], 2, None, None, 1e-5),
+        lambda: kernels.group_norm(x, 3, None, None, 1e-5),
+        lambda: kernels.group_norm(x.double(), 2, None, None, 1e-5),
+        lambda: kernels.group_norm(x, 2, x[:2], None, 1e-5),
+        lambda: kernels.group_norm(x, 2, None, torch.ones(8, device="meta"), 1e-5),
     ]
     for call in refused:
         with pytest.raises((TypeError, ValueError)):

@@ -4,8 +4,10 @@
 
 The threads of many programs (CTAs) go through the instructions together, one numpy array a register. Every float operation is
 one IEEE rounding, fma among them; an operation that ptxas may contract or approximate (`add.f32`, `.approx`, `.ftz`) is
-not known here, and so refused. Registers and shared memory begin as garbage, later programs run before earlier ones, every
-access must be aligned and lie within the memory of an argument, and races are refused after each launch (`Accesses.check`).
+not known here, and so refused. But for those of APPROXIMATE, where the kernel's module declares them: ex2.approx.f32 and
+div.full.f32 give the nearest float32, moved by up to the two units in the last place that they may be off.
+Registers and shared memory begin as garbage, later programs run before earlier ones, every access must be aligned and lie within
+the memory of an argument, and races are refused after each launch (`Accesses.check`).
 
 Left to the hardware: that its square root and division are IEEE's, as their definitions say.
 Source: NVIDIA, "Parallel Thread Execution ISA", whose names of instructions and types stand here.
@@ -177,6 +179,29 @@ def upper_product(a: Array, b: Array) -> Array:
     return np.asarray(a1 * b1 + (middle >> half) + ((a0 * b1 + (middle & low)) >> half))
 
 
+def approximately(exact: Array, *operands: Array) -> Array:
+    """The float32 nearest to `exact`, moved by -2 to 2 of its units in the last place, which ones the operands' bits say; 0,
+    infinity and NaN stay."""
+    nearest = np.atleast_1d(exact.astype(np.float32))
+    mixed = np.zeros(nearest.shape, np.uint32)
+    for operand in operands:
+        mixed = (mixed ^ operand.view(np.uint32)) * np.uint32(0x9E3779B1)
+    moved = (nearest.view(np.int32) + (mixed >> np.uint32(16)).astype(np.int32) % 5 - 2).view(np.float32)
+    alike = np.isfinite(nearest) & np.isfinite(moved) & (nearest != 0) & (np.signbit(nearest) == np.signbit(moved))
+    return np.where(alike, moved, nearest)
+
+
+def power_of_two(a: Array) -> Array:
+    """ex2.approx.f32, of which 0 is 1."""
+    return np.where(a == 0, np.float32(1), approximately(np.exp2(a.astype(np.float64)), a))
+
+
+def full_division(a: Array, b: Array) -> Array:
+    """div.full.f32"""
+    a, b = np.broadcast_arrays(a, b)
+    return approximately(a.astype(np.float64) / b.astype(np.float64), np.ascontiguousarray(a), np.ascontiguousarray(b))
+
+
 def whole(types: str) -> list[str]:
     return [f"{kind}{bits}" for kind in types for bits in (16, 32, 64)]
 
@@ -208,6 +233,9 @@ OPERATIONS: dict[str, Operation] = {
     "cvt.rn.bf16x2.f32": (lambda a, b: (bf16(a).astype(np.uint32) << np.uint32(16)) | bf16(b), ()),
     "cvt.rn.f16x2.f32": (lambda a, b: (_half(a) << np.uint32(16)) | _half(b), ()),
 }  # fmt: skip
+
+# Not IEEE's: known only where the kernel's module declares it
+APPROXIMATE: dict[str, Operation] = {"ex2.approx.f32": (power_of_two, ()), "div.full.f32": (full_division, ())}
 
 COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
@@ -485,8 +513,8 @@ def braced(text: str) -> list[str]:
     return [name.strip() for name in text.strip("{} ").split(",")]
 
 
-def instruction(text: str) -> Step:
-    """What one instruction does to the threads."""
+def instruction(text: str, approximations: Sequence[str] = ()) -> Step:
+    """What one instruction does to the threads. approximations: those of APPROXIMATE that it may be."""
     guarded = re.fullmatch(r"(?:@(!?)(%p\d+)\s+)?([a-z][\w.:]*)\s*(.*)", text, re.DOTALL)
     if guarded is None:
         raise PtxError(f"{text!r} is not known here")
@@ -500,7 +528,8 @@ def instruction(text: str) -> Step:
         return ~value if negated else value
 
     made = _memory_instruction(name, operands, guard) or _warp_instruction(name, operands, guard)
-    made = made or _plain_instruction(name, operands, guard)
+    known = OPERATIONS | {allowed: APPROXIMATE[allowed] for allowed in approximations}
+    made = made or _plain_instruction(name, operands, guard, known)
     if made is None:
         raise PtxError(f"{text!r} is not known here")
     return made
@@ -603,7 +632,7 @@ def _warp_instruction(name: str, operands: list[str], guard: Guard) -> Step | No
     return exchange
 
 
-def _plain_instruction(name: str, operands: list[str], guard: Guard) -> Step | None:
+def _plain_instruction(name: str, operands: list[str], guard: Guard, known: dict[str, Operation]) -> Step | None:
     """What each thread does for itself."""
     base, *qualifiers = name.split(".")
     of = qualifiers[-1] if qualifiers else ""
@@ -620,9 +649,9 @@ def _plain_instruction(name: str, operands: list[str], guard: Guard) -> Step | N
         rounding, to, kind = converted[1] or "", converted[2], converted[3]
         value = source(operands[1], f"b{numpy_type(kind).itemsize * 8}" if kind == "bf16" else kind)
         return lambda threads: threads.write(operands[0], convert(value(threads), rounding, to, kind), guard(threads))
-    if name not in OPERATIONS:
+    if name not in known:
         return None
-    function, later = OPERATIONS[name]
+    function, later = known[name]
     kinds = [of, *later, *[of] * 3][: len(operands) - 1]
     sources = [source(operand, kind) for operand, kind in zip(operands[1:], kinds)]
     return lambda threads: threads.write(operands[0], function(*(s(threads) for s in sources)), guard(threads))
@@ -661,11 +690,13 @@ def _move(of: str, operands: list[str], guard: Guard) -> Step:
 class Kernel:
     """A kernel's instructions, from its PTX.
 
-    parameters  each one's type, as declared
-    threads     of a program
+    parameters      each one's type, as declared
+    threads         of a program
+    approximations  those of APPROXIMATE that it may have
     """
 
-    def __init__(self, ptx: str) -> None:
+    def __init__(self, ptx: str, approximations: Sequence[str] = ()) -> None:
+        self.approximations = approximations
         head, _, body = ptx.partition("// %bb.0:")
         self.threads = int(re.findall(r"^\s*\.reqntid (\d+)", head, re.MULTILINE)[0])
         self.parameters = re.findall(r"^\s*\.param\s+\.(\w+).*_param_\d+", head, re.MULTILINE)
@@ -700,7 +731,7 @@ class Kernel:
             kind, register, number = parameter.groups()
             read = source(f"%param{number}", kind)
             return lambda threads: threads.write(register, read(threads), None), None
-        return instruction(text), None
+        return instruction(text, self.approximations), None
 
     @staticmethod
     def _return(threads: Threads) -> None:

@@ -27,8 +27,9 @@ HEAD = """
 """
 
 
-def run(code, out, programs=2, shared=0):
-    ptx.Kernel(HEAD + code + "\tret;\n$L__func_end0:\n}").run((programs,), [out.data_ptr(), 5], [out], shared)
+def run(code, out, programs=2, shared=0, approximations=()):
+    kernel = ptx.Kernel(HEAD + code + "\tret;\n$L__func_end0:\n}", approximations)
+    kernel.run((programs,), [out.data_ptr(), 5], [out], shared)
 
 
 def bits(generator, count):
@@ -78,6 +79,36 @@ def test_bfloat16_and_half_are_rounded_as_torch_does():
     assert np.array_equal(
         halves[finite], torch.from_numpy(values).half().view(torch.int16).numpy().view(np.uint16)[finite]
     )
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid|underflow|divide)")
+def test_approximations_are_off_by_as_much_as_they_may_be():
+    """Two units in the last place at most, both ways, the same for the same operands; and none of 0, infinity and NaN."""
+    generator = np.random.default_rng(0)
+    a, b = (generator.standard_normal(5000).astype(np.float32) for _ in range(2))
+    quotient, power = a.astype(np.float64) / b, np.exp2(8 * a.astype(np.float64))
+    for ours, exact in ((ptx.full_division(a, b), quotient), (ptx.power_of_two(8 * a), power)):
+        places = (ours - exact) / np.spacing(exact.astype(np.float32))
+        assert -2.6 < places.min() < -2 < 2 < places.max() < 2.6  # half a unit more: of the nearest one
+    assert np.array_equal(ptx.full_division(a, b), ptx.full_division(a, b))
+    ends = np.array([-np.inf, -200, 0, -0.0, 200, np.inf, np.nan], np.float32)
+    assert np.array_equal(
+        ptx.power_of_two(ends), np.array([0, 0, 1, 1, np.inf, np.inf, np.nan], np.float32), equal_nan=True
+    )
+    quotients = ptx.full_division(ends, np.array([np.inf, np.inf, 3, 3, np.inf, 2, 1], np.float32))
+    assert np.array_equal(quotients, np.array([np.nan, 0, 0, 0, 0, np.inf, np.nan], np.float32), equal_nan=True)
+
+
+def test_approximations_are_known_where_they_are_declared():
+    out, code = (
+        torch.zeros(256, dtype=torch.int32),
+        "ex2.approx.f32 %r4, 0f00000000; st.global.b32 [ %rd3 + 0 ], { %r4 };",
+    )
+    run(code, out, approximations=["ex2.approx.f32"])
+    assert bool((out.view(torch.float32) == 1).all())
+    for allowed in ((), ("div.full.f32",)):
+        with pytest.raises(ptx.PtxError, match="is not known here"):
+            run(code, out, approximations=allowed)
 
 
 def test_whole_numbers():

@@ -1,31 +1,39 @@
-"""Layers of networks, fused. For inference on a CPU, of float32 images whose channels lie side by side (torch's channels_last),
-the compiled library has them; everywhere else they are what torch makes of them."""
+"""Layers of networks, fused, for inference: on a CPU by the compiled library, in float32, where an image's channels lie side by
+side (torch's channels_last); group normalisation on a GPU by a Triton kernel, in float32, bfloat16 and float16. Everywhere else
+they are what torch makes of them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import cpu, torch_private
+from ..errors import one_line
+from . import cpu, ops, torch_private, verify
 
 
-def fusable(x: Tensor) -> bool:
-    """Whether the compiled library may work on x: plain numbers, of which nobody wants a derivative."""
+def fusable(x: Tensor, backend: str = "cpu") -> bool:
+    """Whether layers of a backend ("cpu" or "triton") may work on x: plain numbers, of which nobody wants a derivative."""
     return (
-        x.dtype is torch.float32
-        and x.ndim == 4
-        and x.device.type == "cpu"
-        and cpu.available
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
+        and _takes(x, backend)
+        and not torch.is_autocast_enabled(x.device.type)
         and not torch_private.functorch_is_active()
         and not torch_private.forward_mode_is_active()
         and torch_private.dispatch_modes() == 0
+        and torch_private.tracing_state() is None
         and type(x) in (Tensor, nn.Parameter)
         and x.numel() > 0
     )
+
+
+def _takes(x: Tensor, backend: str) -> bool:
+    if backend == "cpu":
+        return x.dtype is torch.float32 and x.ndim == 4 and x.device.type == "cpu" and cpu.available
+    return ops.HAS_TRITON and (x.device.type == "cuda" or (x.device.type == "cpu" and ops.INTERPRETED))
 
 
 def group_norm(
@@ -35,6 +43,14 @@ def group_norm(
     each for every sample (FiLM, Perez et al. 2018)."""
     if weight is not None and bias is not None and fusable(x) and x.is_contiguous(memory_format=torch.channels_last):
         return cpu.group_norm(x, groups, weight, bias, eps, silu)
+    if fusable(x, "triton"):
+        kernels = ops.kernels()
+        if kernels.group_norm_fits(x, groups) and _is_right(kernels, x, groups, weight, bias, eps, silu):
+            return kernels.group_norm(x, groups, weight, bias, eps, silu)  # type: ignore[no-any-return]
+    return _group_norm(x, groups, weight, bias, eps, silu)
+
+
+def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
     if weight is not None and weight.ndim == 2:
         # the samples are viewed as channels of a single sample, so that PyTorch's fused kernel applies scale and shift, and its
         # fused backward reduces their gradients
@@ -44,6 +60,46 @@ def group_norm(
     else:
         out = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(out) if silu else out
+
+
+_right: dict[Any, bool] = {}  # by what a kernel is compiled for
+
+
+def _is_right(kernels: Any, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, *others: Any) -> bool:
+    """Whether the kernel of group_norm, asked once about operands of each kind, gives what torch does in float64. One that does
+    not, or does not compile, is the end of all Triton kernels on its device, with a warning."""
+    if verify.refusal(x.device):
+        return False
+    shared = [v if v is None else (v.device, v.dtype, v.shape[-1:], v.stride()) for v in (weight, bias)]
+    kind = x.device, x.dtype, x.shape[1:], x.stride()[1:], groups, others, *shared
+    if kind not in _right and not verify.capturing(x.device):
+        x, weight, bias = (_irregular(v) for v in (x, weight, bias))
+        w, b = (None if v is None else v.double() for v in (weight, bias))
+        exact = _group_norm(x.double(), groups, w, b, *others)
+        wrong = ""
+        try:
+            apart = float(
+                (kernels.group_norm(x, groups, weight, bias, *others) - exact).abs().max() / exact.abs().max()
+            )
+            if not apart <= max(torch.finfo(x.dtype).eps, 1e-6):
+                wrong = f"group_norm of {x.dtype} {list(x.shape)} is {apart:.1e} of the largest number off"
+        except torch.OutOfMemoryError:
+            raise
+        except verify.kernels_break() as error:
+            wrong = f"group_norm of {x.dtype} {list(x.shape)} fails: {one_line(str(error))}"
+        if wrong:
+            verify.refuse(x.device, wrong)
+        _right[kind] = not wrong
+    return _right.get(kind, False)
+
+
+def _irregular(like: Tensor | None) -> Any:
+    """Other numbers in [-1.5, 2.5), of the same dtype, device and strides; of at most two rows."""
+    if like is None:
+        return None
+    like = like[:2] if like.ndim > 1 else like
+    numbers = torch.arange(like.numel(), dtype=torch.float64, device=like.device) * 0.6180339887498949 % 1 * 4 - 1.5
+    return like.new_empty_strided(like.shape, like.stride()).copy_(numbers.view(like.shape))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

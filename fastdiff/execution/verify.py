@@ -225,7 +225,7 @@ def _uncaptured(function: Operation) -> Operation:
     """Plain PyTorch in the place of a refused kernel, which a graph would have captured."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if _capturing(next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))):
+        if capturing(next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))):
             raise GraphError(
                 "plain PyTorch, which runs in the place of refused kernels, reads a row's number on the host"
             )
@@ -234,7 +234,8 @@ def _uncaptured(function: Operation) -> Operation:
     return run
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device now becomes part of a CUDA graph."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):  # or it would ask, and wake, the current one
@@ -256,7 +257,7 @@ def _may_run(
     with _lock:
         if device in _refused:
             return False
-        if _capturing(device) or (device.type == "cpu" and not interpreter_rounds_once()):
+        if capturing(device) or (device.type == "cpu" and not interpreter_rounds_once()):
             return None
         question = Question.like(name, given)
         if question is None:
@@ -270,16 +271,22 @@ def _may_run(
         if not wrong:
             _remember(kernels, device, text)
             return True
-        where = f"{device} ({hardware(device).partition(',')[0]})"
+        refuse(device, wrong)
+        return False
+
+
+def refuse(device: torch.device, wrong: str) -> None:
+    """Run no Triton kernel on a device in this process, and say why in a warning."""
+    where = f"{device} ({hardware(device).partition(',')[0]})"
+    with _lock:
         _refused[device] = reason = f"the Triton kernels are not used on {where}: {wrong}"
         for chosen in _chosen:
             chosen.clear()
-        warn(
-            f"{reason}; plain PyTorch runs there until this process ends, several times slower: please report what "
-            "`fastdiff doctor --verify` prints",
-            RuntimeWarning,
-        )
-        return False
+    warn(
+        f"{reason}; plain PyTorch runs there until this process ends, several times slower: please report what "
+        "`fastdiff doctor --verify` prints",
+        RuntimeWarning,
+    )
 
 
 @functools.cache
