@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .errors import ConfigError, choose, names_keywords, one_line
+from .errors import ConfigError, GraphError, choose, names_keywords, one_line
 from .execution import modules
 from .execution.calls import dtype_of
+from .execution.cuda_graph import capture
 from .execution.fused import PointwiseConv2d, WinogradConv2d
 from .model import ScoreModel
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EXACT, TF32 = 1e-4, 2.0**-8  # of the largest output, at most: float32's roundings, and those of a GPU's products
 PAYS = 0.97  # of the time before: what is kept takes less
 SECONDS = 0.3  # to measure a layer or a network for, at most; three calls at least
 
@@ -33,8 +35,10 @@ def optimize(
     Winograd's convolution, for each layer by itself, on a CPU in float32 (four times the memory of those weights); 1×1
     convolutions as products of matrices; with precision "bf16" the whole network in bfloat16, where the processor has it;
     with `compile`, torch.compile. It prints each with its time, and how far the outputs of one batch are from those of the
-    network as it was: some 1e-5 of the largest in "fp32", some 1e-2 in "bf16"; what is further than 1e-4 and 0.1 is not kept. The
-    same text is `optimized`. Its weights need no gradient: to train, take the model itself.
+    network as it was: some 1e-5 of the largest in "fp32", some 1e-2 in "bf16"; what is further than 1e-4 and 0.1 is not kept (on
+    a GPU, where torch may round products to TF32, 4e-3 and 0.1). The same text is `optimized`. Its weights need no gradient: to
+    train, take the model itself. On a GPU the times are those of the network as a CUDA graph, as runs replay it, or, where it
+    cannot be captured, of eager calls. No GPU has run it yet.
 
     precision   "bf16", where that is faster, or "fp32"
     batch_size  samples of a call, as in the runs to come
@@ -120,7 +124,29 @@ class _Trial:
         return self.model(self.x.to(dtype_of(net, torch.float32)), self.t, self.cond).float()
 
     def seconds(self, net: nn.Module) -> float:
+        if self.device.type == "cuda":
+            return _seconds(_replayed(self.call(net), self.device), self.device)
         return _seconds(lambda: self.output(net), self.device)
+
+    def call(self, net: nn.Module) -> Callable[[], object]:
+        """The network's call within the model's, which may copy the times of a chain from the host, as no graph can."""
+        given: list[Any] = []
+        hook = net.register_forward_pre_hook(lambda _, *call: given.append(call), with_kwargs=True)
+        try:
+            self.output(net)
+        finally:
+            hook.remove()
+        args, kwargs = given[0]
+        return torch.no_grad()(lambda: net(*args, **kwargs))
+
+
+def _replayed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The call as a CUDA graph, whose time is the device's alone; itself where it cannot be captured."""
+    try:
+        (graph,) = capture(call, [call], device)
+    except GraphError:
+        return call
+    return graph.replay  # type: ignore[no-any-return]
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -144,12 +170,13 @@ Change = Callable[[nn.Module], "nn.Module | None"]
 def _changes(trial: _Trial, precision: str, compile: bool) -> list[tuple[str, Change, float]]:
     """What is tried, in words; what makes a changed network of a network, or None where there is nothing to change; and how far
     apart the outputs may be, of the largest."""
+    near = EXACT if trial.device.type == "cpu" else TF32
     changes: list[tuple[str, Change, float]] = [
-        ("channels_last", _channels_last, 1e-4),
-        ("1×1 convolutions as products of matrices", _pointwise, 1e-4),
+        ("channels_last", _channels_last, near),
+        ("1×1 convolutions as products of matrices", _pointwise, near),
     ]
     if trial.device.type == "cpu":
-        changes += [("Winograd's convolutions, where they are faster", lambda net: _winograd(net, trial), 1e-4)]
+        changes += [("Winograd's convolutions, where they are faster", lambda net: _winograd(net, trial), near)]
     if precision == "bf16":
         changes += [("bfloat16", lambda net: _converted(net, torch.bfloat16), 0.1)]
     if compile:

@@ -68,7 +68,7 @@ def tensors(seed=0):
     t |= {"net_input": t["m"].bfloat16(), "mask": t["x"] > 0, "table": table_of(a=0.9, b0=0.1, c=0.3, q=1.0)}
     t |= {"cursor": torch.tensor([2, 0, seed]), "first_bad": torch.full((4,), 9), "measured": torch.ones(4, 2)}
     t |= {name: torch.rand(4, generator=g) for name in ("r", "w", "weight", "h")}
-    return t | {"frequencies": torch.rand(64, generator=g)}
+    return t | {"frequencies": torch.rand(64, generator=g), "wide": torch.randn(1, 2, 64, 80, generator=g)}
 
 
 def step(*names):
@@ -92,6 +92,8 @@ CALLS = {
     "probe_dot": lambda k, t: k.probe_dot(t["x"], t["cursor"], 3, "normal"),
     "probe_dot, given": lambda k, t: k.probe_dot(t["x"], t["cursor"], 3, "normal", t["net_input"]),
     "rk_error": lambda k, t: k.rk_error(t["x"], [t["m"], t["v"], t["z"]], t["h"], [0.5, 0, 0.5], [0.1, 0, 0], 1e-3, 0.1),
+    "group_norm": lambda k, t: k.group_norm(t["x"], 3, None, t["frequencies"][:3], 1e-5),
+    "group_norm, blocks": lambda k, t: k.group_norm(t["wide"], 2, t["r"][:2], t["w"][:2].bfloat16(), 1e-5, False),
     "timestep_embedding": lambda k, t: k.timestep_embedding(t["r"], t["frequencies"], 1000.0, 128, "sin_cos"),
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastdiff
 import fastdiff.errors as errors
-from fastdiff import probability_flow, runs
+from fastdiff import networks, probability_flow, runs
 from fastdiff.networks import MLP, MODELS, TimeEmbedding, UNet, build, describe
 
 SHAPES = [(1, 8), (2, 13), (3, 1), (1, 8, 8), (3, 7, 10), (5, 1, 6), (2, 1, 1), (1, 2, 3, 5), (2, 4, 1, 7)]
@@ -539,3 +539,42 @@ def test_a_run_of_a_plain_network_leaves_its_times_as_they_are():
         for sde in ("vp", fastdiff.DDPM("cosine", T=20), "ncsn", "vp"):
             fastdiff.sample(net, sde, shape=(3,), num_samples=2, **({} if sde == "ncsn" else {"steps": 5}))
     assert (net.config["time_scale"], net.scale_set) == (scale, False)
+
+
+IMAGE = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "attention": (1,)}
+# every preset, and the classes that are none: (process, network)
+WHOLE_GRAPHS = {
+    "ddpm": ("ddpm", lambda: networks.ddpm((3, 8, 8), **IMAGE, num_classes=3)),
+    "ddpmpp": ("vp", lambda: networks.ddpmpp((3, 8, 8), **IMAGE)),
+    "ncsnpp": ("ve", lambda: networks.ncsnpp((3, 8, 8), **IMAGE)),
+    "adm": ("ddpm", lambda: networks.adm((3, 8, 8), **{**IMAGE, "channels": 32}, head_channels=32, num_classes=3)),
+    "ncsn": ("ncsn", lambda: networks.ncsn((3, 8, 8), channels=8)),
+    "ncsnv2": ("ve", lambda: networks.ncsnv2((3, 8, 8), channels=8)),
+    "edm2": ("edm", lambda: networks.edm2((3, 8, 8), **IMAGE, num_classes=3)),
+    "dit": ("ddpm", lambda: networks.dit((3, 8, 8), patch=4, hidden=16, layers=1, heads=2, num_classes=3)),
+    "transformer": ("vp", lambda: networks.Transformer((5, 4), hidden=16, layers=1, heads=2)),
+    "linear attention": ("vp", lambda: small("linear_attention_unet", (3, 8, 8))),
+    "U-Net": ("vp", lambda: UNet((3, 8, 8), channels=8, blocks=1, attention=(1,), cond_shape=(3, 8, 8), num_classes=3)),
+    "MLP": ("vp", lambda: MLP((4,), hidden=8, layers=1, num_classes=3, cond_shape=(2,))),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE_GRAPHS)
+def test_torch_compile_sees_a_whole_model_at_once(name):
+    """fullgraph=True refuses whatever breaks its graph: in the network, and in what a ScoreModel does around it."""
+    process, make = WHOLE_GRAPHS[name]
+    net = awake(make()).eval()
+    learned = "learned_range" if net.config.get("out_channels") == 2 * net.shape[0] else None
+    model = fastdiff.ScoreModel(net, process, data_shape=net.shape, variance=learned)
+    cond = {}
+    if model.num_classes:
+        cond["y"] = torch.tensor([0, 2])
+    if model.cond_shape:
+        cond["cond"] = torch.randn(2, *model.cond_shape)
+    x, t = torch.randn(2, *net.shape), torch.tensor([3, 7] if model.process.discrete else [0.3, 0.7])
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = model(x, t, cond or None)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(x, t, cond or None)
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from strangers import close, drawn
 from torch import nn
+from watching import on_tape
 
 import fastdiff
 import fastdiff.errors as errors
+from fastdiff import optimization
 from fastdiff.execution import cpu, fused
 from fastdiff.networks import MLP, PaperUNet, UNet
 
@@ -179,6 +181,8 @@ def test_where_numbers_are_not_plain_torchs_own_layers_work():
         assert fused.fusable(x)
         for other in (x.double(), x[..., 0], x.to("meta"), x[:0]):
             assert not fused.fusable(other)
+        for other in (x.to("meta"), x[:0]):
+            assert not fused.fusable(other, "triton")
         mapped = torch.func.vmap(lambda x: fast(x[None])[0])(x)
         torch.testing.assert_close(mapped, layer(x))
         with torch.autocast("cpu", torch.bfloat16):
@@ -256,6 +260,34 @@ def test_a_change_that_the_network_does_not_bear_is_left_out():
     model = fastdiff.ScoreModel(Flat(), "vp", data_shape=(2, 4, 4))
     faster = fastdiff.optimize(model, batch_size=2, verbose=False)
     assert "channels_last: not kept, view size is not compatible" in faster.optimized
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_on_a_gpu_a_network_is_timed_as_a_graph(fails, monkeypatch):
+    """Its whole call, without what the model does around it; eagerly where it cannot be captured."""
+    monkeypatch.setattr(optimization, "capture", on_tape)
+    model = fastdiff.ScoreModel(
+        PaperUNet((3, 8, 8), channels=16, multipliers=(1, 2), blocks=1), "ddpm", data_shape=(3, 8, 8)
+    )
+    net, answers = drawn(model.net), []
+    trial = optimization._Trial(model, torch.device("cpu"), 2, None)
+    own = trial.call(net)
+
+    def call():
+        answers.append(own())
+        if fails and len(answers) > 1:
+            raise RuntimeError("not in a capture")
+
+    replay = optimization._replayed(call, torch.device("cuda"))
+    assert len(answers) == 2
+    assert torch.equal(answers[0], trial.output(net))
+    if fails:
+        assert replay is call
+        return
+    trial.x.copy_(trial.x.flip(0))
+    replay()
+    assert len(answers) == 2  # none of the network's Python
+    close(answers[1], answers[0].flip(0))
 
 
 def test_of_a_new_network_nothing_is_known():

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from test_terminal_noise import Straight
 
 import fastdiff
@@ -86,6 +87,15 @@ def test_increments_noise_is_the_score_of_the_marginal():
     eps = -sigma * score
     assert r[0] == 0
     assert (w * eps)[0] == pytest.approx(regression)
+
+
+@pytest.mark.parametrize("name", predictions.TIME_INPUTS)
+def test_times_of_a_device_are_not_read(name):
+    """Which would stall it, and end a capture."""
+    process, t = fastdiff.DDPM(), torch.tensor([1.0, 3.0], device="meta")
+    time = predictions.network_time(name, process, t, process.alpha(t), process.sigma(t))
+    assert time.is_meta
+    assert time.shape == (2,)
 
 
 def test_time_inputs():

@@ -125,12 +125,17 @@ def _check_counted(name: str, process: Process) -> None:
 def _index(process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
     _check_counted("index", process)
     whole = lib(t).round(t)
-    if bool((abs(t - whole) > 1e-6).any()):
+    if _are_seen(t) and bool((abs(t - whole) > 1e-6).any()):
         raise ConfigError(
             "time_input='index' needs whole steps of the chain: use grid='trained' and a sampler without stages, such as "
             "'ddim' or 'unipc', or time_input='fractional_index'"
         )
     return process.index(whole)
+
+
+def _are_seen(t: Any) -> bool:
+    """Whether times may be looked at: on a device that would stall it, in what torch.compile traces it would break the graph."""
+    return not hasattr(t, "detach") or (t.device.type == "cpu" and not sys.modules["torch"].compiler.is_compiling())
 
 
 def _share_of_index(process: Process, t: Any, alpha: Any, sigma: Any) -> Any:
