@@ -54,6 +54,7 @@ PARTS = {
     "profile": Part("the kernels' own times", 40),
     "training": Part("training steps as graphs against eager ones", 50),
     "loops": Part("whole runs against eager and compiled loops, float32", 220),
+    "networks": Part("group normalisation and a U-Net's call, against PyTorch and diffusers", 90),
     "sanitizer": Part("memory and races, by compute-sanitizer", 100),
     "counters": Part("what the device counts in a step, by ncu", 40),
     "bf16": Part("whole runs in bfloat16", 200),

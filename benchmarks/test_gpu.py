@@ -17,14 +17,16 @@ import peers
 import predictions
 import pytest
 import torch
+import torch.nn.functional as F
+import unets
 from cases import CPU, Own, Subject
 from recorder import Run, Stopwatch, replayed, turns
 from torch import Tensor, nn
 
 import fastdiff
-from fastdiff import samplers
+from fastdiff import networks, samplers
 from fastdiff.errors import GraphError
-from fastdiff.execution import cpu, graphs, ops, reference
+from fastdiff.execution import cpu, fused, graphs, ops, reference, verify
 from fastdiff.execution.noise import PRIOR
 from fastdiff.networks import MLP, UNet
 from fastdiff.networks.layers import TimeConditioned
@@ -415,6 +417,104 @@ def test_training_step(gpu, recorder, promise, name):
     promise(
         ratio >= 1, f"training, {name}: {ratio:.2f} times as fast as eager steps, at least 1; weights {apart:.2g} apart"
     )
+
+
+class Norm(NamedTuple):
+    """Maps in 32 groups."""
+
+    shape: tuple[int, ...]
+    last: bool  # whether channels lie side by side
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        layout = ", channels last" if self.last else ""
+        return f"group_norm + SiLU {'x'.join(map(str, self.shape))} {str(self.dtype)[6:]}{layout}"
+
+
+NORMS = (
+    *(
+        Norm(shape, last)
+        for shape in ((64, 256, 8, 8), (64, 128, 32, 32), (8, 128, 256, 256))
+        for last in (True, False)
+    ),
+    *(Norm((64, 128, 32, 32), last, torch.float32) for last in (True, False)),
+)
+TORCH, UNOPTIMIZED = "torch's two operations", "the same network, not optimized"
+
+
+@pytest.mark.networks
+@pytest.mark.takes(6)
+@pytest.mark.parametrize("case", NORMS, ids=str)
+@torch.no_grad()
+def test_group_norm(gpu, recorder, copied, case):
+    """With scale and shift of each channel; against a copy, which reads each number once too, and writes it."""
+    gpu.only(small=case.shape[-1] == 8)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in (case.shape, *[case.shape[1:2]] * 2))
+    x, weight, bias = (v.to(gpu.device, case.dtype) for v in (x, weight, bias))
+    x = x.to(memory_format=torch.channels_last) if case.last else x
+    runs = {
+        "ours": lambda: fused.group_norm(x, 32, weight, bias, 1e-6),
+        TORCH: lambda: F.silu(F.group_norm(x, 32, weight, bias, 1e-6)),
+    }
+    exact = F.silu(F.group_norm(x[:2].double(), 32, weight.double(), bias.double(), 1e-6))
+    apart = float((runs["ours"]()[:2] - exact).abs().max() / exact.abs().max())
+    assert apart <= max(torch.finfo(case.dtype).eps, 1e-6), f"{apart:.2g} apart: not timed"
+    if gpu.device.type == "cuda":
+        assert fused.fusable(x, "triton")
+        assert ops.kernels().group_norm_fits(x, 32)
+        assert not verify.refusal(x.device)
+    name, n = str(case), x.numel()
+    times = turns({label: gpu.watch.batches(run) for label, run in runs.items()}, 0.02 if gpu.quick else 0.4)
+    recorder.pairs("gpu networks", name, n, "us a call", times)
+    if gpu.cuda:
+        calls = in_graphs(runs, gpu.calls, gpu.device)
+        clocks = {label: gpu.watch.batches(run, gpu.calls) for label, run in calls.items()}
+        times = turns(clocks, 0.02 if gpu.quick else 0.4)
+        recorder.pairs("gpu networks", name, n, "us a call in a graph", times)
+    moved = 2 * x.nbytes
+    recorder.row(
+        "gpu networks", name, n, "percent of copy", [100 * moved / time / 1e3 / copied for time in times["ours"]]
+    )
+
+
+@pytest.mark.networks
+@pytest.mark.takes(30)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@torch.no_grad()
+def test_network(gpu, recorder, precision):
+    """A call of DDPM's U-Net as fastdiff.optimize leaves it, against the same network and, where it is installed, diffusers' of
+    the same weights, both eagerly and as graphs; of those in float32 with TF32, as ours."""
+    gpu.only(small=precision == "fp32")
+    batch, theirs = 2 if gpu.quick else 64, None
+    if gpu.quick or peers.missing("diffusers"):
+        smaller = {"channels": 32, "multipliers": (1, 2), "blocks": 1, "attention": (1,)} if gpu.quick else {}
+        network = unets.drawn(networks.ddpm(unets.SHAPE, **smaller))
+    else:
+        theirs, network = unets.of_diffusers()
+        theirs = theirs.eval().to(gpu.device)
+    model = fastdiff.ScoreModel(network.eval().to(gpu.device), "ddpm", "eps", "index", unets.SHAPE)
+    made = fastdiff.optimize(model, precision=precision, batch_size=batch, verbose=False)
+    print(made.optimized)
+    dtype = next(made.net.parameters()).dtype
+    x = torch.randn(batch, *unets.SHAPE, generator=torch.Generator().manual_seed(0)).to(gpu.device)
+    narrow, t = x.to(dtype), torch.full((batch,), 500, device=gpu.device)
+    runs = {"ours": lambda: made.net(narrow, t), UNOPTIMIZED: lambda: network(x, t)}
+    if theirs is not None:
+        runs["diffusers"] = lambda: theirs(x, t).sample
+    exact = runs[UNOPTIMIZED]()
+    for name, run in runs.items():
+        apart = float((run().float() - exact).abs().max() / exact.abs().max())
+        assert apart <= (0.1 if name == "ours" and dtype == torch.bfloat16 else 2**-8), (
+            f"{name}: {apart:.2g} apart: not timed"
+        )
+    name = f"U-Net {sum(p.numel() for p in network.parameters()) / 1e6:.1f}M {batch}x3x32x32, {precision}"
+    kinds = {"us a call": (runs, 1)}
+    if gpu.cuda:
+        kinds["us a call in a graph"] = in_graphs(runs, 2, gpu.device), 2
+    for metric, (systems, calls) in kinds.items():
+        clocks = {label: gpu.watch.batches(run, calls) for label, run in systems.items()}
+        recorder.pairs("gpu networks", name, batch, metric, turns(clocks, 0.0 if gpu.quick else 2.0))
 
 
 def peak(run: Run) -> float:

@@ -85,7 +85,7 @@ def test_every_part_is_tried_on_a_stand_in(tmp_path, gpu):
     rows = list(csv.DictReader((tmp_path / "a-stand-in-quick.csv").read_text().splitlines()))
     assert list(rows[0]) == COLUMNS.split()
     assert {(row["device"], row["commit"], row["threads"]) for row in rows} == {("a-stand-in-quick", "abc", "")}
-    assert {row["group"] for row in rows} == {"gpu ops", "gpu loops", "gpu training"}
+    assert {row["group"] for row in rows} == {"gpu ops", "gpu loops", "gpu training", "gpu networks"}
 
     def of(metric, column="ours"):
         return {row["case"]: row[column] for row in rows if row["metric"] == metric}
@@ -104,6 +104,8 @@ def test_every_part_is_tried_on_a_stand_in(tmp_path, gpu):
     assert {row["opponent"] for row in rows if row["case"] in compiled} == {"reduce-overhead loop"}
     assert of("weights apart, graphs and eager steps") == {"MLP 256x2": "0"}
     assert of("us per training step").keys() == {"MLP 256x2"}
+    assert of("us a call").keys() == of("us a call in a graph").keys()
+    assert {name.partition(" ")[0] for name in of("us a call")} == {"group_norm", "U-Net"}
     assert of("us outside the network per step").keys() == of("peak MiB").keys() == NETWORKS
     for row in rows:
         if row["theirs"] and row["metric"].startswith("us"):
@@ -205,12 +207,13 @@ def test_parts_run_in_their_order_each_within_its_seconds(gpu, monkeypatch, caps
         "profile",
         "training",
         "loops",
+        "networks",
         "sanitizer",
         "counters",
         "bf16",
     ]
     assert all(seconds <= gpu.PARTS[name].seconds for name, seconds in device.ran.items())
-    assert "a card, torch 2; commit abc; 200 s" in verdict
+    assert "a card, torch 2; commit abc; 220 s" in verdict
     assert "VERDICT: HELD (exit code 0)" in verdict
     assert "in another command: make gpu ONLY=large" in verdict
     command, environment = device.commands["kernels"]
@@ -232,9 +235,9 @@ def test_what_there_is_no_time_for_is_named(gpu, monkeypatch, capsys, tmp_path):
     assert code == 0
     assert device.now <= gpu.SECONDS < 600
     assert list(device.ran) == ["bits", "kernels", "tests", "operations", "profile", "training", "loops"]
-    for name in ("sanitizer", "counters", "bf16"):
+    for name in ("networks", "sanitizer", "counters", "bf16"):
         assert f"{name}: left out for want of time" in verdict
-    assert "in another command: make gpu ONLY=sanitizer,counters,bf16,large" in verdict
+    assert "in another command: make gpu ONLY=networks,sanitizer,counters,bf16,large" in verdict
 
 
 def test_tests_alone_run_the_kernels_cases_themselves(gpu, monkeypatch, capsys, tmp_path):
