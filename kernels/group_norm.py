@@ -285,7 +285,7 @@ def _group_norm(
         whole = tiled(1, length, "out", "x", "weight", "bias")
 
         def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            out = torch.empty_like(x)
+            out = _empty(x, last)
             whole(out, x, _dense(weight), _dense(bias))
             return out
 
@@ -309,11 +309,16 @@ def _group_norm(
         for launch, fewer in merges:
             blocked, moments = moments, x.new_empty((2, samples, fewer, groups), dtype=torch.float32)
             launch(*moments, *blocked)
-        out = torch.empty_like(x)
+        out = _empty(x, last)
         apply(out, *moments, x, _dense(weight), _dense(bias))
         return out
 
     return tiles.Prepared(run_apart, apply)
+
+
+def _empty(x: Tensor, last: bool) -> Tensor:
+    """Of x's shape and layout, which torch.empty_like does not see where x is one of many samples."""
+    return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1) if last else x.new_empty(x.shape)
 
 
 def _pitch(value: Tensor | None) -> int:
