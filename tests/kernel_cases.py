@@ -459,12 +459,12 @@ def test_group_norm(case):
 def test_group_norm_of_very_many_blocks(last, monkeypatch):
     """Whose moments are merged before they are applied, and merged again."""
     monkeypatch.setattr(norms, "TILE", 64)
-    monkeypatch.setattr(norms, "MOST_BLOCKS", 4)
+    monkeypatch.setattr(norms, "MOST_BLOCKS", 1)
     monkeypatch.setattr(norms, "MERGED", 4)
     monkeypatch.setattr(tiles, "_PREPARED", {})
-    case = Norm((1, 8, 9, 32), 2, last=last, mean=100.0)
+    case = Norm((1, 8, 5, 16), 2, last=last, mean=100.0)
     given = case.operands()
-    assert norms.cut(8, 9 * 32, 2, last).blocks > 16
+    assert norms.cut(8, 5 * 16, 2, last).blocks > 4
     x, weight, bias = on_device(*given)
     near(case, kernels.group_norm(x, 2, weight, bias, case.eps), case.exact(*given))
 
@@ -498,19 +498,20 @@ def test_networks_layer_is_the_kernel_for_plain_numbers(wrong, monkeypatch):
     assert torch.equal(fused.group_norm(x, *arguments), plain)  # of which somebody may want a derivative
 
 
-@pytest.mark.skipif(ON_HOST, reason="needs a CUDA device")
-def test_group_norm_is_captured():
-    """And a graph's second run is of the numbers that x has by then."""
-    for case in NORMS[:2]:
-        x, weight, bias = on_device(*case.operands())
-        run = lambda: kernels.group_norm(x, case.groups, weight, bias, case.eps)  # noqa: B023, E731
-        run()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = run()
-        x.copy_(x.flip(0) + 1)
-        graph.replay()
-        assert torch.equal(out, run())
+if not ON_HOST:
+
+    def test_group_norm_is_captured():
+        """And a graph's second run is of the numbers that x has by then."""
+        for case in NORMS[:2]:
+            x, weight, bias = on_device(*case.operands())
+            run = lambda: kernels.group_norm(x, case.groups, weight, bias, case.eps)  # noqa: B023, E731
+            run()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = run()
+            x.copy_(x.flip(0) + 1)
+            graph.replay()
+            assert torch.equal(out, run())
 
 
 @pytest.fixture
