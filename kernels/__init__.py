@@ -8,7 +8,7 @@ device memory and nothing is read back, so that every call can be captured in a 
 from .embedding import timestep_embedding
 from .fill import normal, perturb, rademacher
 from .group_norm import fits as group_norm_fits
-from .group_norm import group_norm
+from .group_norm import group_norm, prepare_group_norm
 from .langevin import measure_langevin
 from .step import prepare_step, step
 from .sums import dsm_loss, dsm_loss_backward, probe_dot, rk_error
@@ -25,6 +25,7 @@ __all__ = [
     "measure_langevin",
     "normal",
     "perturb",
+    "prepare_group_norm",
     "prepare_step",
     "probe_dot",
     "rademacher",

@@ -15,6 +15,7 @@ hardware's approximations, 2 units in the last place each.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -244,6 +245,13 @@ def group_norm(
     return normed
 
 
+def prepare_group_norm(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = True
+) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+    """group_norm of operands of which tiles.facts are these, as a function of (x, weight, bias)."""
+    return _group_norm(x, weight, bias, groups, eps, silu).run
+
+
 def _group_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
 ) -> tiles.Prepared:
@@ -262,6 +270,9 @@ def _group_norm(
     last = bool(channels_last(x))
     tiling, length = cut(channels, places, groups, last), channels * places // groups
     blocks, step = tiling.blocks, tiling.step
+    axes = tuple(range(x.ndim))
+    dense = (samples, *x.shape[2:], channels) if last else x.shape  # of the output, which lies so
+    order = (0, x.ndim - 1, *axes[1:-1]) if last else axes
     unit = min(channels & -channels, 16)
     shared = {
         "out": None, "means": None, "squares": None, "weight": None, "bias": None, "eps": eps, "places": places,
@@ -285,7 +296,7 @@ def _group_norm(
         whole = tiled(1, length, "out", "x", "weight", "bias")
 
         def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            out = _empty(x, last)
+            out = x.new_empty(dense).permute(order)
             whole(out, x, _dense(weight), _dense(bias))
             return out
 
@@ -309,16 +320,11 @@ def _group_norm(
         for launch, fewer in merges:
             blocked, moments = moments, x.new_empty((2, samples, fewer, groups), dtype=torch.float32)
             launch(*moments, *blocked)
-        out = _empty(x, last)
+        out = x.new_empty(dense).permute(order)
         apply(out, *moments, x, _dense(weight), _dense(bias))
         return out
 
     return tiles.Prepared(run_apart, apply)
-
-
-def _empty(x: Tensor, last: bool) -> Tensor:
-    """Of x's shape and layout, which torch.empty_like does not see where x is one of many samples."""
-    return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1) if last else x.new_empty(x.shape)
 
 
 def _pitch(value: Tensor | None) -> int:

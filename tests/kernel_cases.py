@@ -470,27 +470,38 @@ def test_group_norm_of_very_many_blocks(last, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("wrong", ["", "is 1.[0-9]e-01 off", "fails: out of registers"])
 def test_networks_layer_is_the_kernel_for_plain_numbers(wrong, monkeypatch):
     """And what torch makes of it everywhere else, and where the kernel's answer was wrong."""
     case = Norm((2, 16, 6, 6), 4, last=True, dtype=torch.bfloat16)
     x, *both = on_device(*case.operands())
     arguments = case.groups, *(v.to(x.dtype) for v in both), case.eps
-    monkeypatch.setattr(fused, "_right", {})
+    monkeypatch.setattr(fused, "_prepared", {})
     monkeypatch.setattr(verify, "_refused", {})
     kernel, plain = kernels.group_norm, fused._group_norm(x, *arguments, True)
     ours = kernel(x, *arguments)
     assert not torch.equal(plain, ours)
     if wrong:
-        monkeypatch.setattr(kernels, "group_norm", lambda *given: kernel(*given) + 0.1)
-        with torch.no_grad(), pytest.warns(RuntimeWarning, match="not used on .*group_norm of torch.bfloat16"):
+
+        def broken(*given):
+            if "fails" in wrong:
+                raise RuntimeError("out of registers")
+            return kernel(*given).float() + 0.1
+
+        monkeypatch.setattr(kernels, "group_norm", broken)
+        with (
+            torch.no_grad(),
+            pytest.warns(RuntimeWarning, match=f"not used on .*group_norm of torch.bfloat16 .* {wrong}"),
+        ):
             assert torch.equal(fused.group_norm(x, *arguments), plain)
         with torch.no_grad():
             assert torch.equal(fused.group_norm(x, *arguments), plain)  # without asking again
         return
     gaps = x[:, :, ::2]
     with torch.no_grad():
-        assert torch.equal(fused.group_norm(x, *arguments), ours)
+        for each in (x, x[[1, 0]].contiguous(memory_format=torch.channels_last)):  # of one kind
+            assert torch.equal(fused.group_norm(each, *arguments), kernel(each, *arguments))
+        assert len(fused._prepared) == 1
         assert torch.equal(fused.group_norm(gaps, *arguments), fused._group_norm(gaps, *arguments, True))
         with torch.autocast(x.device.type, torch.bfloat16):
             assert torch.equal(fused.group_norm(x, *arguments), plain)
@@ -613,7 +624,7 @@ def test_an_operand_whose_samples_are_2_to_the_30_apart(tmp_path: Path, layout):
 
 def test_signatures_are_the_references():
     for name in kernels.__all__:
-        if name in ("KEEPS_NOISE", "group_norm_fits"):
+        if name in ("KEEPS_NOISE", "group_norm_fits", "prepare_group_norm"):
             continue
         meant = fused if name == "group_norm" else row
         ours, theirs = inspect.signature(getattr(kernels, name)), inspect.signature(getattr(meant, name))

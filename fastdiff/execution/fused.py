@@ -4,6 +4,7 @@ they are what torch makes of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,9 +45,9 @@ def group_norm(
     if weight is not None and bias is not None and fusable(x) and x.is_contiguous(memory_format=torch.channels_last):
         return cpu.group_norm(x, groups, weight, bias, eps, silu)
     if fusable(x, "triton"):
-        kernels = ops.kernels()
-        if kernels.group_norm_fits(x, groups) and _is_right(kernels, x, groups, weight, bias, eps, silu):
-            return kernels.group_norm(x, groups, weight, bias, eps, silu)  # type: ignore[no-any-return]
+        kernel = _kernel(x, weight, bias, groups, eps, silu)
+        if kernel is not None:
+            return kernel(x, weight, bias)  # type: ignore[no-any-return]
     return _group_norm(x, groups, weight, bias, eps, silu)
 
 
@@ -62,35 +63,46 @@ def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | No
     return F.silu(out) if silu else out
 
 
-_right: dict[Any, bool] = {}  # by what a kernel is compiled for
+_prepared: dict[Any, Callable[..., Any] | None] = {}  # what runs operands of a kind: a kernel's launches, or torch
 
 
-def _is_right(kernels: Any, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, *others: Any) -> bool:
-    """Whether the kernel of group_norm, asked once about operands of each kind, gives what torch does in float64. One that does
-    not, or does not compile, is the end of all Triton kernels on its device, with a warning."""
+def _kernel(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+) -> Callable[..., Any] | None:
+    """The kernel's launches for operands like these, after it has given what torch does in float64, which it is asked once; None
+    where it takes no such operands, or none on their device. One that gives other numbers, or does not compile, is the end of
+    all Triton kernels on its device, with a warning."""
     if verify.refusal(x.device):
-        return False
-    shared = [v if v is None else (v.device, v.dtype, v.shape[-1:], v.stride()) for v in (weight, bias)]
-    kind = x.device, x.dtype, x.shape[1:], x.stride()[1:], groups, others, *shared
-    if kind not in _right and not verify.capturing(x.device):
-        x, weight, bias = (_irregular(v) for v in (x, weight, bias))
-        w, b = (None if v is None else v.double() for v in (weight, bias))
-        exact = _group_norm(x.double(), groups, w, b, *others)
-        wrong = ""
-        try:
-            apart = float(
-                (kernels.group_norm(x, groups, weight, bias, *others) - exact).abs().max() / exact.abs().max()
-            )
-            if not apart <= max(torch.finfo(x.dtype).eps, 1e-6):
-                wrong = f"group_norm of {x.dtype} {list(x.shape)} is {apart:.1e} of the largest number off"
-        except torch.OutOfMemoryError:
-            raise
-        except verify.kernels_break() as error:
-            wrong = f"group_norm of {x.dtype} {list(x.shape)} fails: {one_line(str(error))}"
+        return None
+    kernels = ops.kernels()
+    facts = kernels.tiles.facts
+    kind = groups, eps, silu, facts(x), facts(weight), facts(bias)
+    if kind not in _prepared and not verify.capturing(x.device):
+        if len(_prepared) >= verify.MANY:
+            _prepared.clear()
+        fits = kernels.group_norm_fits(x, groups)
+        wrong = _fault(kernels, x, weight, bias, groups, eps, silu) if fits else ""
         if wrong:
             verify.refuse(x.device, wrong)
-        _right[kind] = not wrong
-    return _right.get(kind, False)
+        _prepared[kind] = kernels.prepare_group_norm(x, groups, weight, bias, eps, silu) if fits and not wrong else None
+    return _prepared.get(kind)
+
+
+def _fault(
+    kernels: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+) -> str:
+    """How the kernel differs from torch in float64, on other numbers of this kind, or why it does not run; or ""."""
+    x, weight, bias = (_irregular(v) for v in (x, weight, bias))
+    w, b = (None if v is None else v.double() for v in (weight, bias))
+    exact, asked = _group_norm(x.double(), groups, w, b, eps, silu), f"group_norm of {x.dtype} {list(x.shape)}"
+    try:
+        apart = float((kernels.group_norm(x, groups, weight, bias, eps, silu) - exact).abs().max())
+    except torch.OutOfMemoryError:
+        raise
+    except verify.kernels_break() as error:
+        return f"{asked} fails: {one_line(str(error))}"
+    most = max(torch.finfo(x.dtype).eps, 1e-6) * max(1.0, float(exact.abs().max()))
+    return "" if apart <= most else f"{asked} is {apart:.1e} off"  # NaN is more
 
 
 def _irregular(like: Tensor | None) -> Any:
