@@ -437,7 +437,7 @@ def alike(model, first, second):
 @both
 @pytest.mark.parametrize("kind", ["sinusoidal", "fourier"])
 @pytest.mark.parametrize("time_input", ["t", "index", "t*999"])
-@pytest.mark.parametrize("steps", [10, 200, 1000, 4000])
+@pytest.mark.parametrize("steps", [10, 1000, 4000])
 def test_neighbouring_steps_of_a_chain_have_features_that_are_alike(name, kind, time_input, steps, tmp_path):
     """And the first and the last have not; as the network was saved, so it is loaded."""
     for sde in (
@@ -542,14 +542,12 @@ def test_a_run_of_a_plain_network_leaves_its_times_as_they_are():
 
 
 IMAGE = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "attention": (1,)}
-# every preset, and the classes that are none: (process, network)
+# of every class, and PaperUNet with what its presets differ in: (process, network)
 WHOLE_GRAPHS = {
     "ddpm": ("ddpm", lambda: networks.ddpm((3, 8, 8), **IMAGE, num_classes=3)),
-    "ddpmpp": ("vp", lambda: networks.ddpmpp((3, 8, 8), **IMAGE)),
     "ncsnpp": ("ve", lambda: networks.ncsnpp((3, 8, 8), **IMAGE)),
     "adm": ("ddpm", lambda: networks.adm((3, 8, 8), **{**IMAGE, "channels": 32}, head_channels=32, num_classes=3)),
     "ncsn": ("ncsn", lambda: networks.ncsn((3, 8, 8), channels=8)),
-    "ncsnv2": ("ve", lambda: networks.ncsnv2((3, 8, 8), channels=8)),
     "edm2": ("edm", lambda: networks.edm2((3, 8, 8), **IMAGE, num_classes=3)),
     "dit": ("ddpm", lambda: networks.dit((3, 8, 8), patch=4, hidden=16, layers=1, heads=2, num_classes=3)),
     "transformer": ("vp", lambda: networks.Transformer((5, 4), hidden=16, layers=1, heads=2)),
