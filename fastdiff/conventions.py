@@ -19,6 +19,7 @@ from .execution import ops
 from .execution.calls import answer, device_of, dtype_of, moved, picked
 from .execution.loop import Condition
 from .execution.modes import evaluating, leaves_no_trace
+from .execution.monitor import bar
 from .execution.noise import PERTURBATION, permutation
 from .model import ScoreModel, opened, stands_above
 from .planning import coverage, predictions, processes, schedules
@@ -143,7 +144,7 @@ class Check:
 @names_keywords
 def check(
     model: Any, data: Any, *, num_samples: int | None = None, seed: int = 0, cond: Condition = None,
-    batch_size: int | None = None,
+    batch_size: int | None = None, progress: bool | None = None,
 ) -> Check:  # fmt: skip
     """Whether prediction, time_input, data_range, standardize and sde of `model` can be right, by its denoising error on data.
 
@@ -193,7 +194,7 @@ def check(
     said = Convention(model.prediction, model.time_input, data_range, moments, model.process)
     denoising = _Denoising(model, source, count, batch, seed, cond)
     with torch.no_grad(), evaluating(model.net):
-        best = _search(denoising, said)
+        best = _search(denoising, said, progress)
     found = sorted(denoising.found.items(), key=lambda item: item[1])
     likelier = best != said and denoising.clearly_better(best, said)
     error = denoising.error(said)
@@ -207,15 +208,17 @@ def check(
     return result
 
 
-def _search(denoising: _Denoising, said: Convention) -> Convention:
+def _search(denoising: _Denoising, said: Convention, progress: bool | None) -> Convention:
     """The best convention: of all that differ in one way from what was said, and then from the best of these."""
     asked: list[Convention] = []
     start = [said]
-    for _ in range(ROUNDS):
-        for each in start:
-            asked.append(each)
-            for other in denoising.others(each):
+    for number in range(ROUNDS):
+        asked += start
+        new = dict.fromkeys(other for each in start for other in denoising.others(each) if other not in denoising.found)
+        with bar(progress, len(new), f"check, round {number + 1} of at most {ROUNDS}", "convention") as shown:
+            for other in new:
                 denoising.error(other)
+                shown.update()
         least = min(denoising.found.values())
         if least == math.inf and denoising.failure is not None:
             raise denoising.failure

@@ -613,7 +613,7 @@ def _check(a: argparse.Namespace) -> int:
     data, cond = _with_cond(a, model, _data(a))
     with warnings.catch_warnings():
         warnings.filterwarnings(
-            "ignore", message="likelier than what was said|nothing that was tried"
+            "ignore", message="likelier than what was said|nothing that was tried|at noise ratio"
         )  # the report says it
         found = check(
             model, data, num_samples=a.num_samples, seed=a.seed, cond=cond, batch_size=a.batch_size,
