@@ -339,7 +339,10 @@ class _Denoising:
         """What differs from it in one way, and can be."""
         alone: list[dict[str, Any]] = [{"prediction": name} for name in predictions.PREDICTIONS]
         alone += [{"prediction": "edm", "time_input": "c_noise"}]  # which are one convention
-        alone += [{"time_input": name} for name in predictions.TIME_INPUTS]
+        # 1000 t is as 999 t to a network
+        alone += [
+            {"time_input": name} for name in predictions.TIME_INPUTS if name != "t*1000" or "flow" in best.sde.name
+        ]
         alone += [{"data_range": pair, "standardize": None} for pair in (*RANGES, self.data.range)]
         if len(self.data.shape) == 1:
             alone += [{"standardize": self.moments, "data_range": self.data.range}]

@@ -34,7 +34,7 @@ class ScoreModel(nn.Module):
     prediction   "score", "eps", "x0", "v", "velocity", "data_velocity", "scaled_score", "prev_mean", "increment", "edm" (see
                  fastdiff.predictions)
     time_input   what `time` is: the process time "t", "index", "fractional_index", "index/T", "sigma", "log_sigma", "t*999",
-                 "T-t",
+                 "t*1000", "T-t",
                  "c_noise" (EDM's), or a function t [B] -> [B]. Default: "c_noise" for "edm"; on DDPM chains "index", the
                  steps from 0 as published networks count them, but "t" for "score" and for fastdiff's own networks; else "t".
                  A network with a `default_time_input` that is not None has that
@@ -143,7 +143,7 @@ class ScoreModel(nn.Module):
         """The network's output, and that for a learned variance, None where there is none."""
         t, cond = self.times(t, x), self.condition(cond, len(x))
         alpha = sigma = None
-        if self.process.linear and (self.prediction == "edm" or self.time_input not in ("t", "t*999", "T-t")):
+        if self.process.linear and (self.prediction == "edm" or self.time_input not in ("t", "t*999", "t*1000", "T-t")):
             alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         if self.prediction == "edm":
             x = like(predictions.input_scale(self.prediction, self.process, alpha, sigma), x) * x

@@ -250,9 +250,28 @@ def test_other_schedulers_give_their_process(tmp_path):
         getattr(module, name)().save_pretrained(tmp_path)
         model = fastdiff.load(str(tmp_path))
         assert (model.process.name, model.prediction) == (process, prediction)
-    module.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path)
+    module.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500).save_pretrained(tmp_path)
     with pytest.raises(errors.ConfigError, match="scheduler must be of a chain of betas"):
         fastdiff.load(tmp_path)
+
+
+def test_a_pipelines_folder_of_a_flow_is_its_own(tmp_path):
+    module = package("diffusers")
+    net, theirs = diffusers_unet(), module.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    module.DDPMPipeline(net, theirs).save_pretrained(tmp_path)
+    model = fastdiff.load(tmp_path)
+    assert (model.process, model.prediction, model.time_input) == (fastdiff.RectifiedFlow(), "velocity", "t*1000")
+    theirs.set_timesteps(10)
+    theirs.sigmas[0] = model.process.t_start  # where ours begin, as at 1 nothing is left of the data
+    theirs.timesteps[0] = 1000 * theirs.sigmas[0]
+    z, _ = x_and_t()
+    x = z
+    with torch.no_grad():
+        for t in theirs.timesteps:
+            x = theirs.step(net(x, t).sample, t, x).prev_sample
+    ours = fastdiff.sample(model, x_init=z, num_samples=2, sampler="ddim", grid=theirs.sigmas.tolist())
+    close(ours, x, 1e-4)  # their times are of float32
+    assert fastdiff.load(fastdiff.save(model, tmp_path / "ours")).time_input == "t*1000"
 
 
 def test_a_pipeline_of_songs_networks_is_its_score(tmp_path):

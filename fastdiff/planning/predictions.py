@@ -165,6 +165,7 @@ TIME_INPUTS: dict[str, Callable[[Process, Any, Any, Any], Any]] = {
     "sigma": lambda process, t, alpha, sigma: 1.0 * sigma,
     "log_sigma": lambda process, t, alpha, sigma: lib(sigma).log(sigma),
     "t*999": lambda process, t, alpha, sigma: 999.0 * t,
+    "t*1000": lambda process, t, alpha, sigma: 1000.0 * t,
     "T-t": lambda process, t, alpha, sigma: float(process.T) - t,
     "c_noise": lambda process, t, alpha, sigma: lib(sigma).log(sigma / alpha) / 4,
 }
@@ -206,7 +207,15 @@ def _by_function(function: Callable[[Any], Any], t: Any) -> Any:
 def time_steps(time_input: TimeInput, process: Process) -> tuple[float, float] | None:
     """How far a chain's first and last step, and two neighbouring ones, lie apart as a network is told the time;
     None where time is continuous, or is told by the noise or by a function."""
-    if not process.discrete or time_input not in ("t", "index", "fractional_index", "index/T", "t*999", "T-t"):
+    if not process.discrete or time_input not in (
+        "t",
+        "index",
+        "fractional_index",
+        "index/T",
+        "t*999",
+        "t*1000",
+        "T-t",
+    ):
         return None
     first, second, last = (
         float(network_time(time_input, process, t, None, None)) for t in (1.0, 2.0, float(process.T))

@@ -189,9 +189,15 @@ def process_of(config: Mapping[str, Any]) -> tuple[processes.Process, dict[str, 
         choose("prediction_type", config.get("prediction_type", "epsilon"), ("epsilon",))
         numbers = (config.get("sigma_data", 0.5), config.get("sigma_min", 0.002), config.get("sigma_max", 80.0))
         return processes.EDM(*map(float, numbers)), {"prediction": "edm", "time_input": "c_noise"}
+    if (
+        kind.startswith("FlowMatch")
+        and config.get("num_train_timesteps", 1000) == 1000
+        and not config.get("invert_sigmas")
+    ):
+        return processes.RectifiedFlow(), {"prediction": "velocity", "time_input": "t*1000"}
     if not kind.startswith(CHAINS):
         raise ConfigError(
-            f"scheduler must be of a chain of betas, of ScoreSdeVe or of EDM, got {kind}: wrap the network, ScoreModel(net, …)"
+            f"scheduler must be of a chain of betas, of ScoreSdeVe, of EDM or of a flow in 1000 steps, got {kind}: wrap the network, ScoreModel(net, …)"
         )
     prediction = PREDICTIONS[choose("prediction_type", config.get("prediction_type", "epsilon"), PREDICTIONS)]
     return processes.DDPM(betas(config)), {"prediction": prediction, "time_input": "index"}
