@@ -197,7 +197,8 @@ def process_of(config: Mapping[str, Any]) -> tuple[processes.Process, dict[str, 
         return processes.RectifiedFlow(), {"prediction": "velocity", "time_input": "t*1000"}
     if not kind.startswith(CHAINS):
         raise ConfigError(
-            f"scheduler must be of a chain of betas, of ScoreSdeVe, of EDM or of a flow in 1000 steps, got {kind}: wrap the network, ScoreModel(net, …)"
+            f"scheduler must be of a chain of betas, of ScoreSdeVe, of EDM or of a flow in 1000 steps, got {kind}: wrap the "
+            "network, ScoreModel(net, …)"
         )
     prediction = PREDICTIONS[choose("prediction_type", config.get("prediction_type", "epsilon"), PREDICTIONS)]
     return processes.DDPM(betas(config)), {"prediction": prediction, "time_input": "index"}
