@@ -32,16 +32,17 @@ class Autoencoder(nn.Module):
         latents = autoencoder.encode(x)                          # once, before the training
         fastdiff.train(model, latents, …)                        # a ScoreModel of z, on any process
         x = autoencoder.decode(fastdiff.sample(model, …))
-        fastdiff.sample(model, guidance=inverse.DPS(lambda z: A(autoencoder.decode(z)), y, …))
+        fastdiff.sample(model, guidance=inverse.DPS(inverse.Problem(y, lambda z: A(autoencoder.decode(z)), noise_std)))
 
     encoder     x [B, *] -> z [B, *latent], or (mean, std), each [B, *latent]: then z ~ N(mean, std²), as of a variational one
     decoder     z [B, *latent] -> x [B, *]
     batch_size  samples in one call of either
 
     Either may be a module, a method of one, or a function that names some: diffusers' AutoencoderKL is `Autoencoder(vae.encode,
-    vae.decode)`. They run in evaluation mode and in the precision of their parameters; what they return comes back in that of
-    what was given. Gradients go through them where the argument requires one. How latents are scaled is the model's own
-    `standardize`: Stable Diffusion's factor 0.18215 is standardize=(0, 1 / 0.18215).
+    vae.decode)`, whose `vae` is moved and saved by itself, as only modules are parts of this one. They run in evaluation mode and
+    in the precision of their parameters; what they return comes back in that of what was given. Gradients go through them where
+    the argument requires one. How latents are scaled is the model's own `standardize`: Stable Diffusion's factor 0.18215 is
+    standardize=(0, 1 / 0.18215).
     """
 
     @names_keywords
@@ -53,7 +54,7 @@ class Autoencoder(nn.Module):
             if not callable(value):
                 raise ConfigError(f"{name} must be callable, as a network is, got {short(value)}")
         self.encoder, self.decoder = encoder, decoder
-        self._reached = {name: _modules(value) for name, value in (("encoder", encoder), ("decoder", decoder))}
+        self._reached: dict[str, tuple[Any, list[nn.Module]]] = {}
         self.batch_size = checks.integer("batch_size", batch_size, 1, 2**32)
 
     @leaves_no_trace
@@ -86,7 +87,10 @@ class Autoencoder(nn.Module):
         self, which: str, name: str, given: Any, drawn: tuple[int, int] | None, progress: bool | None
     ) -> Tensor:
         tensor_checks.check_samples(name, given)
-        function, reached = getattr(self, which), self._reached[which]
+        function = getattr(self, which)
+        if self._reached.get(which, (None,))[0] is not function:  # looked for once, as that takes its time
+            self._reached[which] = function, _modules(function)
+        reached = self._reached[which][1]
         dtype = dtype_of(reached[0] if reached else None, given.dtype)
         parts = []
         with contextlib.ExitStack() as stack:
@@ -125,7 +129,7 @@ def _latents(output: Any, drawn: tuple[int, int] | None) -> Tensor:
     pair = (given.mean, given.std) if hasattr(given, "std") and not isinstance(given, Tensor) else given
     if isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair):
         mean, std = pair
-        if mean.shape != std.shape or not bool((std >= 0).all()):
+        if mean.shape != std.shape or bool((std < 0).any()):
             raise ModelOutputError(
                 f"the encoder must return (mean, std), alike in shape and std not negative, got {tuple(mean.shape)} and "
                 f"{tuple(std.shape)}: of a log variance std is (0.5 * logvar).exp()"
@@ -135,7 +139,8 @@ def _latents(output: Any, drawn: tuple[int, int] | None) -> Tensor:
         normals = ops.normal(
             len(mean), mean.shape[1:], seed=drawn[0], first_sample=drawn[1], stream=ENCODINGS, device=mean.device
         )
-        return mean + std * normals.to(mean.dtype)
+        wide = torch.promote_types(mean.dtype, torch.float32)
+        return mean.to(wide) + std.to(wide) * normals.to(wide)
     latents = getattr(output, "latents", output)  # of its VQModel
     if not isinstance(latents, Tensor):
         raise ModelOutputTypeError(f"the encoder must return a tensor or two, (mean, std), got {short(output)}")

@@ -42,7 +42,7 @@ ENDS = (
     (schedules.scaled_linear, (0.00085, 0.012)),
 )
 LENGTHS = (100, 200, 500, 1000, 4000)  # of chains
-ALIKE = 1.06  # times the least error: no difference, as the levels of two chains are not quite the same
+ALIKE = 1.03  # times the least error: no difference, as the levels of two chains are not quite the same
 # what a network raises of times that it does not know, such as a table of indices
 REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 ROUNDS = 3  # what is wrong in three ways is found one after the other,
@@ -347,6 +347,9 @@ class _Denoising:
         if len(self.data.shape) == 1:
             alone += [{"standardize": self.moments, "data_range": self.data.range}]
         alone += [{"sde": process} for process in _processes(best.sde)]
+        alone += [
+            {"sde": processes.RectifiedFlow(), "time_input": name} for name in ("t", "T-t")
+        ]  # as their authors have them
         for changes in alone:
             other = replace(best, **changes)
             if not _can_be(other) and "sde" in changes:  # which counts its time in another way

@@ -280,7 +280,10 @@ def _request(
         given = tensor_checks.resolved(x).detach().to(dtype).clone(memory_format=torch.contiguous_format)
         seen = model.standardized(given) if name == "x" else given
     if name == "x" and x.numel():
-        (low, high), told = model.data_range, has_range and (model.range_given or model.standardize is None)
+        (low, high), told = (
+            model.data_range,
+            has_range and (model.range_given or (model.standardize is None and len(model.data_shape) > 1)),
+        )
         far = model.outside(given) if told else None
         if far is not None:
             warn(f"x runs {far}: is it in other units?")

@@ -61,6 +61,7 @@ class ScoreModel(nn.Module):
     third argument. Else it is a ConfigError before any call.
     """
 
+    loaded: bool = False  # from a file, so that a training keeps its units and its conditions
     fits_times: ClassVar[bool] = True  # whether a new network of fastdiff's takes the scale of this model's times
 
     @names_keywords

@@ -325,14 +325,15 @@ def sample(
             changes=changes,
         )  # fmt: skip
     x = model.in_data_units(result.x)
-    if t_min is None and check != "off" and (clamps or model.range_given):
+    if check != "off" and (clamps or (t_min is None and model.range_given)):
         left = 0.0 if result.table is None else 5 * result.table.end.sigma
         free = x if changes is None or changes.known is None else x[~changes.known[1]]
         far = model.outside(free, left if model.standardize is None else left * float(model.standardize[1].max()))
         low, high = model.data_range
         cut = clamps and float(((free < 2 * low - high) | (free > 2 * high - low)).float().mean())
         if far is not None and (not clamps or cut > MUCH):
-            what = f"clip='data' cut {cut:.0%} of the samples' numbers, which ran" if clamps else "the samples run"
+            share = f"clip='data' cut samples, {cut:.0%} of their numbers from far outside: they ran"
+            what = share if clamps else "the samples run"
             holds = table is not None and pair is None and model.standardize is None
             held = f"clip=({low:g}, {high:g}), which holds each step's prediction there, " if holds else ""
             way = "or more steps" if clamps else "more steps, or clip='data'"

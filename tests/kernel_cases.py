@@ -509,6 +509,30 @@ def test_networks_layer_is_the_kernel_for_plain_numbers(wrong, monkeypatch):
     assert torch.equal(fused.group_norm(x, *arguments), plain)  # of which somebody may want a derivative
 
 
+@pytest.mark.parametrize("name", ["UNet", "ddpmpp", "adm"])
+def test_whole_networks_are_what_torch_makes_of_them(name, monkeypatch):
+    """Of three samples without labels, whose scales and shifts are one row expanded."""
+    options = {"channels": 16, "multipliers": (1, 2), "attention": ()}
+    options |= {"head_channels": 16} if name == "adm" else {}
+    torch.manual_seed(0)
+    net = getattr(fastdiff.networks, name)((3, 8, 8), **options).eval().to(DEVICE)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, 0, 0.1) if p.ndim < 2 or not p.any() else None
+    model = fastdiff.ScoreModel(net, "vp", "eps", data_shape=(3, 8, 8))
+    monkeypatch.setattr(fused, "_prepared", {})
+    x = torch.randn(3, 3, 8, 8, device=DEVICE)
+    given = fused.group_norm
+    with torch.no_grad():
+        ours = model(x, torch.tensor(0.5, device=DEVICE))
+        assert any(fused._prepared.values())  # some were asked, and are used
+        monkeypatch.setattr(
+            fused, "group_norm", lambda x, g, w, b, eps, silu=True: fused._group_norm(x, g, w, b, eps, silu)
+        )
+        plain = model(x, torch.tensor(0.5, device=DEVICE))
+    assert given is not fused.group_norm
+    assert (ours - plain).abs().max() < 1e-4 * plain.abs().max()
+
+
 if not ON_HOST:
 
     def test_group_norm_is_captured():

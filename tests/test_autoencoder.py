@@ -121,6 +121,15 @@ def test_all_modules_that_are_reached_run_in_evaluation_mode(kind):
     assert halves.drop.training
 
 
+def test_an_encoder_that_is_replaced_runs_in_evaluation_mode_too():
+    autoencoder = fastdiff.Autoencoder(Halves(), Halves())
+    x = torch.randn(3, 4)
+    before = autoencoder.encode(x)
+    autoencoder.encoder = Halves()
+    assert not torch.equal(autoencoder.encode(x), before)
+    assert torch.equal(autoencoder.encode(x), autoencoder.encode(x))
+
+
 def test_autoencoders_of_diffusers_as_they_are():
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
@@ -166,6 +175,11 @@ def test_a_training_on_latents():
             lambda: fastdiff.Autoencoder(lambda x: (x, -x.abs() - 1), abs).encode(torch.ones(2, 3)),
             ModelOutputError,
             "of a log variance std is",
+        ),
+        (
+            lambda: fastdiff.Autoencoder(lambda x: (x, x.abs()), abs).encode(torch.full((2, 3), torch.nan)),
+            ModelOutputError,
+            "those of sample 0 are not",
         ),
         (lambda: fastdiff.Autoencoder(lambda x: 3, abs).encode(torch.ones(2, 3)), ModelOutputTypeError, "got 3"),
         (

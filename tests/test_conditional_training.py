@@ -824,3 +824,35 @@ def test_two_moons_is_learned(two_moons):
     for what in (lambda t: np.abs(t.sum(1)), lambda t: t[:, 1] - t[:, 0]):
         assert abs(what(draws).mean() - what(exact).mean()) < 0.1  # of a prior 2 wide
     assert 0.45 < fastdiff.metrics.c2st(exact, two_moons.posterior(x, 300, np.random.default_rng(1))) < 0.55
+
+
+# --- models of files --------------------------------------------------------------------------------------------------
+
+
+def test_a_loaded_model_is_trained_on_with_its_conditions_and_its_units(tmp_path):
+    """Of a network that was trained elsewhere, which has seen data and conditions as they are."""
+    torch.manual_seed(0)
+    net = fastdiff.networks.MLP((2,), hidden=8, layers=1, num_classes=3, cond_shape=(2,))
+    torch.nn.init.normal_(net.out.weight)
+    model = fastdiff.ScoreModel(net, "vp", "eps", data_shape=(2,))
+    loaded = fastdiff.load(fastdiff.save(model, tmp_path / "model"))
+    x, y, cond = 100 + torch.rand(64, 2), torch.arange(64) % 3, 7 + torch.randn(64, 2)
+    for data, what in ((Data(x, cond=cond, range=(100, 101)), "labels"), (Data(x, y, range=(100, 101)), "conditions")):
+        with pytest.raises(ConfigError, match=f"data must have {what}, as the model was loaded with"):
+            fastdiff.train(loaded, data, steps=1, batch_size=8, progress=False)
+    given = {"y": torch.tensor([0, 1]), "cond": torch.ones(2, 2)}
+    before = loaded.predict("eps", torch.ones(2, 2), torch.tensor(0.5), given)
+    fastdiff.train(
+        loaded,
+        Data(x, y, cond=cond, range=(100, 101)),
+        steps=1,
+        batch_size=8,
+        lr=1e-30,
+        warmup=0,
+        ema=0.5,
+        progress=False,
+    )
+    assert torch.equal(loaded.predict("eps", torch.ones(2, 2), torch.tensor(0.5), given), before)
+    assert loaded.standardize_cond is None
+    assert (loaded.standardize[0] == 0).all()
+    assert (loaded.standardize[1] == 1).all()

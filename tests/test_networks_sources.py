@@ -95,12 +95,13 @@ def test_published_configurations_are_known_by_their_names():
     assert score_sde.published("ve/cifar10_ncsnpp_continuous") == {
         "sde": "vesde", "continuous": True, "image_size": 32, "centered": False,
     }  # fmt: skip
-    assert score_sde.published("configs/vp/ddpm/celebahq.py") == {
+    assert score_sde.published("configs/vp/ddpm/celebahq") == {
         "sde": "vpsde", "continuous": False, "image_size": 256, "centered": True,
     }  # fmt: skip
     assert score_sde.published("ve/ffhq_ncsnpp_continuous")["image_size"] == 1024
-    with pytest.raises(errors.ConfigError, match="config must name one of score_sde_pytorch's"):
-        score_sde.published("cifar10")
+    for wrong in ("cifar10", "vp/cifar10_ddpmpp_continous", "vp/celeba_512", "vp/cifar10_ddpmpp_continuous.py"):
+        with pytest.raises(errors.ConfigError, match=r"config must be one of .*(did you mean|others)"):
+            score_sde.published(wrong)
 
 
 def test_every_published_configuration_is_read_as_it_says():
@@ -389,7 +390,7 @@ def test_the_command_writes_a_file_of_fastdiffs_and_says_what_it_set(tmp_path, c
     module.DDPMPipeline(diffusers_unet(), module.DDPMScheduler()).save_pretrained("pipe")
     assert main(["import", "pipe", "--out", "mine.safetensors"]) == 0
     shown = capsys.readouterr().out
-    for line in ("PaperUNet", "DDPM(", "prediction  'eps'", "time_input  'index'", "data_range  (-1.0, 1.0)",
+    for line in ("PaperUNet", "DDPM(", "prediction  'eps'", "time_input  'fractional_index'", "data_range  (-1.0, 1.0)",
                  "fastdiff check mine.safetensors --data DATA"):  # fmt: skip
         assert line in shown
     mine, theirs = fastdiff.load("mine.safetensors"), fastdiff.load("pipe")

@@ -97,7 +97,7 @@ def test_snippets_and_commands_run(page, tmp_path, monkeypatch):
                 assert float(value) == pytest.approx(float(wanted), abs=0.15), f"{page.name}: {expression}"
     if page == PAGES[0]:
         check_own_array(space["array"], space["new"])
-        assert space["theirs"].time_input == "index"
+        assert space["theirs"].time_input == "fractional_index"
         assert space["z"].shape == (4, 3, 16, 16)
 
 

@@ -81,7 +81,8 @@ def _unknown(arguments: argparse.Namespace, unknown: list[str]) -> str:
     """What to say of arguments that a command does not have."""
     from ..errors import nearest, short
 
-    options = [f"--{name.replace('_', '-')}" for name in vars(arguments) if name not in ("run", "command")]
+    names = [{"source": "from"}.get(name, name) for name in vars(arguments) if name not in ("run", "command")]
+    options = [f"--{name.replace('_', '-')}" for name in names]
     near = nearest(unknown[0].partition("=")[0], options)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     return f"fastdiff {arguments.command}: no such argument, {short(unknown[0])}{hint}: see fastdiff {arguments.command} --help\n"
@@ -113,6 +114,7 @@ def _in_options(message: str, arguments: argparse.Namespace) -> str:
         name = {"checkpoint": "out"}.get(name, name)
         if name not in arguments:
             return found[0]
+        name = {"source": "from"}.get(name, name)
         if name == "clip" and several:
             return f"--clip={several.replace(' ', '')}"
         value = several.replace(",", "") if several else (one or "").strip("\"'")
@@ -951,7 +953,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="model.safetensors", help="default: model.safetensors")
 
     sub = command("plan", _plan, "Print the table of a run: what each row does, with its coefficients.", of_a_plan)
-    sub.add_argument("sde", help="ve, vp, subvp, ou, edm, ddpm or ncsn")
+    sub.add_argument("sde", help="ve, vp, subvp, ou, rectified_flow, edm, ddpm or ncsn")
     sub.add_argument("steps", type=int, nargs="?", help="1 to 1000000 (default: 1000, or all of a chain)")
     sub.add_argument("--prediction", default="score", help="what the network returns (default: score)")
     sub.add_argument("--all", action="store_true", help="every row, not the first and last")
@@ -1006,7 +1008,7 @@ def _train_options(sub: argparse.ArgumentParser, data: str, net: str) -> None:
     kinds = "unet or mlp (default: unet for images and signals, mlp for vectors)"
     add("--network", choices=["unet", "mlp"], metavar="NAME", help=kinds)
     add("--net", metavar="FACTORY", help=f"{net}; fastdiff.load then needs it too")
-    add("--sde", default="vp", metavar="NAME", help="ve, vp (default), subvp, ou, edm, ddpm or ncsn")
+    add("--sde", default="vp", metavar="NAME", help="ve, vp (default), subvp, ou, rectified_flow, edm, ddpm or ncsn")
     prediction = "what the network returns: score, eps, x0, v, … (default: edm)"
     add("--prediction", default="edm", metavar="NAME", help=prediction)
     variance = "learned or learned_range, of a ddpm or ncsn chain (default: fixed)"

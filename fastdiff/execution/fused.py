@@ -42,7 +42,13 @@ def group_norm(
 ) -> Tensor:
     """silu(group_norm(x) * weight + bias): Wu & He 2018; Elfwing et al. 2017. x [B, C, *], weight and bias [C], or [B, C], one of
     each for every sample (FiLM, Perez et al. 2018)."""
-    if weight is not None and bias is not None and fusable(x) and x.is_contiguous(memory_format=torch.channels_last):
+    if (
+        weight is not None
+        and bias is not None
+        and weight.ndim == bias.ndim
+        and fusable(x)
+        and x.is_contiguous(memory_format=torch.channels_last)
+    ):
         return cpu.group_norm(x, groups, weight, bias, eps, silu)
     if fusable(x, "triton"):
         kernel = _kernel(x, weight, bias, groups, eps, silu)
@@ -52,17 +58,18 @@ def group_norm(
 
 
 def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
-    if weight is not None and weight.ndim == 2:
+    if any(v is not None and v.ndim == 2 for v in (weight, bias)):
         # the samples are viewed as channels of a single sample, so that PyTorch's fused kernel applies scale and shift, and its
         # fused backward reduces their gradients
         one = x.reshape(1, -1, *x.shape[2:])
-        made = torch.group_norm(one, max(len(x) * groups, 1), weight.reshape(-1), bias.reshape(-1), eps)  # type: ignore[union-attr]
-        out = made.view(x.shape)
+        w, b = (None if v is None else v.expand(len(x), -1).reshape(-1) for v in (weight, bias))
+        out = torch.group_norm(one, max(len(x) * groups, 1), w, b, eps).view(x.shape)
     else:
         out = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(out) if silu else out
 
 
+SMALL = 2**22  # numbers of a sample that a kernel is asked in double precision
 _prepared: dict[Any, Callable[..., Any] | None] = {}  # what runs operands of a kind: a kernel's launches, or torch
 
 
@@ -81,7 +88,10 @@ def _kernel(
         if len(_prepared) >= verify.MANY:
             _prepared.clear()
         fits = kernels.group_norm_fits(x, groups)
-        wrong = _fault(kernels, x, weight, bias, groups, eps, silu) if fits else ""
+        try:
+            wrong = _fault(kernels, x, weight, bias, groups, eps, silu) if fits else ""
+        except torch.OutOfMemoryError:  # of what asks, where there is room for the run alone
+            fits, wrong = False, ""
         if wrong:
             verify.refuse(x.device, wrong)
         _prepared[kind] = kernels.prepare_group_norm(x, groups, weight, bias, eps, silu) if fits and not wrong else None
@@ -92,26 +102,32 @@ def _fault(
     kernels: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
 ) -> str:
     """How the kernel differs from torch in float64, on other numbers of this kind, or why it does not run; or ""."""
-    x, weight, bias = (_irregular(v) for v in (x, weight, bias))
-    w, b = (None if v is None else v.double() for v in (weight, bias))
-    exact, asked = _group_norm(x.double(), groups, w, b, eps, silu), f"group_norm of {x.dtype} {list(x.shape)}"
+    rows = 1 if x[:1].numel() > SMALL else 2
+    x, weight, bias = (_irregular(v, rows) for v in (x, weight, bias))
+    wide = torch.float64 if x.numel() <= SMALL else torch.float32
+    asked = f"group_norm of {x.dtype} {list(x.shape)}"
     try:
-        apart = float((kernels.group_norm(x, groups, weight, bias, eps, silu) - exact).abs().max())
+        made = kernels.group_norm(x, groups, weight, bias, eps, silu)
+        w, b = (None if v is None else v.to(wide) for v in (weight, bias))
+        exact = _group_norm(x.to(wide), groups, w, b, eps, silu)
+        apart, largest = float((made - exact).abs().max()), float(exact.abs().max())
     except torch.OutOfMemoryError:
         raise
     except verify.kernels_break() as error:
         return f"{asked} fails: {one_line(str(error))}"
-    most = max(torch.finfo(x.dtype).eps, 1e-6) * max(1.0, float(exact.abs().max()))
+    most = max(torch.finfo(x.dtype).eps, 1e-6 if wide is torch.float64 else 1e-5) * max(1.0, largest)
     return "" if apart <= most else f"{asked} is {apart:.1e} off"  # NaN is more
 
 
-def _irregular(like: Tensor | None) -> Any:
-    """Other numbers in [-1.5, 2.5), of the same dtype, device and strides; of at most two rows."""
+def _irregular(like: Tensor | None, rows: int) -> Any:
+    """Other numbers in [-1.5, 2.5), of the same dtype, device and strides; of so many rows at most."""
     if like is None:
         return None
-    like = like[:2] if like.ndim > 1 else like
-    numbers = torch.arange(like.numel(), dtype=torch.float64, device=like.device) * 0.6180339887498949 % 1 * 4 - 1.5
-    return like.new_empty_strided(like.shape, like.stride()).copy_(numbers.view(like.shape))
+    once = like = like[:rows] if like.ndim > 1 else like
+    for axis, step in enumerate(like.stride()):
+        once = once.narrow(axis, 0, 1) if step == 0 else once  # whose numbers are in one place
+    numbers = torch.arange(once.numel(), dtype=torch.int32, device=once.device) * 40503 % 65536 / 16384 - 1.5
+    return once.new_empty_strided(once.shape, once.stride()).copy_(numbers.view(once.shape)).expand(like.shape)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

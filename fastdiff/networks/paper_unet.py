@@ -546,15 +546,17 @@ def check_levels(config: dict[str, Any], other: str = "UNet") -> None:
 def check_options(config: dict[str, Any], other: str = "UNet") -> None:
     """Refuse options of levels and blocks that do not fit together; `other` is a network for any lengths."""
     check_levels(config, other)
-    for width in level_widths(config):
+    widths = level_widths(config)
+    for level, width in enumerate(widths):
         if config["groups"] and width % config["groups"]:
             raise ConfigError(f"groups must divide every level's channels, got {config['groups']} and {width} channels")
-        if config["head_channels"] and width % config["head_channels"]:
+        attends = level in config["attention"] or (level == len(widths) - 1 and config["attention_middle"])
+        name = "head_channels" if config["head_channels"] else "heads"
+        if attends and width % config[name]:
             raise ConfigError(
-                f"head_channels must divide every level's channels, got {config['head_channels']} and {width} channels"
+                f"{name} must divide the channels of levels with attention, got {config[name]} and {width} channels: give "
+                f"{name}= another number, or the network other channels="
             )
-        if not config["head_channels"] and width % config["heads"]:
-            raise ConfigError(f"heads must divide every level's channels, got {config['heads']} and {width} channels")
     if not config["time"] and (config["num_classes"] is not None or len(config.get("cond_shape", (1, 1))) == 1):
         raise ConfigError(
             "time must be True for a network with labels or conditions that are vectors, which enter with it"

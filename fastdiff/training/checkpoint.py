@@ -91,6 +91,8 @@ def model_of(
     header: dict[str, Any], tensors: dict[str, Tensor], path: Path, net: nn.Module | None, sde: processes.Process | None
 ) -> ScoreModel:
     """The model that a file's header describes, with these tensors."""
+    if "classifier" in header and "model" not in header:
+        raise CheckpointMismatchError(f"{files.shown(path)} holds a classifier: read it by TimeClassifier.load")
     try:
         config = header["model"]
         if net is None and config["net"] is None:

@@ -33,7 +33,9 @@ def check_data(data: Data, model: ScoreModel, dequantize: bool) -> None:
 
 def sources(data: Any, validation: Any, model: ScoreModel, dequantize: bool) -> tuple[Data | LazyData, Data | None]:
     """(the data to train on, the data to evaluate on or None), checked against the model."""
-    whole = load_data(data)
+    shape = tuple(getattr(data, "shape", ()))[1:]
+    known = isinstance(data, (np.ndarray, Tensor)) and len(shape) > 1 and shape == model.data_shape
+    whole = load_data(data, channels="first") if known else load_data(data)
     check_data(whole.some if isinstance(whole, LazyData) else whole, model, dequantize)
     return (whole, None) if validation is None else _held_out(whole, validation, model)
 
@@ -141,12 +143,24 @@ def conditions(data: Data, model: ScoreModel, cond_dropout: float) -> dict[str, 
             f"cond_dropout={cond_dropout:g} leaves out conditions, and there are none: give data with labels or cond, or "
             "leave it out"
         )
+    for name, what, own, lacks in (
+        ("num_classes", "labels", model.num_classes, labels is None),
+        ("cond_shape", "conditions", model.cond_shape, cond is None),
+    ):
+        if model.loaded and own and lacks:
+            none = "0" if name == "num_classes" else "()"
+            raise ConfigError(
+                f"data must have {what}, as the model was loaded with {name}={own}: give them, Data(x, …), or for a model "
+                f"without, ScoreModel(model.net, model.process, …, {name}={none})"
+            )
     if labels is not None:
         facts["num_classes"] = data.num_classes
     if cond is not None:
         facts |= {
             "cond_shape": tuple(cond.shape[1:]),
-            "standardize_cond": model.standardize_cond or _of_conditions(cond),
+            # a network of a file has seen them as they are
+            "standardize_cond": model.standardize_cond
+            or (None if model.loaded and model.cond_shape else _of_conditions(cond)),
         }
     arranged(taken, taken.joined(None if labels is None else labels[:1], None if cond is None else cond[:1]))
     return facts
@@ -243,6 +257,8 @@ def units(data: Data, model: ScoreModel) -> dict[str, Any]:
         return {} if model.range_given else own
     if len(data.shape) != 1:
         return {"range_given": True}
+    if model.loaded and not model.range_given:  # whose network has seen vectors as they are
+        return {"standardize": (np.zeros(data.shape), np.ones(data.shape)), **own}
     if data.bins is not None:  # levels have one scale, which their range says
         low, high = data.range
         mean, std = np.full(data.shape, (low + high) / 2), np.full(data.shape, (high - low) / 2)

@@ -83,7 +83,7 @@ def load(
             raise ConfigError(
                 f"config and part are of other libraries' files: say whose, source= one of {', '.join(SOURCES)}"
             )
-        return load_saved(path_or_name, net, sde, ema)
+        return _marked(load_saved(path_or_name, net, sde, ema))
     for name, value in (("net", net), ("sde", sde), ("ema", ema)):
         if value is not None:
             raise ConfigError(f"{name} is of fastdiff's own files, got it with source={source!r}: leave it out")
@@ -124,7 +124,14 @@ def _read(
             raise ConfigError(
                 f"{name} must be {told!r} by the file, got {short(facts[name])}: these are the facts of another file"
             )
-    return made
+    return _marked(made)
+
+
+def _marked(model: Any) -> Any:
+    """As loaded, if it is a ScoreModel."""
+    if isinstance(model, ScoreModel):
+        model.loaded = True
+    return model
 
 
 def _typed(name: str, value: Any, wanted: str) -> Any:
@@ -166,10 +173,16 @@ def _of_diffusers(path: Any) -> bool:
     """Whether it is a folder that diffusers wrote."""
     if not isinstance(path, (str, os.PathLike)):
         return False
-    index, config = (os.path.join(path, name) for name in ("model_index.json", "config.json"))
-    return os.path.isfile(index) or (
-        os.path.isfile(config)
-        and str(diffusers.read_json(Path(config)).get("_class_name")) in ("UNet2DModel", "DiTTransformer2DModel")
+    index, config, unet = (
+        os.path.join(path, *name) for name in (("model_index.json",), ("config.json",), ("unet", "config.json"))
+    )
+    return (
+        os.path.isfile(index)
+        or os.path.isfile(unet)
+        or (
+            os.path.isfile(config)
+            and str(diffusers.read_json(Path(config)).get("_class_name")) in ("UNet2DModel", "DiTTransformer2DModel")
+        )
     )
 
 

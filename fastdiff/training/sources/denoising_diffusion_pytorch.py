@@ -299,7 +299,7 @@ def model(
     )  # fmt: skip
     double = (net.config["out_channels"] or channels) == 2 * channels
     return ScoreModel(
-        net, processes.DDPM(told["betas"]), known[choose("objective", wanted, known)], "index", net.shape,
+        net, processes.DDPM(told["betas"]), known[choose("objective", wanted, known)], "fractional_index", net.shape,
         (-1, 1) if auto_normalize else (0, 1), "learned_range" if double else None,
         cond_dropout=0.5 if net.num_classes else 0.0,
     )  # fmt: skip

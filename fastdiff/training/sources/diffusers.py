@@ -201,7 +201,7 @@ def process_of(config: Mapping[str, Any]) -> tuple[processes.Process, dict[str, 
             "network, ScoreModel(net, …)"
         )
     prediction = PREDICTIONS[choose("prediction_type", config.get("prediction_type", "epsilon"), PREDICTIONS)]
-    return processes.DDPM(betas(config)), {"prediction": prediction, "time_input": "index"}
+    return processes.DDPM(betas(config)), {"prediction": prediction, "time_input": "fractional_index"}
 
 
 def betas(config: Mapping[str, Any]) -> list[float] | str:

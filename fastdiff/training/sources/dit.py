@@ -232,6 +232,6 @@ def model(
     net = network(everything, input_size=input_size, num_heads=num_heads, class_dropout_prob=class_dropout_prob)
     double = net.config["out_channels"] == 2 * net.shape[0]
     return ScoreModel(
-        net, processes.DDPM("linear"), "eps", "index", net.shape, variance="learned_range" if double else None,
+        net, processes.DDPM("linear"), "eps", "fractional_index", net.shape, variance="learned_range" if double else None,
         cond_dropout=class_dropout_prob,
     )  # fmt: skip

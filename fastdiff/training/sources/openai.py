@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointMismatchError, ConfigError, choose, short
+from ...errors import CheckpointMismatchError, ConfigError, choose, short, warn
 from ...model import ScoreModel
 from ...networks import PaperUNet
 from ...networks.classifiers import UNetClassifier
@@ -212,6 +212,11 @@ def model(
             f"the file's network takes {inputs} channels and gives {outputs}, which is none of one image: if it is for "
             "super-resolution, give large_size and small_size instead of image_size, else leave them out"
         )
+    if not upscales and channels == outputs and channels in (2, 6):
+        warn(
+            f"the file's network takes and gives {channels} channels, and is read as one of images of so many: if it is for "
+            "super-resolution, give large_size and small_size instead of image_size"
+        )
     if num_heads is None and num_head_channels == -1:
         raise ConfigError(
             "config must have 'num_heads' or 'num_head_channels', which the file does not say: the scripts' default is "
@@ -228,7 +233,7 @@ def model(
         cond_shape=(channels, *unets.sizes(small_size)) if upscales else None,
     )
     return ScoreModel(
-        net, _process(noise_schedule, diffusion_steps), "x0" if predict_xstart else "eps", "index", net.shape, (-1, 1),
+        net, _process(noise_schedule, diffusion_steps), "x0" if predict_xstart else "eps", "fractional_index", net.shape, (-1, 1),
         "learned_range" if outputs == 2 * channels else None,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ... import files
-from ...errors import CheckpointMismatchError, ConfigError, choose, short, warn
+from ...errors import CheckpointMismatchError, ConfigError, choose, warn
 from ...model import ScoreModel
 from ...networks import PaperUNet
 from ...planning import processes, schedules
@@ -155,16 +155,25 @@ def _parts(tensors: dict[str, Tensor], kinds: dict[int, str]) -> tuple[dict[str,
     return parts, facts
 
 
+# its configurations of networks that are read here
+PUBLISHED = {
+    "ve": "bedroom_ncsnpp_continuous celeba_ncsnpp celebahq_256_ncsnpp_continuous celebahq_ncsnpp_continuous "
+          "church_ncsnpp_continuous cifar10_ddpm cifar10_ncsnpp cifar10_ncsnpp_continuous cifar10_ncsnpp_deep_continuous "
+          "ffhq_256_ncsnpp_continuous ffhq_ncsnpp_continuous",
+    "vp": "cifar10_ddpmpp cifar10_ddpmpp_continuous cifar10_ddpmpp_deep_continuous cifar10_ncsnpp cifar10_ncsnpp_continuous "
+          "cifar10_ncsnpp_deep_continuous ddpm/bedroom ddpm/celebahq ddpm/church ddpm/cifar10 ddpm/cifar10_continuous "
+          "ddpm/cifar10_unconditional",
+    "subvp": "cifar10_ddpm_continuous cifar10_ddpmpp_continuous cifar10_ddpmpp_deep_continuous cifar10_ncsnpp_continuous "
+             "cifar10_ncsnpp_deep_continuous",
+}  # fmt: skip
+
+
 def published(name: str) -> dict[str, Any]:
     """What a published configuration of score_sde_pytorch says, such as "ve/cifar10_ncsnpp_continuous"."""
-    kind, _, rest = name.removeprefix("configs/").removesuffix(".py").partition("/")
+    known = [f"{kind}/{rest}" for kind, names in PUBLISHED.items() for rest in names.split()]
+    kind, _, rest = choose("config", name.removeprefix("configs/"), known).partition("/")
     data = rest.removeprefix("ddpm/")
-    size = next((size for known, size in SIZES.items() if data.split("_")[0] == known), None)
-    if kind not in ("ve", "vp", "subvp") or size is None:
-        raise ConfigError(
-            "config must name one of score_sde_pytorch's configurations, such as 've/cifar10_ncsnpp_continuous', got "
-            f"{short(name)}: or give a dict, {{'sde': 'vesde', 'image_size': 32, …}}"
-        )
+    size = SIZES[data.split("_")[0]]
     if "_256" in data or (rest.startswith("ddpm/") and "cifar10" not in data):
         size = 256
     return {
@@ -230,7 +239,7 @@ def model(
         process, options["time_input"] = processes.VP(beta_min, beta_max), "t*999"
     else:
         betas = schedules.linear(num_scales, beta_min / num_scales, beta_max / num_scales)
-        process, options["time_input"] = processes.DDPM(betas.tolist()), "index"
+        process, options["time_input"] = processes.DDPM(betas.tolist()), "fractional_index"
     return ScoreModel(net, process, data_shape=net.shape, **options)
 
 
