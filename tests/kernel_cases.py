@@ -513,7 +513,7 @@ def test_networks_layer_is_the_kernel_for_plain_numbers(wrong, monkeypatch):
 def test_whole_networks_are_what_torch_makes_of_them(name, monkeypatch):
     """Of three samples without labels, whose scales and shifts are one row expanded."""
     options = {"channels": 16, "multipliers": (1, 2), "attention": ()}
-    options |= {"head_channels": 16, "groups": 8} if name == "adm" else {}
+    options |= {"head_channels": 16, "groups": 8, "out_channels": None} if name == "adm" else {}
     torch.manual_seed(0)
     net = getattr(fastdiff.networks, name)((3, 8, 8), **options).eval().to(DEVICE)
     for p in net.parameters():
