@@ -699,6 +699,8 @@ def test_the_clock_of_a_chain_is_not_the_models():
 @pytest.mark.filterwarnings("ignore:the prior of .* does not cover data")
 def test_what_is_far_away():
     model = fastdiff.ScoreModel(lambda x, t: -x, VP, "score", data_shape=(3,))
+    fastdiff.log_likelihood(model, torch.full((1, 3), 16.0))  # vectors whose range nobody said
+    model = fastdiff.ScoreModel(lambda x, t: -x, VP, "score", data_shape=(3,), data_range=(-1, 1))
     with pytest.warns(UserWarning, match="far outside of data_range") as caught:
         fastdiff.log_likelihood(model, torch.full((1, 3), 16.0))
     assert caught[0].filename == __file__
