@@ -29,9 +29,7 @@ RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5), (0.0, 255.0))
 FITS = 1.5  # times the error of the best linear denoiser: a trained network's is less,
 FITS_AT = 2.0  # and at each level less than this
 NONLINEAR = 0.95  # below it, a network knows more of the data than their mean and variance
-CLEARLY = (
-    0.85  # of the error of what was said: below it for each change, as more changes have more luck, others are named,
-)
+CLEARLY = 0.85  # of the error of what was said, for each change, as more have more luck: below it another is named,
 DOUBTFUL = 0.5  # or below this where it knows no more than a linear denoiser
 ONE_LEVEL = 1.4  # times its error at one level alone, which names it too
 SILENT = 0.9  # times the error of an output of 0: a network that says anything has less
@@ -341,7 +339,9 @@ class _Denoising:
         alone += [{"prediction": "edm", "time_input": "c_noise"}]  # which are one convention
         # 1000 t is as 999 t to a network
         alone += [
-            {"time_input": name} for name in predictions.TIME_INPUTS if name != "t*1000" or "flow" in best.sde.name
+            {"time_input": name}
+            for name in predictions.TIME_INPUTS
+            if name != "t*1000" or isinstance(best.sde, processes.RectifiedFlow)
         ]
         alone += [{"data_range": pair, "standardize": None} for pair in (*RANGES, self.data.range)]
         if len(self.data.shape) == 1:

@@ -144,7 +144,7 @@ class ScoreModel(nn.Module):
         """The network's output, and that for a learned variance, None where there is none."""
         t, cond = self.times(t, x), self.condition(cond, len(x))
         alpha = sigma = None
-        if self.process.linear and (self.prediction == "edm" or self.time_input not in ("t", "t*999", "t*1000", "T-t")):
+        if self.process.linear and (self.prediction == "edm" or self.time_input not in predictions.OF_TIME):
             alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         if self.prediction == "edm":
             x = like(predictions.input_scale(self.prediction, self.process, alpha, sigma), x) * x

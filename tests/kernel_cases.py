@@ -521,7 +521,6 @@ def test_whole_networks_are_what_torch_makes_of_them(name, monkeypatch):
     model = fastdiff.ScoreModel(net, "vp", "eps", data_shape=(3, 8, 8))
     monkeypatch.setattr(fused, "_prepared", {})
     x = torch.randn(3, 3, 8, 8, device=DEVICE)
-    given = fused.group_norm
     with torch.no_grad():
         ours = model(x, torch.tensor(0.5, device=DEVICE))
         assert any(fused._prepared.values())  # some were asked, and are used
@@ -529,7 +528,7 @@ def test_whole_networks_are_what_torch_makes_of_them(name, monkeypatch):
             fused, "group_norm", lambda x, g, w, b, eps, silu=True: fused._group_norm(x, g, w, b, eps, silu)
         )
         plain = model(x, torch.tensor(0.5, device=DEVICE))
-    assert given is not fused.group_norm
+    assert not torch.equal(ours, plain)  # as one is the kernel's
     assert (ours - plain).abs().max() < 1e-4 * plain.abs().max()
 
 

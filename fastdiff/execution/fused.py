@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import one_line
+from ..errors import one_line, warn
 from . import cpu, ops, torch_private, verify
 
 
@@ -69,7 +69,7 @@ def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | No
     return F.silu(out) if silu else out
 
 
-SMALL = 2**22  # numbers of a sample that a kernel is asked in double precision
+SMALL = 2**22  # numbers of which a kernel is asked in double precision
 _prepared: dict[Any, Callable[..., Any] | None] = {}  # what runs operands of a kind: a kernel's launches, or torch
 
 
@@ -92,6 +92,10 @@ def _kernel(
             wrong = _fault(kernels, x, weight, bias, groups, eps, silu) if fits else ""
         except torch.OutOfMemoryError:  # of what asks, where there is room for the run alone
             fits, wrong = False, ""
+            warn(
+                f"no memory to ask the kernel of a group_norm of {list(x.shape)}: PyTorch's runs instead",
+                RuntimeWarning,
+            )
         if wrong:
             verify.refuse(x.device, wrong)
         _prepared[kind] = kernels.prepare_group_norm(x, groups, weight, bias, eps, silu) if fits and not wrong else None
@@ -101,7 +105,8 @@ def _kernel(
 def _fault(
     kernels: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
 ) -> str:
-    """How the kernel differs from torch in float64, on other numbers of this kind, or why it does not run; or ""."""
+    """How the kernel differs from torch in float64, or in float32 where they are many, on other numbers of this kind, or why it
+    does not run; or ""."""
     rows = 1 if x[:1].numel() > SMALL else 2
     x, weight, bias = (_irregular(v, rows) for v in (x, weight, bias))
     wide = torch.float64 if x.numel() <= SMALL else torch.float32

@@ -171,6 +171,9 @@ TIME_INPUTS: dict[str, Callable[[Process, Any, Any, Any], Any]] = {
 }
 
 
+OF_TIME = ("t", "t*999", "t*1000", "T-t")  # time inputs that no level enters
+
+
 def default_time_input(prediction: str, process: Process) -> str:
     """The default: "c_noise" with EDM's preconditioning, on DDPM chains the "index" that published networks take, else the
     process time "t". A score is a function of the process time, also on chains."""
@@ -207,15 +210,7 @@ def _by_function(function: Callable[[Any], Any], t: Any) -> Any:
 def time_steps(time_input: TimeInput, process: Process) -> tuple[float, float] | None:
     """How far a chain's first and last step, and two neighbouring ones, lie apart as a network is told the time;
     None where time is continuous, or is told by the noise or by a function."""
-    if not process.discrete or time_input not in (
-        "t",
-        "index",
-        "fractional_index",
-        "index/T",
-        "t*999",
-        "t*1000",
-        "T-t",
-    ):
+    if not process.discrete or time_input not in (*OF_TIME, "index", "fractional_index", "index/T"):
         return None
     first, second, last = (
         float(network_time(time_input, process, t, None, None)) for t in (1.0, 2.0, float(process.T))

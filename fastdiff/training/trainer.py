@@ -238,7 +238,7 @@ def train(
     device = next(model.net.parameters()).device
     if precision is not None and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in WITHOUT_HALF:
         warn(
-            f"precision={precision!r} is emulated by this processor, which has no instructions for it, and may take ten times as "
+            f"precision={precision!r} is emulated by this processor, which has no instructions for it, and takes many times as "
             "long: leave it out"
         )
     ranks = Ranks(group, device)
