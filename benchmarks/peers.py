@@ -55,11 +55,14 @@ class Peer(NamedTuple):
 
 
 SCORE_SDE, SCORE_SDE_MODULES = "score_sde_pytorch", ("sampling", "sde_lib", "likelihood", "losses", "models.ema")
+EDM2, EDM2_NETWORKS = "edm2", "training.networks_edm2"
+# module -> the variable that names a checkout of its repository
+CHECKOUTS = {**dict.fromkeys(SCORE_SDE_MODULES, "SCORE_SDE_PYTORCH"), EDM2_NETWORKS: "EDM2"}
 MODULES = {
     "diffusers": "diffusers", "k-diffusion": "k_diffusion.sampling", "azula": "azula.sample",
     "torchsde": "torchsde", "deepinv": "deepinv.sampling",
     "denoising-diffusion-pytorch": "denoising_diffusion_pytorch.denoising_diffusion_pytorch", SCORE_SDE: "sampling",
-    "accelerate": "accelerate", "ema_pytorch": "ema_pytorch",
+    "accelerate": "accelerate", "ema_pytorch": "ema_pytorch", EDM2: EDM2_NETWORKS,
 }  # fmt: skip
 
 
@@ -67,7 +70,7 @@ MODULES = {
 def load(name: str) -> Any:
     """A module of a peer. Two of them import at their top much that no sampler uses: what is not installed has stand-ins."""
     path, absent = sys.path, []
-    sys.path = [os.environ.get("SCORE_SDE_PYTORCH", "/nowhere"), *path] if name in SCORE_SDE_MODULES else path
+    sys.path = [os.environ.get(CHECKOUTS[name], "/nowhere"), *path] if name in CHECKOUTS else path
     try:
         while True:
             try:
@@ -96,9 +99,9 @@ def score_sde() -> list[Any]:
 def missing(opponent: str) -> str | None:
     """Why an opponent cannot be measured here, or None."""
     try:
-        load(MODULES.get(opponent, "torch"))
+        load(module := MODULES.get(opponent, "torch"))
     except ImportError as error:
-        where = "SCORE_SDE_PYTORCH names no checkout of it" if opponent == SCORE_SDE else "it is not installed"
+        where = f"{CHECKOUTS[module]} names no checkout of it" if module in CHECKOUTS else "it is not installed"
         return f"{opponent}: {where} ({error})"
     return None
 

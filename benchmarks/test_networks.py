@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import clock
-from peers import SCORE_SDE, missing
+from peers import EDM2, EDM2_NETWORKS, SCORE_SDE, load, missing
 from recorder import turns
 from torch import Tensor, nn
 from unets import SHAPE, drawn, of_diffusers
 
 import fastdiff
-from fastdiff.networks import PaperUNet
+from fastdiff.networks import MPUNet, PaperUNet
+from fastdiff.training.sources import edm2 as from_edm2
 from fastdiff.training.sources import score_sde as from_score_sde
 
 pytestmark = pytest.mark.usefixtures("kept_memory")
@@ -32,6 +33,12 @@ def of_score_sde() -> tuple[nn.Module, PaperUNet]:
     make, config = ncsnpp()
     theirs = drawn(make(config))
     return theirs, from_score_sde.network(theirs.state_dict(), SHAPE, centered=False)
+
+
+def of_edm2() -> tuple[nn.Module, MPUNet]:
+    """(EDM2's network of size XS on images, ours with the same weights)."""
+    theirs = drawn(load(EDM2_NETWORKS).UNet(SHAPE[1], SHAPE[0], label_dim=0, model_channels=128))
+    return theirs, from_edm2.network(theirs.state_dict(), SHAPE)
 
 
 @functools.cache
@@ -79,10 +86,19 @@ def check(ours: Tensor, theirs: Tensor, most: float) -> None:
     assert difference < most, f"{difference:.1e} apart"
 
 
-CASES = {
-    "U-Net 35.7M 4x3x32x32": ("diffusers", of_diffusers, "ddpm", "eps", "index"),
-    "NCSN++ 62.8M 4x3x32x32": (SCORE_SDE, of_score_sde, "ve", "scaled_score", "log_sigma"),
-}
+# (opponent, the two networks, its call, the time, of ScoreModel: process, prediction and time input)
+CASES: dict[str, tuple[Any, ...]] = {
+    "U-Net 35.7M 4x3x32x32": (
+        "diffusers", of_diffusers, lambda net, x, t: net(x, t).sample, 500.0, "ddpm", "eps", "index",
+    ),
+    "NCSN++ 62.8M 4x3x32x32": (
+        SCORE_SDE, of_score_sde, lambda net, x, t: net(x, t.exp()) * t.exp().view(-1, 1, 1, 1), 3.0, "ve", "scaled_score",
+        "log_sigma",
+    ),
+    "EDM2-XS 118.7M 4x3x32x32": (
+        EDM2, of_edm2, lambda net, x, t: net(x, t, None), 0.3, fastdiff.EDM(sigma_data=0.5), "edm", "c_noise",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")  # the peers' own
@@ -90,22 +106,19 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_call(benchmark, recorder, name, precision):
     """Theirs eagerly in float32, as it comes; ours as `fastdiff.optimize` leaves it, in bfloat16 where that is faster here."""
-    opponent, make, sde, prediction, time_input = CASES[name]
+    opponent, make, call, time, sde, prediction, time_input = CASES[name]
     if reason := missing(opponent):
         pytest.skip(reason)
     theirs, network = make()
     model = fastdiff.ScoreModel(network.eval(), sde, prediction, time_input, SHAPE)
     made = fastdiff.optimize(model, precision=precision, batch_size=BATCH, verbose=False)
     dtype = next(made.net.parameters()).dtype
-    x, t = torch.rand(BATCH, *SHAPE), torch.full((BATCH,), 500 if sde == "ddpm" else 3.0)
-    time = t if sde == "ddpm" else t.exp()
-    theirs.eval()
+    x, t = torch.rand(BATCH, *SHAPE), torch.full((BATCH,), time)
+    peer = functools.partial(call, theirs.eval())
     with torch.inference_mode():
-        out = theirs(x, time)
-        out = out.sample if hasattr(out, "sample") else out * time.view(-1, 1, 1, 1)
-        check(made.net(x.to(dtype), t), out, 1e-4 if dtype is torch.float32 else 0.1)
+        check(made.net(x.to(dtype), t), peer(x, t), 1e-4 if dtype is torch.float32 else 0.1)
     benchmark.group = f"networks: {name}"
-    systems = {"ours": calls(made.net, x.to(dtype), t), opponent: calls(theirs, x, time)}
+    systems = {"ours": calls(made.net, x.to(dtype), t), opponent: calls(peer, x, t)}
     ratios = recorder.pairs("networks", f"{name}, {precision}", BATCH, "ms a call", turns(systems, 25.0))
     benchmark.extra_info["ratio"] = ratios[opponent]
     benchmark.pedantic(systems["ours"], rounds=1)

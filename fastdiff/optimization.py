@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from . import checks
 from .errors import ConfigError, GraphError, choose, names_keywords, one_line
-from .execution import modules
+from .execution import fused, modules
 from .execution.calls import dtype_of
 from .execution.cuda_graph import capture
-from .execution.fused import PointwiseConv2d, WinogradConv2d
 from .model import ScoreModel
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,14 +30,15 @@ def optimize(
 ) -> ScoreModel:  # fmt: skip
     """A copy of the model whose network is as fast as it was measured to get here, for sampling; the model itself stays as it is.
 
-    Tried in this order, each kept where it takes less time than what was before: channels side by side in memory (channels_last);
-    Winograd's convolution, for each layer by itself, on a CPU in float32 (four times the memory of those weights); 1×1
-    convolutions as products of matrices; with precision "bf16" the whole network in bfloat16, where the processor has it;
-    with `compile`, torch.compile. It prints each with its time, and how far the outputs of one batch are from those of the
-    network as it was: some 1e-5 of the largest in "fp32", some 1e-2 in "bf16"; what is further than 1e-4 and 0.1 is not kept (on
-    a GPU, where torch may round products to TF32, 4e-3 and 0.1). The same text is `optimized`. Its weights need no gradient: to
-    train, take the model itself. On a GPU the times are those of the network as a CUDA graph, as runs replay it, or, where it
-    cannot be captured, of eager calls. No GPU has run it yet.
+    Tried in this order, each kept where it takes less time than what was before: on a CPU, weights that each call scales (MPUNet)
+    scaled once, beside the weights themselves; channels side by side in memory (channels_last); 1×1 convolutions as products of
+    matrices; Winograd's convolution, for each layer by itself, on a CPU in float32 (four times the memory of those weights);
+    with precision "bf16" the whole network in bfloat16, where the processor has it; with `compile`, torch.compile. It prints each
+    with its time, and how far the outputs of one batch are from those of the network as it was: some 1e-5 of the largest in
+    "fp32", some 1e-2 in "bf16"; what is further than 1e-4 and 0.1 is not kept (on a GPU, where torch may round products to TF32,
+    4e-3 and 0.1). The same text is `optimized`. Its weights need no gradient: to train, take the model itself. On a GPU the times
+    are those of the network as a CUDA graph, as runs replay it, or, where it cannot be captured, of eager calls. No GPU has run
+    it yet.
 
     precision   "bf16", where that is faster, or "fp32"
     batch_size  samples of a call, as in the runs to come
@@ -171,11 +171,13 @@ def _changes(trial: _Trial, precision: str, compile: bool) -> list[tuple[str, Ch
     """What is tried, in words; what makes a changed network of a network, or None where there is nothing to change; and how far
     apart the outputs may be, of the largest."""
     near = EXACT if trial.device.type == "cpu" else TF32
-    changes: list[tuple[str, Change, float]] = [
+    on_cpu = trial.device.type == "cpu"
+    changes: list[tuple[str, Change, float]] = [("weights scaled once", _scaled_once, near)] * on_cpu
+    changes += [
         ("channels_last", _channels_last, near),
         ("1×1 convolutions as products of matrices", _pointwise, near),
     ]
-    if trial.device.type == "cpu":
+    if on_cpu:
         changes += [("Winograd's convolutions, where they are faster", lambda net: _winograd(net, trial), near)]
     if precision == "bf16":
         changes += [("bfloat16", lambda net: _converted(net, torch.bfloat16), 0.1)]
@@ -185,7 +187,7 @@ def _changes(trial: _Trial, precision: str, compile: bool) -> list[tuple[str, Ch
 
 
 def _channels_last(net: nn.Module) -> nn.Module | None:
-    if not any(isinstance(layer, nn.Conv2d) for layer in net.modules()):
+    if not any(weight.ndim == 4 for weight in net.parameters()):
         return None
     return copy.deepcopy(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
@@ -194,23 +196,40 @@ def _converted(net: nn.Module, dtype: torch.dtype) -> nn.Module:
     """In another precision, and with the layers of its class again, which are of float32."""
     made = copy.deepcopy(net)
     for layer in made.modules():
-        if type(layer) is WinogradConv2d:
+        if type(layer) is fused.WinogradConv2d:
             layer.__class__ = nn.Conv2d
     return made.to(dtype)
 
 
 def _pointwise(net: nn.Module) -> nn.Module | None:
+    fits = fused.PointwiseConv2d.fits
+    return _changed(net, lambda layer: fused.PointwiseConv2d if type(layer) is nn.Conv2d and fits(layer) else None)
+
+
+def _scaled_once(net: nn.Module) -> nn.Module | None:
+    return _changed(net, lambda layer: layer.scaled_once() if hasattr(layer, "scaled_once") else None)
+
+
+def _changed(net: nn.Module, faster: Callable[[nn.Module], type[nn.Module] | None]) -> nn.Module | None:
+    """A copy whose layers have the classes that `faster` gives for them; None where there is none."""
     made = copy.deepcopy(net)
-    layers = [layer for layer in made.modules() if type(layer) is nn.Conv2d and PointwiseConv2d.fits(layer)]
-    for layer in layers:
-        layer.__class__ = PointwiseConv2d
-    return made if layers else None
+    kinds = [(layer, kind) for layer in made.modules() if (kind := faster(layer)) is not None]
+    for layer, kind in kinds:
+        layer.__class__ = kind
+    return made if kinds else None
+
+
+def _by_winograd(layer: nn.Module) -> type[nn.Module] | None:
+    """A layer's class with Winograd's convolution."""
+    if type(layer) is nn.Conv2d:
+        return fused.WinogradConv2d if fused.WinogradConv2d.fits(layer) else None
+    return layer.winograd() if hasattr(layer, "winograd") else None  # type: ignore[no-any-return]
 
 
 def _winograd(net: nn.Module, trial: _Trial) -> nn.Module | None:
     """Each of the layers that are faster so, on what the network gives it."""
     inputs: dict[nn.Module, Tensor] = {}
-    layers = [layer for layer in net.modules() if type(layer) is nn.Conv2d and WinogradConv2d.fits(layer)]
+    layers = [layer for layer in net.modules() if _by_winograd(layer) is not None]
     hooks = [
         layer.register_forward_pre_hook(lambda layer, given: inputs.setdefault(layer, given[0])) for layer in layers
     ]
@@ -220,17 +239,19 @@ def _winograd(net: nn.Module, trial: _Trial) -> nn.Module | None:
         for hook in hooks:
             hook.remove()
     faster: dict[tuple[object, ...], bool] = {}
+    kind_of = lambda layer, x: (type(layer), tuple(x.shape), len(layer.weight), x.stride())  # noqa: E731
     for layer, x in inputs.items():
-        key = (tuple(x.shape), layer.out_channels, x.stride())
-        if key not in faster:
+        kind = kind_of(layer, x)
+        if kind not in faster:
             other = copy.deepcopy(layer)
-            other.__class__ = WinogradConv2d
+            other.__class__ = _by_winograd(layer)  # type: ignore[assignment]
             with torch.inference_mode():
                 pair = [_seconds(lambda f=f, x=x: f(x), trial.device) for f in (other, layer)]  # type: ignore[misc]
-            faster[key] = pair[0] < PAYS * pair[1]
-    chosen = {id(layer) for layer, x in inputs.items() if faster[(tuple(x.shape), layer.out_channels, x.stride())]}
+            faster[kind] = pair[0] < PAYS * pair[1]
+    chosen = {id(layer) for layer, x in inputs.items() if faster[kind_of(layer, x)]}
     names = {name for name, layer in net.named_modules() if id(layer) in chosen}
     made = copy.deepcopy(net)
     for name in names:
-        made.get_submodule(name).__class__ = WinogradConv2d
+        layer = made.get_submodule(name)
+        layer.__class__ = _by_winograd(layer)  # type: ignore[assignment]
     return made if names else None

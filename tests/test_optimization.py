@@ -16,7 +16,7 @@ import fastdiff
 import fastdiff.errors as errors
 from fastdiff import optimization
 from fastdiff.execution import cpu, fused
-from fastdiff.networks import MLP, PaperUNet, UNet
+from fastdiff.networks import MLP, MPUNet, PaperUNet, UNet, mp_unet
 
 compiled = pytest.mark.skipif(not cpu.available, reason="the compiled library is not loaded")
 
@@ -82,7 +82,7 @@ def test_nan_stays_in_its_sample_and_weights_that_change_are_seen():
         close(layer(x)[0] - layer.bias.view(-1, 1, 1), 2 * (before[0] - layer.bias.view(-1, 1, 1)))
         layer.weight.data = layer.weight.data / 2
         close(layer(x)[0], before[0])
-    assert "_prepared" not in copy.deepcopy(layer).__dict__
+    assert "_kept" not in copy.deepcopy(layer).__dict__
 
 
 @compiled
@@ -203,6 +203,9 @@ def test_a_product_of_matrices_is_the_convolution_of_one_by_one():
 
 
 NETWORKS = {
+    "EDM2": lambda: MPUNet(
+        (2, 16, 16), channels=32, multipliers=(1, 2), blocks=1, attention=(1,), head_channels=32, num_classes=3
+    ),
     "U-Net": lambda: PaperUNet((3, 16, 16), channels=32, multipliers=(1, 2), blocks=1, num_classes=3),
     "its own": lambda: UNet((2, 12, 10), channels=16, attention=(1,), cond_shape=(2, 12, 10)),
     "signal": lambda: UNet((2, 16), channels=8),
@@ -304,6 +307,49 @@ def test_layers_that_become_winograds_leave_the_samples(monkeypatch):
     assert fused.WinogradConv2d in kinds
     ours, before = (fastdiff.sample(m, steps=5, num_samples=2, seed=1, sampler="ddim") for m in (faster, model))
     close(ours, before, 1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_that_each_call_scales_are_scaled_once(precision, monkeypatch, tmp_path):
+    """And again where they change; the weights themselves are those of the model, also in its file."""
+    monkeypatch.setattr("fastdiff.optimization.PAYS", 1e9)
+    model = model_of(NETWORKS["EDM2"]())
+    faster = fastdiff.optimize(model, precision=precision, batch_size=2, verbose=False)
+    layers = [layer for layer in faster.net.modules() if isinstance(layer, mp_unet.MPLayer)]
+    once = [layer for layer in layers if isinstance(layer, mp_unet.ScaledOnce)]
+    by_winograd = [layer for layer in once if isinstance(layer, mp_unet.WinogradMPLayer)]
+    assert len(once) == len(layers) - 1  # but the labels
+    assert bool(by_winograd) == cpu.available
+    calls = []
+    whole = mp_unet.MPLayer.scaled
+    monkeypatch.setattr(mp_unet.MPLayer, "scaled", lambda self, gain: calls.append(self) or whole(self, gain))
+    x, t, y = torch.randn(2, 2, 16, 16), torch.tensor([0.2, 0.7]), torch.tensor([0, 2])
+    near, dtype = (1e-5, torch.float32) if precision == "fp32" else (0.05, torch.bfloat16)
+
+    def same() -> int:
+        calls.clear()
+        with torch.inference_mode():
+            ours = faster(x.to(dtype), t, y)
+            count = len(calls)
+            close(ours.float(), model(x, t, y), near)
+        return count
+
+    same()
+    assert same() <= 3  # of the labels, and of what has a learned gain
+    with torch.no_grad():
+        for net in (model.net, faster.net):
+            for name, weight in net.named_parameters():
+                weight.mul_(1.5).add_(0.125) if "conv" in name else None
+    assert same() > 3
+    if precision == "bf16":
+        return
+    loaded = fastdiff.load(fastdiff.save(faster, tmp_path / "faster"))
+    assert all(torch.equal(v, loaded.net.state_dict()[name]) for name, v in model.net.state_dict().items())
+    x.requires_grad_()
+    faster(x, t, y).square().sum().backward()  # with derivatives, as its class
+    ours, x.grad = x.grad, None
+    model(x, t, y).square().sum().backward()
+    close(ours, x.grad, near)
 
 
 def test_a_model_in_bfloat16_samples_in_float32(monkeypatch):

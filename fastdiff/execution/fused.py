@@ -18,16 +18,23 @@ from . import cpu, ops, torch_private, verify
 def fusable(x: Tensor, backend: str = "cpu") -> bool:
     """Whether layers of a backend ("cpu" or "triton") may work on x: plain numbers, of which nobody wants a derivative."""
     return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
+        _unwatched()
         and _takes(x, backend)
         and not torch.is_autocast_enabled(x.device.type)
+        and type(x) in (Tensor, nn.Parameter)
+        and x.numel() > 0
+    )
+
+
+def _unwatched() -> bool:
+    """Whether nobody wants a derivative of what is computed, or a record of it."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
         and not torch_private.functorch_is_active()
         and not torch_private.forward_mode_is_active()
         and torch_private.dispatch_modes() == 0
         and torch_private.tracing_state() is None
-        and type(x) in (Tensor, nn.Parameter)
-        and x.numel() > 0
     )
 
 
@@ -142,21 +149,56 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def _plain(part: Tensor) -> bool:
+def plain(part: Tensor) -> bool:
     """Whether a layer's numbers are float32, and lie on the CPU without gaps."""
+    return part.dtype is torch.float32 and _dense(part)
+
+
+def _dense(part: Tensor) -> bool:
     dense = part.is_contiguous() or (part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last))
-    return part.dtype is torch.float32 and part.device.type == "cpu" and dense
+    return part.device.type == "cpu" and dense
 
 
-class WinogradConv2d(nn.Conv2d):
+class Keeps(nn.Module):
+    """A layer for inference that keeps what it made of its weights, until they are others: another tensor, another version of it,
+    or other ones among 256 of its numbers."""
+
+    weight: Tensor
+    _kept: tuple[object, Tensor, int, Tensor, Tensor] | None = (
+        None  # …, weights, their version, 256 of them, what was made
+    )
+
+    def may_keep(self) -> bool:
+        """Whether it may: on a CPU, where nobody wants a derivative or a graph of the call."""
+        return _unwatched() and _dense(self.weight)
+
+    def kept(self, make: Callable[[], Tensor], kind: object = None) -> Tensor:
+        """What `make` made of the weights, of that kind."""
+        weight = self.weight
+        step = max(1, weight.numel() // 256)
+        some = weight.detach().as_strided((weight.numel() // step,), (step,))  # in whatever order they lie
+        version = -1 if weight.is_inference() else weight._version
+        known = self._kept
+        if (
+            known is None
+            or known[0] != kind
+            or known[1] is not weight
+            or known[2] != version
+            or not torch.equal(known[3], some)
+        ):
+            known = self._kept = (kind, weight, version, some.clone(), make())
+        return known[4]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+
+class WinogradConv2d(Keeps, nn.Conv2d):
     """A convolution of 3×3, in a quarter of the multiplications (Lavin & Gray 2016, F(4×4, 3×3)), to some 1e-5 of the largest
     output.
 
-    For inference in float32 on a CPU; else as its class. Its transformed weights take four times the memory of its weights; they
-    are made again where it has other weights, and where 256 of the numbers in them, or their version, show that they changed.
+    For inference in float32 on a CPU; else as its class. Its transformed weights take four times the memory of its weights.
     """
-
-    _prepared: tuple[Tensor, int, Tensor, Tensor] | None = None  # weights, their version, 256 of them, the transformed
 
     @staticmethod
     def fits(layer: nn.Module) -> bool:
@@ -169,27 +211,15 @@ class WinogradConv2d(nn.Conv2d):
             and layer.dilation == (1, 1)
             and layer.groups == 1
             and layer.padding_mode == "zeros"
-            and _plain(layer.weight)
-            and (layer.bias is None or _plain(layer.bias))
+            and plain(layer.weight)
+            and (layer.bias is None or plain(layer.bias))
         )
 
     def forward(self, x: Tensor) -> Tensor:
         if not fusable(x) or x.shape[1] != self.in_channels or not self.fits(self):
             return super().forward(x)
-        weights = self._transformed(self.weight)
+        weights = self.kept(lambda: cpu.winograd_weights(self.weight))
         return cpu.winograd(x.contiguous(memory_format=torch.channels_last), weights, self.bias, self.out_channels)
-
-    def _transformed(self, weight: Tensor) -> Tensor:
-        step = max(1, weight.numel() // 256)
-        some = weight.detach().as_strided((weight.numel() // step,), (step,))  # in whatever order they lie
-        version = -1 if weight.is_inference() else weight._version
-        known = self._prepared
-        if known is None or known[0] is not weight or known[1] != version or not torch.equal(known[2], some):
-            known = self._prepared = (weight, version, some.clone(), cpu.winograd_weights(weight))
-        return known[3]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
 
 
 class PointwiseConv2d(nn.Conv2d):

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import checks
 from ..errors import ConfigError, choose
-from ..execution import fused
+from ..execution import cpu, fused
+from ..execution.fused import Keeps
 from .layers import (
     LARGEST,
     ConditionEmbedding,
@@ -242,14 +243,14 @@ class MPLayer(Constrained):
     """`y = gain (w / rms(w)) x / √n`: [B, inputs, *] to [B, outputs, *], a convolution of `kernel` along `rank` axes, or of none
     a matrix, where `rms(w)` is of the n weights of an output (eq. 47).
 
-    The gain is a number, or one for each output, [outputs, 1, …]. Factors of what stands before or behind the layer may be in it,
-    which saves a pass over the activations.
+    The gain is a number, or one that is learned, given with x: one for all outputs, or for each, [outputs, 1, …]. Factors of what
+    stands before or behind the layer may be in it, which saves a pass over the activations.
     """
 
-    def __init__(self, inputs: int, outputs: int, rank: int = 0, kernel: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, rank: int = 0, kernel: int = 1, gain: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs, *[kernel] * rank))
-        self.root = math.sqrt(inputs * kernel**rank)
+        self.root, self.gain = math.sqrt(inputs * kernel**rank), gain
 
     def scaled(self, gain: float | Tensor) -> Tensor:
         """The weights by which x is multiplied, in float32 or float64."""
@@ -266,11 +267,48 @@ class MPLayer(Constrained):
         norm: Tensor = torch.linalg.vector_norm(weight, dim=axes, keepdim=True, dtype=kind)
         return norm + EPS * self.root
 
-    def forward(self, x: Tensor, gain: float | Tensor = 1.0) -> Tensor:
-        weight = self.scaled(gain).to(x.dtype)
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        return self._product(x, self.scaled(self.gain if gain is None else gain).to(x.dtype))
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         if weight.ndim == 2:
             return F.linear(x, weight)
         return CONVOLVE[weight.ndim - 2](x, weight, None, 1, weight.shape[-1] // 2)
+
+    def scaled_once(self) -> type[MPLayer] | None:
+        """Its class with weights that are scaled once (see optimize)."""
+        return ScaledOnce
+
+
+class ScaledOnce(Keeps, MPLayer):
+    """An MPLayer for inference on a CPU, whose weights are scaled once, and again where they changed; else as its class."""
+
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        if gain is not None or not self.may_keep():
+            return super().forward(x, gain)
+        return self._product(x, self.kept(lambda: self.scaled(self.gain).to(x.dtype), x.dtype))
+
+    def winograd(self) -> type[MPLayer] | None:
+        """Its class with Winograd's convolution, where it is one of 3×3."""
+        return WinogradMPLayer if self.weight.shape[2:] == (3, 3) else None
+
+    def scaled_once(self) -> type[MPLayer] | None:
+        return None
+
+
+class WinogradMPLayer(ScaledOnce):
+    """The same by Winograd's convolution (see WinogradConv2d)."""
+
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        if (
+            gain is not None
+            or not fused.fusable(x)
+            or x.shape[1] != self.weight.shape[1]
+            or not fused.plain(self.weight)
+        ):
+            return super().forward(x, gain)
+        weights = self.kept(lambda: cpu.winograd_weights(self.scaled(self.gain)))
+        return cpu.winograd(x.contiguous(memory_format=torch.channels_last), weights, None, len(self.weight))
 
 
 class MPLabels(MPLayer):
@@ -280,12 +318,15 @@ class MPLabels(MPLayer):
     """
 
     def __init__(self, classes: int, width: int, gain: float) -> None:
-        super().__init__(classes, width)
-        self.num_embeddings, self.gain = classes + 1, gain
+        super().__init__(classes, width, gain=gain)
+        self.num_embeddings = classes + 1
 
     def forward(self, y: Tensor) -> Tensor:  # type: ignore[override]
         rows = F.pad(self.scaled(self.gain * self.root).T.to(self.weight.dtype), (0, 0, 0, 1))
         return F.embedding(y, rows)
+
+    def scaled_once(self) -> type[MPLayer] | None:
+        return None
 
 
 class MPConditioning(nn.Module):
@@ -297,16 +338,14 @@ class MPConditioning(nn.Module):
     ) -> None:
         super().__init__()
         self.time = TimeEmbedding(features, kind, scale)
-        self.layer = MPLayer(features, width)
         of_time, of_label = shares(share)
-        self.gain = ROOT2 * (
-            1.0 if num_classes is None else of_time
-        )  # √2, as the mean square of sines and cosines is ½
+        # √2, as the mean square of sines and cosines is ½
+        self.layer = MPLayer(features, width, gain=ROOT2 * (1.0 if num_classes is None else of_time))
         self.label = None if num_classes is None else MPLabels(num_classes, width, of_label)
 
     def of_time(self, t: Tensor) -> Tensor:
         """What depends on the time alone."""
-        return self.layer(self.time(t).to(self.layer.weight.dtype), self.gain)  # type: ignore[no-any-return]
+        return self.layer(self.time(t).to(self.layer.weight.dtype))  # type: ignore[no-any-return]
 
     def forward(self, t: Tensor, y: Tensor | None, features: Tensor | None = None) -> Tensor:
         out = self.of_time(t) if features is None else features
@@ -319,11 +358,11 @@ class VectorEmbedding(nn.Module):
 
     def __init__(self, numbers: int, width: int) -> None:
         super().__init__()
-        self.first, self.second = MPLayer(numbers + 1, width), MPLayer(width, width)
+        self.first, self.second = MPLayer(numbers + 1, width), MPLayer(width, width, gain=SILU)
 
     def forward(self, cond: Tensor) -> Tensor:
         h = self.first(F.pad(cond, (0, 1), value=1.0))
-        return self.second(F.silu(h), SILU)  # type: ignore[no-any-return]
+        return self.second(F.silu(h))  # type: ignore[no-any-return]
 
 
 class MPBlock(nn.Module):
@@ -347,29 +386,31 @@ class MPBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.joins, self.normalizes, self.width, self.clip = bool(skip), way == "down", outputs, config["clip"]
-        self.shares = shares(config["residual_share"])
+        kept, added = shares(config["residual_share"])
         inputs += skip
         self.resample = None if direction is None else Resample(rank, config["taps"], direction)
-        self.skip = None if inputs == outputs else MPLayer(inputs, outputs, rank, 1)
-        self.conv = MPLayer(outputs if self.normalizes else inputs, outputs, rank, 3)
+        self.skip, self.share = None, kept  # of x in the sum
+        if inputs != outputs:
+            self.skip = MPLayer(inputs, outputs, rank, 1, gain=1.0 if self.normalizes else kept)
+            self.share = kept if self.normalizes else 1.0
+        self.conv = MPLayer(outputs if self.normalizes else inputs, outputs, rank, 3, gain=SILU)
         self.dropout = nn.Dropout(config["dropout"]) if config["dropout"] else nn.Identity()
-        self.last = MPLayer(outputs, outputs, rank, 3)
+        self.last = MPLayer(outputs, outputs, rank, 3, gain=SILU * added)
         self.attend: nn.Module = nn.Identity()
         if attention:
             self.attend = CosineAttention(outputs, _heads(config, outputs), config["attention_share"])
 
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        kept, added = self.shares
         if self.resample is not None:
             x = self.resample(x)
         if self.normalizes:
             x = unit(x if self.skip is None else self.skip(x), 1)
-        h = self.conv(F.silu(x), SILU)
+        h = self.conv(F.silu(x))
         h = self.dropout(F.silu(h * told.view(*told.shape, *[1] * (h.ndim - 2))))
-        h = self.last(h, SILU * added)
+        h = self.last(h)
         if not self.normalizes and self.skip is not None:
-            x, kept = self.skip(x, kept), 1.0
-        out: Tensor = self.attend(torch.add(h, x, alpha=kept))
+            x = self.skip(x)
+        out: Tensor = self.attend(torch.add(h, x, alpha=self.share))
         return out if self.clip is None else out.clamp(-self.clip, self.clip)
 
 
@@ -381,17 +422,17 @@ class CosineAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int, share: float) -> None:
         super().__init__()
-        self.heads, self.shares = heads, shares(share)
-        self.qkv, self.project = MPLayer(channels, 3 * channels), MPLayer(channels, channels)
+        self.heads = heads
+        self.share, added = shares(share)
+        self.qkv, self.project = MPLayer(channels, 3 * channels), MPLayer(channels, channels, gain=added)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels = x.shape[:2]
-        kept, added = self.shares
         h = x.flatten(2).transpose(1, 2)  # of one place after the other
         qkv = self.qkv(h).view(batch, h.shape[1], 3, self.heads, channels // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = unit(qkv, 4).unbind(0)
-        out: Tensor = self.project(fused.attention(q, k, v).transpose(1, 2).flatten(2), added)
-        return torch.add(out.transpose(1, 2).unflatten(2, x.shape[2:]), x, alpha=kept)
+        out: Tensor = self.project(fused.attention(q, k, v).transpose(1, 2).flatten(2))
+        return torch.add(out.transpose(1, 2).unflatten(2, x.shape[2:]), x, alpha=self.share)
 
 
 def unit(x: Tensor, axis: int) -> Tensor:
