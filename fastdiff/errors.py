@@ -243,7 +243,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 
 def names_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """The function, with a TypeError that names the nearest keyword for an unknown one."""
-    names = list(inspect.signature(function).parameters)
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:

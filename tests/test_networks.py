@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastdiff
 import fastdiff.errors as errors
 from fastdiff import networks, probability_flow, runs
-from fastdiff.networks import MLP, MODELS, TimeEmbedding, UNet, build, describe
+from fastdiff.networks import MLP, MODELS, TimeEmbedding, Transformer, UNet, build, describe
 
 SHAPES = [(1, 8), (2, 13), (3, 1), (1, 8, 8), (3, 7, 10), (5, 1, 6), (2, 1, 1), (1, 2, 3, 5), (2, 4, 1, 7)]
 
@@ -233,6 +233,7 @@ BAD = {
     MLP: COMMON | {"shape": [(), "2"], "hidden": [0], "layers": [0], "out_channels": [0, 3]},
     TimeEmbedding: {"channels": [1], "kind": ["cosine"], "scale": [-1.0]},
 }
+PRESETS = [getattr(networks, name) for name in ("ddpm", "ddpmpp", "ncsnpp", "adm", "ncsn", "ncsnv2", "edm2", "dit")]
 CASES = [(cls, name, value) for cls, table in BAD.items() for name, values in table.items() for value in values]
 
 
@@ -240,6 +241,16 @@ CASES = [(cls, name, value) for cls, table in BAD.items() for name, values in ta
 def test_bad_arguments_are_refused(cls, argument, value):
     with pytest.raises(errors.ConfigError, match=rf"^{argument}(\[\d\])? must .*got"):
         cls(**({"channels": 8} if cls is TimeEmbedding else {"shape": (2, 4, 4)}) | {argument: value})
+
+
+@pytest.mark.parametrize("make", [*MODELS.values(), *PRESETS])
+def test_of_an_unknown_option_the_nearest_is_named(make):
+    shape = (6,) if make is MLP else (4, 6) if make is Transformer else (3, 32, 32)
+    option = "hiden" if make in (MLP, networks.DiT, networks.dit, Transformer) else "chanels"
+    with pytest.raises(TypeError, match=rf"^\w+\(\) takes no keyword '{option}': did you mean '(hidden|channels)'\?$"):
+        make(shape, **{option: 16})
+    with pytest.raises(TypeError, match=r"takes no keyword 'zzzzzz', only shape, "):
+        make(shape, zzzzzz=16)
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 2, 2, 2, 2)])

@@ -59,6 +59,26 @@ def test_a_checkpoint_of_score_sde_has_its_average_s_score_and_flow(song):
     assert model.data_range == ((0, 1) if name.startswith("ve") else (-1, 1))
 
 
+def test_the_whole_configuration_of_a_training_says_what_its_file_does_not(song):
+    path, name, score, _ = song
+    with modules_of("yang-song/score_sde_pytorch", **score_sde_stand_ins()) as root:
+        config = {
+            key: dict(part) if isinstance(part, dict) else part for key, part in score_sde_config(root, name).items()
+        }
+    assert {"training", "sampling", "eval", "data", "model", "optim", "seed", "device"} <= set(config)
+    model = fastdiff.load(path, source="score_sde_pytorch", config=config)
+    x, t = x_and_t()
+    with torch.no_grad():
+        close(model.score(x, t), score(x, t))
+    assert model.data_range == ((0, 1) if name.startswith("ve") else (-1, 1))
+    config["model"]["nonlinearity"] = "elu"
+    with pytest.raises(errors.ConfigError, match="nonlinearity must be one of 'swish', got 'elu'"):
+        fastdiff.load(path, source="score_sde_pytorch", config=config)
+    del config["training"]["sde"]
+    with pytest.raises(errors.ConfigError, match="config must have 'sde' for score_sde_pytorch"):
+        fastdiff.load(path, source="score_sde_pytorch", config=config)
+
+
 def test_its_own_sampler_s_run_is_ours_from_the_same_noise(song, monkeypatch):
     path, name, score, sde = song
     with modules_of("yang-song/score_sde_pytorch", **score_sde_stand_ins()):
@@ -322,7 +342,9 @@ def test_a_checkpoint_of_ncsnv2_is_its_averages_score_and_its_langevin_steps_are
                 start.clone(), net, scale.numpy(), n_steps_each=2, step_lr=1e-5, final_only=True, denoise=True
             )[-1]
     model, noise = (
-        fastdiff.load(tmp_path / "checkpoint.pth", source="ncsn", config={"image_size": 16}),
+        fastdiff.load(
+            tmp_path / "checkpoint.pth", source="ncsn", config={k: dict(config[k]) for k in ("data", "model")}
+        ),
         iter(drawn_ones),
     )
     assert (model.process.name, model.prediction, model.data_range) == ("ncsn", "scaled_score", (0, 1))
@@ -520,6 +542,39 @@ def test_flags_that_contradict_a_file_are_refused_and_others_of_a_script_are_pas
     path.rename(tmp_path / "mine.pt")
     with pytest.raises(errors.ConfigError, match="config must have 'num_heads' or 'num_head_channels'"):
         fastdiff.load(tmp_path / "mine.pt", source="guided-diffusion", config={"image_size": 16})
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "message"),
+    [
+        (
+            "score_sde_pytorch",
+            {"training": {"n_iters": 1}, "model": {"fir": True}},
+            "must have 'sde' for score_sde_pytorch",
+        ),
+        (
+            "score_sde_pytorch",
+            {"training": {"sde": "vpsde"}, "seed": 1},
+            "must have 'image_size' for score_sde_pytorch",
+        ),
+        (
+            "score_sde_pytorch",
+            {"training": {"sde": "ve"}, "data": {"image_size": 8}},
+            "sde must be one of 'vesde', .* got 've'",
+        ),
+        (
+            "score_sde_pytorch",
+            {"model": 3, "sde": "vesde"},
+            "config's names for score_sde_pytorch must be .* got 'model'",
+        ),
+        ("ncsn", {"data": {"channels": 3}, "runner": "AnnealRunner"}, "must have 'image_size' for ncsn"),
+        ("edm", {"model": {"precond": "vp"}}, "config's names for edm must be .* got 'model'"),
+    ],
+)
+def test_what_a_whole_configuration_lacks_is_named(source, config, message, tmp_path):
+    (tmp_path / "a.pth").touch()
+    with pytest.raises(errors.ConfigError, match=message):
+        fastdiff.load(tmp_path / "a.pth", source=source, config=config)
 
 
 def test_a_scheduler_that_says_otherwise_is_not_overridden(tmp_path):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..errors import ConfigError, ShapeError, choose
+from ..errors import ConfigError, ShapeError, choose, names_keywords
 from ..execution import fused
 from .layers import (
     CONVS,
@@ -161,6 +161,7 @@ class UNetClassifier(PaperEncoder):
     norm: nn.GroupNorm | None
     pool: AttentionPool | None
 
+    @names_keywords
     def __init__(
         self,
         shape: Sequence[int],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks
-from ..errors import ConfigError, ShapeError, short
+from ..errors import ConfigError, ShapeError, names_keywords, short
 from ..execution import fused
 from .layers import (
     CONVS,
@@ -82,6 +82,7 @@ class LinearAttentionUNet(TimeConditioned):
     JSON has them.
     """
 
+    @names_keywords
     def __init__(
         self,
         shape: Sequence[int],

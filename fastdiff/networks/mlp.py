@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..errors import ConfigError, choose
+from ..errors import ConfigError, choose, names_keywords
 from ..execution.modules import intercepted
 from .layers import (
     LARGEST,
@@ -48,6 +48,7 @@ class MLP(TimeConditioned):
     The last layer starts at zero, and with it the network's output. `config` holds the arguments as JSON has them.
     """
 
+    @names_keywords
     def __init__(
         self,
         shape: Sequence[int],

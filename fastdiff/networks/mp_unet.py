@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks
-from ..errors import ConfigError, choose
+from ..errors import ConfigError, choose, names_keywords
 from ..execution import cpu, fused
 from ..execution.fused import Keeps
 from .layers import (
@@ -87,6 +87,7 @@ class MPUNet(TimeConditioned):
     embedding enters each block. `config` holds the arguments as JSON has them.
     """
 
+    @names_keywords
     def __init__(
         self,
         shape: Sequence[int],

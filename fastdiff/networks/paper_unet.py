@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks
-from ..errors import ConfigError, ShapeError, choose
+from ..errors import ConfigError, ShapeError, choose, names_keywords
 from ..execution import fused
 from .layers import (
     CONVS,
@@ -194,6 +194,7 @@ class PaperUNet(PaperEncoder, TimeConditioned):
     The last convolution starts at zero, and with it the network's output. `config` holds the arguments as JSON has them.
     """
 
+    @names_keywords
     def __init__(
         self,
         shape: Sequence[int],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks
-from ..errors import ConfigError, DataError, choose
+from ..errors import ConfigError, DataError, choose, names_keywords
 from ..execution import fused
 from .layers import CONVS, LARGEST, LINEAR, TimeConditioned, check_call, image_shape, integers
 from .paper_unet import POOLS
@@ -65,6 +65,7 @@ class RefineNet(TimeConditioned):
     It takes no labels and no conditions. `config` holds the arguments as JSON has them.
     """
 
+    @names_keywords
     def __init__(
         self,
         shape: Sequence[int],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks
-from ..errors import ConfigError, ShapeError, choose
+from ..errors import ConfigError, ShapeError, choose, names_keywords
 from ..execution import fused
 from .layers import (
     FEATURES,
@@ -201,6 +201,7 @@ class DiT(TokenNetwork):
     and no parameter. `config` holds the arguments as JSON has them.
     """
 
+    @names_keywords
     def __init__(
         self,
         shape: Sequence[int],
@@ -285,6 +286,7 @@ class Transformer(TokenNetwork):
     them.
     """
 
+    @names_keywords
     def __init__(
         self,
         shape: Sequence[int],

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..errors import ConfigError
+from ..errors import ConfigError, names_keywords
 from .layers import (
     CONVS,
     LARGEST,
@@ -52,6 +52,7 @@ class UNet(TimeConditioned):
     The last convolution starts at zero, and with it the network's output. `config` holds the arguments as JSON has them.
     """
 
+    @names_keywords
     def __init__(
         self,
         shape: Sequence[int],

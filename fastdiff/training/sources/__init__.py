@@ -31,16 +31,17 @@ class Source(NamedTuple):
         frozenset()
     )  # facts of its configurations that the file itself tells, or that no model needs
     told: Callable[[Any], Mapping[str, Any]] | None = None  # of these what the file told
+    sections: tuple[str, ...] = ()  # of its configurations, in which the facts stand among what else a training needs
 
 
 SOURCES = {
-    "score_sde_pytorch": Source(score_sde.model, score_sde.published),
+    "score_sde_pytorch": Source(score_sde.model, score_sde.published, sections=("training", "data", "model")),
     "guided-diffusion": Source(openai.model, openai.published, known=openai.TOLD, told=openai.told),
     "improved-diffusion": Source(openai.model, openai.published, {"rescale_timesteps": True}, openai.TOLD, openai.told),
     "edm": Source(edm.model, edm.published),
     "edm2": Source(edm2.model, known=edm2.TOLD),
     "diffusers": Source(diffusers.model, known=diffusers.TOLD),
-    "ncsn": Source(ncsn.model),
+    "ncsn": Source(ncsn.model, sections=("data", "model")),
     "denoising-diffusion-pytorch": Source(denoising_diffusion_pytorch.model),
     "dit": Source(dit.model),
 }
@@ -68,9 +69,10 @@ def load(
             "diffusers" (the default for its folders), "ncsn" (both versions), "denoising-diffusion-pytorch" or "dit". Its network
             becomes one of fastdiff.networks with the same weights, and the model has the process, prediction, time input and
             range of its training (docs/networks.md)
-    config  facts that the file does not hold, by the source's own names: a dict, the path of a JSON file of them, its scripts'
-            flags ("--image_size 64 --noise_schedule cosine"), or the name of what was published
-            ("ve/cifar10_ncsnpp_continuous" of score_sde_pytorch, "64x64_diffusion" of guided-diffusion)
+    config  facts that the file does not hold, by the source's own names: a dict (of score_sde_pytorch and NCSN also the whole of a
+            training's configuration, `get_config().to_dict()`), the path of a JSON file of them, its scripts' flags
+            ("--image_size 64 --noise_schedule cosine"), or the name of what was published ("ve/cifar10_ncsnpp_continuous" of
+            score_sde_pytorch, "64x64_diffusion" of guided-diffusion)
     part    the network's part of the file, as in load_tensors, where it is not the averaged weights that are wanted
 
     Errors: FileNotFoundError, ConfigError, CorruptCheckpointError, CheckpointVersionError, CheckpointMismatchError; nothing is
@@ -107,9 +109,9 @@ def _read(
     if not path.exists():
         raise FileNotFoundError(f"no file at {files.shown(path)}: give the path of a file of {source}")
     origin = sources[choose("source", source, sources)]
-    facts = {**origin.defaults, **_facts(config, source, origin.published, path)}
     known = inspect.signature(origin.model).parameters
     options = [name for name, parameter in known.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    facts = {**origin.defaults, **_flat(_facts(config, source, origin.published, path), origin.sections, options)}
     for name in facts:
         choose(f"config's names for {source}", name, {*options, *origin.known})
     missing = [name for name in options if known[name].default is inspect.Parameter.empty and name not in facts]
@@ -215,6 +217,14 @@ def _facts(
     if published is None:
         raise ConfigError(f"config must be a dict or a JSON file of one for {source}, got {short(text)}")
     return dict(published(text))
+
+
+def _flat(facts: dict[str, Any], sections: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
+    """The facts among those of a whole configuration, whose sections hold them; others as they are."""
+    held = [facts[name] for name in sections if isinstance(facts.get(name), Mapping)]
+    if not held:
+        return facts
+    return {name: value for part in (facts, *held) for name, value in part.items() if name in options}
 
 
 def _flags(text: str) -> dict[str, Any]:

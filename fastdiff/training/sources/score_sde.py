@@ -188,10 +188,11 @@ def model(
     path: Path, part: str | None, *, sde: str, image_size: int | Sequence[int], continuous: bool = True,
     centered: bool | None = None, beta_min: float = 0.1, beta_max: float = 20.0, num_scales: int = 1000,
     scale_by_sigma: bool | None = None, fir: bool | None = None, fir_kernel: Sequence[int] = (1, 3, 3, 1),
-    skip_rescale: bool | None = None, dropout: float = 0.1,
+    skip_rescale: bool | None = None, dropout: float = 0.1, nonlinearity: str = "swish",
 ) -> ScoreModel:  # fmt: skip
     """`sde` "vesde", "vpsde" or "subvpsde", `continuous`, `centered` (data in [−1, 1], not [0, 1]), and more of its configs."""
     kind = choose("sde", sde, ("vesde", "vpsde", "subvpsde"))
+    choose("nonlinearity", nonlinearity, ("swish",))
     centered = kind != "vesde" if centered is None else centered
     if kind != "vesde" and scale_by_sigma:
         raise ConfigError(
