@@ -69,8 +69,8 @@ def load(
             "diffusers" (the default for its folders), "ncsn" (both versions), "denoising-diffusion-pytorch" or "dit". Its network
             becomes one of fastdiff.networks with the same weights, and the model has the process, prediction, time input and
             range of its training (docs/networks.md)
-    config  facts that the file does not hold, by the source's own names: a dict (of score_sde_pytorch and NCSN also the whole of a
-            training's configuration, `get_config().to_dict()`), the path of a JSON file of them, its scripts' flags
+    config  facts that the file does not hold, by the source's own names: a dict (of score_sde_pytorch and NCSN also a
+            training's whole configuration, `get_config().to_dict()`), the path of a JSON file of them, its scripts' flags
             ("--image_size 64 --noise_schedule cosine"), or the name of what was published ("ve/cifar10_ncsnpp_continuous" of
             score_sde_pytorch, "64x64_diffusion" of guided-diffusion)
     part    the network's part of the file, as in load_tensors, where it is not the averaged weights that are wanted
