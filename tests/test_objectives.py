@@ -295,21 +295,25 @@ def test_the_bound_of_a_chain_of_one_step_has_its_beta_as_variance():
     torch.testing.assert_close(fastdiff.vlb(model, x0).nats, nats, rtol=1e-6, atol=1e-6)
 
 
-def test_the_bound_of_a_continuous_process_tends_to_the_likelihood():
-    """A chain of N steps on VP with the exact score of N(0, ½²): the bound of the density falls to the entropy as 1/N."""
+@pytest.mark.parametrize("process", [fastdiff.VP(), fastdiff.processes.RectifiedFlow()], ids=lambda p: p.name)
+def test_the_bound_of_a_continuous_process_tends_to_the_likelihood(process):
+    """A chain of N steps with the exact score of N(0, ½²): the bound of the density falls to −log p as 1/N, L²/4N at most."""
     std, n = 0.5, 4000
-    x0, vp = std * randn(n, 1), fastdiff.VP()
+    x0 = std * randn(n, 1)
 
     def clean(x, t):
-        alpha, sigma = vp.alpha(t.double())[:, None], vp.sigma(t.double())[:, None]
+        alpha, sigma = process.alpha(t.double())[:, None], process.sigma(t.double())[:, None]
         return alpha * std**2 / (alpha**2 * std**2 + sigma**2) * x.double()
 
-    model = fastdiff.ScoreModel(clean, vp, "x0", data_shape=(1,))
-    entropy = 0.5 * math.log(2 * math.pi * math.e * std**2)
-    gaps = [float(fastdiff.vlb(model, x0, steps=steps).nats.mean()) - entropy for steps in (20, 80, 320)]
-    assert 0 < gaps[2] < 0.1
-    assert 3 < gaps[1] / gaps[2] < 5
-    assert 3 < gaps[0] / gaps[1] < 6
+    model = fastdiff.ScoreModel(clean, process, "x0", data_shape=(1,))
+    exact = float((0.5 * math.log(2 * math.pi * std**2) + 0.5 * (x0 / std) ** 2).mean())
+    ends = torch.tensor([process.t_noisy, process.t_start], dtype=F64)
+    low, high = (process.sigma(ends) / process.alpha(ends)).log().tolist()
+    span = 2 * (high - low)
+    gaps = {steps: float(fastdiff.vlb(model, x0, steps=steps).nats.mean()) - exact for steps in (80, 160, 320)}
+    assert all(0 < gap < span**2 / (4 * steps) for steps, gap in gaps.items()), gaps
+    assert 1.7 < gaps[80] / gaps[160] < 2.6
+    assert 1.7 < gaps[160] / gaps[320] < 2.6
     with pytest.raises(ConfigError, match="steps=20 is of continuous processes"):
         fastdiff.vlb(fastdiff.ScoreModel(wave, "ddpm", data_shape=(1,)), x0, steps=20)
 

@@ -172,7 +172,8 @@ def vlb(
     variance    of p: "posterior" β̃ (default), "beta"; a model with a learned one has that
     steps       of a continuous process: a chain of so many steps, equal in the log-SNR, from its start to its lowest noise,
                 with variance β̃, and then a Gaussian of mean x̂0 and variance σ²/α² (Kingma et al. 2021, eq. 11 to 15);
-                default 1000
+                default 1000. They cost up to L²/(4 steps) nats a number, L the range of the log-SNR: 19 of "vp", 41 of
+                "rectified_flow"
     seed, first_sample    the noise of each step is a function of (seed, step, sample)
     batch_size  samples in a call of the network; there is one call for each step and batch
 
