@@ -77,7 +77,7 @@ class SampleOptions(TypedDict, total=False):
 
     sampler: Any
     table: StepTable | None
-    num_samples: int
+    num_samples: int | None
     shape: Sequence[int] | None
     prediction: str | None
     time_input: TimeInput | None
@@ -138,7 +138,7 @@ def sample(
     steps: int | None = None,
     *,
     sampler: Any = None,
-    num_samples: int = 16,
+    num_samples: int | None = None,
     shape: Sequence[int] | None = None,
     prediction: str | None = None,
     time_input: TimeInput | None = None,
@@ -176,6 +176,7 @@ def sample(
                   what an explicit grid says
     sampler       a name or an object of fastdiff.samplers; default the process's own. "rk45" and "adaptive_sde" choose their
                   steps, and take no steps, grid, clip, noise or callback
+    num_samples   default as many as x_init or cond hold, else 16
     seed          0 … 2**64 − 1, None for a fresh one (`return_info` tells it). Sample i is a function of (seed,
                   first_sample + i) alone: for any batch_size, machine or thread count it meets the same noise
     batch_size    samples in one network call; None: all
@@ -219,7 +220,8 @@ def sample(
     choose("check", check, loop.CHECKS)
     seed = secrets.randbits(64) if seed is None else checks.integer("seed", seed, 0, 2**64 - 1)
     first_sample = checks.integer("first_sample", first_sample, 0, 2**32 - 1)
-    num_samples = checks.integer("num_samples", num_samples, 0, 2**32 - first_sample)
+    count = _held(x_init, cond) if num_samples is None else num_samples
+    num_samples = checks.integer("num_samples", count, 0, 2**32 - first_sample)
     batch = max(num_samples, 1) if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
     trajectory = checks.integer("trajectory", trajectory, 0, 10**7)
     checks.function("callback", callback)
@@ -429,7 +431,9 @@ def _described(model: Any, sde: Any, options: dict[str, Any]) -> ScoreModel:
 def _count(options: dict[str, Any], given: Any, model: ScoreModel) -> int:
     """num_samples, by default as many as are given."""
     several = isinstance(given, Tensor) and given.ndim == len(model.data_shape) + 1
-    count = options.pop("num_samples", len(given) if several else 16)
+    count = options.pop("num_samples", None)
+    if count is None:
+        count = _held(given if several else options.get("x_init"), options.get("cond"))
     return checks.integer("num_samples", count, 0, 2**32)
 
 
@@ -523,6 +527,12 @@ def _refuse_fixed(solver: samplers.Sampler, **fixed: Any) -> None:
                 f"{name} belongs to samplers of fixed steps, and {solver.name!r} chooses its steps: leave it out"
                 + ways_out.get(name, "")
             )
+
+
+def _held(x_init: Any, cond: Any) -> int:
+    """How many samples a start or a condition is of, else 16."""
+    given = [x_init, *(cond.values() if isinstance(cond, dict) else [cond])]
+    return next((len(value) for value in given if isinstance(value, Tensor) and value.ndim), 16)
 
 
 def _dtypes(dtype: torch.dtype | None, x_init: Any) -> tuple[torch.dtype, torch.dtype]:

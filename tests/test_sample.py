@@ -22,7 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiff
-from fastdiff.errors import ConfigError, DataError, FastdiffError, NonFiniteError
+from fastdiff.errors import ConfigError, DataError, FastdiffError, NonFiniteError, ShapeError
 from fastdiff.execution import modes
 from fastdiff.execution.modes import evaluating, stepping
 from fastdiff.planning.processes import PROCESSES
@@ -165,6 +165,26 @@ def test_noise_as_a_callable_is_asked_once_a_row_in_order_and_never_ahead(batch_
     rows = fastdiff.plan("vp", 12, sampler=Heun(s_churn=4.0)).rows
     assert asked == [k for k, row in enumerate(rows) if row.draws]
     assert torch.equal(x, draw(sampler=Heun(s_churn=4.0)))
+
+
+def test_a_start_and_a_condition_say_how_many_samples():
+    def network(x, t, y=None, cond=None):
+        return -x if y is None else -x * (1 + y.view(-1, 1))
+
+    def drawn(**options):
+        return fastdiff.sample(network, "vp", shape=(2,), steps=3, **options)
+
+    y = torch.tensor([0, 1, 2, 1, 0])
+    assert len(drawn()) == 16
+    assert torch.equal(drawn(cond=y), drawn(cond=y, num_samples=5))
+    assert torch.equal(drawn(cond={"y": y}), drawn(cond=y))
+    assert torch.equal(drawn(x_init=torch.ones(3, 2)), drawn(x_init=torch.ones(3, 2), num_samples=3))
+    with pytest.raises(ShapeError, match="num_samples=3"):
+        drawn(x_init=torch.ones(3, 2), cond=y)
+    with pytest.raises(ShapeError, match="num_samples=16"):  # one for all is said to be one for all
+        drawn(cond=torch.tensor(1))
+    known, mask = torch.zeros(2), torch.tensor([True, False])
+    assert len(fastdiff.inpaint(fastdiff.ScoreModel(network, "vp", data_shape=(2,)), known, mask, steps=3, cond=y)) == 5
 
 
 def test_x_init_is_the_start_and_stays_untouched():
