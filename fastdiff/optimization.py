@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .errors import ConfigError, GraphError, choose, names_keywords, one_line
-from .execution import fused, modules
+from .execution import cpu, fused, modules
 from .execution.calls import dtype_of
 from .execution.cuda_graph import capture
 from .model import ScoreModel
@@ -207,32 +207,39 @@ def _pointwise(net: nn.Module) -> nn.Module | None:
 
 
 def _scaled_once(net: nn.Module) -> nn.Module | None:
-    return _changed(net, lambda layer: layer.scaled_once() if hasattr(layer, "scaled_once") else None)
+    return _changed(net, lambda layer: layer.scaled_once() if hasattr(type(layer), "scaled_once") else None)
 
 
 def _changed(net: nn.Module, faster: Callable[[nn.Module], type[nn.Module] | None]) -> nn.Module | None:
     """A copy whose layers have the classes that `faster` gives for them; None where there is none."""
+    kinds = {name: kind for name, layer in net.named_modules() if (kind := faster(layer)) is not None}
+    if not kinds:
+        return None
     made = copy.deepcopy(net)
-    kinds = [(layer, kind) for layer in made.modules() if (kind := faster(layer)) is not None]
-    for layer, kind in kinds:
-        layer.__class__ = kind
-    return made if kinds else None
+    for name, kind in kinds.items():
+        made.get_submodule(name).__class__ = kind
+    return made
 
 
 def _by_winograd(layer: nn.Module) -> type[nn.Module] | None:
     """A layer's class with Winograd's convolution."""
+    if not cpu.available:
+        return None
     if type(layer) is nn.Conv2d:
         return fused.WinogradConv2d if fused.WinogradConv2d.fits(layer) else None
-    return layer.winograd() if hasattr(layer, "winograd") else None  # type: ignore[no-any-return]
+    return layer.winograd() if isinstance(layer, fused.Keeps) else None
 
 
 def _winograd(net: nn.Module, trial: _Trial) -> nn.Module | None:
     """Each of the layers that are faster so, on what the network gives it."""
     inputs: dict[nn.Module, Tensor] = {}
     layers = [layer for layer in net.modules() if _by_winograd(layer) is not None]
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, given: inputs.setdefault(layer, given[0])) for layer in layers
-    ]
+
+    def see(layer: nn.Module, given: tuple[Any, ...]) -> None:
+        if given:
+            inputs.setdefault(layer, given[0])
+
+    hooks = [layer.register_forward_pre_hook(see) for layer in layers]
     try:
         trial.output(net)
     finally:
@@ -249,9 +256,4 @@ def _winograd(net: nn.Module, trial: _Trial) -> nn.Module | None:
                 pair = [_seconds(lambda f=f, x=x: f(x), trial.device) for f in (other, layer)]  # type: ignore[misc]
             faster[kind] = pair[0] < PAYS * pair[1]
     chosen = {id(layer) for layer, x in inputs.items() if faster[kind_of(layer, x)]}
-    names = {name for name, layer in net.named_modules() if id(layer) in chosen}
-    made = copy.deepcopy(net)
-    for name in names:
-        layer = made.get_submodule(name)
-        layer.__class__ = _by_winograd(layer)  # type: ignore[assignment]
-    return made if names else None
+    return _changed(net, lambda layer: _by_winograd(layer) if id(layer) in chosen else None)

@@ -176,7 +176,7 @@ def sample(
                   what an explicit grid says
     sampler       a name or an object of fastdiff.samplers; default the process's own. "rk45" and "adaptive_sde" choose their
                   steps, and take no steps, grid, clip, noise or callback
-    num_samples   default as many as x_init or cond hold, else 16
+    num_samples   default as many as x_init holds, or labels, or conditions of the model's cond_shape; else 16
     seed          0 … 2**64 − 1, None for a fresh one (`return_info` tells it). Sample i is a function of (seed,
                   first_sample + i) alone: for any batch_size, machine or thread count it meets the same noise
     batch_size    samples in one network call; None: all
@@ -220,9 +220,6 @@ def sample(
     choose("check", check, loop.CHECKS)
     seed = secrets.randbits(64) if seed is None else checks.integer("seed", seed, 0, 2**64 - 1)
     first_sample = checks.integer("first_sample", first_sample, 0, 2**32 - 1)
-    count = _held(x_init, cond) if num_samples is None else num_samples
-    num_samples = checks.integer("num_samples", count, 0, 2**32 - first_sample)
-    batch = max(num_samples, 1) if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
     trajectory = checks.integer("trajectory", trajectory, 0, 10**7)
     checks.function("callback", callback)
     denoise, return_info = checks.flag("denoise", denoise), checks.flag("return_info", return_info)
@@ -245,6 +242,9 @@ def sample(
         learned = any(row.log_variance is not None for row in getattr(table, "rows", ()))
         variance = "learned_range" if learned else None
     model = as_model(model, sde, shape, prediction, time_input, variance)
+    count = _held(model, x_init, cond) if num_samples is None else num_samples
+    num_samples = checks.integer("num_samples", count, 0, 2**32 - first_sample)
+    batch = max(num_samples, 1) if batch_size is None else checks.integer("batch_size", batch_size, 1, 2**32)
     pair = None if clip is None or clamps else _in_network_units(model, checks.pair("clip", clip))
     callback = _in_data_units(model, callback)
     if math.prod((num_samples, *model.data_shape)) >= 2**48:
@@ -433,7 +433,7 @@ def _count(options: dict[str, Any], given: Any, model: ScoreModel) -> int:
     several = isinstance(given, Tensor) and given.ndim == len(model.data_shape) + 1
     count = options.pop("num_samples", None)
     if count is None:
-        count = _held(given if several else options.get("x_init"), options.get("cond"))
+        count = _held(model, given if several else options.get("x_init"), options.get("cond"))
     return checks.integer("num_samples", count, 0, 2**32)
 
 
@@ -529,10 +529,14 @@ def _refuse_fixed(solver: samplers.Sampler, **fixed: Any) -> None:
             )
 
 
-def _held(x_init: Any, cond: Any) -> int:
-    """How many samples a start or a condition is of, else 16."""
-    given = [x_init, *(cond.values() if isinstance(cond, dict) else [cond])]
-    return next((len(value) for value in given if isinstance(value, Tensor) and value.ndim), 16)
+def _held(model: ScoreModel, x_init: Any, cond: Any) -> int:
+    """How many samples a start, labels or conditions of a known shape are of, else 16."""
+    given = [(x_init, len(model.data_shape))]
+    for value in cond.values() if isinstance(cond, dict) else [cond]:
+        labels = isinstance(value, Tensor) and not value.is_floating_point() and value.ndim == 1
+        if labels or model.cond_shape is not None:
+            given.append((value, 0 if labels else len(model.cond_shape or ())))
+    return next((len(value) for value, axes in given if isinstance(value, Tensor) and value.ndim == axes + 1), 16)
 
 
 def _dtypes(dtype: torch.dtype | None, x_init: Any) -> tuple[torch.dtype, torch.dtype]:

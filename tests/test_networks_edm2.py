@@ -375,7 +375,7 @@ def test_the_network_is_its_blocks():
         h = written_out(block, h, told.pop(0))
     assert not skips
     assert not told
-    torch.testing.assert_close(net(x, t, **more), net.out(h) * net.out_gain, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(net(x, t, **more), net.out(h, torch.ones(())) * net.out_gain, rtol=1e-11, atol=1e-11)
 
 
 def test_a_vector_joins_the_embedding():

@@ -174,6 +174,9 @@ def test_a_start_and_a_condition_say_how_many_samples():
     def drawn(**options):
         return fastdiff.sample(network, "vp", shape=(2,), steps=3, **options)
 
+    def conditioned(x, t, cond):
+        return -x * (1 + cond.flatten(1)[:, :1])
+
     y = torch.tensor([0, 1, 2, 1, 0])
     assert len(drawn()) == 16
     assert torch.equal(drawn(cond=y), drawn(cond=y, num_samples=5))
@@ -183,6 +186,14 @@ def test_a_start_and_a_condition_say_how_many_samples():
         drawn(x_init=torch.ones(3, 2), cond=y)
     with pytest.raises(ShapeError, match="num_samples=16"):  # one for all is said to be one for all
         drawn(cond=torch.tensor(1))
+    with pytest.raises(ShapeError, match="num_samples=16"):  # of one sample, or of three: nobody said
+        drawn(cond=torch.ones(3, 4))
+    with pytest.raises(ShapeError, match=r"x_init must have shape \(16, 2\)"):
+        drawn(x_init=torch.ones(2))
+    model = fastdiff.ScoreModel(conditioned, "vp", data_shape=(2,), cond_shape=(4,))
+    assert len(fastdiff.sample(model, steps=3, cond=torch.ones(3, 4))) == 3
+    with pytest.raises(ShapeError, match="num_samples=16 entries first"):
+        fastdiff.sample(model, steps=3, cond=torch.ones(4))
     known, mask = torch.zeros(2), torch.tensor([True, False])
     assert len(fastdiff.inpaint(fastdiff.ScoreModel(network, "vp", data_shape=(2,)), known, mask, steps=3, cond=y)) == 5
 

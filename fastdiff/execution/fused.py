@@ -4,6 +4,7 @@ they are what torch makes of them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -160,23 +161,29 @@ def _dense(part: Tensor) -> bool:
 
 
 class Keeps(nn.Module):
-    """A layer for inference that keeps what it made of its weights, until they are others: another tensor, another version of it,
-    or other ones among 256 of its numbers."""
+    """A layer for inference that keeps what it made of its weights, until they are others: another parameter, another version of
+    it, or other ones among some 256 of its numbers, which only a change behind torch's back can leave as they were."""
 
     weight: Tensor
-    _kept: tuple[object, Tensor, int, Tensor, Tensor] | None = (
-        None  # …, weights, their version, 256 of them, what was made
-    )
+    # kind, weights, their version, some of them, what was made
+    _kept: tuple[object, Tensor, int, Tensor, Tensor] | None = None
+
+    def winograd(self) -> type[nn.Module] | None:
+        """Its class with Winograd's convolution, where there is one."""
+        return None
 
     def may_keep(self) -> bool:
-        """Whether it may: on a CPU, where nobody wants a derivative or a graph of the call."""
-        return _unwatched() and _dense(self.weight)
+        """Whether it may: on a CPU, where nobody wants a derivative or a record of the call, and of a parameter, as what else
+        stands for one is new in each call."""
+        return type(self.weight) is nn.Parameter and _unwatched() and _dense(self.weight)
 
     def kept(self, make: Callable[[], Tensor], kind: object = None) -> Tensor:
         """What `make` made of the weights, of that kind."""
         weight = self.weight
-        step = max(1, weight.numel() // 256)
-        some = weight.detach().as_strided((weight.numel() // step,), (step,))  # in whatever order they lie
+        count, step = weight.numel(), max(1, weight.numel() // 256)
+        while math.gcd(step, count) > 1:  # else it would meet one input channel, or one place of the kernel, alone
+            step += 1
+        some = weight.detach().as_strided(((count - 1) // step + 1,), (step,))  # in whatever order they lie
         version = -1 if weight.is_inference() else weight._version
         known = self._kept
         if (
@@ -216,7 +223,7 @@ class WinogradConv2d(Keeps, nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if not fusable(x) or x.shape[1] != self.in_channels or not self.fits(self):
+        if not fusable(x) or x.shape[1] != self.in_channels or not self.fits(self) or not self.may_keep():
             return super().forward(x)
         weights = self.kept(lambda: cpu.winograd_weights(self.weight))
         return cpu.winograd(x.contiguous(memory_format=torch.channels_last), weights, self.bias, self.out_channels)

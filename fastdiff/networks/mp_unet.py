@@ -161,10 +161,10 @@ class MPUNet(TimeConditioned):
             self.condition = ConditionEmbedding(nn.Identity(), [fields, *[1] * rank], self.shape[1:])
         self.enter = MPLayer(self.shape[0] + 1 + fields, widths[0], rank, 3)
         self._build(widths, rank)
-        self.out = MPLayer(widths[0], config["out_channels"] or self.shape[0], rank, 3)
+        self.out = MPLayer(widths[0], config["out_channels"] or self.shape[0], rank, 3, gain=None)
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.widths = [block.width for block in (*self.down, *self.up)]
-        self.modulation = MPLayer(width, sum(self.widths))
+        self.modulation = MPLayer(width, sum(self.widths), gain=None)
         self.gains = nn.Parameter(torch.zeros(len(self.widths)))  # of each block's rows of the modulation
 
     def _build(self, widths: list[int], rank: int) -> None:
@@ -244,11 +244,11 @@ class MPLayer(Constrained):
     """`y = gain (w / rms(w)) x / √n`: [B, inputs, *] to [B, outputs, *], a convolution of `kernel` along `rank` axes, or of none
     a matrix, where `rms(w)` is of the n weights of an output (eq. 47).
 
-    The gain is a number, or one that is learned, given with x: one for all outputs, or for each, [outputs, 1, …]. Factors of what
-    stands before or behind the layer may be in it, which saves a pass over the activations.
+    The gain is a number, or, with None, a learned one that is given with x: one for all outputs, or for each, [outputs, 1, …].
+    Factors of what stands before or behind the layer may be in it, which saves a pass over the activations.
     """
 
-    def __init__(self, inputs: int, outputs: int, rank: int = 0, kernel: int = 1, gain: float = 1.0) -> None:
+    def __init__(self, inputs: int, outputs: int, rank: int = 0, kernel: int = 1, gain: float | None = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs, *[kernel] * rank))
         self.root, self.gain = math.sqrt(inputs * kernel**rank), gain
@@ -269,7 +269,7 @@ class MPLayer(Constrained):
         return norm + EPS * self.root
 
     def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
-        return self._product(x, self.scaled(self.gain if gain is None else gain).to(x.dtype))
+        return self._product(x, self.scaled(self.gain if gain is None else gain).to(x.dtype))  # type: ignore[arg-type]
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         if weight.ndim == 2:
@@ -277,38 +277,36 @@ class MPLayer(Constrained):
         return CONVOLVE[weight.ndim - 2](x, weight, None, 1, weight.shape[-1] // 2)
 
     def scaled_once(self) -> type[MPLayer] | None:
-        """Its class with weights that are scaled once (see optimize)."""
-        return ScaledOnce
+        """Its class with weights that are scaled once (see optimize); of a class of one's own there is none."""
+        return ScaledOnce if type(self) is MPLayer and self.gain is not None else None
 
 
 class ScaledOnce(Keeps, MPLayer):
     """An MPLayer for inference on a CPU, whose weights are scaled once, and again where they changed; else as its class."""
 
-    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
-        if gain is not None or not self.may_keep():
-            return super().forward(x, gain)
-        return self._product(x, self.kept(lambda: self.scaled(self.gain).to(x.dtype), x.dtype))
+    gain: float
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        if not self.may_keep():
+            return super().forward(x)
+        return self._product(x, self.kept(lambda: self.scaled(self.gain).to(x.dtype), (x.dtype, self.gain)))
 
     def winograd(self) -> type[MPLayer] | None:
-        """Its class with Winograd's convolution, where it is one of 3×3."""
-        return WinogradMPLayer if self.weight.shape[2:] == (3, 3) else None
-
-    def scaled_once(self) -> type[MPLayer] | None:
-        return None
+        return WinogradMPLayer if type(self) is ScaledOnce and self.weight.shape[2:] == (3, 3) else None
 
 
 class WinogradMPLayer(ScaledOnce):
     """The same by Winograd's convolution (see WinogradConv2d)."""
 
-    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if (
-            gain is not None
-            or not fused.fusable(x)
+            not fused.fusable(x)
             or x.shape[1] != self.weight.shape[1]
             or not fused.plain(self.weight)
+            or not self.may_keep()
         ):
-            return super().forward(x, gain)
-        weights = self.kept(lambda: cpu.winograd_weights(self.scaled(self.gain)))
+            return super().forward(x)
+        weights = self.kept(lambda: cpu.winograd_weights(self.scaled(self.gain)), self.gain)
         return cpu.winograd(x.contiguous(memory_format=torch.channels_last), weights, None, len(self.weight))
 
 
@@ -325,9 +323,6 @@ class MPLabels(MPLayer):
     def forward(self, y: Tensor) -> Tensor:  # type: ignore[override]
         rows = F.pad(self.scaled(self.gain * self.root).T.to(self.weight.dtype), (0, 0, 0, 1))
         return F.embedding(y, rows)
-
-    def scaled_once(self) -> type[MPLayer] | None:
-        return None
 
 
 class MPConditioning(nn.Module):

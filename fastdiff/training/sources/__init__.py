@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import os
@@ -221,10 +222,20 @@ def _facts(
 
 def _flat(facts: dict[str, Any], sections: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
     """The facts among those of a whole configuration, whose sections hold them; others as they are."""
-    held = [facts[name] for name in sections if isinstance(facts.get(name), Mapping)]
+    held = [facts[name] for name in sections if name in facts]
     if not held:
         return facts
-    return {name: value for part in (facts, *held) for name, value in part.items() if name in options}
+    for name in sections:
+        if not isinstance(facts.get(name, {}), Mapping):
+            raise ConfigError(
+                f"config's {name} must be a dict, as in a whole configuration, got {short(facts[name])}: give vars() of it, or "
+                "its to_dict()"
+            )
+    alone = [name for name, value in facts.items() if not isinstance(value, Mapping) and name not in options]
+    for name in alone:  # beside seed, device and others of a training, which are passed over
+        if difflib.get_close_matches(name, options, n=1, cutoff=0.8):
+            choose("config's names", name, options)
+    return {name: value for part in (*held, facts) for name, value in part.items() if name in options}
 
 
 def _flags(text: str) -> dict[str, Any]:
