@@ -737,6 +737,13 @@ def test_labels_and_conditions_of_data_to_evaluate_by_options(tmp_path, monkeypa
     assert commands.main([*evaluate, *files]) == 0
     assert commands.main(["sample", "m", "--labels", "1", *files[2:], "-n", "0"]) == 2
     assert "--num-samples must be an integer >= 1" in capsys.readouterr().err
+    np.save("five.npy", np.zeros((5, 2)))  # which say how many samples there are
+    np.save("known.npy", np.array([0.5, np.nan], "float32"))
+    few = ["--labels", "1", "--cond", "five.npy", "--steps", "2"]
+    assert commands.main(["sample", "m", *few, "--out", "drawn.npy"]) == 0
+    assert commands.main(["inpaint", "m", "known.npy", *few, "--out", "filled.npy"]) == 0
+    assert np.load("drawn.npy").shape == np.load("filled.npy").shape == (5, 2)
+    capsys.readouterr()
     assert commands.main(["sample", "digits-vp", "--clip", "1"]) == 2
     assert " as in --clip=-1,1," in capsys.readouterr().err
 

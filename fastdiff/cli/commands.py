@@ -221,7 +221,8 @@ def _of_posterior(
     from ..execution.calls import device_of, moved
 
     given = None if a.cond is None else _array(a.cond, model)
-    count = checks.integer("--num-samples", next(n for n in (a.num_samples, several, 16) if n is not None), 1, 2**32)
+    known = a.num_samples, several, None if given is None else len(given), 16
+    count = checks.integer("--num-samples", next(n for n in known if n is not None), 1, 2**32)
     if out.suffix == ".png":
         from . import pictures
 
