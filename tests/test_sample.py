@@ -792,12 +792,12 @@ def test_an_interrupt_at_any_line_leaves_modes_and_gradients(what):
     loose = {"rtol": 1.0, "atol": 1.0}
     run, stride = {
         "sample": (lambda: fastdiff.sample(model, steps=1, num_samples=1), 3),
-        "rk45": (lambda: fastdiff.sample(model, sampler=fastdiff.samplers.Adaptive(**loose), num_samples=1), 23),
+        "rk45": (lambda: fastdiff.sample(model, sampler=fastdiff.samplers.Adaptive(**loose), num_samples=1), 47),
         "adaptive_sde": (
             lambda: fastdiff.sample(model, sampler=fastdiff.samplers.AdaptiveSDE(**loose), num_samples=1),
-            23,
+            47,
         ),
-        "likelihood": (lambda: fastdiff.log_likelihood(model, x, **loose), 23),
+        "likelihood": (lambda: fastdiff.log_likelihood(model, x, **loose), 47),
         "mala": (lambda: fastdiff.mcmc.mala(model, x, 0.5, steps=1, step_size=0.1), 3),
         "loss": (lambda: fastdiff.losses.per_sample(model, x, torch.full((1,), 0.5), cursor, "dsm"), 2),
         "sliced loss": (lambda: fastdiff.losses.per_sample(model, x, torch.full((1,), 0.5), cursor, "ssm"), 2),
