@@ -227,7 +227,9 @@ def _search(denoising: _Denoising, said: Convention, progress: bool | None) -> C
             break
         # what is wrong in two ways may look no better in one: the best of each way goes on, not the best of all
         leading: dict[Any, Convention] = {}
-        for each in sorted(denoising.found.keys() - set(asked), key=lambda each: denoising.found[each]):
+        before = set(asked)  # the others in the order in which they were found, as some have equal errors
+        found = [each for each in denoising.found if each not in before]
+        for each in sorted(found, key=lambda each: denoising.found[each]):
             leading.setdefault((each.prediction == "edm", frozenset(each.changes(said))), each)
         start = sorted(leading.values(), key=lambda each: denoising.found[each])[:BREADTH]
     return best
