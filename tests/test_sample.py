@@ -55,19 +55,24 @@ def test_the_samplers_without_a_table_are_those_that_choose_their_steps():
     assert all("has no table" in message for message in refused.values())
 
 
-@pytest.mark.parametrize(("sde", "sampler", "steps"), list(every_run()), ids=str)
-def test_the_compiled_backend_is_the_reference_to_the_bit(sde, sampler, steps):
-    for dtype, shape in ((torch.float32, (3, 5)), (torch.float32, (1025,)), (torch.float64, (7,))):
-        options = {
-            "model": lambda x, t: -torch.tanh(x),
-            "sde": sde,
-            "sampler": sampler,
-            "steps": steps,
-            "shape": shape,
-            "num_samples": 3,
-            "dtype": dtype,
-        }
-        assert torch.equal(draw(**options, backend="cpu"), draw(**options, backend="reference"))
+# in turn, so that each sampler meets them all
+KINDS = itertools.cycle([(torch.float32, (3, 5)), (torch.float32, (1025,)), (torch.float64, (7,))])
+
+
+@pytest.mark.parametrize(
+    ("sde", "sampler", "steps", "dtype", "shape"), [(*run, *kind) for run, kind in zip(every_run(), KINDS)], ids=str
+)
+def test_the_compiled_backend_is_the_reference_to_the_bit(sde, sampler, steps, dtype, shape):
+    options = {
+        "model": lambda x, t: -torch.tanh(x),
+        "sde": sde,
+        "sampler": sampler,
+        "steps": steps,
+        "shape": shape,
+        "num_samples": 3,
+        "dtype": dtype,
+    }
+    assert torch.equal(draw(**options, backend="cpu"), draw(**options, backend="reference"))
 
 
 def test_clips_conversions_and_learned_variances_are_the_same_bits_on_both_backends():
