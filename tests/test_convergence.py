@@ -106,7 +106,11 @@ def converged():
     """The digits' model, a run's options, and where its flow ends."""
     model = fastdiff.load("digits-vp")
     options = {"x_init": fastdiff.normal(16, model.data_shape, seed=5), "num_samples": 16, "progress": False}
-    return model, options, fastdiff.sample(model, sampler=samplers.Adaptive(rtol=1e-5, atol=1e-5, denoise=True), **options)
+    return (
+        model,
+        options,
+        fastdiff.sample(model, sampler=samplers.Adaptive(rtol=1e-5, atol=1e-5, denoise=True), **options),
+    )
 
 
 @pytest.mark.parametrize("solver", [samplers.UniPC(order=3), samplers.DPMSolverPP(order=3)], ids=str)

@@ -130,13 +130,22 @@ EXACT = {
 }
 
 
-SETTINGS = {"vp vectors": (fastdiff.VP(), (6,)), "ve signals": (fastdiff.VE(), (2, 3)), "subvp images": (fastdiff.SubVP(), (1, 2, 3))}
+SETTINGS = {
+    "vp vectors": (fastdiff.VP(), (6,)),
+    "ve signals": (fastdiff.VE(), (2, 3)),
+    "subvp images": (fastdiff.SubVP(), (1, 2, 3)),
+}
 
 
 @pytest.mark.parametrize(
     ("method", "given"),
     # all in one setting, and those that share no code in the others
-    [(method, given) for method in EXACT for given in SETTINGS if given == "vp vectors" or method in ("MMPS", "TMPD", "SMC")],
+    [
+        (method, given)
+        for method in EXACT
+        for given in SETTINGS
+        if given == "vp vectors" or method in ("MMPS", "TMPD", "SMC")
+    ],
 )
 def test_exact_methods_draw_the_posterior_of_a_gaussian(method, given):
     process, shape = SETTINGS[given]

@@ -75,7 +75,7 @@ MODEL = "classes"  # the name of the model of digits and their labels
 
 
 def run(pool: Executor, out: Path, steps: int, progress: Any) -> Findings:
-    """Draw from the model of digits and their labels and from the demo's VP model, in so many steps at most, as jobs of the pool."""
+    """Draw from the model of digits and their labels and, in at most so many steps, from the demo's VP model, by the pool."""
     steps = min(steps, STEPS)
     known = [pool.submit(_measured, out, title, steps, progress) for title in TASKS]
     drawn = {scale: pool.submit(_of_classes, out, scale, progress) for scale in SCALES}
