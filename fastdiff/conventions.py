@@ -190,7 +190,7 @@ def check(
     moments = None if model.standardize is None else _moments(*model.standardize)
     data_range = source.range if own_units else model.data_range
     said = Convention(model.prediction, model.time_input, data_range, moments, model.process)
-    denoising = _Denoising(model, source, count, batch, seed, cond)
+    denoising = _Denoising(model, source, count, batch, seed, cond, model.process)
     with torch.no_grad(), evaluating(model.net):
         best = _search(denoising, said, progress)
     found = sorted(denoising.found.items(), key=lambda item: item[1])
@@ -227,7 +227,9 @@ def _search(denoising: _Denoising, said: Convention, progress: bool | None) -> C
             break
         # what is wrong in two ways may look no better in one: the best of each way goes on, not the best of all
         leading: dict[Any, Convention] = {}
-        for each in sorted(denoising.found.keys() - set(asked), key=lambda each: denoising.found[each]):
+        before = set(asked)  # the others in the order in which they were found, as some have equal errors
+        found = [each for each in denoising.found if each not in before]
+        for each in sorted(found, key=lambda each: denoising.found[each]):
             leading.setdefault((each.prediction == "edm", frozenset(each.changes(said))), each)
         start = sorted(leading.values(), key=lambda each: denoising.found[each])[:BREADTH]
     return best
@@ -242,7 +244,9 @@ def _far(other: Convention, said: Convention) -> tuple[int, bool, bool]:
 class _Denoising:
     """Errors of conventions; those that differ in what the output means share the network's calls."""
 
-    def __init__(self, model: ScoreModel, data: Data, count: int, batch: int, seed: int, cond: Condition) -> None:
+    def __init__(
+        self, model: ScoreModel, data: Data, count: int, batch: int, seed: int, cond: Condition, said: processes.Process
+    ) -> None:
         self.model, self.data, self.batch, self.seed = model, data, batch, seed
         # drawn, as neighbours may be alike, and every second sample of one class
         order = permutation(len(data), seed=seed, draw=0)
@@ -265,6 +269,9 @@ class _Denoising:
         self._asked: dict[Convention, dict[str, tuple[list[float], list[float]]]] = {}
         self._variances: dict[Any, Tensor] = {}
         self._noise: dict[int, Tensor] = {}
+        self._processes: dict[int, list[processes.Process]] = {}  # to be tried beside one, by its id
+        self._known: list[processes.Process] = [said]
+        self._possible: dict[tuple[str, Any, int], bool] = {}
 
     def error(self, of: Convention) -> float:
         """Over all levels."""
@@ -346,19 +353,37 @@ class _Denoising:
         alone += [{"data_range": pair, "standardize": None} for pair in (*RANGES, self.data.range)]
         if len(self.data.shape) == 1:
             alone += [{"standardize": self.moments, "data_range": self.data.range}]
-        alone += [{"sde": process} for process in _processes(best.sde)]
-        alone += [
-            {"sde": processes.RectifiedFlow(), "time_input": name} for name in ("t", "T-t")
-        ]  # as their authors have them
+        *beside, flow = self.processes(best.sde)
+        alone += [{"sde": process} for process in beside]
+        alone += [{"sde": flow, "time_input": name} for name in ("t", "T-t")]  # as their authors have them
         for changes in alone:
             other = replace(best, **changes)
-            if not _can_be(other) and "sde" in changes:  # which counts its time in another way
+            if not self.can_be(other) and "sde" in changes:  # which counts its time in another way
                 other = replace(other, time_input=predictions.default_time_input(other.prediction, other.sde))
             # whatever the output of these calls means
-            for name in predictions.PREDICTIONS if _can_be(other) else ():
+            for name in predictions.PREDICTIONS if self.can_be(other) else ():
                 each = replace(other, prediction=name)
-                if _can_be(each) and (name == "edm") == (other.prediction == "edm"):
+                if self.can_be(each) and (name == "edm") == (other.prediction == "edm"):
                     yield each
+
+    def processes(self, said: processes.Process) -> list[processes.Process]:
+        """Those beside it, the rectified flow last; equal ones are one object, which is kept, as conventions name them."""
+        if id(said) not in self._processes:
+            beside = self._processes[id(said)] = []
+            for process in (*_processes(said), processes.RectifiedFlow()):
+                known = next((each for each in self._known if each == process), None)
+                if known is None:
+                    self._known.append(process)
+                beside.append(process if known is None else known)
+        return self._processes[id(said)]
+
+    def can_be(self, what: Convention) -> bool:
+        """Whether the process defines the prediction and the time, which thousands of conventions ask again."""
+        time_input = what.time_input if isinstance(what.time_input, str) else id(what.time_input)
+        key = what.prediction, time_input, id(what.sde)
+        if key not in self._possible:
+            self._possible[key] = _can_be(what)
+        return self._possible[key]
 
     @cached_property
     def moments(self) -> Moments:

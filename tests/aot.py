@@ -379,7 +379,7 @@ def targets_of(name: tuple[str, str], few: bool) -> list[str]:
 def compile_all(few: bool, processes: int = 2) -> list[dict[str, Any]]:
     """Every variant for its targets: {field: value} in the order of `variants`."""
     named = [(name, targets_of(name, few)) for name in variants()]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # what is loaded here, and no thread has been started
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
         parts = list(pool.map(compile_variants, [named[i::processes] for i in range(processes)]))
     return [line for i in range(len(named)) for line in parts[i % processes][i // processes]]

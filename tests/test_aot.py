@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FEW = ("sm_90", "gfx942")  # targets of `make test`
 TARGETS = ("sm_80", "sm_100", *FEW)
+CACHE = ROOT / "build" / "triton"  # by the sources and the compiler: what neither changed is compiled once
 IMAGE_STEPS = 25  # the operands of the shipped samplers' steps: a new sampler may add one
 
 pytestmark = [
@@ -25,9 +26,9 @@ pytestmark = [
 ]
 
 
-def python(*arguments, folder):
+def python(*arguments):
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
-    environment = {**inherited, "TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {**inherited, "TRITON_CACHE_DIR": str(CACHE), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
@@ -35,15 +36,38 @@ def python(*arguments, folder):
     return ran.stdout
 
 
+SCRIPT = """
+import sys
+sys.path.insert(0, "tests")
+import torch, triton, aot
+from fastdiff import kernels
+if __name__ == "__main__":
+    aot.main()
+    triton.runtime.driver.set_active(aot.Driver(aot.TARGETS["sm_90"]))
+    out, cursor = torch.zeros(4096), torch.zeros(3, dtype=torch.int64)
+    code = kernels.fill.normal_kernel.warmup(
+        out, cursor, 1, 1024, 1, GROUPS=1, QUADS=1024, SAMPLES=1, WHOLE=True,
+        grid=(1,), num_warps=1, maxnreg=32, enable_fp_fusion=False)
+    print(aot.read_sass(code, *aot.disassembled([code.asm["cubin"]], 90), 128)["spills"])
+"""
+
+
 @pytest.fixture(scope="module")
-def lines(tmp_path_factory, pytestconfig):
-    """What is compiled once."""
+def compiled(tmp_path_factory, pytestconfig):
+    """(what is compiled once, what a kernel spills that is left 32 registers)"""
     folder = tmp_path_factory.mktemp("aot")
-    few = () if pytestconfig.option.all_kernels else ("--few",)
-    python("-W", "ignore", "tests/aot.py", "--out", str(folder / "aot.csv"), *few, folder=folder)
+    script, few = folder / "script.py", () if pytestconfig.option.all_kernels else ("--few",)
+    script.write_text(SCRIPT)
+    said = python("-W", "ignore", str(script), "--out", str(folder / "aot.csv"), *few)
     with (folder / "aot.csv").open() as file:
         text = {"kernel", "variant", "target"}
-        return [{k: v if k in text else float(v) for k, v in line.items()} for line in csv.DictReader(file)]
+        lines = [{k: v if k in text else float(v) for k, v in line.items()} for line in csv.DictReader(file)]
+    return lines, int(said.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def lines(compiled):
+    return compiled[0]
 
 
 @pytest.fixture(scope="module")
@@ -178,21 +202,5 @@ def test_sums_exchange_halves(lines):
         assert line["barriers"] <= barriers, line
 
 
-SPILL = """
-import sys
-sys.path.insert(0, "tests")
-import torch, triton, aot
-from fastdiff import kernels
-triton.runtime.driver.set_active(aot.Driver(aot.TARGETS["sm_90"]))
-out, cursor = torch.zeros(4096), torch.zeros(3, dtype=torch.int64)
-code = kernels.fill.normal_kernel.warmup(
-    out, cursor, 1, 1024, 1, GROUPS=1, QUADS=1024, SAMPLES=1, WHOLE=True,
-    grid=(1,), num_warps=1, maxnreg=32, enable_fp_fusion=False)
-print(aot.read_sass(code, *aot.disassembled([code.asm["cubin"]], 90), 128)["spills"])
-"""
-
-
-def test_a_spill_would_be_seen(tmp_path):
-    script = tmp_path / "spill.py"
-    script.write_text(SPILL)
-    assert int(python("-W", "ignore", str(script), folder=tmp_path)) > 0
+def test_a_spill_would_be_seen(compiled):
+    assert compiled[1] > 0

@@ -113,7 +113,7 @@ def everything(model, cond):
     loose = {"rtol": 0.1, "atol": 0.1}
     return [
         lambda: fastdiff.sample(model, cond=cond, **RUN),
-        lambda: fastdiff.sample(model, cond=cond, sampler="rk45", num_samples=3),
+        lambda: fastdiff.sample(model, cond=cond, sampler=fastdiff.samplers.Adaptive(**loose), num_samples=3),
         lambda: fastdiff.log_likelihood(model, x, cond=cond, **loose),
         lambda: fastdiff.encode(model, x, cond=cond, **loose),
         lambda: fastdiff.decode(model, x, cond=cond, **loose),

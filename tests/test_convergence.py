@@ -1,5 +1,6 @@
 """Errors fall with the steps, for every deterministic solver and order on its own grid, on a flow whose score is exact."""
 
+import functools
 import itertools
 import math
 
@@ -100,12 +101,22 @@ def test_errors_fall_with_the_steps(flow, solver):
     assert found[-1] < max(0.2 * found[0], floor)
 
 
+@functools.cache
+def converged():
+    """The digits' model, a run's options, and where its flow ends."""
+    model = fastdiff.load("digits-vp")
+    options = {"x_init": fastdiff.normal(16, model.data_shape, seed=5), "num_samples": 16, "progress": False}
+    return (
+        model,
+        options,
+        fastdiff.sample(model, sampler=samplers.Adaptive(rtol=1e-5, atol=1e-5, denoise=True), **options),
+    )
+
+
 @pytest.mark.parametrize("solver", [samplers.UniPC(order=3), samplers.DPMSolverPP(order=3)], ids=str)
 def test_third_orders_gain_by_few_steps_on_a_trained_network(solver):
     """They were worse at 8 steps than at 5, on levels that were even in t."""
-    model = fastdiff.load("digits-vp")
-    options = {"x_init": fastdiff.normal(16, model.data_shape, seed=5), "num_samples": 16, "progress": False}
-    end = fastdiff.sample(model, sampler=samplers.Adaptive(rtol=1e-5, atol=1e-5, denoise=True), **options)
+    model, options, end = converged()
     found = [rms(fastdiff.sample(model, sampler=solver, steps=n, **options) - end) for n in (5, 8, 12, 20)]
     assert found == sorted(found, reverse=True)
     assert found[1] < 0.05

@@ -26,10 +26,10 @@ SHAPE = (4, 3, 8, 8)
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    """In the place of CUDA's, the same for all tests: Triton keeps it with the kernels. Its cache is this module's."""
+def driver():
+    """In the place of CUDA's, the same for all tests: Triton keeps it with the kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setenv("TRITON_CACHE_DIR", str(Path(__file__).parent.parent / "build" / "triton"))
         patch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
         import launching
         import triton

@@ -68,8 +68,7 @@ def draw(data, n=8):
 
 @pytest.mark.filterwarnings("ignore:the prior of 'ncsn' does not cover data")
 @pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize(("numbers", "bound"), [(2, 1e-5), (48, 48e-6)])
-@pytest.mark.parametrize("make", [gaussian, mixture])
+@pytest.mark.parametrize(("make", "numbers", "bound"), [(gaussian, 2, 1e-5), (mixture, 2, 1e-5), (mixture, 48, 48e-6)])
 def test_closed_forms_in_float64(name, numbers, bound, make):
     process, data = get(name), make(numbers)
     x = draw(data)
@@ -91,9 +90,15 @@ def test_closed_forms_in_float64(name, numbers, bound, make):
         assert (ll.latent - data.ode_map(x, *levels)).abs().max() < 1e-5 * process.prior_std
 
 
-@pytest.mark.parametrize("variable", ["t", "sigma", "logsnr", "asinh"])
-@pytest.mark.parametrize("form", ["x", "eps", "x0", "v"])
-@pytest.mark.parametrize("name", ["vp", "ve"])
+# each variable in each form, and each of them on both processes
+IN_TURN = [
+    (("vp", "ve")[(i + j) % 2], variable, form)
+    for i, variable in enumerate(["t", "sigma", "logsnr", "asinh"])
+    for j, form in enumerate(["x", "eps", "x0", "v"])
+]
+
+
+@pytest.mark.parametrize(("name", "variable", "form"), IN_TURN)
 def test_all_variables_give_the_same(name, variable, form):
     process, data = get(name), mixture(2)
     x = draw(data)
@@ -466,8 +471,8 @@ def test_round_trip(name):
 
 def test_round_trip_of_digits(digits_vp):
     model, x = digits_vp[0], digits_vp[1][:2]
-    z = fastdiff.encode(model, x, rtol=1e-6, atol=1e-6)
-    assert (fastdiff.decode(model, z, rtol=1e-6, atol=1e-6) - x).abs().max() < 4e-3  # in float32, through a network
+    z = fastdiff.encode(model, x, rtol=1e-5, atol=1e-5)
+    assert (fastdiff.decode(model, z, rtol=1e-5, atol=1e-5) - x).abs().max() < 4e-3  # in float32, through a network
 
 
 def test_the_latent_of_a_likelihood_is_that_of_encode_to_the_tolerance():
@@ -758,7 +763,7 @@ def test_a_bad_sample_is_named(batch_size):
     assert caught.value.sample == 41
 
 
-def test_a_million_probes_are_chunked():
+def test_many_probes_are_chunked():
     matrix = torch.tensor([[1.0, 0.3], [0.3, 1.0]])
     options = {
         "model": lambda x, t: -x @ matrix,
@@ -769,8 +774,8 @@ def test_a_million_probes_are_chunked():
         "atol": 0.1,
         "method": "bosh3",  # of the fewest evaluations
     }
-    ll, exact = fastdiff.log_likelihood(probes=10**6, **options), fastdiff.log_likelihood(trace="exact", **options)
-    assert 0 < ll.stderr < 1e-2
+    ll, exact = fastdiff.log_likelihood(probes=10**5, **options), fastdiff.log_likelihood(trace="exact", **options)
+    assert 0 < ll.stderr < 3e-2
     assert abs(ll.nats - exact.nats) < 5 * ll.stderr
 
 

@@ -361,7 +361,7 @@ def test_the_score_of_a_process_is_learnt_from_its_sampler_alone(loss):
     torch.manual_seed(0)
     model = fastdiff.ScoreModel(MLP((2,), hidden=32, layers=2), well, "score", data_shape=(2,), data_range=(-4.0, 4.0))
     x0 = Data(std * randn(8000, 2, seed=1, dtype=torch.float32), range=(-4.0, 4.0))
-    fastdiff.train(model, x0, steps=1200, loss=loss, batch_size=256, lr=5e-3, warmup=20, decay=True, ema=0.99)
+    fastdiff.train(model, x0, steps=900, loss=loss, batch_size=256, lr=5e-3, warmup=20, decay=True, ema=0.99)
     for t in (0.1, 0.3, 1.0):
         points, density, score = well.law(t, std)
         chosen = torch.multinomial(density, 8000, replacement=True, generator=torch.Generator().manual_seed(2)).view(

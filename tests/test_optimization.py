@@ -305,7 +305,7 @@ def test_layers_that_become_winograds_leave_the_samples(monkeypatch):
     faster = fastdiff.optimize(model, precision="fp32", batch_size=4, verbose=False)
     kinds = [type(layer) for layer in faster.net.modules()]
     assert fused.WinogradConv2d in kinds
-    ours, before = (fastdiff.sample(m, steps=5, num_samples=2, seed=1, sampler="ddim") for m in (faster, model))
+    ours, before = (fastdiff.sample(m, steps=3, num_samples=2, seed=1, sampler="ddim") for m in (faster, model))
     close(ours, before, 1e-3)
 
 

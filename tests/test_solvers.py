@@ -23,6 +23,7 @@ from fastdiff.planning.samplers import (
     DPM2,
     SA,
     ULA,
+    AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
     DPMSolver,
@@ -530,16 +531,21 @@ SAMPLERS = [
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 def test_every_process_sampler_and_prediction_runs_or_is_refused(name, sampler):
-    """A network that knows the data gives the same run whatever it predicts, up to rounding."""
+    """A network that knows the data gives the same run whatever it predicts, up to rounding: every second prediction in turn, so
+    that each meets all processes and all samplers."""
     process = fastdiff.DDPM("linear", T=40) if name == "ddpm" else get(name)
     steps = 10 if "langevin" in str(sampler) or name == "ncsn" else 9
     options = {"sampler": sampler, "shape": (2,), "num_samples": 4, "dtype": torch.float64}
     if sampler in ("rk45", "adaptive_sde"):
         steps = None
+        if sampler == "adaptive_sde":
+            options["sampler"] = AdaptiveSDE(rtol=0.2, atol=0.1)  # few steps say as much here as many
     elif name == "ncsn" and "langevin" not in str(sampler):
         options["grid"] = "uniform"
-    results = {}
-    for kind in predictions.PREDICTIONS:
+    results, turn = {}, SAMPLERS.index(sampler) + list(PROCESSES).index(name)
+    for k, kind in enumerate(predictions.PREDICTIONS):
+        if kind != "score" and (k + turn) % 2:
+            continue
         told = None if kind == "edm" else "t"
         run = functools.partial(
             fastdiff.sample, exact(kind, process), process, steps, prediction=kind, time_input=told, **options

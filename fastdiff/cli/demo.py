@@ -82,7 +82,8 @@ def main(
 ) -> None:
     """Train, sample, measure and draw into `out`; ends with `out/report.md`.
 
-    steps    of a sampler, at most; digits: whose likelihoods are computed, and the most noises that solvers start from
+    steps    of a sampler, at most, and a fifth of them for the posteriors; digits: whose likelihoods are computed, and the most
+             noises that solvers start from
     control  whether also digits are drawn by their class, and given a part or a blurred picture of them
     """
     began = time.perf_counter()
@@ -111,7 +112,7 @@ def main(
             flow = demo_flow.run(pool, out / "digits-vp.safetensors", held_out, digits, progress)
         if control:
             with _bar(progress, "control", demo_control.JOBS):
-                controlled = demo_control.run(pool, out, progress)
+                controlled = demo_control.run(pool, out, max(steps // 5, 1), progress)
     print("drawing")
     for job, result in zip(JOBS, results):
         pictures.grids(out / f"{slug(job)}.png", unseen[:PICTURED], result.samples[:PICTURED], job.title)

@@ -22,6 +22,7 @@ Array = NDArray[np.float64]
 
 SCALES = (1.0, 3.0)
 EACH = 10  # digits of each class, by each scale
+STEPS = 50  # of a posterior's sampler, at most
 SHOWN, DRAWS = 10, 19  # held-out digits that are measured, draws of each one's posterior: with the truth 20 ranks
 UPPER = (torch.arange(8) < 4)[None, :, None].expand(1, 8, 8)
 
@@ -60,21 +61,23 @@ class Findings:
 
     classes     scale -> digits [10 · EACH, 64], in each row of ten one of each class
     named       scale -> the share of them whose nearest held-out digit is of the class that was asked for
-    posteriors  by the task's title
+    posteriors  by the task's title; steps: of each one's sampler
     """
 
     classes: dict[float, Array]
     named: dict[float, float]
     posteriors: dict[str, Posterior]
+    steps: int
 
 
 JOBS = len(SCALES) + len(TASKS)  # what the progress bar counts
 MODEL = "classes"  # the name of the model of digits and their labels
 
 
-def run(pool: Executor, out: Path, progress: Any) -> Findings:
-    """Draw from the model of digits and their labels and from the demo's VP model, as jobs of the pool."""
-    known = [pool.submit(_measured, out, title, progress) for title in TASKS]
+def run(pool: Executor, out: Path, steps: int, progress: Any) -> Findings:
+    """Draw from the model of digits and their labels and, in at most so many steps, from the demo's VP model, by the pool."""
+    steps = min(steps, STEPS)
+    known = [pool.submit(_measured, out, title, steps, progress) for title in TASKS]
     drawn = {scale: pool.submit(_of_classes, out, scale, progress) for scale in SCALES}
     classes = {scale: job.result() for scale, job in drawn.items()}
     held_out = halves()[1]
@@ -84,7 +87,7 @@ def run(pool: Executor, out: Path, progress: Any) -> Findings:
         scale: float((held_out.labels[nearest(x, real).indices] == asked).double().mean())
         for scale, x in classes.items()
     }
-    return Findings(classes, named, {title: job.result() for title, job in zip(TASKS, known)})
+    return Findings(classes, named, {title: job.result() for title, job in zip(TASKS, known)}, steps)
 
 
 def draw(out: Path, findings: Findings) -> None:
@@ -113,7 +116,7 @@ def report(findings: Findings) -> list[str]:
         "![digits by their class](classes.png)",
         "",
         "Held-out digits of which the VP model, which was trained for no such task, is told a part, or a blurred and noisy "
-        f"picture: {DRAWS} draws of each one's posterior (MMPS, 50 ancestral steps).",
+        f"picture: {DRAWS} draws of each one's posterior (MMPS, {findings.steps} ancestral steps).",
         "",
         "| | RMS from the truth of the draws' mean (pixels in [0, 1]) | true pixels between the draws (exact: 90 %) |",
         "|---|---|---|",
@@ -128,7 +131,7 @@ def halves() -> tuple[Data, Data]:
     return load_data("digits").split(0.5, seed=0)
 
 
-def _measured(out: Path, title: str, progress: Any) -> Posterior:
+def _measured(out: Path, title: str, steps: int, progress: Any) -> Posterior:
     """What the demo's VP model makes of what the task tells of held-out digits (in a worker process)."""
     model, task = load(out / "digits-vp.safetensors"), TASKS[title]
     x = halves()[1].batch(range(SHOWN), model.data_range)
@@ -137,7 +140,7 @@ def _measured(out: Path, title: str, progress: Any) -> Posterior:
     shown, hidden = y if y.shape == x.shape else task.operator.A_adjoint(y), task.hidden.flatten()
     problem = inverse.Problem(y.repeat_interleave(DRAWS, 0), task.operator, task.noise_std)
     x_given = sample(
-        model, steps=50, sampler="ancestral", grid="logsnr", num_samples=SHOWN * DRAWS, seed=1, progress=False,
+        model, steps=steps, sampler="ancestral", grid="logsnr", num_samples=SHOWN * DRAWS, seed=1, progress=False,
         guidance=inverse.MMPS(problem),
     )  # fmt: skip
     draws = x_given.view(SHOWN, DRAWS, *model.data_shape)
