@@ -112,7 +112,7 @@ def main(
             flow = demo_flow.run(pool, out / "digits-vp.safetensors", held_out, digits, progress)
         if control:
             with _bar(progress, "control", demo_control.JOBS):
-                controlled = demo_control.run(pool, out, max(steps // 5, 1), progress)
+                controlled = demo_control.run(pool, out, steps // 5, progress)
     print("drawing")
     for job, result in zip(JOBS, results):
         pictures.grids(out / f"{slug(job)}.png", unseen[:PICTURED], result.samples[:PICTURED], job.title)
