@@ -35,7 +35,7 @@ check: $(READY)
 kernels: $(READY)
 	$(PYTEST) tests/test_triton.py tests/test_aot.py tests/test_ptx.py --all-kernels
 
-# every operation and run against its opponents, some 40 minutes; SCORE_SDE_PYTORCH may name a checkout of score_sde_pytorch,
+# every operation and run against its opponents, 40 minutes to an hour; SCORE_SDE_PYTORCH may name a checkout of score_sde_pytorch,
 # and EDM2 one of edm2
 bench: $(VENV)/.peers
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-quiet --save-results -rs

@@ -190,7 +190,7 @@ def check(
     moments = None if model.standardize is None else _moments(*model.standardize)
     data_range = source.range if own_units else model.data_range
     said = Convention(model.prediction, model.time_input, data_range, moments, model.process)
-    denoising = _Denoising(model, source, count, batch, seed, cond, model.process)
+    denoising = _Denoising(model, source, count, batch, seed, cond)
     with torch.no_grad(), evaluating(model.net):
         best = _search(denoising, said, progress)
     found = sorted(denoising.found.items(), key=lambda item: item[1])
@@ -244,9 +244,7 @@ def _far(other: Convention, said: Convention) -> tuple[int, bool, bool]:
 class _Denoising:
     """Errors of conventions; those that differ in what the output means share the network's calls."""
 
-    def __init__(
-        self, model: ScoreModel, data: Data, count: int, batch: int, seed: int, cond: Condition, said: processes.Process
-    ) -> None:
+    def __init__(self, model: ScoreModel, data: Data, count: int, batch: int, seed: int, cond: Condition) -> None:
         self.model, self.data, self.batch, self.seed = model, data, batch, seed
         # drawn, as neighbours may be alike, and every second sample of one class
         order = permutation(len(data), seed=seed, draw=0)
@@ -270,7 +268,7 @@ class _Denoising:
         self._variances: dict[Any, Tensor] = {}
         self._noise: dict[int, Tensor] = {}
         self._processes: dict[int, list[processes.Process]] = {}  # to be tried beside one, by its id
-        self._known: list[processes.Process] = [said]
+        self._known: list[processes.Process] = [model.process]
         self._possible: dict[tuple[str, Any, int], bool] = {}
 
     def error(self, of: Convention) -> float:

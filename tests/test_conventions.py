@@ -1,12 +1,13 @@
 """fastdiff.check: what is said wrongly of a network is named, by networks whose denoiser is exact."""
 
+import dataclasses
 import warnings
 
 import pytest
 import torch
 
 import fastdiff
-from fastdiff import Data, ScoreModel, processes
+from fastdiff import Data, ScoreModel, conventions, processes
 from fastdiff.cli.commands import main
 from fastdiff.conventions import check
 from fastdiff.planning import predictions, schedules
@@ -450,3 +451,19 @@ def test_a_process_that_does_not_cover_the_data_is_told_of():
     net = Exact(centres(-1 / 1.5, 1 / 1.5), short, "eps", "t")
     with pytest.warns(UserWarning, match="the prior of 've' does not cover"):
         assert check(described(net, short, "eps", "t"), images(data(centres())), num_samples=300).fits
+
+
+def test_what_can_be_of_one_process_is_not_asked_of_another():
+    """What is remembered is of the process, the prediction and the time."""
+    model = described(torch.nn.Identity(), "vp", "eps", "t")
+    tried = conventions._Denoising(model, images(data(centres())), 16, 16, 0, None)
+    said = conventions.Convention("eps", "t", (-1.0, 1.0), None, model.process)
+    found, several = set(), [processes.EDM(), processes.DDPM("linear"), *tried.processes(model.process)]
+    for _ in range(2):
+        for process in several:
+            for prediction in predictions.PREDICTIONS:
+                for time_input in ("t", "index", "log_sigma", "c_noise", "t*999", "index/T"):
+                    each = dataclasses.replace(said, prediction=prediction, time_input=time_input, sde=process)
+                    assert tried.can_be(each) == conventions._can_be(each)
+                    found.add(tried.can_be(each))
+    assert found == {True, False}
